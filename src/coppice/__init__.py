@@ -1,0 +1,1 @@
+"""Coppice grows many virtual machines from one."""

@@ -1,0 +1,292 @@
+"""Plain typed data: what is stored, what is reported, what is asked for. No behaviour beyond arithmetic.
+
+Units are in the names: `_bytes`, `_ms`, `_s`. Times of day are seconds since the epoch, UTC. Everything here turns into
+JSON by msgspec, and the JSON of `coppice --json` is these types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, Literal
+
+import msgspec
+
+MIB = 1 << 20
+GIB = 1 << 30
+PAGE_SIZE = 4096
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all data types: immutable, keyword-only; `msgspec.structs.replace` makes a changed copy."""
+
+
+class State(StrEnum):
+    """State of an instance; the words are the same on every surface."""
+
+    CREATED = "Created"
+    INITIALIZING = "Initializing"
+    RUNNING = "Running"
+    PAUSED = "Paused"
+    SHUTDOWN = "Shutdown"
+    STOPPED = "Stopped"
+    STANDBY = "Standby"
+    TEMPLATE = "Template"
+    UNKNOWN = "Unknown"
+
+
+class Sharing(StrEnum):
+    """How an instance came by the mem-file it maps."""
+
+    OWN = "own"  # it made the file itself: first boot, or its own capture
+    HARDLINK = "hardlink"  # a link to the source's inode
+    COPY = "copy"  # the file system or the driver could not link
+
+
+class Progress(Record):
+    """One step of a long operation. `total` is None where the end is not known; both count in `unit`."""
+
+    stage: str
+    done: int = 0
+    total: int | None = None
+    unit: Literal["bytes", "items", "ms"] = "items"
+
+
+ProgressSink = Callable[[Progress], None]
+"""Called from the thread or task that does the work; must be quick and must not raise."""
+
+
+def no_progress(_: Progress) -> None:
+    """The sink for callers that do not want to know."""
+
+
+class ImageConfig(Record):
+    """What an image says of the process it is made for (the OCI image config, reduced)."""
+
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    workdir: str = "/"
+    user: str = ""
+    labels: dict[str, str] = {}
+
+
+class Image(Record):
+    """A read-only root file system, stored once by the digest of its file."""
+
+    digest: str  # "sha256:<64 hex>" of the root file system file
+    name: str  # the latest name given to it
+    size_bytes: int
+    filesystem: Literal["erofs", "squashfs"]
+    config: ImageConfig
+    source: str  # how it was made, for people
+    created_at: float
+    owner: str | None = None
+    tags: dict[str, str] = {}
+
+
+class Publish(Record):
+    """One forwarded port of the user-mode network: host side to guest side."""
+
+    host_port: int
+    guest_port: int
+    protocol: Literal["tcp", "udp"] = "tcp"
+    host_address: str = "127.0.0.1"
+
+
+class MachineSpec(Record):
+    """The virtual hardware. A fork's is its source's: a vmstate loads only into the machine it came from."""
+
+    cpus: int = 1
+    memory_bytes: int = 512 * MIB
+    overlay_bytes: int = 2 * GIB
+    kernel: str = ""  # key of the kernel in the data directory
+
+
+class ProcessSpec(Record):
+    """The image's process as this instance runs it."""
+
+    argv: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    workdir: str = "/"
+    user: str = ""
+
+
+class MemFile(Record):
+    """A captured mem-file as it was when it was frozen or linked, to be compared before each restore."""
+
+    inode: int
+    device: int
+    size_bytes: int
+    sharing: Sharing
+    reason: str = ""  # why it is a copy, where it is one
+    sha256: str | None = None
+
+
+class VmmProcess(Record):
+    """A VMM process, named so that a recycled pid is not taken for it."""
+
+    pid: int
+    start_ticks: int  # field 22 of /proc/PID/stat
+    executable: str
+
+
+class Manifest(Record):
+    """What a vmstate can be restored on: restored anywhere else it crashes or hangs."""
+
+    driver: str
+    vmm_version: str
+    machine: str
+    accel: str
+    cpu_model: str
+    cpu_flags: str  # digest of the host's CPU flags where the guest sees them, else ""
+    kernel: str
+    memory_bytes: int
+    cpus: int
+
+
+class Instance(Record):
+    """One VM."""
+
+    id: str
+    name: str
+    state: State
+    created_at: float
+    driver: str
+    image: str  # digest
+    image_name: str
+    machine: MachineSpec
+    process: ProcessSpec
+    hostname: str
+    tags: dict[str, str] = {}
+    publish: tuple[Publish, ...] = ()
+    parent: str | None = None  # id of the instance it was forked from
+    parent_name: str | None = None  # kept for people: the parent may be gone
+    mem_file: MemFile | None = None
+    manifest: Manifest | None = None
+    vmm: VmmProcess | None = None
+    started_at: float | None = None
+    captured_at: float | None = None
+    exit_reason: str | None = None
+    identity_serial: int = 0  # how many identities this machine has been given
+    owner: str | None = None
+    public: bool = False
+
+
+class MemoryReport(Record):
+    """Guest RAM of one instance, in bytes, as the kernel accounts it."""
+
+    mapped_bytes: int  # size of the guest RAM
+    shared_bytes: int  # resident pages that are the mem-file's own
+    unique_bytes: int  # pages that only this instance has: anonymous plus swapped, or its own file's blocks
+    vmm_overhead_bytes: int  # private memory of the VMM process outside of guest RAM
+    inode: int | None
+    link_count: int
+    sharing: Sharing | None
+
+
+class StageTimings(Record):
+    """Milliseconds spent in each stage of one operation, in order."""
+
+    stages: dict[str, float] = {}
+
+    @property
+    def total_ms(self) -> float:
+        """Sum of all stages."""
+        return sum(self.stages.values())
+
+
+class CaptureReport(Record):
+    """What one capture cost."""
+
+    pause_ms: float  # the guest did not run for so long
+    total_ms: float
+    ram_bytes_written: int
+    dirty_bytes: int  # private pages found, for a guest on a private mapping
+    stages: dict[str, float] = {}
+
+
+class ForkResult(Record):
+    """One child of a fan-out: an instance, or the error that kept it from becoming one."""
+
+    name: str
+    ok: bool
+    instance: Instance | None = None
+    error: str | None = None
+    error_code: str | None = None
+    sharing: Sharing | None = None
+    sharing_reason: str = ""
+    memory: MemoryReport | None = None
+    disk_bytes_written: int = 0
+    stages: dict[str, float] = {}
+    total_ms: float = 0.0
+
+
+class ForkReport(Record):
+    """One fan-out."""
+
+    source: str
+    source_name: str
+    count: int
+    succeeded: int
+    wall_ms: float
+    results: tuple[ForkResult, ...]
+    source_pause_ms: float | None = None
+
+
+class ExecResult(Record):
+    """A finished command. `exit_code` is 128+n where signal n ended it, as a shell has it."""
+
+    exit_code: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+    duration_ms: float = 0.0
+
+
+class FileStat(Record):
+    """What the guest says of one path. `kind` is the type letter as `find -type` spells it."""
+
+    path: str
+    kind: Literal["f", "d", "l", "c", "b", "p", "s"]
+    size_bytes: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: float
+    link_target: str | None = None
+
+
+class TreeNode(Record):
+    """One instance in the lineage, with its memory and its children."""
+
+    instance: Instance
+    fork_count: int
+    memory: MemoryReport | None
+    children: tuple[TreeNode, ...] = ()
+
+
+class Check(Record):
+    """One line of `coppice doctor`."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    cure: str = ""
+
+
+class GcReport(Record):
+    """What nothing owned."""
+
+    removed: tuple[str, ...] = ()
+    bytes_freed: int = 0
+    dry_run: bool = False
+
+
+def to_json(value: object) -> bytes:
+    """One JSON document; bytes become base64, enums their value."""
+    return msgspec.json.encode(value)
+
+
+def to_builtins(value: object) -> Any:
+    """The same as dicts, lists and strings."""
+    return msgspec.to_builtins(value)
