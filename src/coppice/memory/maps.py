@@ -1,0 +1,147 @@
+"""Memory mappings of a process, from /proc/PID/maps and /proc/PID/smaps; which of them are guest RAM.
+
+A mapping is known by the (device, inode) of its file. On btrfs and some overlay mounts /proc/PID/maps shows another
+device number than stat(2) does, so the identity to look for is read where it will be compared: from a mapping of our
+own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from coppice.disk.atomic import os_errors
+from coppice.disk.clone import open_source
+from coppice.errors import CoppiceError, HostCannot, VmmDied
+
+_HEADER = rb"([0-9a-f]+)-([0-9a-f]+) ([-rwxsp]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([0-9]+)"
+_MAPS_LINE = re.compile(rb"^" + _HEADER, re.MULTILINE)
+_SMAPS_LINE = re.compile(
+    rb"^(?:" + _HEADER + rb"|(Rss|Anonymous|Swap|Private_Clean|Private_Dirty): +([0-9]+) kB$)", re.MULTILINE
+)
+
+
+class FileIdentity(NamedTuple):
+    """What /proc/PID/maps calls a file: device as `major:minor` in hexadecimal, and inode."""
+
+    device: str
+    inode: int
+
+
+class Vma(NamedTuple):
+    """One mapping. `file` has inode 0 where the memory is anonymous."""
+
+    start: int
+    end: int
+    permissions: str
+    offset: int
+    file: FileIdentity
+
+    @property
+    def length(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
+    @property
+    def private(self) -> bool:
+        """Whether writes go to pages of the process's own (MAP_PRIVATE)."""
+        return self.permissions.endswith("p")
+
+
+class VmaUsage(NamedTuple):
+    """One mapping and the bytes that the kernel accounts to it."""
+
+    vma: Vma
+    rss_bytes: int
+    anonymous_bytes: int
+    swap_bytes: int
+    private_bytes: int  # Private_Clean + Private_Dirty: resident, and mapped by this process only
+
+
+def parse_maps(text: bytes) -> list[Vma]:
+    """Parse /proc/PID/maps; anything that is not a mapping line is passed over."""
+    return [_vma(match) for match in _MAPS_LINE.finditer(text)]
+
+
+def parse_smaps(text: bytes) -> list[VmaUsage]:
+    """Parse /proc/PID/smaps. Unknown fields and unknown lines are passed over; a missing field counts as 0."""
+    found: list[tuple[Vma, dict[bytes, int]]] = []
+    for match in _SMAPS_LINE.finditer(text):
+        if match[7] is None:
+            found.append((_vma(match), {}))
+        elif found:
+            found[-1][1][match[7]] = int(match[8]) * 1024
+    return [
+        VmaUsage(
+            vma,
+            rss_bytes=fields.get(b"Rss", 0),
+            anonymous_bytes=fields.get(b"Anonymous", 0),
+            swap_bytes=fields.get(b"Swap", 0),
+            private_bytes=fields.get(b"Private_Clean", 0) + fields.get(b"Private_Dirty", 0),
+        )
+        for vma, fields in found
+    ]
+
+
+def _vma(match: re.Match[bytes]) -> Vma:
+    return Vma(
+        start=int(match[1], 16),
+        end=int(match[2], 16),
+        permissions=match[3].decode(),
+        offset=int(match[4], 16),
+        file=FileIdentity(match[5].decode(), int(match[6])),
+    )
+
+
+def read_maps(pid: int) -> list[Vma]:
+    """The mappings of a process. Raises VmmDied if it is gone, HostCannot if the kernel does not let us look."""
+    return parse_maps(_read_proc(pid, "maps"))
+
+
+def read_smaps(pid: int) -> list[VmaUsage]:
+    """The mappings of a process with their sizes; walks its page tables. Raises as `read_maps` does."""
+    return parse_smaps(_read_proc(pid, "smaps"))
+
+
+def _read_proc(pid: int, name: str) -> bytes:
+    try:
+        text = Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError as error:
+        raise process_error(pid, f"read /proc/{pid}/{name}", error) from error
+    if not text:  # a zombie has no memory any more
+        raise VmmDied(f"Process {pid} has ended", hint="see the end of the VMM's log")
+    return text
+
+
+def process_error(pid: int, action: str, error: OSError) -> CoppiceError:
+    """The error for a failed look into another process: it is gone, or we are not allowed to."""
+    if isinstance(error, FileNotFoundError | ProcessLookupError):
+        return VmmDied(f"Process {pid} has ended", hint="see the end of the VMM's log")
+    if isinstance(error, PermissionError):
+        return HostCannot(
+            f"Cannot {action}: {error.strerror}",
+            hint="run as the user who started the VMM, and where kernel.yama.ptrace_scope is not 0 as root",
+        )
+    return HostCannot(f"Cannot {action}: {error.strerror or error}", hint="see the kernel's log")
+
+
+def identify(path: Path) -> FileIdentity:
+    """How /proc/PID/maps would name the file, found by mapping its first page here.
+
+    Raises IntegrityError if the file is missing, HostCannot if it is empty or not a regular file.
+    """
+    with os_errors(f"map {path}"), open_source(path) as fd:
+        try:
+            view = mmap.mmap(fd, 1, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except ValueError as error:  # the module's own check: the file is empty
+            raise HostCannot(f"{path} is empty, so nothing can map it", hint="capture the instance again") from error
+        with view:
+            anchor = ctypes.c_char.from_buffer(view)
+            address = ctypes.addressof(anchor)
+            del anchor  # the mapping cannot be closed while something points into it
+            own = parse_maps(Path("/proc/self/maps").read_bytes())
+    # The mapping may have been merged with a neighbour of the same file, but never moved.
+    return next(vma.file for vma in own if vma.start <= address < vma.end)
