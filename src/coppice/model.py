@@ -167,6 +167,7 @@ class Instance(Record):
     vmm: VmmProcess | None = None
     started_at: float | None = None
     captured_at: float | None = None
+    disk_stamp: str = ""  # the overlay disk as it was at the capture; memory and disk are of one instant or of no use
     exit_reason: str | None = None
     identity_serial: int = 0  # how many identities this machine has been given
     owner: str | None = None
@@ -232,6 +233,11 @@ class ForkReport(Record):
     wall_ms: float
     results: tuple[ForkResult, ...]
     source_pause_ms: float | None = None
+
+    @property
+    def instances(self) -> tuple[Instance, ...]:
+        """The children that became instances."""
+        return tuple(result.instance for result in self.results if result.instance is not None)
 
 
 class ExecResult(Record):

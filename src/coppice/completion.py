@@ -1,0 +1,32 @@
+"""Cleanup that a cancellation does not cut short."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def complete(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end, even if this task is cancelled meanwhile; the cancellation is raised after it.
+
+    Unlike `asyncio.shield` alone, the caller does not go on (and let go of its locks) while the work still runs.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled = error
+        except BaseException:
+            break  # the work's own: raised below
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # seen, though the cancellation goes first
+        raise cancelled
+    return task.result()

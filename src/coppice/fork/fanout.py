@@ -1,0 +1,132 @@
+"""Fan-out: the children of one plan, grown in parallel, each with its own outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+import msgspec
+
+from coppice.completion import complete
+from coppice.errors import CoppiceError
+from coppice.fork.plan import OPERATION, ForkRequest, plan
+from coppice.instance import activate, destroy
+from coppice.instance import directory as directories
+from coppice.instance.rooms import Rooms
+from coppice.model import ForkReport, ForkResult, Instance, Progress, ProgressSink, Sharing, State
+from coppice.store import locks
+from coppice.timing import Stages
+
+_log = logging.getLogger(__name__)
+
+# More starts at once than this only take turns on the CPUs, and each then waits longer for its answer.
+_PARALLEL_PER_CPU = 2
+
+
+async def fan_out(rooms: Rooms, source: Instance, request: ForkRequest, progress: ProgressSink) -> ForkReport:
+    """Grow all children of `source`, which the caller holds locked (shared). Every child that fails is undone.
+
+    With `atomic`, one failure undoes all, and is raised.
+
+    :raises CoppiceError: the plan is refused, or a child failed and the request is atomic
+    """
+    stages = Stages()
+    children = plan(source, request)
+    await asyncio.to_thread(rooms.store.create, children, OPERATION)
+    slots = asyncio.Semaphore(_PARALLEL_PER_CPU * (os.cpu_count() or 1))
+    settled = 0
+
+    async def child(instance: Instance) -> ForkResult | CoppiceError:
+        nonlocal settled
+        async with slots:
+            try:
+                async with locks.hold(rooms.layout.lock(instance.id), what=instance.name):
+                    result: ForkResult | CoppiceError = await _grow(rooms, source, instance, request.target)
+            except CoppiceError as error:
+                result = error
+        settled += 1
+        progress(Progress(stage="fork", done=settled, total=len(children)))
+        return result
+
+    tasks = [asyncio.create_task(child(instance)) for instance in children]
+    try:
+        outcomes = await asyncio.gather(*tasks)
+        failure = next((outcome for outcome in outcomes if isinstance(outcome, CoppiceError)), None)
+        if request.atomic and failure is not None:
+            raise failure
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await complete(_destroy_all(rooms, children))
+        raise
+    results = tuple(
+        _failed(instance, outcome) if isinstance(outcome, CoppiceError) else outcome
+        for instance, outcome in zip(children, outcomes, strict=True)
+    )
+    return ForkReport(
+        source=source.id,
+        source_name=source.name,
+        count=len(results),
+        succeeded=sum(result.ok for result in results),
+        wall_ms=stages.total_ms,
+        results=results,
+    )
+
+
+async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State) -> ForkResult:
+    """One child: directory, links, disk; then, if it is to run, VMM, identity, verification. Undone if it fails."""
+    stages = Stages()
+    try:
+        with stages.stage("place"):
+            placed = await asyncio.to_thread(_place, rooms, source, child, target)
+        with_memory = placed.mem_file is not None
+        child = msgspec.structs.replace(
+            child, mem_file=placed.mem_file, disk_stamp=directories.disk_stamp(rooms.directory(child.id)) if with_memory else ""
+        )
+        if placed.mem_file and placed.mem_file.sharing is Sharing.COPY:
+            _log.warning("%s: the mem-file was copied, not linked: %s", child.name, placed.mem_file.reason)
+        memory = None
+        if target is State.RUNNING:
+            child = await (activate.restore if with_memory else activate.boot)(rooms, child, stages)
+            with stages.stage("verify"):
+                memory = await activate.verify_sharing(rooms, child)
+        else:
+            child = msgspec.structs.replace(child, state=target)
+            with stages.stage("record"):
+                await asyncio.to_thread(rooms.store.save, child, done=True)
+    except BaseException:
+        await complete(destroy.destroy(rooms, child))
+        raise
+    return ForkResult(
+        name=child.name,
+        ok=True,
+        instance=child,
+        sharing=memory.sharing if memory else directories.sharing_of(child.mem_file),
+        sharing_reason=child.mem_file.reason if child.mem_file else "",
+        memory=memory,
+        disk_bytes_written=placed.bytes_written,
+        stages=stages.ms,
+        total_ms=stages.total_ms,
+    )
+
+
+def _place(rooms: Rooms, source: Instance, child: Instance, target: State) -> directories.Placed:
+    directory = rooms.directory(child.id)
+    directories.create(directory)
+    return directories.place_fork(
+        rooms.directory(source.id),
+        directory,
+        source,
+        with_memory=source.state is not State.STOPPED and target is not State.STOPPED,
+        shareable=rooms.driver.capabilities.maps_mem_file_privately,
+    )
+
+
+def _failed(instance: Instance, error: CoppiceError) -> ForkResult:
+    return ForkResult(name=instance.name, ok=False, error=str(error), error_code=error.code)
+
+
+async def _destroy_all(rooms: Rooms, children: list[Instance]) -> None:
+    await asyncio.gather(*(destroy.destroy(rooms, child) for child in children))

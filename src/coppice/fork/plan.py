@@ -1,0 +1,98 @@
+"""The plan of a fan-out: names, ids and records of all children, before the first side effect."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from coppice.errors import IllegalTransition, UsageError
+from coppice.lifecycle import Operation, require
+from coppice.model import Instance, Publish, Record, State
+from coppice.names import check_count, check_name, check_tags, new_id, new_name
+
+OPERATION = "fork"  # journal: a child that is not whole yet
+
+
+class ForkRequest(Record):
+    """What the caller asked for. `names` is empty (generate), one (with a number behind it where count > 1), or one per child."""
+
+    count: int = 1
+    names: tuple[str, ...] = ()
+    target: State = State.RUNNING
+    atomic: bool = False
+    tags: dict[str, str] = {}
+    publish: tuple[Publish, ...] = ()
+    from_running: bool = False
+
+
+def make_request(
+    *,
+    count: int,
+    names: Sequence[str],
+    target: State,
+    atomic: bool,
+    tags: Mapping[str, str],
+    publish: Sequence[Publish],
+    from_running: bool,
+) -> ForkRequest:
+    """Validate what came from outside.
+
+    :raises UsageError: a count, name, tag or target that can never be
+    """
+    check_count(count)
+    if target not in (State.STOPPED, State.STANDBY, State.RUNNING):
+        raise UsageError(f"a fork cannot be made {target}", hint="the target is Stopped, Standby or Running")
+    if publish and count > 1:
+        raise UsageError("several forks cannot publish the same host port", hint="fork one at a time, or without --publish")
+    if len(names) == 1 and count > 1:
+        width = len(str(count))
+        names = [f"{names[0]}-{number:0{width}d}" for number in range(1, count + 1)]
+    if names and len(names) != count:
+        raise UsageError(f"{len(names)} names for {count} forks", hint="give one name per fork, or one for all")
+    if len(set(names)) != len(names):
+        raise UsageError("two forks cannot have the same name", hint="give each its own")
+    return ForkRequest(
+        count=count,
+        names=tuple(check_name(name) for name in names),
+        target=target,
+        atomic=atomic,
+        tags=check_tags(tags),
+        publish=tuple(publish),
+        from_running=from_running,
+    )
+
+
+def plan(source: Instance, request: ForkRequest) -> list[Instance]:
+    """The children's records. A child is its source's machine and disk under its own id and name.
+
+    :raises IllegalTransition: the source cannot be forked in its state, or not to that target
+    """
+    require(Operation.FORK, source)
+    if source.state is State.STOPPED and request.target is State.STANDBY:
+        raise IllegalTransition(
+            f"{source.name} is Stopped: it has no memory to fork to Standby", hint="fork it to Stopped or Running"
+        )
+    names = request.names or tuple(new_name(source.name) for _ in range(request.count))
+    now = time.time()
+    return [
+        Instance(
+            id=new_id(),
+            name=name,
+            state=State.CREATED,
+            created_at=now,
+            driver=source.driver,
+            image=source.image,
+            image_name=source.image_name,
+            machine=source.machine,
+            process=source.process,
+            hostname=name,
+            tags=dict(request.tags),
+            publish=request.publish,
+            parent=source.id,
+            parent_name=source.name,
+            manifest=source.manifest,
+            captured_at=source.captured_at if source.state is not State.STOPPED else None,
+            owner=source.owner,
+        )
+        for name in names
+    ]

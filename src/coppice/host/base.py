@@ -1,0 +1,124 @@
+"""What all use cases share: the opened data directory, looking an instance up, holding it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from coppice.disk.overlay import OverlayStore
+from coppice.guest.agent import agent_binary
+from coppice.guest.kernel import KernelStore
+from coppice.images.catalog import ImageCatalog
+from coppice.instance import recovery
+from coppice.instance.rooms import Deadlines, Rooms
+from coppice.lifecycle import Operation, require
+from coppice.model import Instance, State
+from coppice.names import check_reference
+from coppice.store import locks
+from coppice.store.layout import Layout, default_home
+from coppice.store.store import Store
+from coppice.vmm.driver import VmmDriver
+from coppice.vmm.process import own_process
+from coppice.vmm.qemu.driver import QemuDriver
+
+Reference = str | Instance
+"""How a caller names an instance: by name, by id, or by a record that it was given."""
+
+
+class HostBase:
+    """An opened data directory."""
+
+    def __init__(
+        self,
+        home: Path | str | None = None,
+        *,
+        accel: str = "auto",
+        driver: VmmDriver | None = None,
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        """Prepare to use the data directory `home` (default: COPPICE_HOME and so on, see `default_home`).
+
+        `accel` is `auto`, `kvm` or `tcg`; `driver` replaces QEMU altogether.
+        """
+        self._home = Path(home) if home is not None else default_home()
+        self._driver = driver or QemuDriver(accel)
+        self._deadlines = deadlines or Deadlines()
+        self._opened: Rooms | None = None
+
+    @property
+    def home(self) -> Path:
+        """The data directory."""
+        return self._home
+
+    @property
+    def rooms(self) -> Rooms:
+        """The opened rooms.
+
+        :raises RuntimeError: the host is used outside of its `with` block
+        """
+        if self._opened is None:
+            raise RuntimeError("open the host first: `async with AsyncHost() as host:`")
+        return self._opened
+
+    async def open(self) -> Self:
+        """Open the data directory, making it where it is not there, and recover what was interrupted."""
+        if self._opened is None:
+            self._opened = await asyncio.to_thread(self._open)
+            await recovery.recover(self._opened)
+        return self
+
+    def _open(self) -> Rooms:
+        layout = Layout(self._home.absolute())
+        layout.create()
+        return Rooms(
+            layout=layout,
+            store=Store(layout.database, own_process()),
+            driver=self._driver,
+            images=ImageCatalog(layout.images),
+            kernels=KernelStore(layout.kernels),
+            overlays=OverlayStore(layout.overlays),
+            agent=agent_binary(),
+            deadlines=self._deadlines,
+        )
+
+    async def close(self) -> None:
+        """Close the data directory. Instances live on. Idempotent."""
+        if self._opened is not None:
+            self._opened.store.close()
+            self._opened = None
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _get(self, reference: Reference) -> Instance:
+        """The instance as recorded now."""
+        key = reference.id if isinstance(reference, Instance) else check_reference(reference)
+        return await asyncio.to_thread(self.rooms.store.get, key)
+
+    @contextlib.asynccontextmanager
+    async def _hold(
+        self, reference: Reference, operation: Operation, *, shared: bool = False
+    ) -> AsyncIterator[tuple[Instance, State]]:
+        """Hold an instance for an operation that is legal in its state; yield it with the state that the operation leads to.
+
+        :raises IllegalTransition: the operation is not legal now
+        :raises Busy: another operation holds it for too long
+        """
+        instance = await self._get(reference)
+        lock = self.rooms.layout.lock(instance.id)
+        async with locks.hold(lock, shared=shared, deadline_s=self.rooms.deadlines.lock, what=instance.name):
+            instance = await self._get(instance.id)
+            if shared:
+                instance = await recovery.look(self.rooms, instance)
+            else:
+                instance = await recovery.look(self.rooms, instance, locked=True)
+            yield instance, require(operation, instance)

@@ -1,0 +1,67 @@
+"""Use cases of images and kernels, and the check of the host."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from coppice.doctor import run_checks
+from coppice.guest.kernel import Kernel
+from coppice.host.base import HostBase
+from coppice.model import Check, Image, ProgressSink, no_progress
+
+
+class Images(HostBase):
+    """What machines are made of."""
+
+    async def image_build(
+        self, name: str, *, suite: str = "bookworm", include: Sequence[str] = (), progress: ProgressSink = no_progress
+    ) -> Image:
+        """Build an image of a Debian suite with extra packages.
+
+        :raises MissingTool: mmdebstrap or mkfs.erofs is not installed
+        :raises ImageError: the suite or a package is not to be had
+        """
+        return await self.rooms.images.build_suite(name, suite=suite, include=list(include), progress=progress)
+
+    async def image_import(self, name: str, path: Path | str, *, progress: ProgressSink = no_progress) -> Image:
+        """Make an image of a root file system tar, a `docker save` archive or an OCI layout (directory or tar); it is recognised.
+
+        :raises ImageError: it is corrupt, truncated or unsafe
+        """
+        return await self.rooms.images.import_any(name, Path(path), progress=progress)
+
+    async def image_ls(self) -> list[Image]:
+        """All images, by name."""
+        return await asyncio.to_thread(self.rooms.images.list)
+
+    async def image_inspect(self, reference: str) -> Image:
+        """One image, by name, digest or unique prefix of a digest.
+
+        :raises NotFound: there is none
+        """
+        return await asyncio.to_thread(self.rooms.images.get, reference)
+
+    async def image_tag(self, reference: str, name: str) -> Image:
+        """Give an image another name."""
+        return await asyncio.to_thread(self.rooms.images.tag, reference, name)
+
+    async def image_rm(self, reference: str) -> None:
+        """Remove an image, or one of its names.
+
+        :raises InUse: instances have it as their root; the message names them
+        """
+        await asyncio.to_thread(self.rooms.images.remove, reference, self.rooms.store.users_of_image)
+
+    async def kernel_add(self, kernel: Path | str, modules: Path | str) -> Kernel:
+        """Add a kernel of your own: the bzImage, and its directory of modules (`.../lib/modules/VERSION`)."""
+        return await asyncio.to_thread(self.rooms.kernels.add, Path(kernel), Path(modules))
+
+    async def kernel_fetch(self, *, progress: ProgressSink = no_progress) -> Kernel:
+        """Debian's cloud kernel, fetched and unpacked into the data directory where it is not there yet."""
+        return await self.rooms.kernels.ensure_debian(progress)
+
+    async def doctor(self) -> list[Check]:
+        """Check this host: each line with its cure."""
+        return await run_checks(self.home)

@@ -1,0 +1,278 @@
+"""Use cases that change what an instance is: run, start, stop, standby, restore, promote, demote, fork, remove."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import msgspec
+
+from coppice.completion import complete
+from coppice.errors import CoppiceError, UsageError
+from coppice.fork.fanout import fan_out
+from coppice.fork.plan import make_request
+from coppice.host.base import HostBase, Reference
+from coppice.instance import activate, capture, destroy, recovery
+from coppice.instance import directory as directories
+from coppice.lifecycle import Operation
+from coppice.model import (
+    GIB,
+    MIB,
+    CaptureReport,
+    ForkReport,
+    Instance,
+    MachineSpec,
+    ProcessSpec,
+    Progress,
+    ProgressSink,
+    Publish,
+    State,
+    no_progress,
+)
+from coppice.names import check_env, check_machine, check_name, check_tags, new_id, new_name
+from coppice.store import locks
+from coppice.timing import Stages
+
+
+class Lifecycle(HostBase):
+    """The life of an instance."""
+
+    async def run(
+        self,
+        image: str,
+        command: Sequence[str] = (),
+        *,
+        name: str | None = None,
+        cpus: int = 1,
+        memory_bytes: int = 512 * MIB,
+        overlay_bytes: int = 2 * GIB,
+        env: Mapping[str, str] | None = None,
+        workdir: str | None = None,
+        user: str | None = None,
+        hostname: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        publish: Sequence[Publish] = (),
+        kernel: str | None = None,
+        start: bool = True,
+        progress: ProgressSink = no_progress,
+    ) -> Instance:
+        """Make an instance of an image and boot it. Returns when its agent has answered, or, with `start=False`, when it is Stopped.
+
+        `command` replaces the image's command (its entrypoint stays), as OCI runtimes have it. `kernel` is the key of a kernel that was added;
+        by default Debian's cloud kernel, fetched at the first use. Nothing is left behind if it fails.
+
+        :raises NotFound: there is no such image or kernel
+        :raises NameTaken: the name is in use
+        :raises VmmDied: the machine ended before it answered
+        :raises GuestTimeout: it did not answer in time
+        """
+        check_machine(cpus, memory_bytes, overlay_bytes)
+        found = await asyncio.to_thread(self.rooms.images.get, image)
+        chosen_name = check_name(name) if name is not None else new_name(_stem(found.name))
+        environment = check_env(env or {})
+        chosen_kernel = await self._kernel(kernel, progress)
+        config = found.config
+        argv = (*config.entrypoint, *(command or config.cmd))
+        if any("\0" in word for word in argv):
+            raise UsageError("a command cannot have a NUL in it", hint="remove it")
+        instance = Instance(
+            id=new_id(),
+            name=chosen_name,
+            state=State.CREATED,
+            created_at=time.time(),
+            driver=self.rooms.driver.name,
+            image=found.digest,
+            image_name=found.name,
+            machine=MachineSpec(cpus=cpus, memory_bytes=memory_bytes, overlay_bytes=overlay_bytes, kernel=chosen_kernel),
+            process=ProcessSpec(
+                argv=argv,
+                env={**config.env, **environment},
+                workdir=workdir or config.workdir,
+                user=user if user is not None else config.user,
+            ),
+            hostname=check_name(hostname) if hostname is not None else chosen_name,
+            tags=check_tags(tags or {}),
+            publish=tuple(publish),
+        )
+        stages = Stages()
+        async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
+            await asyncio.to_thread(self.rooms.store.create, [instance], "run")
+            try:
+                await asyncio.to_thread(self._place_new, instance)
+                if start:
+                    progress(Progress(stage="boot"))
+                    return await activate.boot(self.rooms, instance, stages)
+                stopped = msgspec.structs.replace(instance, state=State.STOPPED)
+                await asyncio.to_thread(self.rooms.store.save, stopped, done=True)
+                return stopped
+            except BaseException:
+                await complete(destroy.destroy(self.rooms, instance))
+                raise
+
+    async def _kernel(self, key: str | None, progress: ProgressSink) -> str:
+        if key is not None:
+            return (await asyncio.to_thread(self.rooms.kernels.get, key)).key
+        return (await self.rooms.kernels.ensure_debian(progress)).key
+
+    def _place_new(self, instance: Instance) -> None:
+        directory = self.rooms.directory(instance.id)
+        directories.create(directory)
+        image = self.rooms.images.get(instance.image)
+        directories.place_root(directory, self.rooms.images.root_file(image))
+        directories.place_overlay(directory, self.rooms.overlays, instance.machine.overlay_bytes)
+
+    async def start(self, reference: Reference, *, progress: ProgressSink = no_progress) -> Instance:
+        """Boot a Stopped instance from its disk. A Running one is left as it is.
+
+        :raises VmmDied: the machine ended before it answered; it is Stopped again
+        """
+        async with self._hold(reference, Operation.START) as (instance, target):
+            if instance.state is target:
+                return instance
+            progress(Progress(stage="boot"))
+            return await self._activate(instance, "start", boot=True)
+
+    async def restore(self, reference: Reference) -> Instance:
+        """Let a Standby instance run on from its captured memory. A Running one is left as it is.
+
+        :raises IntegrityError: the capture was tampered with, or was made on another kind of host
+        """
+        async with self._hold(reference, Operation.RESTORE) as (instance, target):
+            if instance.state is target:
+                return instance
+            return await self._activate(instance, "restore", boot=False)
+
+    async def _activate(self, instance: Instance, operation: str, *, boot: bool) -> Instance:
+        await asyncio.to_thread(self.rooms.store.begin, instance, operation)
+        try:
+            return await (activate.boot if boot else activate.restore)(self.rooms, instance, Stages())
+        except BaseException as error:
+            await complete(recovery.settle(self.rooms, instance, f"{operation} failed: {error}"))
+            raise
+
+    async def stop(self, reference: Reference, *, grace_s: float | None = None) -> Instance:
+        """Power a guest off: gracefully, then, after `grace_s` seconds (default 30; 0: at once), hard. Its memory is gone, its disk stays."""
+        grace = self.rooms.deadlines.stop if grace_s is None else grace_s
+        if grace < 0:
+            raise UsageError("a grace period cannot be negative", hint="use 0 to stop at once")
+        async with self._hold(reference, Operation.STOP) as (instance, target):
+            if instance.state is target:
+                return instance
+            stopping = msgspec.structs.replace(instance, state=State.SHUTDOWN)
+            await asyncio.to_thread(self.rooms.store.begin, stopping, "stop")
+            reason = "stopped hard"
+            try:
+                if grace and instance.state is State.RUNNING and await self._power_off(instance, grace):
+                    reason = "powered off"
+            finally:
+                await asyncio.to_thread(directories.clear_capture, self.rooms.directory(instance.id))
+                settled = await complete(recovery.settle(self.rooms, stopping, reason))
+            return settled
+
+    async def _power_off(self, instance: Instance, grace_s: float) -> bool:
+        """Ask the guest to power off; tell whether it did in time."""
+        if instance.vmm is None:
+            return False
+        try:
+            async with asyncio.timeout(grace_s):
+                async with self.rooms.ports(instance.id).control(grace_s) as control:
+                    await control.poweroff(grace_s / 2)
+                await self.rooms.driver.wait_exit(self.rooms.directory(instance.id), instance.vmm)
+        except (CoppiceError, TimeoutError):
+            return not self.rooms.driver.alive(instance.vmm)
+        return True
+
+    async def standby(self, reference: Reference) -> tuple[Instance, CaptureReport]:
+        """Capture a Running instance and end its VMM: no process, no RAM, and `restore` lets it run on. A Standby one is left as it is.
+
+        Returns the instance with what the capture cost. If it fails, the guest runs on.
+        """
+        async with self._hold(reference, Operation.STANDBY) as (instance, target):
+            if instance.state is target:
+                return instance, CaptureReport(pause_ms=0, total_ms=0, ram_bytes_written=0, dirty_bytes=0)
+            await asyncio.to_thread(self.rooms.store.begin, instance, "standby")
+            return await capture.standby(self.rooms, instance)
+
+    async def promote(self, reference: Reference) -> Instance:
+        """Make a Standby instance a Template: fork-only, until it is demoted. A Template is left as it is."""
+        return await self._change(reference, Operation.PROMOTE)
+
+    async def demote(self, reference: Reference) -> Instance:
+        """Make a Template a Standby instance again.
+
+        :raises InUse: it has forks; the message names them
+        """
+        return await self._change(reference, Operation.DEMOTE)
+
+    async def _change(self, reference: Reference, operation: Operation) -> Instance:
+        async with self._hold(reference, operation) as (instance, target):
+            if instance.state is target:
+                return instance
+            changed = await asyncio.to_thread(self.rooms.store.promote, instance, target)
+            await asyncio.to_thread(self.rooms.store.sync)
+            return changed
+
+    async def fork(
+        self,
+        reference: Reference,
+        *,
+        count: int = 1,
+        names: Sequence[str] = (),
+        target: State = State.RUNNING,
+        atomic: bool = False,
+        tags: Mapping[str, str] | None = None,
+        publish: Sequence[Publish] = (),
+        progress: ProgressSink = no_progress,
+    ) -> ForkReport:
+        """Grow `count` forks from a Template, a Standby or a Stopped instance, in parallel. Each has its own result.
+
+        A fork of captured memory shares the source's mem-file by hard link. A failed child is undone and does not touch its siblings;
+        with `atomic`, one failure undoes all and is raised. Running means: the fork's agent answered, as itself.
+
+        :raises IllegalTransition: the source cannot be forked now
+        :raises UsageError: count, names or target can never be
+        """
+        request = make_request(
+            count=count, names=names, target=target, atomic=atomic, tags=tags or {}, publish=publish, from_running=False
+        )
+        async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
+            return await fan_out(self.rooms, source, request, progress)
+
+    async def rm(self, reference: Reference) -> None:
+        """Remove an instance in any state: its VMM, its directory, its record. Forks keep what they share with it.
+
+        :raises InUse: it is a template with forks; the message names them
+        """
+        async with self._hold(reference, Operation.REMOVE) as (instance, _):
+            await asyncio.to_thread(self.rooms.store.begin, instance, "rm")
+            await complete(destroy.destroy(self.rooms, instance))
+
+    @contextlib.asynccontextmanager
+    async def machine(self, image: str, command: Sequence[str] = (), *, memory_bytes: int = 512 * MIB) -> AsyncIterator[Instance]:
+        """An instance for the length of a block: run at its start, removed at its end."""
+        instance = await self.run(image, command, memory_bytes=memory_bytes)
+        try:
+            yield instance
+        finally:
+            await complete(self.rm(instance))
+
+    @contextlib.asynccontextmanager
+    async def forks(self, reference: Reference, count: int) -> AsyncIterator[tuple[Instance, ...]]:
+        """Running forks for the length of a block: all of them or an error, removed at its end."""
+        report = await self.fork(reference, count=count, atomic=True)
+        try:
+            yield report.instances
+        finally:
+            await complete(self._remove_all(report.instances))
+
+    async def _remove_all(self, instances: Sequence[Instance]) -> None:
+        await asyncio.gather(*(self.rm(instance) for instance in instances))
+
+
+def _stem(image_name: str) -> str:
+    """The part of an image's name that instance names can start with."""
+    last = image_name.rpartition("/")[2].partition(":")[0]
+    return "".join(char if char.isalnum() else "-" for char in last.lower()).strip("-") or "vm"
+

@@ -1,0 +1,419 @@
+"""OCI image layouts and `docker save` archives: from an index to the layers and the config of one image, all verified.
+
+Nothing is taken from a name: a blob is what its digest says, a layer is what its diff_id says. Written after the OCI image specification
+1.1 (image-layout.md, image-index.md, manifest.md, config.md) and Docker's image specification v1.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import platform
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Protocol, TypeVar
+
+import msgspec
+
+from coppice.errors import DigestMismatch, ImageError
+from coppice.images.archive import Archive, open_regular
+from coppice.images.compression import MAGIC_BYTES, Decompressor
+from coppice.images.layer import apply_archive
+from coppice.images.tree import FileTree
+from coppice.images.workspace import CHUNK, Workspace
+from coppice.model import ImageConfig
+
+_CURE = "fetch or make the archive again"
+_DIGEST = re.compile(r"(sha256):([0-9a-f]{64})|(sha512):([0-9a-f]{128})")
+_MAX_INDEX_DEPTH = 4
+_REFERENCE = "org.opencontainers.image.ref.name"
+_IMAGE_NAMES = (_REFERENCE, "io.containerd.image.name")
+_INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+_MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "riscv64": "riscv64", "ppc64le": "ppc64le", "s390x": "s390x"}
+
+T = TypeVar("T")
+
+
+class Platform(msgspec.Struct, frozen=True):
+    """The machine a manifest is for."""
+
+    architecture: str = ""
+    os: str = ""
+
+
+class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
+    """A reference to a blob."""
+
+    digest: str
+    size: int
+    media_type: str = ""
+    platform: Platform | None = None
+    annotations: dict[str, str] | None = None
+
+
+class Index(msgspec.Struct, frozen=True):
+    """index.json, and each index below it."""
+
+    manifests: tuple[Descriptor, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """One image: its config and its layers, the lowest first."""
+
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+
+
+class RootFs(msgspec.Struct, frozen=True):
+    """Digests of the uncompressed layers."""
+
+    diff_ids: tuple[str, ...] = ()
+
+
+class ProcessConfig(msgspec.Struct, frozen=True, rename="pascal"):
+    """The `config` of an image config; all of it may be missing or null."""
+
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+    env: tuple[str, ...] | None = None
+    working_dir: str | None = None
+    user: str | None = None
+    labels: dict[str, str] | None = None
+
+
+class Config(msgspec.Struct, frozen=True):
+    """The image config."""
+
+    rootfs: RootFs
+    architecture: str = ""
+    os: str = ""
+    config: ProcessConfig | None = None
+
+
+class SavedImage(msgspec.Struct, frozen=True, rename="pascal"):
+    """One entry of a Docker archive's manifest.json."""
+
+    config: str
+    layers: tuple[str, ...]
+    repo_tags: tuple[str, ...] | None = None
+
+
+class Bundle(Protocol):
+    """Files by relative name: a layout directory, or an archive of one."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def open(self, name: str) -> IO[bytes]:
+        """The file, for reading in pieces. Raises ImageError where there is none."""
+
+
+class DirectoryBundle:
+    """An OCI layout on disk. Names come from validated digests only, so none leads out of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self._path / name).is_file()
+
+    def open(self, name: str) -> IO[bytes]:
+        """The file. Raises ImageError where there is none, or where it is a device or a fifo."""
+        return open_regular(self._path / name)
+
+
+class ArchiveBundle:
+    """The same inside of a tar archive; links between its members are followed, never out of it."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._members = {posixpath.normpath(member.name): member for member in archive.members}
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self._resolve(name) is not None
+
+    def open(self, name: str) -> IO[bytes]:
+        """The member. Raises ImageError where there is none."""
+        member = self._resolve(name)
+        if member is None:
+            raise ImageError(f"the archive names {name[:200]!r} but does not have it", hint=_CURE)
+        return self._archive.open(member)
+
+    def _resolve(self, name: str) -> tarfile.TarInfo | None:
+        name = posixpath.normpath(name)
+        for _ in range(2):  # `docker save` links equal layers of its legacy form to the first of them
+            member = self._members.get(name)
+            if member is None or member.isreg():
+                return member
+            if member.issym():
+                name = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+            elif member.islnk():
+                name = posixpath.normpath(member.linkname)
+            else:
+                return None
+        member = self._members.get(name)
+        return member if member is not None and member.isreg() else None
+
+
+def unpack_layout(bundle: Bundle, tree: FileTree, workspace: Workspace, reference: str | None) -> ImageConfig:
+    """Apply the layers of an OCI layout's image for this machine to `tree`, and return its config.
+
+    `reference` chooses among several images by the layout's own names for them. Raises ImageError where the layout is not
+    well formed, has no such image, or none for this architecture; DigestMismatch where a blob is not what it is called.
+    """
+    index = _decode(_read_document(bundle, "index.json", workspace), Index, "index.json")
+    descriptor = _choose(bundle, _named(index.manifests, reference), workspace)
+    manifest = _decode(_read_blob(bundle, descriptor, workspace), Manifest, "the manifest")
+    config = _decode(_read_blob(bundle, manifest.config, workspace), Config, "the image config")
+    _check_platform(config)
+    for layer in manifest.layers:
+        if layer.media_type and ".tar" not in layer.media_type:
+            raise ImageError(f"a layer is {layer.media_type!r}, not a tar archive", hint="is this a container image?")
+    names = [(_blob_name(layer), layer) for layer in manifest.layers]
+    _apply_layers(bundle, names, config, tree, workspace)
+    return image_config(config.config)
+
+
+def unpack_docker_archive(bundle: Bundle, tree: FileTree, workspace: Workspace, tag: str | None) -> ImageConfig:
+    """Apply the layers of an image in a `docker save` archive, of any version, to `tree`, and return its config.
+
+    `tag` chooses among several images. Raises as `unpack_layout` does.
+    """
+    if not bundle.has("manifest.json"):
+        raise ImageError("the archive has no manifest.json", hint="make it with docker save, Docker 1.10 or later")
+    images = _decode(_read_document(bundle, "manifest.json", workspace), tuple[SavedImage, ...], "manifest.json")
+    saved = _choose_saved(images, tag)
+    raw_config = _read_document(bundle, saved.config, workspace)
+    named = re.fullmatch(r"(?:.*/)?([0-9a-f]{64})(?:\.json)?", saved.config)
+    if named and hashlib.sha256(raw_config).hexdigest() != named[1]:
+        raise DigestMismatch("the image config does not hash to the digest that names it", hint=_CURE)
+    config = _decode(raw_config, Config, "the image config")
+    _check_platform(config)
+    _apply_layers(bundle, [(name, None) for name in saved.layers], config, tree, workspace)
+    return image_config(config.config)
+
+
+def image_config(process: ProcessConfig | None) -> ImageConfig:
+    """The reduced config that an image keeps. Raises ImageError for an environment that no process can have."""
+    process = process or ProcessConfig()
+    env: dict[str, str] = {}
+    for line in process.env or ():
+        key, equals, value = line.partition("=")
+        if not key or not equals:
+            raise ImageError(f"the image sets an environment variable {line[:80]!r} without a value", hint=_CURE)
+        env[key] = value
+    strings = (*(process.entrypoint or ()), *(process.cmd or ()), *env, *env.values(), process.user or "")
+    if any("\0" in text for text in (*strings, process.working_dir or "")):
+        raise ImageError("the image config has a zero byte in a string", hint="do not trust this image")
+    return ImageConfig(
+        entrypoint=process.entrypoint or (),
+        cmd=process.cmd or (),
+        env=env,
+        workdir=posixpath.normpath("/" + (process.working_dir or "").lstrip("/")),
+        user=process.user or "",
+        labels=process.labels or {},
+    )
+
+
+def _named(manifests: tuple[Descriptor, ...], reference: str | None) -> list[Descriptor]:
+    """The descriptors that go by `reference`, or all of them."""
+    if reference is None:
+        return list(manifests)
+    found = [
+        descriptor
+        for descriptor in manifests
+        if reference == descriptor.digest
+        or reference in (descriptor.annotations or {}).get(_REFERENCE, "").split()
+        or reference in [(descriptor.annotations or {}).get(name) for name in _IMAGE_NAMES]
+    ]
+    if not found:
+        raise ImageError(f"the layout has no image called {reference!r}", hint=f"it has: {_names_of(manifests)}")
+    return found
+
+
+def _choose(bundle: Bundle, descriptors: list[Descriptor], workspace: Workspace) -> Descriptor:
+    """The one image manifest for this machine among `descriptors` and what their nested indexes list."""
+    found = {descriptor.digest: descriptor for descriptor in _manifests(bundle, descriptors, workspace, 0)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if not found:
+        raise ImageError(f"the layout has no image for linux/{_host_architecture()}", hint="get it for this machine")
+    raise ImageError(
+        f"the layout has {len(found)} images for this machine",
+        hint=f"choose one by its reference: {_names_of(descriptors)}",
+    )
+
+
+def _manifests(
+    bundle: Bundle, descriptors: list[Descriptor], workspace: Workspace, depth: int
+) -> Iterator[Descriptor]:
+    if depth > _MAX_INDEX_DEPTH:
+        raise ImageError("the layout nests its indexes too deep", hint="do not trust this layout")
+    for descriptor in descriptors:
+        workspace.spend_member(0)
+        if descriptor.media_type in _INDEX_TYPES:
+            nested = _decode(_read_blob(bundle, descriptor, workspace), Index, "a nested index")
+            yield from _manifests(bundle, list(nested.manifests), workspace, depth + 1)
+        elif descriptor.media_type in _MANIFEST_TYPES and _is_for_host(descriptor.platform):
+            yield descriptor
+
+
+def _choose_saved(images: tuple[SavedImage, ...], tag: str | None) -> SavedImage:
+    tags = ", ".join(tag for image in images for tag in image.repo_tags or ()) or "none"
+    if tag is None:
+        if len(images) == 1:
+            return images[0]
+        raise ImageError(f"the archive has {len(images)} images", hint=f"choose one by its tag, of: {tags}")
+    for image in images:
+        if tag in (image.repo_tags or ()) or f"{tag}:latest" in (image.repo_tags or ()):
+            return image
+    raise ImageError(f"the archive has no image with the tag {tag!r}", hint=f"it has: {tags}")
+
+
+def _apply_layers(
+    bundle: Bundle,
+    layers: list[tuple[str, Descriptor | None]],
+    config: Config,
+    tree: FileTree,
+    workspace: Workspace,
+) -> None:
+    diff_ids = config.rootfs.diff_ids
+    if len(layers) != len(diff_ids):
+        raise ImageError(f"the image has {len(layers)} layers, but its config lists {len(diff_ids)}", hint=_CURE)
+    if not 0 < len(layers) <= workspace.limits.max_layers:
+        raise ImageError(
+            f"the image has {len(layers)} layers", hint=f"between 1 and {workspace.limits.max_layers} can be applied"
+        )
+    for (name, descriptor), diff_id in zip(layers, diff_ids, strict=True):
+        with bundle.open(name) as blob:
+            plain = _unpack_layer(blob, descriptor, diff_id, workspace)
+        apply_archive(tree, Archive(plain, workspace, must_end=False), workspace, whiteouts=True)
+
+
+def _unpack_layer(blob: IO[bytes], descriptor: Descriptor | None, diff_id: str, workspace: Workspace) -> IO[bytes]:
+    """The verified plain bytes of one layer, in a file of the workspace."""
+    blob_check = _Verifier(descriptor.digest, descriptor.size) if descriptor else None
+    plain_check = _Verifier(diff_id, None)
+    plain_file = workspace.new_file()
+    data = blob.read(MAGIC_BYTES)
+    decompressor = Decompressor(data)
+    done = 0
+    try:
+        while data:
+            if blob_check:
+                blob_check.update(data)
+            for plain in decompressor.feed(data):
+                workspace.spend(len(plain))
+                plain_check.update(plain)
+                plain_file.write(plain)
+            done += len(data)
+            workspace.report("unpack", done, descriptor.size if descriptor else None)
+            data = blob.read(CHUNK)
+        decompressor.finish()
+    except ImageError:
+        # A damaged blob usually fails to decompress before all of it was hashed. Its digest is the better answer.
+        if blob_check:
+            blob_check.update_from(blob)
+            blob_check.finish()
+        raise
+    if blob_check:
+        blob_check.finish()
+    plain_check.finish()
+    plain_file.seek(0)
+    return plain_file
+
+
+class _Verifier:
+    """Hashes and counts bytes as they pass, and compares at the end."""
+
+    def __init__(self, digest: str, size: int | None) -> None:
+        match = _DIGEST.fullmatch(digest)
+        if match is None:
+            raise ImageError(f"{digest[:100]!r} is not a digest", hint="only sha256 and sha512 are known")
+        self._digest = digest
+        self._algorithm = match[1] or match[3]
+        self._hash = hashlib.new(self._algorithm)
+        self._left = size
+
+    def update(self, data: bytes) -> None:
+        """Raises DigestMismatch as soon as there are more bytes than were announced."""
+        self._hash.update(data)
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise DigestMismatch(f"blob {self._digest} is longer than its descriptor says", hint=_CURE)
+
+    def update_from(self, file: IO[bytes]) -> None:
+        """All that is left in `file`."""
+        while data := file.read(CHUNK):
+            self.update(data)
+
+    def finish(self) -> None:
+        """Raises DigestMismatch where the bytes are not the ones that the digest names."""
+        if self._left:
+            raise DigestMismatch(f"blob {self._digest} is {self._left} bytes short", hint=_CURE)
+        if f"{self._algorithm}:{self._hash.hexdigest()}" != self._digest:
+            raise DigestMismatch(f"the bytes of {self._digest} do not hash to it", hint=_CURE)
+
+
+def _read_blob(bundle: Bundle, descriptor: Descriptor, workspace: Workspace) -> bytes:
+    """A verified JSON blob."""
+    verifier = _Verifier(descriptor.digest, descriptor.size)
+    data = _read_document(bundle, _blob_name(descriptor), workspace)
+    verifier.update(data)
+    verifier.finish()
+    return data
+
+
+def _read_document(bundle: Bundle, name: str, workspace: Workspace) -> bytes:
+    limit = workspace.limits.max_document_bytes
+    data = io.BytesIO()
+    with bundle.open(name) as file:
+        while chunk := file.read(CHUNK):
+            data.write(chunk)
+            if data.tell() > limit:
+                raise ImageError(f"{name[:200]!r} is larger than {limit} bytes", hint="do not trust this archive")
+    return data.getvalue()
+
+
+def _blob_name(descriptor: Descriptor) -> str:
+    if not _DIGEST.fullmatch(descriptor.digest) or descriptor.size < 0:
+        raise ImageError(f"{descriptor.digest[:100]!r} is not a digest", hint="only sha256 and sha512 are known")
+    return f"blobs/{descriptor.digest.replace(':', '/')}"
+
+
+def _decode(data: bytes, kind: type[T], what: str) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ImageError(f"{what} is not what it should be: {error}", hint=_CURE) from error
+
+
+def _host_architecture() -> str:
+    machine = platform.machine()
+    return _ARCHITECTURES.get(machine, machine)
+
+
+def _is_for_host(wanted: Platform | None) -> bool:
+    return wanted is None or (wanted.architecture == _host_architecture() and wanted.os == "linux")
+
+
+def _check_platform(config: Config) -> None:
+    architecture = config.architecture or _host_architecture()
+    if architecture != _host_architecture() or (config.os or "linux") != "linux":
+        raise ImageError(
+            f"the image is for {config.os or 'linux'}/{architecture}, this machine is linux/{_host_architecture()}",
+            hint="get the image for this machine",
+        )
+
+
+def _names_of(descriptors: list[Descriptor] | tuple[Descriptor, ...]) -> str:
+    names = [name for d in descriptors for key in _IMAGE_NAMES if (name := (d.annotations or {}).get(key))]
+    return ", ".join(dict.fromkeys(names)) or "images without a name: use a digest"

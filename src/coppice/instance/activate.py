@@ -1,0 +1,163 @@
+"""From files to Running: start the VMM, give the guest its identity, verify what is shared.
+
+Ready means that the guest answered, as itself. Whatever fails on the way ends the VMM; the machine is not called Running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import msgspec
+
+from coppice.completion import complete
+from coppice.errors import CoppiceError, GuestTimeout, IntegrityError, VmmDied
+from coppice.instance import directory as directories
+from coppice.instance.identity import identity_message, mac_address
+from coppice.instance.rooms import Rooms
+from coppice.memory import memfile
+from coppice.memory.report import memory_report
+from coppice.model import Instance, Manifest, MemoryReport, Sharing, State, VmmProcess
+from coppice.timing import Stages
+from coppice.vmm import driver as files
+from coppice.vmm.driver import Launch
+
+T = TypeVar("T")
+
+
+def require_same_host(made_on: Manifest, here: Manifest, name: str) -> None:
+    """Refuse to load a vmstate into anything else than what it was saved from.
+
+    :raises IntegrityError: the message names each difference
+    """
+    differences = [
+        f"{field.replace('_', ' ')} was {then or 'none'}, is {now or 'none'}"
+        for field in Manifest.__struct_fields__
+        if (then := getattr(made_on, field)) != (now := getattr(here, field))
+    ]
+    if differences:
+        raise IntegrityError(
+            f"{name} was captured on something else: {'; '.join(differences)}",
+            hint="restore it where it was captured, or start it anew from its disk",
+        )
+
+
+async def boot(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
+    """Start a machine from its disks and a kernel; return the Running record, saved.
+
+    :raises VmmDied: the machine ended before it answered
+    :raises GuestTimeout: it did not answer in time
+    """
+    directory = rooms.directory(instance.id)
+    with stages.stage("prepare"):
+        kernel = await asyncio.to_thread(rooms.kernels.get, instance.machine.kernel)
+        initrd = await asyncio.to_thread(rooms.initrd, kernel)
+        await asyncio.to_thread(directories.clear_runtime, directory)
+        await asyncio.to_thread(directories.place_kernel, directory, kernel.vmlinuz, initrd)
+        manifest = await rooms.driver.manifest(instance.machine)
+    instance = msgspec.structs.replace(instance, manifest=manifest, mem_file=None, captured_at=None)
+    return await _run(rooms, instance, stages, booted=True)
+
+
+async def restore(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
+    """Start a machine from its captured memory; return the Running record, saved.
+
+    :raises IntegrityError: the capture is not what it was, or was made on something else
+    :raises VmmDied: the state could not be loaded
+    :raises GuestTimeout: the guest did not acknowledge who it is in time
+    """
+    directory = rooms.directory(instance.id)
+    if instance.mem_file is None or instance.manifest is None:
+        raise IntegrityError(f"{instance.name} has no captured memory", hint="start it from its disk")
+    with stages.stage("check"):
+        require_same_host(instance.manifest, await rooms.driver.manifest(instance.machine), instance.name)
+        await asyncio.to_thread(memfile.check, directory / files.MEMORY, instance.mem_file)
+        kernel = await asyncio.to_thread(rooms.kernels.get, instance.machine.kernel)
+        stub = await asyncio.to_thread(rooms.kernels.stub, kernel)
+        await asyncio.to_thread(directories.place_kernel, directory, *stub)
+    return await _run(rooms, instance, stages, booted=False)
+
+
+async def _run(rooms: Rooms, instance: Instance, stages: Stages, *, booted: bool) -> Instance:
+    directory = rooms.directory(instance.id)
+    if instance.manifest is None:
+        raise AssertionError("a machine is started with its manifest")
+    launch = Launch(
+        directory=directory,
+        machine=instance.machine,
+        mac=mac_address(instance.id),
+        publish=instance.publish,
+        manifest=instance.manifest,
+    )
+    process: VmmProcess | None = None
+    try:
+        with stages.stage("start"):
+            process = await (rooms.driver.boot(launch) if booted else rooms.driver.restore(launch))
+            instance = msgspec.structs.replace(
+                instance, state=State.INITIALIZING, vmm=process, started_at=time.time(), exit_reason=None
+            )
+            await asyncio.to_thread(rooms.store.save, instance)
+        with stages.stage("ready"):
+            deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
+            await unless_vmm_dies(rooms, instance, _introduce(rooms, instance, booted=booted, deadline_s=deadline_s))
+        instance = msgspec.structs.replace(instance, state=State.RUNNING, identity_serial=instance.identity_serial + 1)
+        with stages.stage("record"):
+            await asyncio.to_thread(rooms.store.save, instance, done=True)
+        return instance
+    except BaseException:
+        if process is not None:
+            with contextlib.suppress(CoppiceError):
+                await complete(rooms.driver.quit(directory, process))
+        raise
+
+
+async def _introduce(rooms: Rooms, instance: Instance, *, booted: bool, deadline_s: float) -> None:
+    """Send the identity message and wait for its acknowledgement."""
+    try:
+        async with asyncio.timeout(deadline_s), rooms.ports(instance.id).control(deadline_s) as control:
+            await control.identity(identity_message(instance, booted=booted))
+    except TimeoutError as error:
+        raise GuestTimeout(
+            f"{instance.name} did not answer within {deadline_s:g} s",
+            hint=f"see `coppice logs {instance.name}`; it may need more memory, or the host is overloaded",
+        ) from error
+
+
+async def unless_vmm_dies(rooms: Rooms, instance: Instance, work: Awaitable[T]) -> T:
+    """Await `work`, but no longer than the VMM lives.
+
+    :raises VmmDied: the VMM ended first; the message says why, as far as its log tells
+    """
+    if instance.vmm is None:
+        raise AssertionError("only an instance with a VMM can be waited for")
+    task = asyncio.ensure_future(work)
+    death = asyncio.ensure_future(rooms.driver.wait_exit(rooms.directory(instance.id), instance.vmm))
+    try:
+        await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done() and (not death.done() or task.exception() is None):
+            return task.result()
+        reason = await death if death.done() else await asyncio.wait_for(death, 5)
+        raise VmmDied(
+            f"the machine of {instance.name} ended before it answered: {reason}",
+            hint=f"see `coppice logs {instance.name}` and `coppice logs --vmm {instance.name}`",
+        )
+    finally:
+        for pending in (task, death):
+            if not pending.done():
+                pending.cancel()
+        await asyncio.gather(task, death, return_exceptions=True)
+
+
+async def verify_sharing(rooms: Rooms, instance: Instance) -> MemoryReport:
+    """Read from the kernel what the VMM really shares: a driver that copied in silence is reported as `copy`."""
+    pid = instance.vmm.pid if instance.vmm else None
+    path = rooms.directory(instance.id) / (files.MEMORY if instance.mem_file else files.LIVE_MEMORY)
+    return await asyncio.to_thread(memory_report, pid, instance.mem_file, path)
+
+
+def shares(report: MemoryReport) -> bool:
+    """Whether the report shows memory shared with others by hard link."""
+    return report.sharing is Sharing.HARDLINK

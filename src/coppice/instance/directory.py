@@ -1,0 +1,148 @@
+"""An instance's directory: what is placed in it, and how it goes away. All functions block.
+
+Everything that an instance maps or opens is in its own directory as its own link or clone, never as a path into somebody else's:
+the mem-file, the vmstate, the image's root, the kernel. So no delete, rename or re-capture elsewhere can reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from coppice.disk.clone import clone_file
+from coppice.disk.link import link_or_copy
+from coppice.disk.overlay import OverlayStore
+from coppice.errors import NoSpace
+from coppice.memory import memfile
+from coppice.model import Instance, MemFile, Sharing
+from coppice.vmm import driver as files
+
+_RUNTIME = (files.LIVE_MEMORY, files.VMSTATE_NEW, "memory.new", "qmp.sock", *map(files.PORT_SOCKET.format, range(files.PORTS)))
+
+
+class Placed(NamedTuple):
+    """What placing a fork's files cost and gave."""
+
+    mem_file: MemFile | None
+    bytes_written: int
+
+
+def create(directory: Path) -> None:
+    """Make the directory, for the owner alone.
+
+    :raises NoSpace: the file system is full
+    """
+    try:
+        directory.mkdir(mode=0o700)
+    except OSError as error:
+        raise _no_space(error) from error
+
+
+def place_root(directory: Path, root: Path) -> None:
+    """Link the image's root into the directory: the image may be removed while it runs. Idempotent."""
+    _link(root, directory / files.ROOT_DISK)
+
+
+def place_overlay(directory: Path, overlays: OverlayStore, size_bytes: int) -> None:
+    """Give the instance an empty writable disk."""
+    overlays.create(size_bytes, directory / files.OVERLAY_DISK)
+
+
+def place_kernel(directory: Path, kernel: Path, initrd: Path) -> None:
+    """Link a kernel and its initrd (or their stubs, for a restore), replacing those that are there."""
+    for source, name in ((kernel, files.KERNEL), (initrd, files.INITRD)):
+        (directory / name).unlink(missing_ok=True)
+        _link(source, directory / name)
+
+
+def place_fork(source: Path, directory: Path, instance: Instance, *, with_memory: bool, shareable: bool) -> Placed:
+    """Fill a fork's directory from its source's: its own link to the mem-file, its own clone of the disk.
+
+    `shareable` is the driver's word that a restore maps the mem-file privately; without it the file is copied.
+
+    :raises IntegrityError: the source's mem-file is not what was captured
+    :raises NoSpace: the disk is full
+    """
+    written = 0
+    mem_file: MemFile | None = None
+    _link(source / files.ROOT_DISK, directory / files.ROOT_DISK)
+    if with_memory and instance.mem_file is not None:
+        if shareable:
+            mem_file, written = memfile.link(source / files.MEMORY, directory / files.MEMORY, instance.mem_file)
+        else:
+            reason = "the driver does not map mem-files privately"
+            mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, instance.mem_file, reason)
+        written += link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
+    written += clone_file(source / files.OVERLAY_DISK, directory / files.OVERLAY_DISK).bytes_written
+    return Placed(mem_file, written)
+
+
+def clear_runtime(directory: Path) -> None:
+    """Remove what only a running VMM or an unfinished capture needs. Idempotent."""
+    for name in _RUNTIME:
+        (directory / name).unlink(missing_ok=True)
+
+
+def clear_capture(directory: Path) -> None:
+    """Remove the mem-file and vmstate: this instance's links to them, that is. Idempotent."""
+    (directory / files.MEMORY).unlink(missing_ok=True)
+    (directory / files.VMSTATE).unlink(missing_ok=True)
+
+
+def remove(directory: Path) -> None:
+    """Remove the directory and all in it. Idempotent; it is renamed first, so that a half-removed one never has an instance's name."""
+    doomed = directory.with_name(f".{directory.name}.removed")
+    with contextlib.suppress(FileNotFoundError):
+        directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def disk_stamp(directory: Path) -> str:
+    """Names the content of the overlay disk as of now: if it is the same later, nobody has written to it."""
+    status = (directory / files.OVERLAY_DISK).stat()
+    return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def capture_is_current(directory: Path, stamp: str) -> bool:
+    """Whether memory, vmstate and disk are there and still of one instant."""
+    if not all((directory / name).exists() for name in (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK)):
+        return False
+    return disk_stamp(directory) == stamp
+
+
+def _link(source: Path, destination: Path) -> None:
+    if not os.path.lexists(destination):
+        link_or_copy(source, destination)
+
+
+def _no_space(error: OSError) -> Exception:
+    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return NoSpace("the file system of the data directory is full", hint="free some space, or run `coppice gc`")
+    return error
+
+
+def sharing_of(mem_file: MemFile | None) -> Sharing | None:
+    """How the instance came by its mem-file; None where it has none."""
+    return mem_file.sharing if mem_file else None
+
+
+def exists(directory: Path) -> bool:
+    """Whether the instance has its files."""
+    return os.path.lexists(directory / files.OVERLAY_DISK)
+
+
+def overlay_bytes(directory: Path) -> int:
+    """Bytes that the overlay disk has allocated; 0 where there is none."""
+    try:
+        return (directory / files.OVERLAY_DISK).stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes that would be freed by removing the path: files with other links do not count."""
+    statuses = [entry.lstat() for entry in (path, *path.rglob("*"))] if path.exists() else []
+    return sum(status.st_blocks * 512 for status in statuses if status.st_nlink == 1 or path.is_file())

@@ -1,0 +1,81 @@
+"""The transition table: which operation is legal in which state, and what it leads to.
+
+An operation asks here before its first side effect. `CREATED` is a record whose directory is being made; `INITIALIZING` is a VMM that runs and a guest
+that has not yet acknowledged who it is; `SHUTDOWN` is a guest that was asked to power off.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from coppice.errors import IllegalTransition
+from coppice.model import Instance, State
+
+
+class Operation(StrEnum):
+    """What can be done to an instance."""
+
+    START = "start"
+    STOP = "stop"
+    STANDBY = "standby"
+    RESTORE = "restore"
+    PROMOTE = "promote"
+    DEMOTE = "demote"
+    FORK = "fork"
+    FORK_RUNNING = "fork --from-running"
+    EXEC = "exec"
+    REMOVE = "rm"
+
+
+_S = State
+_LEGAL: dict[Operation, dict[State, State]] = {
+    # operation: {state it is legal in: state it leads to}
+    Operation.START: {_S.STOPPED: _S.RUNNING, _S.RUNNING: _S.RUNNING},
+    Operation.STOP: {
+        _S.RUNNING: _S.STOPPED,
+        _S.PAUSED: _S.STOPPED,
+        _S.INITIALIZING: _S.STOPPED,
+        _S.SHUTDOWN: _S.STOPPED,
+        _S.STOPPED: _S.STOPPED,
+    },
+    Operation.STANDBY: {_S.RUNNING: _S.STANDBY, _S.PAUSED: _S.STANDBY, _S.STANDBY: _S.STANDBY},
+    Operation.RESTORE: {_S.STANDBY: _S.RUNNING, _S.RUNNING: _S.RUNNING},
+    Operation.PROMOTE: {_S.STANDBY: _S.TEMPLATE, _S.TEMPLATE: _S.TEMPLATE},
+    Operation.DEMOTE: {_S.TEMPLATE: _S.STANDBY, _S.STANDBY: _S.STANDBY},
+    Operation.FORK: {_S.STOPPED: _S.STOPPED, _S.STANDBY: _S.STANDBY, _S.TEMPLATE: _S.TEMPLATE},
+    Operation.FORK_RUNNING: {_S.RUNNING: _S.RUNNING},
+    Operation.EXEC: {_S.RUNNING: _S.RUNNING},
+    Operation.REMOVE: {state: state for state in State},
+}
+
+_HINTS: dict[tuple[Operation, State], str] = {
+    (Operation.FORK, _S.RUNNING): "use --from-running, or put it into standby first",
+    (Operation.START, _S.STANDBY): "use `coppice restore`",
+    (Operation.RESTORE, _S.STOPPED): "use `coppice start`",
+    (Operation.EXEC, _S.STANDBY): "restore it first",
+    (Operation.EXEC, _S.STOPPED): "start it first",
+    (Operation.PROMOTE, _S.RUNNING): "put it into standby first: `coppice standby`",
+    (Operation.STANDBY, _S.STOPPED): "start it first",
+    (Operation.STOP, _S.STANDBY): "it has no VMM to stop; restore it, or remove it",
+}
+
+
+def require(operation: Operation, instance: Instance) -> State:
+    """Return the state that the operation leads to. The same state as now means that there is nothing to do.
+
+    :raises IllegalTransition: the operation is not legal in the instance's state
+    """
+    legal = _LEGAL[operation]
+    if instance.state in legal:
+        return legal[instance.state]
+    hint = _HINTS.get((operation, instance.state))
+    if hint is None and instance.state is State.TEMPLATE:
+        hint = "a template is fork-only: fork it, or demote it first"
+    if hint is None:
+        hint = "it takes one that is " + " or ".join(legal)
+    raise IllegalTransition(f"{instance.name} is {instance.state}: {operation} is not possible", hint=hint)
+
+
+def legal_states(operation: Operation) -> frozenset[State]:
+    """States in which the operation may be asked for."""
+    return frozenset(_LEGAL[operation])

@@ -1,0 +1,129 @@
+"""The one validator of names, ids, tags and sizes: everything from outside passes here once, at the boundary."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+from collections.abc import Mapping
+
+from coppice.errors import InvalidName, UsageError
+from coppice.model import GIB, MIB
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_ID = re.compile(r"[a-z][a-z0-9]{23}")
+_TAG_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_ENV_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ALPHABET = string.ascii_lowercase + string.digits
+NAME_MAX = 63
+
+MIN_MEMORY = 64 * MIB  # a Debian kernel with its initramfs does not boot in less
+MAX_MEMORY = 1024 * GIB
+MIN_OVERLAY = 16 * MIB
+MAX_OVERLAY = 16 * 1024 * GIB
+MAX_CPUS = 64
+MAX_FORKS = 4096
+
+
+def check_name(name: str) -> str:
+    """Return a valid instance, snapshot or host name unchanged.
+
+    :raises InvalidName: it is not `^[a-z0-9]([a-z0-9-]*[a-z0-9])?$` or is over 63 characters
+    """
+    if len(name) > NAME_MAX or not _NAME.fullmatch(name):
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        raise InvalidName(
+            f"{shown!r} is not a valid name",
+            hint=f"use a-z, 0-9 and inner dashes, {NAME_MAX} characters at most",
+        )
+    return name
+
+
+def check_reference(reference: str) -> str:
+    """Return what can be a name or an id unchanged; an id is also a valid name.
+
+    :raises InvalidName: it can be neither
+    """
+    return check_name(reference)
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` has the form of an id."""
+    return _ID.fullmatch(text) is not None
+
+
+def new_id() -> str:
+    """A fresh id: 24 characters, a letter first."""
+    return secrets.choice(string.ascii_lowercase) + "".join(secrets.choice(_ALPHABET) for _ in range(23))
+
+
+def new_name(prefix: str) -> str:
+    """A generated name that starts with `prefix`, cut where it would grow too long."""
+    suffix = "".join(secrets.choice(_ALPHABET) for _ in range(6))
+    return check_name(f"{prefix[: NAME_MAX - 7].rstrip('-')}-{suffix}")
+
+
+def check_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return valid tags as a dict.
+
+    :raises UsageError: a key is malformed, or a value is over 256 characters
+    """
+    for key, value in tags.items():
+        if not _TAG_KEY.fullmatch(key) or len(value) > 256:
+            raise UsageError(
+                f"{key!r} is not a valid tag", hint="keys are letters, digits and ._/- (128 at most), values 256 characters"
+            )
+    return dict(tags)
+
+
+def check_env(env: Mapping[str, str]) -> dict[str, str]:
+    """Return a valid environment as a dict.
+
+    :raises UsageError: a key is not an identifier, or there is a NUL in a value
+    """
+    for key, value in env.items():
+        if not _ENV_KEY.fullmatch(key) or "\0" in value:
+            raise UsageError(f"{key!r} is not a valid environment variable", hint="use KEY=VALUE, KEY of letters, digits and _")
+    return dict(env)
+
+
+def check_machine(cpus: int, memory_bytes: int, overlay_bytes: int) -> None:
+    """Check the size of a machine.
+
+    :raises UsageError: it is out of bounds, or not whole MiB
+    """
+    if not 1 <= cpus <= MAX_CPUS:
+        raise UsageError(f"{cpus} CPUs cannot be had", hint=f"ask for 1 to {MAX_CPUS}")
+    if not MIN_MEMORY <= memory_bytes <= MAX_MEMORY or memory_bytes % MIB:
+        raise UsageError(
+            f"a memory of {memory_bytes / MIB:g} MiB is out of bounds", hint=f"ask for whole MiB, at least {MIN_MEMORY // MIB}"
+        )
+    if not MIN_OVERLAY <= overlay_bytes <= MAX_OVERLAY or overlay_bytes % MIB:
+        raise UsageError(
+            f"an overlay of {overlay_bytes / MIB:g} MiB is out of bounds", hint=f"ask for whole MiB, at least {MIN_OVERLAY // MIB}"
+        )
+
+
+def check_count(count: int) -> int:
+    """Return a valid number of forks unchanged.
+
+    :raises UsageError: it is below 1 or absurd
+    """
+    if not 1 <= count <= MAX_FORKS:
+        raise UsageError(f"{count} forks cannot be made in one call", hint=f"ask for 1 to {MAX_FORKS}")
+    return count
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as `512M`, `1GiB` or `268435456` (bytes); units are powers of 1024.
+
+    :raises UsageError: it is not a size
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise UsageError(f"{text!r} is not a size", hint="write 512M, 1G or a number of bytes")
+    return int(float(found[1]) * _FACTOR[found[2].upper()])

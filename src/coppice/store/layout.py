@@ -1,0 +1,81 @@
+"""Where things are in the data directory. Every path is built here, from validated ids only."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from coppice.errors import HostCannot
+from coppice.names import is_id
+
+
+def default_home() -> Path:
+    """COPPICE_HOME, else /var/lib/coppice as root, else ~/.local/share/coppice."""
+    if chosen := os.environ.get("COPPICE_HOME"):
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/var/lib/coppice")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "coppice"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The data directory."""
+
+    home: Path
+
+    @property
+    def database(self) -> Path:
+        return self.home / "coppice.db"
+
+    @property
+    def images(self) -> Path:
+        return self.home / "images"
+
+    @property
+    def kernels(self) -> Path:
+        return self.home / "kernels"
+
+    @property
+    def initramfs(self) -> Path:
+        return self.home / "initramfs"
+
+    @property
+    def overlays(self) -> Path:
+        return self.home / "overlays"
+
+    @property
+    def instances(self) -> Path:
+        return self.home / "instances"
+
+    @property
+    def locks(self) -> Path:
+        return self.home / "locks"
+
+    def instance(self, instance_id: str) -> Path:
+        """The directory of one instance."""
+        if not is_id(instance_id):
+            raise ValueError(f"not an id: {instance_id!r}")
+        return self.instances / instance_id
+
+    def lock(self, instance_id: str) -> Path:
+        """The lock file of one instance: outside of its directory, which comes and goes under the lock."""
+        if not is_id(instance_id):
+            raise ValueError(f"not an id: {instance_id!r}")
+        return self.locks / f"{instance_id}.lock"
+
+    def create(self) -> None:
+        """Make the directories, for the owner alone. Idempotent.
+
+        :raises HostCannot: the data directory cannot be made or written
+        """
+        try:
+            for path in (self.home, self.images, self.kernels, self.initramfs, self.overlays, self.instances, self.locks):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(self.home, os.W_OK | os.X_OK):
+                raise PermissionError(13, "not writable")
+        except OSError as error:
+            raise HostCannot(
+                f"the data directory {self.home} cannot be used: {error.strerror}", hint="set COPPICE_HOME to one that can"
+            ) from error

@@ -1,0 +1,185 @@
+"""Records of instances, their lineage, and the journal of operations under way.
+
+The journal has at most one row per instance: the operation that is changing it, and the process that does. The row is committed before the
+first side effect and removed in the same transaction that commits the outcome. A row whose process is dead is what recovery works on.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from coppice.errors import InUse, NameTaken, NotFound
+from coppice.model import Instance, Record, State
+from coppice.store.database import Database
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Instance).decode
+
+
+class JournalEntry(Record):
+    """An operation under way, or one that was interrupted."""
+
+    instance: str
+    operation: str
+    owner_pid: int
+    owner_ticks: int
+    started_at: float
+
+
+class Store:
+    """All blocking; see `Database`."""
+
+    def __init__(self, path: Path, owner: tuple[int, int]) -> None:
+        """`owner` is the pid and start ticks that the journal names for operations of this process."""
+        self._db = Database(path)
+        self._owner = owner
+
+    def close(self) -> None:
+        """Close the database. Idempotent."""
+        self._db.close()
+
+    def sync(self) -> None:
+        """Make all commits so far survive a power cut."""
+        self._db.sync()
+
+    # Instances
+
+    def get(self, reference: str) -> Instance:
+        """The instance with this id or name.
+
+        :raises NotFound: there is none
+        """
+        with self._db.read() as connection:
+            row = connection.execute(
+                "SELECT record FROM instances WHERE id = ?1 OR name = ?1 ORDER BY id = ?1 DESC", (reference,)
+            ).fetchone()
+        if row is None:
+            raise NotFound(f"there is no instance {reference!r}", hint="`coppice ls` shows those there are")
+        return _decode(row[0])
+
+    def list(self) -> list[Instance]:
+        """All instances, oldest first."""
+        with self._db.read() as connection:
+            rows = connection.execute("SELECT record FROM instances ORDER BY created_at, id").fetchall()
+        return [_decode(row[0]) for row in rows]
+
+    def children(self, instance_id: str) -> list[Instance]:
+        """Living instances that were forked from this one: the fork count is their number."""
+        with self._db.read() as connection:
+            rows = connection.execute(
+                "SELECT record FROM instances WHERE parent = ? ORDER BY created_at, id", (instance_id,)
+            ).fetchall()
+        return [_decode(row[0]) for row in rows]
+
+    def fork_counts(self) -> dict[str, int]:
+        """Fork count by id, of all that have forks."""
+        with self._db.read() as connection:
+            return dict(connection.execute("SELECT parent, count(*) FROM instances WHERE parent NOT NULL GROUP BY parent").fetchall())
+
+    def users_of_image(self, digest: str) -> list[str]:
+        """Names of the instances whose root is this image."""
+        with self._db.read() as connection:
+            rows = connection.execute("SELECT name FROM instances WHERE image = ? ORDER BY name", (digest,)).fetchall()
+        return [row[0] for row in rows]
+
+    def create(self, instances: Iterable[Instance], operation: str, check: Callable[[], None] | None = None) -> None:
+        """Record new instances and the operation that makes them, all or none. `check` runs inside of the transaction.
+
+        :raises NameTaken: a name is in use; the message says which
+        """
+        with self._db.write() as connection:
+            if check is not None:
+                check()
+            for instance in instances:
+                try:
+                    connection.execute(
+                        "INSERT INTO instances (id, name, state, parent, image, created_at, record) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                        (
+                            instance.id, instance.name, instance.state, instance.parent, instance.image,
+                            instance.created_at, _encode(instance),
+                        ),
+                    )  # fmt: skip
+                except sqlite3.IntegrityError as error:
+                    raise NameTaken(
+                        f"the name {instance.name!r} is taken", hint="choose another, or remove its holder with `coppice rm`"
+                    ) from error
+                self._journal(connection, instance.id, operation)
+
+    def save(self, instance: Instance, *, done: bool = False) -> None:
+        """Write a changed record. `done` also ends the operation that the journal has for it, in the same transaction.
+
+        :raises NotFound: the instance is gone
+        """
+        with self._db.write() as connection:
+            cursor = connection.execute(
+                "UPDATE instances SET name = ?, state = ?, parent = ?, record = ? WHERE id = ?",
+                (instance.name, instance.state, instance.parent, _encode(instance), instance.id),
+            )
+            if cursor.rowcount == 0:
+                raise NotFound(f"the instance {instance.name!r} is gone", hint="another process removed it")
+            if done:
+                connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))
+
+    def promote(self, instance: Instance, state: State) -> Instance:
+        """Change between Standby and Template.
+
+        :raises InUse: it is to become Standby while it has forks; the message names them
+        """
+        changed = msgspec.structs.replace(instance, state=state)
+        with self._db.write() as connection:
+            if state is State.STANDBY:
+                _refuse_with_forks(connection, instance, "demoted")
+            connection.execute(
+                "UPDATE instances SET state = ?, record = ? WHERE id = ?", (state, _encode(changed), instance.id)
+            )
+        return changed
+
+    # Journal
+
+    def begin(self, instance: Instance, operation: str) -> None:
+        """Record that an operation starts on this instance, together with the record as given.
+
+        :raises InUse: the operation is a removal and the instance is a template with forks
+        """
+        with self._db.write() as connection:
+            if operation == "rm" and instance.state is State.TEMPLATE:
+                _refuse_with_forks(connection, instance, "removed")
+            self._journal(connection, instance.id, operation)
+            connection.execute(
+                "UPDATE instances SET state = ?, record = ? WHERE id = ?", (instance.state, _encode(instance), instance.id)
+            )
+
+    def forget(self, instance_id: str) -> None:
+        """Remove the record and the journal row of an instance whose directory is gone. Idempotent."""
+        with self._db.write() as connection:
+            connection.execute("DELETE FROM instances WHERE id = ?", (instance_id,))
+            connection.execute("DELETE FROM journal WHERE instance = ?", (instance_id,))
+
+    def journal(self) -> list[JournalEntry]:
+        """All operations under way or interrupted."""
+        with self._db.read() as connection:
+            rows = connection.execute("SELECT instance, operation, owner_pid, owner_ticks, started_at FROM journal").fetchall()
+        return [
+            JournalEntry(instance=row[0], operation=row[1], owner_pid=row[2], owner_ticks=row[3], started_at=row[4]) for row in rows
+        ]
+
+    def _journal(self, connection: sqlite3.Connection, instance_id: str, operation: str) -> None:
+        connection.execute(
+            "INSERT OR REPLACE INTO journal (instance, operation, owner_pid, owner_ticks, started_at) VALUES (?, ?, ?, ?, ?)",
+            (instance_id, operation, *self._owner, time.time()),
+        )
+
+
+def _refuse_with_forks(connection: sqlite3.Connection, instance: Instance, verb: str) -> None:
+    names = [row[0] for row in connection.execute("SELECT name FROM instances WHERE parent = ? ORDER BY name", (instance.id,))]
+    if names:
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise InUse(
+            f"{instance.name} cannot be {verb}: it has {len(names)} fork{'s' if len(names) > 1 else ''} ({shown})",
+            hint="remove them first with `coppice rm`",
+        )

@@ -1,0 +1,30 @@
+"""Stage timings of one operation."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class Stages:
+    """Collects how long each stage of one operation took, in milliseconds, in the order in which they began."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block as `name`; the same name again adds up."""
+        begin = time.perf_counter()
+        self.ms.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self.ms[name] += (time.perf_counter() - begin) * 1000
+
+    @property
+    def total_ms(self) -> float:
+        """Wall time since the beginning."""
+        return (time.perf_counter() - self._start) * 1000

@@ -1,0 +1,143 @@
+"""VMM processes: started detached, named so that a recycled pid is never taken for one, ended for certain.
+
+A VMM outlives the process that started it, and any other host process may operate on it. So nothing here relies on being the parent:
+liveness is pid + start time + executable (/proc), and the end is awaited through a pidfd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from coppice.errors import MissingTool, VmmTimeout
+from coppice.model import VmmProcess
+
+_EXIT_DEADLINE_S = 10.0
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+def start_ticks(pid: int) -> int | None:
+    """Field 22 of /proc/PID/stat, the start time in clock ticks since boot; None where there is no such process, or it is a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()  # the command, field 2, may hold blanks and parentheses
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_alive(process: VmmProcess) -> bool:
+    """Whether this very process runs."""
+    if start_ticks(process.pid) != process.start_ticks:
+        return False
+    try:
+        return str(Path(f"/proc/{process.pid}/exe").readlink()).removesuffix(" (deleted)") == process.executable
+    except OSError:
+        return False
+
+
+def own_process() -> tuple[int, int]:
+    """Pid and start ticks of this process."""
+    return os.getpid(), start_ticks(os.getpid()) or 0
+
+
+def spawn(argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Iterable[int] = ()) -> VmmProcess:
+    """Start a detached process in `cwd` with stdout and stderr appended to `log`. Blocks for about a millisecond per 10 MiB of this process.
+
+    No preexec_fn: it would turn vfork into fork, and copy the page tables of a large host process for each VMM.
+
+    :raises MissingTool: there is no such program
+    """
+    with log.open("ab") as output:
+        try:
+            child = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=tuple(pass_fds),
+            )
+        except FileNotFoundError as error:
+            raise MissingTool(f"the program {argv[0]} is not installed", hint="run `coppice doctor` for the cure") from error
+    ticks = start_ticks(child.pid) or 0
+    _children[child.pid] = child  # so that its end can be collected: a zombie would keep the pid
+    executable = argv[0] if not ticks else str(Path(f"/proc/{child.pid}/exe").readlink())
+    return VmmProcess(pid=child.pid, start_ticks=ticks, executable=executable)
+
+
+def reap(pid: int) -> int | None:
+    """Collect the exit status if the process was started here and has ended; None otherwise."""
+    child = _children.get(pid)
+    if child is None:
+        return None
+    status = child.poll()
+    if status is not None:
+        del _children[pid]
+    return status
+
+
+async def wait_exit(process: VmmProcess) -> int | None:
+    """Wait for the end of a process, by event and not by polling. Returns its exit status where it was started here."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return reap(process.pid)
+    try:
+        if start_ticks(process.pid) == process.start_ticks:
+            loop = asyncio.get_running_loop()
+            ended = loop.create_future()
+            loop.add_reader(pidfd, lambda: ended.done() or ended.set_result(None))
+            try:
+                await ended
+            finally:
+                loop.remove_reader(pidfd)
+        return reap(process.pid)
+    finally:
+        os.close(pidfd)
+
+
+async def kill(process: VmmProcess, *, deadline_s: float = _EXIT_DEADLINE_S) -> None:
+    """End this very process with SIGKILL and wait until it is gone. Idempotent; a recycled pid is left alone.
+
+    :raises VmmTimeout: the kernel did not end it within `deadline_s` (a process stuck in the kernel)
+    """
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            if is_alive(process):  # checked after the pidfd is held, so the signal cannot reach another process
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        finally:
+            os.close(pidfd)
+    try:
+        await asyncio.wait_for(wait_exit(process), deadline_s)
+    except TimeoutError as error:
+        raise VmmTimeout(f"VMM process {process.pid} did not end after SIGKILL", hint="look for it in `ps` (state D)") from error
+
+
+def by_working_directory(below: Path, executables: Iterable[str]) -> dict[Path, list[VmmProcess]]:
+    """Processes that run one of `executables` (by file name) with a working directory directly below `below`."""
+    found: dict[Path, list[VmmProcess]] = {}
+    names = set(executables)
+    parent = str(below.resolve())
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            directory = Path(str((entry / "cwd").readlink()).removesuffix(" (deleted)"))
+            if str(directory.parent) != parent:
+                continue
+            executable = str((entry / "exe").readlink()).removesuffix(" (deleted)")
+        except OSError:
+            continue
+        ticks = start_ticks(int(entry.name))
+        if ticks is not None and Path(executable).name in names:
+            process = VmmProcess(pid=int(entry.name), start_ticks=ticks, executable=executable)
+            found.setdefault(directory, []).append(process)
+    return found

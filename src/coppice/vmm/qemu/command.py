@@ -1,0 +1,98 @@
+"""The QEMU command line: one machine, the same for a first boot and for a restore, with relative paths only.
+
+What a vmstate was saved from and what it is loaded into must agree in every device, so there is one function for both; only where
+guest RAM comes from, and whether there is a kernel to run, differs.
+"""
+
+from __future__ import annotations
+
+from coppice.model import MachineSpec, Publish
+from coppice.vmm import driver as files
+
+# microvm: no PCI, no option ROMs, no legacy timers. suppress-vmdesc: the device state is written without its JSON description,
+# which the loader would otherwise miss.
+MACHINE = "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on,suppress-vmdesc=on,memory-backend=ram"
+QMP_SOCKET = "qmp.sock"
+
+# quiet: each line on an emulated serial port costs milliseconds. panic=-1 with -no-reboot: a panic ends the VMM.
+_KERNEL_WORDS = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "random.trust_cpu=on", "audit=0", "mitigations=off")
+
+
+def kernel_command_line(accel: str, tsc_khz: int) -> str:
+    """Kernel command line for a first boot.
+
+    Under TCG the microvm machine has no timer that the TSC could be calibrated against, and the kernel hangs in that
+    calibration unless it is told the frequency; TCG hands the host's own counter through.
+    """
+    words = list(_KERNEL_WORDS)
+    if accel == "tcg":
+        words.append(f"tsc_early_khz={tsc_khz}")
+    return " ".join(words)
+
+
+def machine_arguments(
+    executable: str,
+    *,
+    accel: str,
+    cpu_model: str,
+    machine: MachineSpec,
+    mac: str,
+    publish: tuple[Publish, ...],
+    socket_fds: dict[str, int],
+) -> list[str]:
+    """The part of the command line that a vmstate depends on. `socket_fds` has a listening socket for each socket name."""
+    accelerator = "tcg,thread=multi" if accel == "tcg" else accel
+    arguments = [
+        executable, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-name", "coppice", "-M", f"{MACHINE}", "-accel", accelerator, "-cpu", cpu_model,
+        "-smp", str(machine.cpus), "-m", f"size={machine.memory_bytes // (1 << 20)}M",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-chardev", f"socket,id=qmp,fd={socket_fds[QMP_SOCKET]},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
+        # The device state carries no configuration section: it is saved alone, without RAM.
+        "-global", "migration.send-configuration=off",
+        "-chardev", f"file,id=console,path={files.CONSOLE_LOG},append=on", "-serial", "chardev:console",
+        "-device", "virtio-serial-device,max_ports=16",
+    ]  # fmt: skip
+    for port in range(files.PORTS):
+        name = files.PORT_SOCKET.format(port)
+        arguments += [
+            "-chardev", f"socket,id=port{port},fd={socket_fds[name]},server=on,wait=off",
+            "-device", f"virtserialport,chardev=port{port},name=coppice.{port},nr={port + 1}",
+        ]  # fmt: skip
+    forwards = "".join(
+        f",hostfwd={rule.protocol}:{rule.host_address}:{rule.host_port}-:{rule.guest_port}" for rule in publish
+    )
+    arguments += [
+        "-netdev", f"user,id=net0{forwards}", "-device", f"virtio-net-device,netdev=net0,mac={mac}",
+        *_disk("overlay", files.OVERLAY_DISK, read_only=False),
+        *_disk("root", files.ROOT_DISK, read_only=True),
+    ]  # fmt: skip
+    return arguments
+
+
+def _disk(name: str, path: str, *, read_only: bool) -> list[str]:
+    """A raw disk through the page cache. A read-only one takes no lock: all forks have a link to the same file."""
+    node = f"driver=raw,node-name={name},read-only={'on' if read_only else 'off'},discard=unmap"
+    node += f",file.driver=file,file.filename={path},file.locking=off"
+    return ["-blockdev", node, "-device", f"virtio-blk-device,drive={name},serial={name}"]
+
+
+def boot_arguments(machine: MachineSpec, command_line: str) -> list[str]:
+    """First boot: guest RAM *is* the file, so a capture has no RAM to write."""
+    return [
+        "-object", _memory(machine, files.LIVE_MEMORY, share=True),
+        "-kernel", files.KERNEL, "-initrd", files.INITRD, "-append", command_line,
+    ]  # fmt: skip
+
+
+def restore_arguments(machine: MachineSpec, vmstate_fd: int) -> list[str]:
+    """Restore: the mem-file is mapped MAP_PRIVATE; kernel and initrd are stubs, since nothing ever reads them."""
+    return [
+        "-object", _memory(machine, files.MEMORY, share=False),
+        "-kernel", files.KERNEL, "-initrd", files.INITRD, "-append", "",
+        "-incoming", f"fd:{vmstate_fd}",
+    ]  # fmt: skip
+
+
+def _memory(machine: MachineSpec, path: str, *, share: bool) -> str:
+    return f"memory-backend-file,id=ram,size={machine.memory_bytes},mem-path={path},share={'on' if share else 'off'}"
