@@ -1,7 +1,7 @@
 """Tar archives from outside: opened, decompressed when they are, indexed, and read again.
 
-The standard library parses the headers. What it takes on trust is checked here: that it reads forward, that no extended header is
-huge, that the archive really ends where it stops reading.
+The standard library parses the headers. What it takes on trust is checked here: that it reads forward, that no extended
+header is huge, that the archive really ends where it stops reading.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from coppice.images.workspace import CHUNK, Workspace
 
 BLOCK = tarfile.BLOCKSIZE
 _MAX_DIGITS = 4096
-# What the standard library lets out of its parser when a header lies: its own errors, and those of int(), struct and slicing.
+# What the standard library lets out of its parser when a header lies: its own errors, and those of int(), struct and
+# slicing.
 _PARSER_FAILURES = (tarfile.TarError, ValueError, OverflowError, IndexError, KeyError, EOFError, RecursionError)
 _CURE = "fetch or make the archive again"
 
@@ -93,7 +94,8 @@ class Archive:
     """An uncompressed tar archive, with its members in order."""
 
     def __init__(self, file: IO[bytes], workspace: Workspace, *, must_end: bool) -> None:
-        """Read all headers. `must_end`: without the end-of-archive block it counts as truncated (no digest vouches for it).
+        """Read all headers. `must_end`: without the end-of-archive block it counts as truncated (no digest vouches for
+        it).
 
         Raises ImageError for whatever is not a well-formed archive, or has too many members.
         """
@@ -166,7 +168,8 @@ class TarContent:
 
 
 def open_archive(path: Path, workspace: Workspace) -> Archive:
-    """The tar archive at `path`: plain, or compressed by gzip, zstd, xz or bzip2. Raises ImageError for anything else."""
+    """The tar archive at `path`: plain, or compressed by gzip, zstd, xz or bzip2. Raises ImageError for anything
+    else."""
     file = workspace.closing.enter_context(open_regular(path))
     size = os.fstat(file.fileno()).st_size
     if not size:

@@ -1,7 +1,8 @@
 """Decompression of hostile streams: bounded memory, every trailer checked, truncation told apart from the end.
 
-The four formats go through the same incremental interface. Input is fed a kilobyte at a time: no format makes more than some 32 MiB
-of that (a zstd RLE block is the worst: 4 bytes for 128 KiB), so a bomb is met by the caller's limit, not by the memory.
+The four formats go through the same incremental interface. Input is fed a kilobyte at a time: no format makes more than
+some 32 MiB of that (a zstd RLE block is the worst: 4 bytes for 128 KiB), so a bomb is met by the caller's limit, not by
+the memory.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Writing an EROFS image: read-only, uncompressed, made in one sequential pass.
 
-Why not mkfs.erofs: it wants a directory, so a root file system would first be unpacked on the host, which needs root for owners and
-devices; and its output differs between versions. The format without compression is small, and is fixed by the kernel
-(fs/erofs/erofs_fs.h). The same tree gives the same bytes, everywhere.
+Why not mkfs.erofs: it wants a directory, so a root file system would first be unpacked on the host, which needs root
+for owners and devices; and its output differs between versions. The format without compression is small, and is fixed
+by the kernel (fs/erofs/erofs_fs.h). The same tree gives the same bytes, everywhere.
 
-Uncompressed, because guests may run under emulation: decompression would cost more than the reading does. The page cache of the host
-holds the file once for all guests.
+Uncompressed, because guests may run under emulation: decompression would cost more than the reading does. The page
+cache of the host holds the file once for all guests.
 
-Layout, in blocks of 4 KiB: superblock at 1024; inodes, each followed by its extended attributes and, where it fits, the tail of its
-data; then all whole blocks of data. Every directory block is a small table of its own, names in byte order.
+Layout, in blocks of 4 KiB: superblock at 1024; inodes, each followed by its extended attributes and, where it fits, the
+tail of its data; then all whole blocks of data. Every directory block is a small table of its own, names in byte order.
 """
 
 from __future__ import annotations
@@ -150,12 +150,16 @@ class _Image:
 
 
 def write_erofs(
-    tree: FileTree, file: IO[bytes], *, max_bytes: int, progress: Callable[[int, int], None] = lambda _done, _total: None
+    tree: FileTree,
+    file: IO[bytes],
+    *,
+    max_bytes: int,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> str:
     """Write the tree as an EROFS image, and return the SHA-256 of it in hex.
 
-    `progress` is called with bytes written and bytes in all, after about every MiB. Raises ImageError where the image would
-    be larger than `max_bytes`, or where an archive that holds a file is cut; OSError as the file does.
+    `progress` is called with bytes written and bytes in all, after about every MiB. Raises ImageError where the image
+    would be larger than `max_bytes`, or where an archive that holds a file is cut; OSError as the file does.
     """
     image = _Image(tree, max_bytes)
     total = image.blocks * BLOCK

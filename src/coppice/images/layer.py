@@ -1,7 +1,7 @@
 """Applying tar archives to a tree: a root file system as it is, an OCI layer with its whiteouts.
 
-The rules are those of the OCI image specification, layer.md. A whiteout hides only what lower layers have, wherever it stands in its own
-layer; so all whiteouts of a layer are applied before anything else of it.
+The rules are those of the OCI image specification, layer.md. A whiteout hides only what lower layers have, wherever it
+stands in its own layer; so all whiteouts of a layer are applied before anything else of it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def node_of(member: tarfile.TarInfo, archive: Archive) -> Node:
     name = member.name[:200]
     kind = stat.S_IFREG if member.isreg() else _KINDS.get(member.type)
     if kind is None:
-        raise ImageError(f"{name!r} is of the unknown member type {member.type!r}", hint="make the archive with GNU tar")
+        raise ImageError(
+            f"{name!r} is of the unknown member type {member.type!r}", hint="make the archive with GNU tar"
+        )
     if not (0 <= member.uid <= MAX_ID and 0 <= member.gid <= MAX_ID):
         raise ImageError(f"{name!r} has an owner that is no 32-bit number", hint="make the archive anew")
     node = Node(kind | member.mode & 0o7777, member.uid, member.gid, _mtime_ns(member.mtime), _xattrs(member))
@@ -142,5 +144,7 @@ def _xattrs(member: tarfile.TarInfo) -> dict[bytes, bytes]:
     }
     for name, value in found.items():
         if len(name) > 255 or len(value) > 0xFFFF or b"\0" in name:
-            raise ImageError(f"{member.name[:200]!r} has an extended attribute that Linux does not", hint="do not trust it")
+            raise ImageError(
+                f"{member.name[:200]!r} has an extended attribute that Linux does not", hint="do not trust it"
+            )
     return found

@@ -1,59 +1,50 @@
 """OCI image layouts and `docker save` archives: from an index to the layers and the config of one image, all verified.
 
-Nothing is taken from a name: a blob is what its digest says, a layer is what its diff_id says. Written after the OCI image specification
+Written after the OCI image specification
 1.1 (image-layout.md, image-index.md, manifest.md, config.md) and Docker's image specification v1.2.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import platform
 import posixpath
 import re
-import tarfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import msgspec
 
 from coppice.errors import DigestMismatch, ImageError
-from coppice.images.archive import Archive, open_regular
-from coppice.images.compression import MAGIC_BYTES, Decompressor
+from coppice.images.archive import Archive
+from coppice.images.blobs import (
+    ArchiveBundle,
+    Bundle,
+    Descriptor,
+    Platform,
+    blob_name,
+    read_blob,
+    read_document,
+    unpack_layer,
+)
 from coppice.images.layer import apply_archive
 from coppice.images.tree import FileTree
-from coppice.images.workspace import CHUNK, Workspace
+from coppice.images.workspace import Workspace
 from coppice.model import ImageConfig
 
 _CURE = "fetch or make the archive again"
-_DIGEST = re.compile(r"(sha256):([0-9a-f]{64})|(sha512):([0-9a-f]{128})")
 _MAX_INDEX_DEPTH = 4
 _REFERENCE = "org.opencontainers.image.ref.name"
 _IMAGE_NAMES = (_REFERENCE, "io.containerd.image.name")
 _INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
-_MANIFEST_TYPES = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+_MANIFEST_TYPES = (
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "",
+)
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "riscv64": "riscv64", "ppc64le": "ppc64le", "s390x": "s390x"}
 
 T = TypeVar("T")
-
-
-class Platform(msgspec.Struct, frozen=True):
-    """The machine a manifest is for."""
-
-    architecture: str = ""
-    os: str = ""
-
-
-class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
-    """A reference to a blob."""
-
-    digest: str
-    size: int
-    media_type: str = ""
-    platform: Platform | None = None
-    annotations: dict[str, str] | None = None
 
 
 class Index(msgspec.Struct, frozen=True):
@@ -103,94 +94,36 @@ class SavedImage(msgspec.Struct, frozen=True, rename="pascal"):
     repo_tags: tuple[str, ...] | None = None
 
 
-class Bundle(Protocol):
-    """Files by relative name: a layout directory, or an archive of one."""
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-
-    def open(self, name: str) -> IO[bytes]:
-        """The file, for reading in pieces. Raises ImageError where there is none."""
-
-
-class DirectoryBundle:
-    """An OCI layout on disk. Names come from validated digests only, so none leads out of it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return (self._path / name).is_file()
-
-    def open(self, name: str) -> IO[bytes]:
-        """The file. Raises ImageError where there is none, or where it is a device or a fifo."""
-        return open_regular(self._path / name)
-
-
-class ArchiveBundle:
-    """The same inside of a tar archive; links between its members are followed, never out of it."""
-
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
-        self._members = {posixpath.normpath(member.name): member for member in archive.members}
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self._resolve(name) is not None
-
-    def open(self, name: str) -> IO[bytes]:
-        """The member. Raises ImageError where there is none."""
-        member = self._resolve(name)
-        if member is None:
-            raise ImageError(f"the archive names {name[:200]!r} but does not have it", hint=_CURE)
-        return self._archive.open(member)
-
-    def _resolve(self, name: str) -> tarfile.TarInfo | None:
-        name = posixpath.normpath(name)
-        for _ in range(2):  # `docker save` links equal layers of its legacy form to the first of them
-            member = self._members.get(name)
-            if member is None or member.isreg():
-                return member
-            if member.issym():
-                name = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
-            elif member.islnk():
-                name = posixpath.normpath(member.linkname)
-            else:
-                return None
-        member = self._members.get(name)
-        return member if member is not None and member.isreg() else None
-
-
 def unpack_layout(bundle: Bundle, tree: FileTree, workspace: Workspace, reference: str | None) -> ImageConfig:
     """Apply the layers of an OCI layout's image for this machine to `tree`, and return its config.
 
-    `reference` chooses among several images by the layout's own names for them. Raises ImageError where the layout is not
-    well formed, has no such image, or none for this architecture; DigestMismatch where a blob is not what it is called.
+    `reference` chooses among several images by the layout's own names for them. Raises ImageError where the layout is
+    not well formed, has no such image, or none for this architecture; DigestMismatch where a blob is not what it is
+    called.
     """
-    index = _decode(_read_document(bundle, "index.json", workspace), Index, "index.json")
+    index = _decode(read_document(bundle, "index.json", workspace), Index, "index.json")
     descriptor = _choose(bundle, _named(index.manifests, reference), workspace)
-    manifest = _decode(_read_blob(bundle, descriptor, workspace), Manifest, "the manifest")
-    config = _decode(_read_blob(bundle, manifest.config, workspace), Config, "the image config")
+    manifest = _decode(read_blob(bundle, descriptor, workspace), Manifest, "the manifest")
+    config = _decode(read_blob(bundle, manifest.config, workspace), Config, "the image config")
     _check_platform(config)
     for layer in manifest.layers:
         if layer.media_type and ".tar" not in layer.media_type:
             raise ImageError(f"a layer is {layer.media_type!r}, not a tar archive", hint="is this a container image?")
-    names = [(_blob_name(layer), layer) for layer in manifest.layers]
+    names = [(blob_name(layer), layer) for layer in manifest.layers]
     _apply_layers(bundle, names, config, tree, workspace)
     return image_config(config.config)
 
 
-def unpack_docker_archive(bundle: Bundle, tree: FileTree, workspace: Workspace, tag: str | None) -> ImageConfig:
+def unpack_docker_archive(bundle: ArchiveBundle, tree: FileTree, workspace: Workspace, tag: str | None) -> ImageConfig:
     """Apply the layers of an image in a `docker save` archive, of any version, to `tree`, and return its config.
 
     `tag` chooses among several images. Raises as `unpack_layout` does.
     """
     if not bundle.has("manifest.json"):
         raise ImageError("the archive has no manifest.json", hint="make it with docker save, Docker 1.10 or later")
-    images = _decode(_read_document(bundle, "manifest.json", workspace), tuple[SavedImage, ...], "manifest.json")
+    images = _decode(read_document(bundle, "manifest.json", workspace), tuple[SavedImage, ...], "manifest.json")
     saved = _choose_saved(images, tag)
-    raw_config = _read_document(bundle, saved.config, workspace)
+    raw_config = read_document(bundle, saved.config, workspace)
     named = re.fullmatch(r"(?:.*/)?([0-9a-f]{64})(?:\.json)?", saved.config)
     if named and hashlib.sha256(raw_config).hexdigest() != named[1]:
         raise DigestMismatch("the image config does not hash to the digest that names it", hint=_CURE)
@@ -206,9 +139,8 @@ def image_config(process: ProcessConfig | None) -> ImageConfig:
     env: dict[str, str] = {}
     for line in process.env or ():
         key, equals, value = line.partition("=")
-        if not key or not equals:
-            raise ImageError(f"the image sets an environment variable {line[:80]!r} without a value", hint=_CURE)
-        env[key] = value
+        if key and equals:  # without a value it means "as in the builder's environment", which is not here
+            env[key] = value
     strings = (*(process.entrypoint or ()), *(process.cmd or ()), *env, *env.values(), process.user or "")
     if any("\0" in text for text in (*strings, process.working_dir or "")):
         raise ImageError("the image config has a zero byte in a string", hint="do not trust this image")
@@ -251,15 +183,13 @@ def _choose(bundle: Bundle, descriptors: list[Descriptor], workspace: Workspace)
     )
 
 
-def _manifests(
-    bundle: Bundle, descriptors: list[Descriptor], workspace: Workspace, depth: int
-) -> Iterator[Descriptor]:
+def _manifests(bundle: Bundle, descriptors: list[Descriptor], workspace: Workspace, depth: int) -> Iterator[Descriptor]:
     if depth > _MAX_INDEX_DEPTH:
         raise ImageError("the layout nests its indexes too deep", hint="do not trust this layout")
     for descriptor in descriptors:
         workspace.spend_member(0)
         if descriptor.media_type in _INDEX_TYPES:
-            nested = _decode(_read_blob(bundle, descriptor, workspace), Index, "a nested index")
+            nested = _decode(read_blob(bundle, descriptor, workspace), Index, "a nested index")
             yield from _manifests(bundle, list(nested.manifests), workspace, depth + 1)
         elif descriptor.media_type in _MANIFEST_TYPES and _is_for_host(descriptor.platform):
             yield descriptor
@@ -279,7 +209,7 @@ def _choose_saved(images: tuple[SavedImage, ...], tag: str | None) -> SavedImage
 
 def _apply_layers(
     bundle: Bundle,
-    layers: list[tuple[str, Descriptor | None]],
+    layers: Sequence[tuple[str, Descriptor | None]],
     config: Config,
     tree: FileTree,
     workspace: Workspace,
@@ -293,100 +223,8 @@ def _apply_layers(
         )
     for (name, descriptor), diff_id in zip(layers, diff_ids, strict=True):
         with bundle.open(name) as blob:
-            plain = _unpack_layer(blob, descriptor, diff_id, workspace)
+            plain = unpack_layer(blob, descriptor, diff_id, workspace)
         apply_archive(tree, Archive(plain, workspace, must_end=False), workspace, whiteouts=True)
-
-
-def _unpack_layer(blob: IO[bytes], descriptor: Descriptor | None, diff_id: str, workspace: Workspace) -> IO[bytes]:
-    """The verified plain bytes of one layer, in a file of the workspace."""
-    blob_check = _Verifier(descriptor.digest, descriptor.size) if descriptor else None
-    plain_check = _Verifier(diff_id, None)
-    plain_file = workspace.new_file()
-    data = blob.read(MAGIC_BYTES)
-    decompressor = Decompressor(data)
-    done = 0
-    try:
-        while data:
-            if blob_check:
-                blob_check.update(data)
-            for plain in decompressor.feed(data):
-                workspace.spend(len(plain))
-                plain_check.update(plain)
-                plain_file.write(plain)
-            done += len(data)
-            workspace.report("unpack", done, descriptor.size if descriptor else None)
-            data = blob.read(CHUNK)
-        decompressor.finish()
-    except ImageError:
-        # A damaged blob usually fails to decompress before all of it was hashed. Its digest is the better answer.
-        if blob_check:
-            blob_check.update_from(blob)
-            blob_check.finish()
-        raise
-    if blob_check:
-        blob_check.finish()
-    plain_check.finish()
-    plain_file.seek(0)
-    return plain_file
-
-
-class _Verifier:
-    """Hashes and counts bytes as they pass, and compares at the end."""
-
-    def __init__(self, digest: str, size: int | None) -> None:
-        match = _DIGEST.fullmatch(digest)
-        if match is None:
-            raise ImageError(f"{digest[:100]!r} is not a digest", hint="only sha256 and sha512 are known")
-        self._digest = digest
-        self._algorithm = match[1] or match[3]
-        self._hash = hashlib.new(self._algorithm)
-        self._left = size
-
-    def update(self, data: bytes) -> None:
-        """Raises DigestMismatch as soon as there are more bytes than were announced."""
-        self._hash.update(data)
-        if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0:
-                raise DigestMismatch(f"blob {self._digest} is longer than its descriptor says", hint=_CURE)
-
-    def update_from(self, file: IO[bytes]) -> None:
-        """All that is left in `file`."""
-        while data := file.read(CHUNK):
-            self.update(data)
-
-    def finish(self) -> None:
-        """Raises DigestMismatch where the bytes are not the ones that the digest names."""
-        if self._left:
-            raise DigestMismatch(f"blob {self._digest} is {self._left} bytes short", hint=_CURE)
-        if f"{self._algorithm}:{self._hash.hexdigest()}" != self._digest:
-            raise DigestMismatch(f"the bytes of {self._digest} do not hash to it", hint=_CURE)
-
-
-def _read_blob(bundle: Bundle, descriptor: Descriptor, workspace: Workspace) -> bytes:
-    """A verified JSON blob."""
-    verifier = _Verifier(descriptor.digest, descriptor.size)
-    data = _read_document(bundle, _blob_name(descriptor), workspace)
-    verifier.update(data)
-    verifier.finish()
-    return data
-
-
-def _read_document(bundle: Bundle, name: str, workspace: Workspace) -> bytes:
-    limit = workspace.limits.max_document_bytes
-    data = io.BytesIO()
-    with bundle.open(name) as file:
-        while chunk := file.read(CHUNK):
-            data.write(chunk)
-            if data.tell() > limit:
-                raise ImageError(f"{name[:200]!r} is larger than {limit} bytes", hint="do not trust this archive")
-    return data.getvalue()
-
-
-def _blob_name(descriptor: Descriptor) -> str:
-    if not _DIGEST.fullmatch(descriptor.digest) or descriptor.size < 0:
-        raise ImageError(f"{descriptor.digest[:100]!r} is not a digest", hint="only sha256 and sha512 are known")
-    return f"blobs/{descriptor.digest.replace(':', '/')}"
 
 
 def _decode(data: bytes, kind: type[T], what: str) -> T:

@@ -11,7 +11,7 @@ MIN_PREFIX = 6
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._/-]*[a-z0-9])?(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_PREFIX = re.compile(r"[0-9a-f]{%d,64}" % MIN_PREFIX)
+_PREFIX = re.compile(rf"[0-9a-f]{{{MIN_PREFIX},64}}")
 
 
 def check_name(name: str) -> str:

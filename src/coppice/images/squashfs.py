@@ -54,8 +54,8 @@ def write_squashfs(
 ) -> str:
     """Write the tree as a zstd-compressed squashfs at `path`, which must not exist; return the SHA-256 of it in hex.
 
-    `progress` is called with bytes of data written and bytes in all. Raises MissingTool, ImageError where the data is more
-    than `max_bytes` or sqfstar fails.
+    `progress` is called with bytes of data written and bytes in all. Raises MissingTool, ImageError where the data is
+    more than `max_bytes` or sqfstar fails.
     """
     tool = shutil.which("sqfstar")
     if tool is None:

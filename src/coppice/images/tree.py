@@ -1,8 +1,8 @@
 """A root file system held as a tree in memory: what layers are applied to, and what the image writers read.
 
-Layers never touch the host's file system. So no member path, hard link or symlink can lead outside of the root, whatever it
-says; owners, devices and xattrs need no privilege; and the order in which an archive lists its members does not show in
-the image. The bytes of files stay in their archives until they are written.
+Layers never touch the host's file system. So no member path, hard link or symlink can lead outside of the root,
+whatever it says; owners, devices and xattrs need no privilege; and the order in which an archive lists its members does
+not show in the image. The bytes of files stay in their archives until they are written.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class FileTree:
             self.put(path, Node(stat.S_IFDIR | mode))
 
     def walk(self) -> Iterator[tuple[Node, bytes, Node]]:
-        """Every name in the tree as (directory, name, node): parents first, siblings in byte order. Not the root itself.
+        """Every name in the tree as (directory, name, node): parents first, siblings in byte order. Not the root
+        itself.
 
         A linked node comes once for each of its names.
         """

@@ -1,7 +1,7 @@
 """The private directory of one build: made, locked, and removed again however the build ends.
 
-It is called `.staging-<random>` and lies beside the images, so that the finished image is one rename away. The process that
-builds holds an flock on it. What nobody holds is the leftover of a dead process.
+It is called `.staging-<random>` and lies beside the images, so that the finished image is one rename away. The process
+that builds holds an flock on it. What nobody holds is the leftover of a dead process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK = 128 * 1024
 LOCK_DEADLINE_S = 30.0
 
 
-class Limits(Record):
+class Limits(Record, frozen=True, kw_only=True):
     """How much an archive may unfold to. What goes beyond is an ImageError, not a full disk."""
 
     max_members: int = 1_000_000  # of all layers
@@ -37,7 +37,7 @@ class Limits(Record):
     max_document_bytes: int = 4 * MIB  # of one manifest, index or config
 
 
-class BuildCancelled(CoppiceError):
+class BuildCancelledError(CoppiceError):
     """Ends the thread of a build whose caller has gone; never reaches a user."""
 
 
@@ -63,14 +63,14 @@ class Workspace:
     def report(
         self, stage: str, done: int, total: int | None = None, unit: Literal["bytes", "items", "ms"] = "bytes"
     ) -> None:
-        """Tell the caller how far the build is; raises BuildCancelled if the caller has gone."""
+        """Tell the caller how far the build is; raises BuildCancelledError if the caller has gone."""
         self.check()
         self._progress(Progress(stage=stage, done=done, total=total, unit=unit))
 
     def check(self) -> None:
-        """Raises BuildCancelled if the caller has gone."""
+        """Raises BuildCancelledError if the caller has gone."""
         if self._cancelled.is_set():
-            raise BuildCancelled("the build was cancelled")
+            raise BuildCancelledError("the build was cancelled")
 
     def spend(self, unpacked_bytes: int) -> None:
         """Count bytes that came out of a decompressor. Raises ImageError beyond the limit."""
@@ -82,7 +82,8 @@ class Workspace:
             )
 
     def spend_member(self, header_bytes: int) -> None:
-        """Count one member of an archive. Raises ImageError beyond the limits, BuildCancelled if the caller has gone."""
+        """Count one member of an archive. Raises ImageError beyond the limits, BuildCancelledError if the caller has
+        gone."""
         self._members += 1
         self._header_bytes += header_bytes
         if self._members % 1024 == 0:
