@@ -43,7 +43,7 @@ class Sharing(StrEnum):
     COPY = "copy"  # the file system or the driver could not link
 
 
-class Progress(Record):
+class Progress(Record, frozen=True, kw_only=True):
     """One step of a long operation. `total` is None where the end is not known; both count in `unit`."""
 
     stage: str
@@ -60,7 +60,7 @@ def no_progress(_: Progress) -> None:
     """The sink for callers that do not want to know."""
 
 
-class ImageConfig(Record):
+class ImageConfig(Record, frozen=True, kw_only=True):
     """What an image says of the process it is made for (the OCI image config, reduced)."""
 
     entrypoint: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class ImageConfig(Record):
     labels: dict[str, str] = {}
 
 
-class Image(Record):
+class Image(Record, frozen=True, kw_only=True):
     """A read-only root file system, stored once by the digest of its file."""
 
     digest: str  # "sha256:<64 hex>" of the root file system file
@@ -85,7 +85,7 @@ class Image(Record):
     tags: dict[str, str] = {}
 
 
-class Publish(Record):
+class Publish(Record, frozen=True, kw_only=True):
     """One forwarded port of the user-mode network: host side to guest side."""
 
     host_port: int
@@ -94,7 +94,7 @@ class Publish(Record):
     host_address: str = "127.0.0.1"
 
 
-class MachineSpec(Record):
+class MachineSpec(Record, frozen=True, kw_only=True):
     """The virtual hardware. A fork's is its source's: a vmstate loads only into the machine it came from."""
 
     cpus: int = 1
@@ -103,7 +103,7 @@ class MachineSpec(Record):
     kernel: str = ""  # key of the kernel in the data directory
 
 
-class ProcessSpec(Record):
+class ProcessSpec(Record, frozen=True, kw_only=True):
     """The image's process as this instance runs it."""
 
     argv: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ class ProcessSpec(Record):
     user: str = ""
 
 
-class MemFile(Record):
+class MemFile(Record, frozen=True, kw_only=True):
     """A captured mem-file as it was when it was frozen or linked, to be compared before each restore."""
 
     inode: int
@@ -123,7 +123,7 @@ class MemFile(Record):
     sha256: str | None = None
 
 
-class VmmProcess(Record):
+class VmmProcess(Record, frozen=True, kw_only=True):
     """A VMM process, named so that a recycled pid is not taken for it."""
 
     pid: int
@@ -131,7 +131,7 @@ class VmmProcess(Record):
     executable: str
 
 
-class Manifest(Record):
+class Manifest(Record, frozen=True, kw_only=True):
     """What a vmstate can be restored on: restored anywhere else it crashes or hangs."""
 
     driver: str
@@ -143,9 +143,10 @@ class Manifest(Record):
     kernel: str
     memory_bytes: int
     cpus: int
+    tsc_khz: int = 0  # the guest's clock runs by it; 0 where the VMM scales it
 
 
-class Instance(Record):
+class Instance(Record, frozen=True, kw_only=True):
     """One VM."""
 
     id: str
@@ -174,7 +175,7 @@ class Instance(Record):
     public: bool = False
 
 
-class MemoryReport(Record):
+class MemoryReport(Record, frozen=True, kw_only=True):
     """Guest RAM of one instance, in bytes, as the kernel accounts it."""
 
     mapped_bytes: int  # size of the guest RAM
@@ -186,7 +187,7 @@ class MemoryReport(Record):
     sharing: Sharing | None
 
 
-class StageTimings(Record):
+class StageTimings(Record, frozen=True, kw_only=True):
     """Milliseconds spent in each stage of one operation, in order."""
 
     stages: dict[str, float] = {}
@@ -197,7 +198,7 @@ class StageTimings(Record):
         return sum(self.stages.values())
 
 
-class CaptureReport(Record):
+class CaptureReport(Record, frozen=True, kw_only=True):
     """What one capture cost."""
 
     pause_ms: float  # the guest did not run for so long
@@ -207,7 +208,7 @@ class CaptureReport(Record):
     stages: dict[str, float] = {}
 
 
-class ForkResult(Record):
+class ForkResult(Record, frozen=True, kw_only=True):
     """One child of a fan-out: an instance, or the error that kept it from becoming one."""
 
     name: str
@@ -223,7 +224,7 @@ class ForkResult(Record):
     total_ms: float = 0.0
 
 
-class ForkReport(Record):
+class ForkReport(Record, frozen=True, kw_only=True):
     """One fan-out."""
 
     source: str
@@ -240,7 +241,7 @@ class ForkReport(Record):
         return tuple(result.instance for result in self.results if result.instance is not None)
 
 
-class ExecResult(Record):
+class ExecResult(Record, frozen=True, kw_only=True):
     """A finished command. `exit_code` is 128+n where signal n ended it, as a shell has it."""
 
     exit_code: int
@@ -249,7 +250,7 @@ class ExecResult(Record):
     duration_ms: float = 0.0
 
 
-class FileStat(Record):
+class FileStat(Record, frozen=True, kw_only=True):
     """What the guest says of one path. `kind` is the type letter as `find -type` spells it."""
 
     path: str
@@ -262,7 +263,7 @@ class FileStat(Record):
     link_target: str | None = None
 
 
-class TreeNode(Record):
+class TreeNode(Record, frozen=True, kw_only=True):
     """One instance in the lineage, with its memory and its children."""
 
     instance: Instance
@@ -271,7 +272,7 @@ class TreeNode(Record):
     children: tuple[TreeNode, ...] = ()
 
 
-class Check(Record):
+class Check(Record, frozen=True, kw_only=True):
     """One line of `coppice doctor`."""
 
     name: str
@@ -280,7 +281,7 @@ class Check(Record):
     cure: str = ""
 
 
-class GcReport(Record):
+class GcReport(Record, frozen=True, kw_only=True):
     """What nothing owned."""
 
     removed: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from coppice.names import check_count, check_name, check_tags, new_id, new_name
 OPERATION = "fork"  # journal: a child that is not whole yet
 
 
-class ForkRequest(Record):
+class ForkRequest(Record, frozen=True, kw_only=True):
     """What the caller asked for. `names` is empty (generate), one (with a number behind it where count > 1), or one per child."""
 
     count: int = 1

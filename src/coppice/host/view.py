@@ -15,7 +15,7 @@ from coppice.names import is_id
 from coppice.store import locks
 
 
-class Inspection(Record):
+class Inspection(Record, frozen=True, kw_only=True):
     """All that is known of one instance."""
 
     instance: Instance
@@ -38,7 +38,7 @@ class View(HostBase):
 
     async def ls(self, *, state: State | None = None, tags: Mapping[str, str] | None = None) -> list[Instance]:
         """All instances, oldest first, or those in `state` that have all of `tags`."""
-        recorded = await asyncio.to_thread(self.rooms.store.list)
+        recorded = await asyncio.to_thread(self.rooms.store.instances)
         found: list[Instance] = []
         for instance in recorded:
             current = await recovery.look(self.rooms, instance)
@@ -128,7 +128,7 @@ class View(HostBase):
         # Directories first, records second: an instance that is made meanwhile has its record before its directory.
         layout = self.rooms.layout
         present = sorted([*layout.instances.iterdir(), *(lock.with_suffix("") for lock in layout.locks.iterdir())])
-        owned = {instance.id for instance in self.rooms.store.list()}
+        owned = {instance.id for instance in self.rooms.store.instances()}
         stale = self.rooms.images.stale_staging()
         return [path for path in present if path.name not in owned] + stale
 

@@ -40,8 +40,9 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
     if instance.vmm is None:
         raise AssertionError("a running instance has a VMM")
     stages = Stages()
-    private = instance.mem_file is not None
-    capture = PrivateCapture(directory / files.MEMORY, directory / NEW_MEMORY) if private else None
+    capture = None
+    if instance.mem_file is not None:  # it runs on a private mapping of that file
+        capture = PrivateCapture(directory / files.MEMORY, instance.mem_file, directory / NEW_MEMORY)
     written = dirty = 0
     try:
         if capture is not None:
@@ -55,7 +56,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
             with stages.stage("collect"):
                 await asyncio.to_thread(capture.collect, instance.vmm.pid)
             with stages.stage("finish"):
-                stats = await asyncio.to_thread(capture.finish)
+                _, stats = await asyncio.to_thread(capture.finish)
             written, dirty = stats.written_bytes, stats.dirty_bytes
         with stages.stage("commit"):
             await asyncio.to_thread(rooms.store.begin, instance, COMMITTED)

@@ -74,7 +74,7 @@ def place_fork(source: Path, directory: Path, instance: Instance, *, with_memory
             mem_file, written = memfile.link(source / files.MEMORY, directory / files.MEMORY, instance.mem_file)
         else:
             reason = "the driver does not map mem-files privately"
-            mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, instance.mem_file, reason)
+            mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
         written += link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
     written += clone_file(source / files.OVERLAY_DISK, directory / files.OVERLAY_DISK).bytes_written
     return Placed(mem_file, written)

@@ -21,7 +21,7 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Instance).decode
 
 
-class JournalEntry(Record):
+class JournalEntry(Record, frozen=True, kw_only=True):
     """An operation under way, or one that was interrupted."""
 
     instance: str
@@ -62,7 +62,7 @@ class Store:
             raise NotFound(f"there is no instance {reference!r}", hint="`coppice ls` shows those there are")
         return _decode(row[0])
 
-    def list(self) -> list[Instance]:
+    def instances(self) -> list[Instance]:
         """All instances, oldest first."""
         with self._db.read() as connection:
             rows = connection.execute("SELECT record FROM instances ORDER BY created_at, id").fetchall()

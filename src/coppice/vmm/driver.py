@@ -32,7 +32,7 @@ PORT_SOCKET: Final = "port{}.sock"
 PORTS: Final = 8  # agent ports: one for control, the others for sessions
 
 
-class Capabilities(Record):
+class Capabilities(Record, frozen=True, kw_only=True):
     """What a driver can do; callers branch on these and never on a driver's name."""
 
     maps_mem_file_privately: bool  # restore maps MEMORY with MAP_PRIVATE, so a hard link may be shared
@@ -42,7 +42,7 @@ class Capabilities(Record):
     relative_paths: bool  # nothing in VMSTATE names a directory
 
 
-class Launch(Record):
+class Launch(Record, frozen=True, kw_only=True):
     """What a VMM needs to run one instance once. Paths inside of `directory` are the constants above."""
 
     directory: Path

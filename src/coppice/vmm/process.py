@@ -92,8 +92,8 @@ async def wait_exit(process: VmmProcess) -> int | None:
     try:
         if start_ticks(process.pid) == process.start_ticks:
             loop = asyncio.get_running_loop()
-            ended = loop.create_future()
-            loop.add_reader(pidfd, lambda: ended.done() or ended.set_result(None))
+            ended: asyncio.Future[None] = loop.create_future()
+            loop.add_reader(pidfd, _settle, ended)
             try:
                 await ended
             finally:
@@ -101,6 +101,11 @@ async def wait_exit(process: VmmProcess) -> int | None:
         return reap(process.pid)
     finally:
         os.close(pidfd)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 async def kill(process: VmmProcess, *, deadline_s: float = _EXIT_DEADLINE_S) -> None:

@@ -61,10 +61,12 @@ class QemuDriver(VmmDriver):
             kernel=machine.kernel,
             memory_bytes=machine.memory_bytes,
             cpus=machine.cpus,
+            tsc_khz=await asyncio.to_thread(host.tsc_khz, host.QUICK_S) if accel == "tcg" else 0,
         )
 
     async def boot(self, launch: Launch) -> VmmProcess:
-        line = command.kernel_command_line(launch.manifest.accel, round(host.read_cpu().mhz * 1000))
+        tsc_khz = await asyncio.to_thread(host.tsc_khz, host.EXACT_S)
+        line = command.kernel_command_line(launch.manifest.accel, tsc_khz)
         process = await asyncio.to_thread(self._start, launch, command.boot_arguments(launch.machine, line))
         return await self._settle(launch.directory, process)
 

@@ -1,0 +1,112 @@
+"""Commands and files in a real guest: binary-safe, any size, with exact exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from coppice.errors import GuestRefused, GuestTimeout
+from coppice.host import AsyncHost
+from coppice.model import Instance
+
+
+async def test_exit_codes_and_streams(host: AsyncHost, vm: Instance) -> None:
+    """stdout and stderr apart; the exit code as a shell has it: the command's own, or 128+n for signal n."""
+    result = await host.exec(vm, ["sh", "-c", "echo out; echo err >&2; exit 7"])
+    assert (result.exit_code, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
+    assert (await host.exec(vm, ["sh", "-c", "kill -TERM $$"])).exit_code == 143
+    with pytest.raises(GuestRefused, match="no-such-program"):
+        await host.exec(vm, ["no-such-program"])
+    with pytest.raises(GuestTimeout):
+        await host.exec(vm, ["sleep", "60"], timeout_s=1)
+
+
+async def test_environment_user_and_directory(host: AsyncHost, vm: Instance) -> None:
+    """env, cwd and user are those that were asked for."""
+    result = await host.exec(vm, ["sh", "-c", "echo $WORD; pwd; id -un"], env={"WORD": "two words"}, workdir="/usr", user="nobody")
+    assert result.stdout.decode().splitlines() == ["two words", "/usr", "nobody"]
+
+
+async def test_stdin_is_binary_safe(host: AsyncHost, vm: Instance) -> None:
+    """Four MiB of random bytes go in by stdin and come out of stdout unchanged."""
+    data = os.urandom(4 << 20)
+    result = await host.exec(vm, ["cat"], stdin=data, timeout_s=60)
+    assert hashlib.sha256(result.stdout).digest() == hashlib.sha256(data).digest()
+
+
+async def test_sessions_at_once(host: AsyncHost, vm: Instance) -> None:
+    """Seven sessions run side by side, and each gets its own output."""
+    results = await asyncio.gather(*(host.exec(vm, ["sh", "-c", f"sleep 0.2; echo {n}"]) for n in range(7)))
+    assert [result.stdout.decode().strip() for result in results] == [str(n) for n in range(7)]
+
+
+async def test_copy_both_ways(host: AsyncHost, vm: Instance, tmp_path: Path) -> None:
+    """A directory tree survives the way into the guest and back: contents, modes and links."""
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "data").write_bytes(os.urandom(300_000))
+    (tree / "sub" / "run.sh").write_text("#!/bin/sh\necho ran\n")
+    (tree / "sub" / "run.sh").chmod(0o755)
+    (tree / "link").symlink_to("data")
+    await host.cp_in(vm, tree, "/root/tree")
+    assert (await host.exec(vm, ["/root/tree/sub/run.sh"])).stdout == b"ran\n"
+    await host.cp_out(vm, "/root/tree", tmp_path / "back")
+    assert (tmp_path / "back" / "data").read_bytes() == (tree / "data").read_bytes()
+    assert (tmp_path / "back" / "sub" / "run.sh").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "back" / "link").readlink() == Path("data")
+    seen = await host.stat(vm, "/root/tree/sub/run.sh")
+    assert (seen.kind, seen.mode & 0o777) == ("f", 0o755)
+
+
+async def test_a_session_of_the_source_does_not_reach_into_the_fork(host: AsyncHost, vm: Instance) -> None:
+    """Captured during a command that prints without pause: the first command on a fork gets exactly its own output."""
+    async with host.open_exec(vm, ["yes", "noise"], stdin=False) as flood:
+        async for _, _data in flood:
+            break
+        await host.standby(vm)
+    async with host.forks(vm, 2) as forks:
+        for fork in forks:
+            result = await host.exec(fork, ["sh", "-c", "echo mine; pgrep -x yes | wc -l"])
+            assert result.stdout == b"mine\n0\n"
+
+
+async def test_outbound_and_published_ports(host: AsyncHost, template: Instance) -> None:
+    """A guest reaches a server of the host through the user-mode network, and a published port reaches a server of the guest."""
+    from coppice.model import Publish
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"from the host")
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    free = await asyncio.start_server(serve, "127.0.0.1", 0)
+    published = free.sockets[0].getsockname()[1]
+    free.close()
+    await free.wait_closed()
+    fork = (await host.fork(template, publish=[Publish(host_port=published, guest_port=8000)])).instances[0]
+    try:
+        script = f"import socket; print(socket.create_connection(('10.0.2.2', {port}), 20).makefile().read())"
+        result = await host.exec(fork, ["python3", "-c", script], timeout_s=60)
+        assert result.stdout == b"from the host\n", result.stderr
+        serve_once = (
+            "import socket; s = socket.create_server(('0.0.0.0', 8000)); print('up', flush=True); "
+            "c = s.accept()[0]; c.sendall(b'from the guest'); c.close()"
+        )
+        async with host.open_exec(fork, ["python3", "-c", serve_once], stdin=False) as session:
+            async for _, data in session:
+                assert data == b"up\n"
+                break
+            reader, writer = await asyncio.open_connection("127.0.0.1", published)
+            assert await asyncio.wait_for(reader.read(), 20) == b"from the guest"
+            writer.close()
+            await writer.wait_closed()
+    finally:
+        await host.rm(fork)
+        server.close()
+        await server.wait_closed()

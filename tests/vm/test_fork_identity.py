@@ -1,0 +1,62 @@
+"""A fork is a machine of its own: nothing that must be unique is inherited."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from coppice.host import AsyncHost
+from coppice.model import Instance
+
+READ_RANDOM = "import os; print(open('/dev/urandom','rb').read(32).hex(), os.getrandom(32).hex())"
+
+
+async def told(host: AsyncHost, vm: Instance, *argv: str) -> str:
+    result = await host.exec(vm, argv, timeout_s=60)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout.decode().strip()
+
+
+async def test_random_numbers_differ(host: AsyncHost, template: Instance) -> None:
+    """Siblings share no kernel CRNG state: the first random bytes that 16 forks read are all different."""
+    async with host.forks(template, 16) as forks:
+        lines = await asyncio.gather(*(told(host, fork, "python3", "-c", READ_RANDOM) for fork in forks))
+    words = [word for line in lines for word in line.split()]
+    assert len(words) == 32
+    assert len(set(words)) == 32
+
+
+async def test_names_and_ids_differ(host: AsyncHost, template: Instance) -> None:
+    """Hostname, machine-id and boot_id are pairwise different in 8 forks, and the hostname is the instance's name."""
+    script = "cat /proc/sys/kernel/hostname /etc/machine-id /proc/sys/kernel/random/boot_id"
+    async with host.forks(template, 8) as forks:
+        lines = [line.split() for line in await asyncio.gather(*(told(host, fork, "sh", "-c", script) for fork in forks))]
+        assert [line[0] for line in lines] == [fork.name for fork in forks]
+    for column in range(3):
+        assert len({line[column] for line in lines}) == 8
+
+
+async def test_mac_addresses_differ(host: AsyncHost, template: Instance) -> None:
+    """Each fork has its own MAC address before its first command."""
+    async with host.forks(template, 4) as forks:
+        macs = await asyncio.gather(*(told(host, fork, "sh", "-c", "cat /sys/class/net/e*/address") for fork in forks))
+    assert len(set(macs)) == 4
+
+
+async def test_the_clock_is_stepped(host: AsyncHost, vm: Instance) -> None:
+    """The wall clock of a restored machine is the host's, however long ago it was captured."""
+    parked, _ = await host.standby(vm)
+    await asyncio.sleep(3)
+    await host.restore(parked)
+    before = time.time()
+    guest = float(await told(host, vm, "date", "+%s.%N"))
+    assert before - 1 < guest < time.time() + 1
+
+
+async def test_a_restored_machine_stays_itself(host: AsyncHost, vm: Instance) -> None:
+    """Standby and restore of the same machine changes neither its machine-id nor its boot_id."""
+    script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id"
+    before = await told(host, vm, "sh", "-c", script)
+    await host.standby(vm)
+    await host.restore(vm)
+    assert await told(host, vm, "sh", "-c", script) == before
