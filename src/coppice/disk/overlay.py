@@ -138,7 +138,8 @@ def fsck(path: Path, *, deadline_s: float = 300.0) -> FsckResult:
 
 def _check(path: Path, deadline_s: float, *, replayed: bool) -> FsckResult:
     done = _run("e2fsck", "-f", "-n", str(path), deadline_s=deadline_s)
-    if done.returncode not in (0, 4):  # 4: errors left uncorrected; 8 and above: e2fsck could not do its work
+    # Bit 4: errors left uncorrected, also those that keep e2fsck from going on. Else any bit is a failure to check at all.
+    if done.returncode != 0 and not done.returncode & 4:
         raise HostCannot(
             f"e2fsck could not check {path}, status {done.returncode}: {_tail(done)}",
             hint="see that the file is an ext4 image and can be read",

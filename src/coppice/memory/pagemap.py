@@ -26,7 +26,6 @@ PAGE_IS_PRESENT = 1 << 3
 PAGE_IS_SWAPPED = 1 << 4
 
 _SCAN = struct.Struct("=12Q")  # struct pm_scan_arg
-_WALK_END_INDEX = 4
 _REGIONS = 4096  # struct page_region: start, end, categories
 
 _ENTRY_BYTES = 8
@@ -104,7 +103,11 @@ def _file_ranges(vmas: list[Vma], scan: Callable[[Vma], Iterator[tuple[int, int]
 
 
 def _scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) addresses of private pages by PAGEMAP_SCAN."""
+    """Yield (start, end) addresses of private pages by PAGEMAP_SCAN.
+
+    The kernel's `walk_end` is not used. It stays behind when a walk needed more than one of the kernel's own buffers of
+    512 regions and then came to its end (seen with Linux 6.18): going on from there finds the last regions twice.
+    """
     regions = array("Q", bytes(_REGIONS * 24))
     vector, _ = regions.buffer_info()
     while start < end:
@@ -118,7 +121,9 @@ def _scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         count = fcntl.ioctl(fd, PAGEMAP_SCAN, request, True)
         for index in range(0, count * 3, 3):
             yield regions[index], regions[index + 1]
-        start = _SCAN.unpack(request)[_WALK_END_INDEX]
+        if count < _REGIONS:  # only a full result stops the walk early
+            return
+        start = regions[count * 3 - 2]
 
 
 def _walk(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:

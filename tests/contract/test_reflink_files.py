@@ -1,0 +1,213 @@
+"""Reflinks on file systems that have them, and links across those: real XFS and btrfs on loop devices, as root."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coppice.disk import clone
+from coppice.disk.clone import clone_directory, clone_file
+from coppice.disk.extents import occupancy
+from coppice.disk.link import link_or_copy
+from coppice.disk.overlay import OverlayStore, fsck
+from coppice.errors import NoSpace
+from coppice.memory.capture import capture_private
+from coppice.memory.memfile import copy_private, freeze, link
+from coppice.memory.report import mapping_is_shared, memory_report
+from coppice.model import GIB, MIB, Sharing
+from mapping_process import MappingProcess
+
+MAKERS = {
+    "xfs": ("mkfs.xfs", "-q", "-m", "reflink=1"),
+    "btrfs": ("mkfs.btrfs", "-q"),
+    "ext4": ("mkfs.ext4", "-q", "-F"),
+}
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def mounted(directory: Path, filesystem: str, size: int = 400 * MIB) -> Iterator[Path]:
+    """A fresh file system on a loop device for as long as the generator lives."""
+    image, mount = directory / "image", directory / "mount"
+    with image.open("wb") as file:
+        file.truncate(size)
+    run(*MAKERS[filesystem], str(image))
+    mount.mkdir()
+    run("mount", "-o", "loop", str(image), str(mount))
+    try:
+        yield mount
+    finally:
+        run("umount", str(mount))
+        image.unlink()
+
+
+@pytest.fixture(scope="module", params=["xfs", "btrfs"])
+def reflink_root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from mounted(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def room(reflink_root: Path) -> Iterator[Path]:
+    """An empty directory on the file system under test."""
+    directory = reflink_root / "room"
+    directory.mkdir()
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def ext4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from mounted(tmp_path_factory.mktemp("ext4"), "ext4", 64 * MIB)
+
+
+def data_file(path: Path, size: int = 8 * MIB) -> Path:
+    """Random data with a hole in the middle third."""
+    with path.open("wb") as file:
+        file.write(random.Random(1).randbytes(size // 4))
+        file.seek(3 * size // 4)
+        file.write(random.Random(2).randbytes(size // 4))
+    return path
+
+
+def shared_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return occupancy(file.fileno()).shared_bytes
+
+
+def test_reflink_shares_every_extent(room: Path) -> None:
+    """The clone writes nothing and FIEMAP shows it shared, on the file itself as in the result."""
+    source = data_file(room / "source")
+    assert shared_bytes(source) == 0
+    result = clone_file(source, room / "clone")
+    assert result == (0, "reflink", 4 * MIB)
+    assert shared_bytes(room / "clone") == 4 * MIB
+    assert (room / "clone").read_bytes() == source.read_bytes()
+
+
+def test_wrong_ioctl_is_noticed(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bug that this guards against: an ioctl number that is never right falls back, and the report says so."""
+    source = data_file(room / "source")
+    monkeypatch.setattr(clone, "FICLONE", 0x40049408)
+    result = clone_file(source, room / "clone")
+    assert (result.method, result.bytes_written) == ("sparse", 4 * MIB)
+
+
+def test_success_without_sharing_is_not_believed(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that accepts the call and copies is reported as what it did."""
+
+    def copying(src: int, dst: int) -> bool:
+        os.pwrite(dst, os.pread(src, 8 * MIB, 0), 0)
+        return True
+
+    source = data_file(room / "source")
+    monkeypatch.setattr(clone, "_reflink", copying)
+    result = clone_file(source, room / "clone")
+    assert (result.method, result.bytes_written >= 4 * MIB, result.shared_bytes) == ("sparse", True, 0)
+
+
+def test_directory_is_cloned_by_reflink(room: Path) -> None:
+    """The disks of a whole directory are shared too."""
+    (room / "instance").mkdir()
+    data_file(room / "instance" / "overlay.raw")
+    result = clone_directory(room / "instance", room / "fork")
+    assert (result.files, result.bytes_written, result.shared_bytes) == (1, 0, 4 * MIB)
+
+
+def test_private_copy_shares_no_extent(room: Path) -> None:
+    """The naive baseline of the benchmark is a real copy even where the file system would share."""
+    source = data_file(room / "source")
+    _, written = copy_private(source, room / "copy", reason="baseline")
+    assert written == 4 * MIB
+    assert shared_bytes(room / "copy") == 0
+
+
+def test_capture_of_a_fork_writes_its_pages_only(room: Path) -> None:
+    """On a reflink file system a capture costs the private pages: the base stays shared, and unchanged.
+
+    On btrfs /proc/PID/maps shows another device number than stat(2); the mapping is found all the same.
+    """
+    mem = freeze(data_file(room / "live"), room / "memory")
+    before = (room / "memory").read_bytes()
+    with MappingProcess(room / "memory") as guest:
+        guest.fill(0, MIB, 7)
+        assert mapping_is_shared(guest.pid, room / "memory", mem)
+        assert memory_report(guest.pid, mem, room / "memory").unique_bytes == MIB
+        _, stats = capture_private(guest.pid, room / "memory", mem, room / "captured")
+    assert (stats.base.method, stats.written_bytes, stats.dirty_bytes) == ("reflink", MIB, MIB)
+    assert shared_bytes(room / "captured") == 3 * MIB
+    assert (room / "captured").read_bytes() == b"\x07" * MIB + before[MIB:]
+    assert (room / "memory").read_bytes() == before
+
+
+def test_link_across_file_systems_is_a_copy(room: Path, tmp_path: Path) -> None:
+    """EXDEV for real: the fork copies, keeps the holes, and says why."""
+    mem = freeze(data_file(room / "live"), room / "memory")
+    own, written = link(room / "memory", tmp_path / "fork", mem)
+    assert (own.sharing, written) == (Sharing.COPY, 4 * MIB)
+    assert "different file systems" in own.reason
+    assert (tmp_path / "fork").read_bytes() == (room / "memory").read_bytes()
+    assert stat.S_IMODE((tmp_path / "fork").stat().st_mode) == 0o444
+
+
+def test_overlay_is_cloned_by_reflink(room: Path) -> None:
+    """An instance's disk costs no data blocks at all where the file system shares them."""
+    result = OverlayStore(room / "overlays").create(2 * GIB, room / "disk")
+    assert (result.method, result.bytes_written) == ("reflink", 0)
+    assert fsck(room / "disk").clean
+
+
+def test_most_links_an_inode_can_have(ext4: Path) -> None:
+    """EMLINK for real: ext4 allows 65000 links to an inode; the fork after that is a copy with a reason."""
+    source = ext4 / "source"
+    source.write_bytes(b"r" * 8192)
+    source.chmod(0o444)
+    (ext4 / "many").mkdir()
+    for number in range(64999):
+        os.link(source, ext4 / "many" / str(number))
+    result = link_or_copy(source, ext4 / "fork")
+    assert (result.sharing, result.bytes_written) == (Sharing.COPY, 8192)
+    assert "as many hard links" in result.reason
+
+
+def test_full_disk_is_no_space(ext4: Path, tmp_path: Path) -> None:
+    """ENOSPC for real: the error says what to do, and the half-made clone is gone."""
+    (tmp_path / "large").write_bytes(b"x" * 80 * MIB)
+    before = sorted(ext4.iterdir())
+    with pytest.raises(NoSpace, match="free some space"):
+        clone_file(tmp_path / "large", ext4 / "clone")
+    assert sorted(ext4.iterdir()) == before
+
+
+def test_overlay_stays_small_and_survives_a_crash(tmp_path: Path) -> None:
+    """What a first boot writes keeps the disk well below 1 MiB; an image taken without a freeze replays its journal."""
+    disk, mount = tmp_path / "disk", tmp_path / "mount"
+    OverlayStore(tmp_path / "overlays").create(2 * GIB, disk)
+    mount.mkdir()
+    run("mount", "-o", "loop,noinit_itable,noatime", str(disk), str(mount))
+    try:
+        for name in ("upper/etc", "upper/var/lib", "upper/run", "work/work"):
+            (mount / name).mkdir(parents=True)
+        for number in range(8):
+            with (mount / "upper/etc" / f"file-{number}").open("w") as file:
+                file.write("as a first boot writes")
+                file.flush()
+                os.fsync(file.fileno())
+        run("sync", "-f", str(mount))
+        clone_file(disk, tmp_path / "crashed")
+    finally:
+        run("umount", str(mount))
+    os.sync()
+    assert disk.stat().st_blocks * 512 < MIB * 3 // 4
+    assert fsck(disk).clean
+    crashed = fsck(tmp_path / "crashed")
+    assert crashed.journal_replayed
+    assert crashed.clean, crashed.output

@@ -1,0 +1,246 @@
+"""Clones of files and directories: the same bytes, the same holes, and nothing half-made under a final name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coppice.disk import clone
+from coppice.disk.atomic import is_temporary, os_errors, temporary_beside
+from coppice.disk.clone import clone_directory, clone_file, nonzero_parts
+from coppice.disk.extents import data_ranges, punch_hole
+from coppice.errors import CoppiceError, HostCannot, IntegrityError, NoSpace, Refused
+
+BLOCK = 4096
+
+
+def sparse_file(path: Path, blocks: dict[int, bytes], size: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+        for index, data in blocks.items():
+            file.seek(index * BLOCK)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def data_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(length for _, length in data_ranges(file.fileno(), path.stat().st_size))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return sparse_file(tmp_path / "source", {0: b"a" * BLOCK, 300: b"b" * BLOCK * 3, 1000: b"tail"}, 8 << 20)
+
+
+@pytest.mark.parametrize("reflink", [True, False])
+def test_clone_keeps_bytes_and_holes(source: Path, tmp_path: Path, reflink: bool) -> None:
+    """A clone has the source's bytes, size and holes, by every method."""
+    result = clone_file(source, tmp_path / "clone", reflink=reflink)
+    assert (tmp_path / "clone").read_bytes() == source.read_bytes()
+    assert data_bytes(tmp_path / "clone") == data_bytes(source)
+    assert result.bytes_written + result.shared_bytes == data_bytes(source)
+
+
+@given(
+    blocks=st.dictionaries(st.integers(0, 40), st.binary(min_size=1, max_size=2 * BLOCK)), tail=st.integers(0, BLOCK)
+)
+def test_clone_of_any_layout_is_equal(blocks: dict[int, bytes], tail: int) -> None:
+    """Whatever the layout of data, holes and a ragged end: each method gives equal bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        path = sparse_file(Path(name) / "source", blocks, 43 * BLOCK + tail)
+        for reflink in (True, False):
+            clone_file(path, Path(name) / "clone", reflink=reflink, sync=False)
+            assert (Path(name) / "clone").read_bytes() == path.read_bytes()
+
+
+def test_read_write_copy_leaves_zero_blocks_out(tmp_path: Path) -> None:
+    """A copy through memory does not balloon: blocks of zeros inside of data become holes."""
+    path = sparse_file(tmp_path / "source", {0: b"x" * BLOCK + bytes(BLOCK * 62) + b"y" * BLOCK}, 64 * BLOCK)
+    result = clone_file(path, tmp_path / "clone", reflink=False)
+    assert result.bytes_written == 2 * BLOCK
+    assert data_bytes(tmp_path / "clone") == 2 * BLOCK
+
+
+def test_kernel_that_declines_copies_is_no_obstacle(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where copy_file_range is not possible, reading and writing takes over."""
+
+    def declined(*_: object) -> int:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "copy_file_range", declined)
+    assert clone_file(source, tmp_path / "clone").method == "sparse"
+    assert (tmp_path / "clone").read_bytes() == source.read_bytes()
+
+
+def test_mode_is_given_and_destination_replaced(source: Path, tmp_path: Path) -> None:
+    """The clone has the asked mode and takes its name by rename: an open old file keeps its bytes."""
+    destination = tmp_path / "clone"
+    destination.write_bytes(b"old")
+    with destination.open("rb") as old:
+        clone_file(source, destination, mode=0o444)
+        assert old.read() == b"old"
+    assert stat.S_IMODE(destination.stat().st_mode) == 0o444
+
+
+def test_failed_copy_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is NoSpace with a hint, the destination is untouched and no temporary file stays."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    monkeypatch.setattr(clone, "FICLONE", 0)  # so that the copy is needed on every file system
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(NoSpace) as caught:
+        clone_file(source, tmp_path / "clone")
+    assert caught.value.hint
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_only_regular_files_are_cloned(source: Path, tmp_path: Path) -> None:
+    """A symbolic link, a fifo and a missing source are refused at once, and say so."""
+    (tmp_path / "link").symlink_to(source)
+    os.mkfifo(tmp_path / "fifo")
+    for name, error in (("link", HostCannot), ("fifo", HostCannot), ("missing", IntegrityError)):
+        with pytest.raises(error):
+            clone_file(tmp_path / name, tmp_path / "clone")
+    assert not (tmp_path / "clone").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (errno.ENOSPC, NoSpace),
+        (errno.EDQUOT, NoSpace),
+        (errno.EEXIST, Refused),
+        (errno.ENOENT, IntegrityError),
+        (errno.ELOOP, HostCannot),
+        (errno.EIO, HostCannot),
+    ],
+)
+def test_every_os_error_becomes_one_of_ours(code: int, error: type[CoppiceError]) -> None:
+    """Callers see the exception tree only, always with a hint."""
+    with pytest.raises(error, match="Cannot do it") as caught, os_errors("do it"):
+        raise OSError(code, os.strerror(code))
+    assert caught.value.hint
+
+
+def test_temporary_names_are_recognised(tmp_path: Path) -> None:
+    """The recovery sweep can tell leftovers from files: temporary names are fresh, beside the file, and marked."""
+    first, second = temporary_beside(tmp_path / "memory"), temporary_beside(tmp_path / "memory")
+    assert first != second
+    assert first.parent == tmp_path
+    assert is_temporary(first.name)
+    assert not is_temporary("memory")
+
+
+@given(
+    st.lists(st.sampled_from([bytes(BLOCK), b"x" * BLOCK, bytes(BLOCK - 1) + b"y"]), max_size=20), st.binary(max_size=9)
+)
+def test_nonzero_parts_tell_all_that_is_not_zero(blocks: list[bytes], tail: bytes) -> None:
+    """The parts and zeros between them give back the chunk, and parts are maximal: no zero block is in one."""
+    chunk = b"".join(blocks) + tail
+    rebuilt = bytearray(len(chunk))
+    last_end = -1
+    for offset, part in nonzero_parts(chunk):
+        assert offset > last_end
+        last_end = offset + len(part)
+        rebuilt[offset:last_end] = part
+        assert all(any(part[at : at + BLOCK]) for at in range(0, len(part), BLOCK))
+    assert rebuilt == chunk
+
+
+def test_punched_hole_reads_as_zeros(tmp_path: Path) -> None:
+    """A hole gives blocks back and keeps the size."""
+    path = sparse_file(tmp_path / "file", {0: b"x" * BLOCK * 8}, 8 * BLOCK)
+    with path.open("r+b") as file:
+        punch_hole(file.fileno(), 2 * BLOCK, 4 * BLOCK)
+    assert path.read_bytes() == b"x" * BLOCK * 2 + bytes(BLOCK * 4) + b"x" * BLOCK * 2
+    assert data_bytes(path) == 4 * BLOCK
+    with path.open("rb") as file, pytest.raises(OSError, match="Bad file"):
+        punch_hole(file.fileno(), 0, BLOCK)
+
+
+def instance_directory(root: Path) -> Path:
+    directory = root / "instance"
+    (directory / "state" / "deep").mkdir(parents=True)
+    sparse_file(directory / "overlay.raw", {5: b"disk" * 1024}, 4 << 20)
+    sparse_file(directory / "memory", {1: b"ram"}, 1 << 20)
+    (directory / "state" / "vmstate").write_bytes(b"devices")
+    (directory / "state" / "deep" / "console.log").write_text("noise")
+    (directory / "instance.lock").touch()
+    (directory / temporary_beside(directory / "memory").name).touch()
+    (directory / "loop").symlink_to(directory)
+    (directory / "outside").symlink_to("/etc/hostname")
+    os.mkfifo(directory / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "agent"))
+    (directory / "state" / "vmstate").chmod(0o440)
+    for path in (directory / "state" / "vmstate", directory / "state"):
+        os.utime(path, ns=(10**18, 10**18 + 7))
+    directory.chmod(0o750)
+    return directory
+
+
+def test_directory_clone_takes_the_machine_and_leaves_the_process(tmp_path: Path) -> None:
+    """Files, links, holes, modes and times are kept; logs, locks, sockets, fifos, leftovers, skipped paths are not."""
+    source = instance_directory(tmp_path)
+    target = tmp_path / "fork"
+    result = clone_directory(source, target, skip={"memory"})
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*")) == [
+        *("loop", "outside", "overlay.raw", "state", "state/deep", "state/vmstate"),
+    ]
+    left_out = [name for name in result.left_out if not is_temporary(name)]
+    assert left_out == ["agent", "instance.lock", "memory", "pipe", "state/deep/console.log"]
+    assert len(result.left_out) == len(left_out) + 1
+    assert result.files == 2
+    assert (target / "overlay.raw").read_bytes() == (source / "overlay.raw").read_bytes()
+    assert data_bytes(target / "overlay.raw") == BLOCK
+    assert (target / "outside").readlink() == Path("/etc/hostname")
+    assert (target / "loop").readlink() == source
+    for name in (".", "state", "state/vmstate"):
+        assert (target / name).stat().st_mode == (source / name).stat().st_mode
+    for name in ("state", "state/vmstate"):
+        assert (target / name).stat().st_mtime_ns == 10**18 + 7
+
+
+def test_skipped_directory_is_left_out_whole(tmp_path: Path) -> None:
+    """Skipping a directory skips all below it."""
+    result = clone_directory(instance_directory(tmp_path), tmp_path / "fork", skip={"state"})
+    assert not (tmp_path / "fork" / "state").exists()
+    assert "state" in result.left_out
+
+
+def test_directory_clone_never_merges_into_another(tmp_path: Path) -> None:
+    """An existing destination is refused and stays as it is."""
+    source = instance_directory(tmp_path)
+    (tmp_path / "fork").mkdir()
+    with pytest.raises(Refused):
+        clone_directory(source, tmp_path / "fork")
+    assert not any((tmp_path / "fork").iterdir())
+
+
+def test_failed_directory_clone_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure half way removes what was made."""
+    source = instance_directory(tmp_path)
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "utime", broken)
+    with pytest.raises(HostCannot):
+        clone_directory(source, tmp_path / "fork")
+    assert [path.name for path in tmp_path.iterdir()] == ["instance"]
