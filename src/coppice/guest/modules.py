@@ -1,0 +1,149 @@
+"""Kernel modules of a `lib/modules/VERSION` directory: which files, in which order, for the modules that are wanted.
+
+Dependencies are read from the modules themselves (the `.modinfo` section), and not from `modules.dep`: Debian's packages
+carry no such file, depmod makes it when they are installed, and here nothing is installed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import re
+import struct
+import zlib
+from collections.abc import Collection, Iterable
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+
+import zstandard
+
+from coppice.errors import UsageError
+from coppice.model import MIB
+
+MAX_MODULE_BYTES = 64 * MIB
+
+_MODULE_FILE = re.compile(r"(?P<stem>[A-Za-z0-9_-]+)\.ko(?:\.(?:gz|xz|zst))?")
+_ELF64_LITTLE = b"\x7fELF\x02\x01"
+_SECTION = struct.Struct("<IIQQQQIIQQ")  # Elf64_Shdr
+_HINT = "give the directory lib/modules/VERSION that was built with the kernel"
+
+
+class ModuleFile(NamedTuple):
+    """One module, decompressed. `stem` is the file's name without suffixes, as it is spelled on disk."""
+
+    stem: str
+    image: bytes
+
+
+def module_name(stem: str) -> str:
+    """The name the kernel uses: `virtio-rng` and `virtio_rng` are one module."""
+    return stem.replace("-", "_")
+
+
+def read_module(path: Path) -> bytes:
+    """The ELF image of a `.ko`, `.ko.gz`, `.ko.xz` or `.ko.zst` file.
+
+    Raises UsageError where it cannot be decompressed, or is larger than 64 MiB.
+    """
+    try:
+        with path.open("rb") as file, _decompressed(file, path.suffix) as stream:
+            image = bytes(stream.read(MAX_MODULE_BYTES + 1))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise UsageError(f"the kernel module {path} cannot be read: {error}", hint=_HINT) from error
+    if len(image) > MAX_MODULE_BYTES:
+        raise UsageError(f"the kernel module {path} is larger than {MAX_MODULE_BYTES} bytes", hint=_HINT)
+    return image
+
+
+def _decompressed(file: IO[bytes], suffix: str) -> IO[bytes]:
+    match suffix:
+        case ".gz":
+            return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+        case ".xz":
+            return lzma.LZMAFile(file)
+        case ".zst":
+            return cast(IO[bytes], zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+        case _:
+            return file
+
+
+def parse_modinfo(image: bytes) -> dict[str, str]:
+    """The `key=value` strings of a module's `.modinfo` section; of a repeated key the first. Raises UsageError."""
+    try:
+        if not image.startswith(_ELF64_LITTLE):
+            raise ValueError("it is no 64-bit little-endian ELF file")
+        (table,) = struct.unpack_from("<Q", image, 0x28)
+        size, count, names = struct.unpack_from("<HHH", image, 0x3A)
+        if size != _SECTION.size:
+            raise ValueError("its section headers are of a strange size")
+        sections = [_SECTION.unpack_from(image, table + index * size) for index in range(count)]
+        strings = _contents(image, sections[names])
+        for section in sections:
+            if strings[section[0] :].startswith(b".modinfo\0"):
+                return _pairs(_contents(image, section))
+        raise ValueError("it has no .modinfo section")
+    except (ValueError, IndexError, struct.error) as error:
+        raise UsageError(f"a file is no kernel module: {error}", hint=_HINT) from error
+
+
+def _contents(image: bytes, section: tuple[int, ...]) -> bytes:
+    offset, size = section[4], section[5]
+    return image[offset : offset + size]
+
+
+def _pairs(contents: bytes) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for entry in contents.split(b"\0"):
+        key, separator, value = entry.decode("utf-8", "replace").partition("=")
+        if separator:
+            pairs.setdefault(key, value)
+    return pairs
+
+
+class ModuleTree:
+    """The modules below one `lib/modules/VERSION` directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: dict[str, Path] = {}
+        for path in sorted(directory.rglob("*.ko*")):
+            if (match := _MODULE_FILE.fullmatch(path.name)) and path.is_file():
+                self.files.setdefault(module_name(match["stem"]), path)
+        self._builtin = _read_builtin(directory / "modules.builtin")
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the kernel has the module, built in or as a file."""
+        return name in self._builtin or name in self.files
+
+    def resolve(self, wanted: Iterable[str]) -> list[ModuleFile]:
+        """The wanted modules and all they need, each after what it needs; without those that are built in.
+
+        Raises UsageError where one is missing, is no module, or where they need each other in a circle.
+        """
+        found: dict[str, ModuleFile] = {}
+        needs: dict[str, Collection[str]] = {}
+        todo = list(wanted)
+        while todo:
+            name = todo.pop(0)
+            if name in needs or name in self._builtin:
+                continue
+            if name not in self.files:
+                raise UsageError(f"the kernel has no module {name} in {self.directory}", hint=_HINT)
+            path = self.files[name]
+            found[name] = ModuleFile(path.name.partition(".ko")[0], read_module(path))
+            depends = parse_modinfo(found[name].image).get("depends", "")
+            needs[name] = [module_name(other) for other in depends.split(",") if other]
+            todo += needs[name]
+        try:
+            return [found[name] for name in TopologicalSorter(needs).static_order() if name in found]
+        except CycleError as error:
+            raise UsageError("kernel modules need each other in a circle", hint=_HINT) from error
+
+
+def _read_builtin(path: Path) -> frozenset[str]:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(module_name(Path(line).name.removesuffix(".ko")) for line in lines)
