@@ -58,7 +58,7 @@ async def boot(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
         kernel = await asyncio.to_thread(rooms.kernels.get, instance.machine.kernel)
         initrd = await asyncio.to_thread(rooms.initrd, kernel)
         await asyncio.to_thread(directories.clear_runtime, directory)
-        await asyncio.to_thread(directories.place_kernel, directory, kernel.vmlinuz, initrd)
+        await asyncio.to_thread(directories.place_kernel, directory, kernel.boot_image, initrd)
         manifest = await rooms.driver.manifest(instance.machine)
     instance = msgspec.structs.replace(instance, manifest=manifest, mem_file=None, captured_at=None)
     return await _run(rooms, instance, stages, booted=True)

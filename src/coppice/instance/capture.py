@@ -79,7 +79,9 @@ async def undo(rooms: Rooms, instance: Instance, capture: PrivateCapture | None 
     directory = rooms.directory(instance.id)
     if capture is not None:
         await asyncio.to_thread(capture.abort)
-    with contextlib.suppress(CoppiceError):  # a VMM that is gone has nothing to resume; its end is seen when it is looked at
+    with contextlib.suppress(
+        CoppiceError
+    ):  # a VMM that is gone has nothing to resume; its end is seen when it is looked at
         await rooms.driver.resume(directory)
     for name in (files.VMSTATE_NEW, NEW_MEMORY):
         (directory / name).unlink(missing_ok=True)
@@ -93,7 +95,7 @@ async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
         with stages.stage("end"):
             await rooms.driver.quit(directory, instance.vmm)
     with stages.stage("freeze"):
-        mem_file = await asyncio.to_thread(_into_place, directory, instance)
+        mem_file = await asyncio.to_thread(_into_place, directory)
         await asyncio.to_thread(directories.clear_runtime, directory)
     captured = msgspec.structs.replace(
         instance,
@@ -109,7 +111,7 @@ async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
     return captured
 
 
-def _into_place(directory: Path, instance: Instance) -> MemFile:
+def _into_place(directory: Path) -> MemFile:
     """Give the new files their final names; each step may have been done before."""
     vmstate_new, vmstate = directory / files.VMSTATE_NEW, directory / files.VMSTATE
     if vmstate_new.exists():

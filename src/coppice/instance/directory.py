@@ -20,7 +20,13 @@ from coppice.memory import memfile
 from coppice.model import Instance, MemFile, Sharing
 from coppice.vmm import driver as files
 
-_RUNTIME = (files.LIVE_MEMORY, files.VMSTATE_NEW, "memory.new", "qmp.sock", *map(files.PORT_SOCKET.format, range(files.PORTS)))
+_RUNTIME = (
+    files.LIVE_MEMORY,
+    files.VMSTATE_NEW,
+    "memory.new",
+    "qmp.sock",
+    *map(files.PORT_SOCKET.format, range(files.PORTS)),
+)
 
 
 class Placed(NamedTuple):
@@ -76,7 +82,7 @@ def place_fork(source: Path, directory: Path, instance: Instance, *, with_memory
             reason = "the driver does not map mem-files privately"
             mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
         written += link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
-    written += clone_file(source / files.OVERLAY_DISK, directory / files.OVERLAY_DISK).bytes_written
+    written += clone_file(source / files.OVERLAY_DISK, directory / files.OVERLAY_DISK, sync=False).bytes_written
     return Placed(mem_file, written)
 
 

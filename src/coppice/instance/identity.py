@@ -11,6 +11,7 @@ import time
 import uuid
 
 from coppice.guest.client import Identity
+
 from coppice.model import Instance
 
 ENTROPY_BYTES = 64
@@ -44,7 +45,9 @@ def identity_message(instance: Instance, *, booted: bool) -> Identity:
         clock_ns=time.time_ns(),
         hostname=instance.hostname,
         machine_id=_derived(instance.id, "machine-id").hex()[:32] if first else None,
-        boot_id=str(uuid.UUID(bytes=_derived(instance.id, "boot-id")[:16], version=4)) if first and not booted else None,
+        boot_id=str(uuid.UUID(bytes=_derived(instance.id, "boot-id")[:16], version=4))
+        if first and not booted
+        else None,
         mac=mac_address(instance.id),
         address=USER_MODE_ADDRESS,
         gateway=USER_MODE_GATEWAY,

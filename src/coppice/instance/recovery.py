@@ -69,7 +69,9 @@ async def settle(rooms: Rooms, instance: Instance, reason: str) -> Instance:
     directory = rooms.directory(instance.id)
     await destroy.end_vmm(rooms, instance)
     await asyncio.to_thread(directories.clear_runtime, directory)
-    whole = instance.mem_file is not None and await asyncio.to_thread(directories.capture_is_current, directory, instance.disk_stamp)
+    whole = instance.mem_file is not None and await asyncio.to_thread(
+        directories.capture_is_current, directory, instance.disk_stamp
+    )
     if not whole:
         await asyncio.to_thread(directories.clear_capture, directory)
     settled = msgspec.structs.replace(
