@@ -1,0 +1,147 @@
+"""What the kernel knows: CPU time, bytes written, page cache, and the facts of the host."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from coppice import __version__
+from coppice.bench.records import HostFacts
+from coppice.disk.extents import data_ranges
+from coppice.errors import HostCannot, VmmDied
+from coppice.host import AsyncHost
+from coppice.model import MachineSpec
+
+_TICK_MS = 1000 / os.sysconf("SC_CLK_TCK")
+_CHUNK = 1 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+
+
+class Usage(NamedTuple):
+    """CPU time and written bytes of this process, with the helpers that it has waited for."""
+
+    cpu_ms: float
+    written_bytes: int
+
+    @classmethod
+    def now(cls) -> Usage:
+        """As it is now. VMMs count when they are reaped, so take both readings while they live."""
+        spent = os.times()
+        cpu_s = spent.user + spent.system + spent.children_user + spent.children_system
+        return cls(cpu_s * 1000, written_bytes(os.getpid()))
+
+    def until(self, later: Usage) -> Usage:
+        """What was spent between the two readings."""
+        return Usage(later.cpu_ms - self.cpu_ms, later.written_bytes - self.written_bytes)
+
+
+def parse_cpu_ms(stat: str) -> float:
+    """User and system time in milliseconds out of /proc/PID/stat: fields 14 and 15 (proc(5)), whole ticks."""
+    fields = stat.rpartition(")")[2].split()  # field 2, the command, may hold blanks and parentheses
+    return (int(fields[11]) + int(fields[12])) * _TICK_MS
+
+
+def cpu_ms(pid: int) -> float:
+    """User and system time of a process, all its threads included.
+
+    :raises VmmDied: there is no such process
+    """
+    try:
+        return parse_cpu_ms(Path(f"/proc/{pid}/stat").read_text())
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise VmmDied(f"the VMM process {pid} ended while it was measured", hint="see `coppice logs --vmm`") from error
+
+
+def written_bytes(pid: int) -> int:
+    """Bytes that a process caused to be sent to storage: `write_bytes` of /proc/PID/io (proc(5)); 0 where that cannot be read."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.partition(":")[2]) for line in lines if line.startswith("write_bytes:")), 0)
+
+
+def drop_from_cache(*paths: Path) -> None:
+    """Let the page cache forget these files. Pages that are mapped or not yet written back stay: see `cached_part`."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_into_cache(*paths: Path) -> None:
+    """Read the data of these files once, so that the page cache has it. Holes are left out: reading them would fill the cache with zeros."""
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            for start, length in data_ranges(file.fileno(), path.stat().st_size):
+                for offset in range(start, start + length, _CHUNK):
+                    os.pread(file.fileno(), min(_CHUNK, start + length - offset), offset)
+
+
+def cached_part(path: Path) -> float:
+    """Part of a file's data (not of its holes) that the page cache has, 0.0 to 1.0, by mincore(2).
+
+    :raises HostCannot: the kernel does not tell
+    """
+    size = path.stat().st_size
+    resident = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    data = cached = 0
+    with path.open("rb") as file:
+        # Private and writable: ctypes wants a writable buffer to take the address of, and nothing is written to it.
+        with mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE) as mapping:
+            start = ctypes.c_ubyte.from_buffer(mapping)
+            status = _libc.mincore(ctypes.addressof(start), size, resident)
+            del start  # the mapping cannot be closed while its address is held
+        if status:
+            reason = os.strerror(ctypes.get_errno())
+            raise HostCannot(
+                f"the kernel does not tell what is cached of {path}: {reason}",
+                hint="run on Linux 5.2 or later, as the owner",
+            )
+        for begin, length in data_ranges(file.fileno(), size):
+            pages = bytes(resident[begin // mmap.PAGESIZE : -(-(begin + length) // mmap.PAGESIZE)])
+            data += len(pages)
+            cached += sum(page & 1 for page in pages)
+    return cached / data if data else 0.0
+
+
+def parse_mounts(mounts: str, path: str) -> str:
+    """File system type of the mount that holds `path`, out of /proc/self/mounts."""
+    best, found = "", "unknown"
+    for line in mounts.splitlines():
+        _, point, kind, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
+            best, found = point, kind
+    return found
+
+
+async def host_facts(host: AsyncHost) -> HostFacts:
+    """The facts of this host, with the VMM and accelerator that `host` uses."""
+    manifest = await host.rooms.driver.manifest(MachineSpec())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    return HostFacts(
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        coppice_version=__version__,
+        cpu_model=names[0] if names else platform.machine(),
+        cpu_threads=len(os.sched_getaffinity(0)),
+        ram_bytes=memory,
+        kernel=platform.release(),
+        filesystem=parse_mounts(Path("/proc/self/mounts").read_text(), str(host.home.resolve())),
+        driver=manifest.driver,
+        vmm_version=manifest.vmm_version,
+        accel=manifest.accel,
+        load_average=os.getloadavg(),
+        python=platform.python_version(),
+    )

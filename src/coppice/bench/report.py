@@ -1,0 +1,98 @@
+"""Results on the screen: tables, with the ratios that are the claims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from coppice.bench.records import Cache, CaptureBenchReport, FanOutReport, FanOutSummary, HostFacts, Method
+from coppice.model import GIB, MIB
+
+
+def describe_host(facts: HostFacts) -> str:
+    """One line on where the numbers come from."""
+    load = facts.load_average[0]
+    return (
+        f"{facts.cpu_model}, {facts.cpu_threads} threads, {facts.ram_bytes / GIB:.0f} GiB; Linux {facts.kernel}; {facts.driver} "
+        f"{facts.vmm_version}, {facts.accel}; {facts.filesystem}; load {load:.1f}; coppice {facts.coppice_version}; {facts.date}"
+    )
+
+
+def ratio_to_shared(summary: Sequence[FanOutSummary], row: FanOutSummary) -> float | None:
+    """How many times longer until a machine answers than with a shared fork of the same run and case; None for that one itself."""
+    if row.method is Method.SHARED:
+        return None
+    for other in summary:
+        same = (other.count, other.memory_bytes, other.cache) == (row.count, row.memory_bytes, row.cache)
+        if same and other.method is Method.SHARED:
+            return row.answered_ms.p50 / other.answered_ms.p50
+    return None
+
+
+def fan_out_table(report: FanOutReport) -> Table:
+    """One row per case."""
+    table = Table(title="Until a command inside has answered", caption=describe_host(report.host))
+    for heading in ("RAM", "N", "method", "cache"):
+        table.add_column(heading)
+    for heading in (
+        "p50 ms", "p90", "p99", "wall ms", "CPU ms VMM", "CPU ms host", "own MiB", "own MiB worked", "disk MiB", "x shared",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for row in report.summary:
+        ratio = ratio_to_shared(report.summary, row)
+        table.add_row(
+            size_text(row.memory_bytes),
+            str(row.count),
+            row.method,
+            "-" if row.method is Method.COLD else row.cache,
+            f"{row.answered_ms.p50:.0f}",
+            f"{row.answered_ms.p90:.0f}",
+            f"{row.answered_ms.p99:.0f}",
+            f"{row.wall_ms.p50:.0f}",
+            f"{row.vmm_cpu_ms.p50:.0f}",
+            f"{row.host_cpu_ms.p50:.0f}",
+            f"{row.unique_ready_bytes.p50 / MIB:.1f}",
+            f"{row.unique_worked_bytes.p50 / MIB:.1f}",
+            f"{row.disk_written_bytes.p50 / MIB:.1f}",
+            f"{ratio:.1f}" if ratio is not None else "",
+            end_section=row.method is Method.SHARED and row.cache is Cache.COLD,
+        )
+    return table
+
+
+def capture_table(report: CaptureBenchReport) -> Table:
+    """One row per case."""
+    table = Table(title="Standby", caption=describe_host(report.host))
+    for heading in ("RAM", "source"):
+        table.add_column(heading)
+    for heading in (
+        "dirtied MiB",
+        "pause ms p50",
+        "p99",
+        "total ms p50",
+        "p99",
+        "found dirty MiB",
+        "RAM written MiB",
+        "samples",
+    ):
+        table.add_column(heading, justify="right")
+    for row in report.summary:
+        table.add_row(
+            size_text(row.memory_bytes),
+            row.source,
+            str(row.dirtied_bytes // MIB) if row.source == "fork" else "-",
+            f"{row.pause_ms.p50:.1f}",
+            f"{row.pause_ms.p99:.1f}",
+            f"{row.total_ms.p50:.0f}",
+            f"{row.total_ms.p99:.0f}",
+            f"{row.dirty_bytes.p50 / MIB:.1f}",
+            f"{row.ram_written_bytes.p50 / MIB:.1f}",
+            str(row.pause_ms.samples),
+        )
+    return table
+
+
+def size_text(size_bytes: int) -> str:
+    """A RAM size as people write it."""
+    return f"{size_bytes // GIB} GiB" if size_bytes % GIB == 0 else f"{size_bytes // MIB} MiB"
