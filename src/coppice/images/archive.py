@@ -78,7 +78,10 @@ class _GuardedFile(io.BufferedIOBase):
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:  # beyond what any file can be
+            raise ImageError("the archive has a header that points outside of it", hint=_CURE) from error
 
     def tell(self) -> int:
         return self._file.tell()

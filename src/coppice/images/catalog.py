@@ -1,4 +1,4 @@
-"""The image catalog, with all that makes images: each builder fills a tree, and one path writes, hashes and publishes it.
+"""The catalog with all that makes images: each builder fills a tree, and one path writes, hashes and publishes it.
 
 The work runs in a thread. When the caller is cancelled the thread is told, removes what it staged, and only then the
 cancellation goes on: nothing half-made stays, and nothing runs on behind the caller's back.

@@ -202,9 +202,14 @@ def _choose_saved(images: tuple[SavedImage, ...], tag: str | None) -> SavedImage
             return images[0]
         raise ImageError(f"the archive has {len(images)} images", hint=f"choose one by its tag, of: {tags}")
     for image in images:
-        if tag in (image.repo_tags or ()) or f"{tag}:latest" in (image.repo_tags or ()):
+        if _familiar(tag) in map(_familiar, image.repo_tags or ()):
             return image
     raise ImageError(f"the archive has no image with the tag {tag!r}", hint=f"it has: {tags}")
+
+
+def _familiar(tag: str) -> str:
+    """A tag without the parts that Docker fills in: `docker.io/library/demo:latest` is `demo`."""
+    return tag.removeprefix("docker.io/").removeprefix("library/").removesuffix(":latest")
 
 
 def _apply_layers(

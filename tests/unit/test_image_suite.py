@@ -1,0 +1,208 @@
+"""Bootstrapping a suite: what is handed to mmdebstrap, what is made of its log, and what is taken out of its result.
+
+The real bootstrap needs a mirror; it is done where virtual machines are tested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from coppice.errors import HostCannot, ImageError, MissingTool, UsageError
+from coppice.images import ImageCatalog
+from coppice.images.suite import host_mirrors, make_generic
+from coppice.images.tree import Bytes, FileTree, Node
+from coppice.model import Progress
+from image_archives import directory, file, read_erofs, tar
+
+APT_GET = """#!/bin/sh
+case "$*" in
+*--no-release-info*) prefix= ;;
+*) prefix=$KNOWN ;;
+esac
+[ -n "$prefix" ] || case "$*" in *--no-release-info*) ;; *) exit 0 ;; esac
+echo "Packages|Debian|http://m.example/debian/|bookworm|main"
+echo "Packages|Debian|http://m.example/debian/|bookworm-updates|main"
+echo "Packages|Debian|http://m.example/debian/|bookworm|main"
+echo "DEP-11|Debian|http://m.example/debian/|bookworm|main"
+echo "Packages|Debian|http://m.example/debian-security/|bookworm-security|main"
+echo "Packages|Debian|http://m.example/debian/|bookworm|contrib"
+echo "Packages|Vendor|http://vendor.example/apt/|bookworm|stable"
+echo "Packages|Debian|http://m.example/debian/|trixie|main"
+echo "broken"
+"""
+
+
+def program(directory: Path, name: str, text: str) -> None:
+    """An executable script in `directory`."""
+    path = directory / name
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that comes first in PATH, with an apt-get that knows one mirror."""
+    path = tmp_path / "tools"
+    path.mkdir()
+    program(path, "apt-get", APT_GET)
+    monkeypatch.setenv("PATH", f"{path}:{os.environ['PATH']}")
+    monkeypatch.setenv("KNOWN", "yes")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    return path
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> ImageCatalog:
+    """An empty catalog."""
+    return ImageCatalog(tmp_path / "images")
+
+
+@pytest.mark.parametrize("known", ["yes", ""])
+def test_mirrors_come_from_the_hosts_apt(tools: Path, monkeypatch: pytest.MonkeyPatch, known: str) -> None:
+    """The suite, its updates and its security come from the host's configuration; others' repositories do not."""
+    monkeypatch.setenv("KNOWN", known)
+    assert host_mirrors("bookworm") == [
+        "http://m.example/debian/ bookworm",
+        "http://m.example/debian/ bookworm-updates",
+        "http://m.example/debian-security/ bookworm-security",
+    ]
+    assert host_mirrors("noble") == []
+
+
+async def test_a_bootstrap(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
+    """mmdebstrap's archive becomes an image without the host's traces; commands stay one word per argument."""
+    archive = tar(
+        directory("etc"),
+        file("etc/machine-id", b"0123"),
+        file("etc/resolv.conf", b"nameserver 1.2.3.4"),
+        file("etc/hostname", b"builder"),
+        file("bin/sh", b"#!", mode=0o755),
+    )
+    (tmp_path / "archive").write_bytes(archive)
+    program(
+        tools,
+        "mmdebstrap",
+        '#!/bin/sh\nprintf "%s\\n" "$@" > "$OUT/argv"; env > "$OUT/env"\n'
+        'echo "0 upgraded, 2 newly installed, 0 to remove" >&2; echo "Get:1 x" >&2\n'
+        'echo "Setting up a" >&2; echo "Setting up b" >&2; cat "$OUT/archive"\n',
+    )
+    seen: list[Progress] = []
+    image = await catalog.build_suite(
+        "debian:12",
+        include=["python3-numpy", "curl=1:2~3"],
+        run=[["sh", "-c", "echo 'a b' $HOME"]],
+        source_date_epoch=17,
+        progress=seen.append,
+    )
+    found = read_erofs(catalog.root_file(image))
+    assert found["/etc/machine-id"].data == b""
+    assert {"/etc/resolv.conf", "/etc/hostname"}.isdisjoint(found)
+    assert image.source == "bookworm minbase with python3-numpy, curl=1:2~3"
+    argv = (tmp_path / "argv").read_text()
+    assert "--include=python3-numpy,curl=1:2~3\n" in argv
+    assert """--customize-hook=chroot "$1" sh -c 'echo '"'"'a b'"'"' $HOME'\n""" in argv
+    assert "\nbookworm\n-\ndeb http://m.example/debian/ bookworm main\n" in argv
+    assert "SOURCE_DATE_EPOCH=17" in (tmp_path / "env").read_text()
+    assert Progress(stage="install", done=2, total=2, unit="items") in seen
+    assert Progress(stage="download", done=1, unit="items") in seen
+
+
+async def test_a_mirror_of_the_callers(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
+    """A given mirror replaces the host's, and without an epoch none is set."""
+    (tmp_path / "archive").write_bytes(tar(file("x")))
+    program(tools, "mmdebstrap", '#!/bin/sh\nprintf "%s\\n" "$@" > "$OUT/argv"; env > "$OUT/env"; cat "$OUT/archive"\n')
+    await catalog.build_suite("d", mirror=["http://other.example/debian"], components=["main", "contrib"])
+    argv = (tmp_path / "argv").read_text()
+    assert argv.endswith("\nbookworm\n-\nhttp://other.example/debian\n")
+    assert "--components=main,contrib\n" in argv
+    assert "SOURCE_DATE_EPOCH" not in (tmp_path / "env").read_text()
+
+
+async def test_a_failed_bootstrap_says_why(tools: Path, catalog: ImageCatalog) -> None:
+    """The error carries mmdebstrap's own words, and nothing is left."""
+    program(tools, "mmdebstrap", "#!/bin/sh\necho 'I: x' >&2; echo 'E: Unable to locate package nope' >&2; exit 25\n")
+    with pytest.raises(ImageError, match="Unable to locate package nope"):
+        await catalog.build_suite("d", include=["nope"])
+    assert sorted(path.name for path in catalog.root.iterdir()) == [".lock", "names"]
+
+
+async def test_the_deadline_ends_it(tools: Path, catalog: ImageCatalog) -> None:
+    """A bootstrap that hangs is ended with all its processes when its time is up."""
+    program(tools, "mmdebstrap", '#!/bin/sh\necho "I: stuck" >&2; echo $$ > "$OUT/pid"; sleep 1000 & wait\n')
+    with pytest.raises(HostCannot, match="stuck"):
+        await catalog.build_suite("d", timeout_s=0.5)
+    assert sorted(path.name for path in catalog.root.iterdir()) == [".lock", "names"]
+
+
+async def test_cancellation_ends_it(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
+    """A cancelled bootstrap leaves no process, not even a child of mmdebstrap's, and no staging directory."""
+    script = '#!/bin/sh\nexec 3> "$OUT/held"\necho "Get:1 x" >&2\nsleep 1000 &\nwait\n'
+    program(tools, "mmdebstrap", script)
+    os.mkfifo(tmp_path / "held")
+    held = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    loop, started = asyncio.get_running_loop(), asyncio.Event()
+
+    def progress(_: Progress) -> None:
+        loop.call_soon_threadsafe(started.set)
+
+    task = asyncio.create_task(catalog.build_suite("d", progress=progress))
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    os.set_blocking(held, True)
+    assert await asyncio.to_thread(os.read, held, 1) == b""  # the end comes when the last holder is gone
+    os.close(held)
+    assert sorted(path.name for path in catalog.root.iterdir()) == [".lock", "names"]
+
+
+async def test_a_missing_tool(catalog: ImageCatalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without mmdebstrap the error names it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingTool, match="mmdebstrap"):
+        await catalog.build_suite("d")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"suite": "--help"},
+        {"suite": "../x"},
+        {"include": ["a,b"]},
+        {"include": ["-x"]},
+        {"include": ["/tmp/x.deb"]},
+        {"include": ["?essential"]},
+        {"variant": "huge"},
+        {"mirror": ["--hook-dir=/tmp"]},
+        {"mirror": ["/etc/passwd"]},
+        {"mirror": ["deb http://x y\ndeb http://z y"]},
+        {"run": [[]]},
+        {"components": ["a b"]},
+    ],
+)
+async def test_arguments_cannot_become_options(catalog: ImageCatalog, arguments: dict[str, object]) -> None:
+    """What mmdebstrap would take for something else is refused before it is started."""
+    with pytest.raises(UsageError):
+        await catalog.build_suite("d", **arguments)  # type: ignore[arg-type]  # the point of the table
+
+
+def test_what_is_one_machines_own_goes(tmp_path: Path) -> None:
+    """Machine ids, host keys and random seeds are not handed to every guest."""
+    tree = FileTree()
+    for path in (
+        "etc/machine-id",
+        "var/lib/dbus/machine-id",
+        "var/lib/systemd/random-seed",
+        "etc/ssh/ssh_host_rsa_key",
+        "etc/ssh/ssh_host_rsa_key.pub",
+        "etc/ssh/sshd_config",
+    ):
+        tree.put(tuple(part.encode() for part in path.split("/")), Node(stat.S_IFREG | 0o600, content=Bytes(b"secret")))
+    make_generic(tree)
+    left = {name: node.content.size for _, name, node in tree.walk() if node.content}
+    assert left == {b"machine-id": 0, b"sshd_config": 6}
