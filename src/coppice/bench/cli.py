@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -19,6 +17,7 @@ from coppice.bench.plot import plot_capture, plot_fan_out
 from coppice.bench.records import Cache, CaptureBenchReport, FanOutReport, Method
 from coppice.bench.report import capture_table, fan_out_table
 from coppice.bench.trial import Say
+from coppice.cli.context import Cli
 from coppice.disk.atomic import os_errors, publish, temporary_beside
 from coppice.errors import UsageError
 from coppice.host import AsyncHost
@@ -58,6 +57,7 @@ _Workload = Annotated[str, typer.Option("--workload", help="Memory that each mac
 _CopyLimit = Annotated[str, typer.Option("--copy-limit", help="Skip rounds of full copies that would write more.")]
 
 _QUICK_MEMORY = (256 * MIB,)
+_TABLE_WIDTH = 150  # columns; a narrower terminal wraps, and a file does not
 
 
 @app.command("fan-out")
@@ -132,25 +132,17 @@ def _measure(
     output: Path | None,
     plot: Path | None,
 ) -> None:
-    options = context.find_root().params
+    cli = Cli.of(context)
     for path in (output, plot):  # better now than after twenty minutes
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"there is no directory {path.parent}", hint="make it first")
     status = Console(stderr=True)
-
-    async def measure() -> R:
-        async with AsyncHost(options.get("home"), accel=options.get("accel") or "auto") as host:
-            return await run(host, lambda line: status.print(line, style="dim", highlight=False))
-
-    report = asyncio.run(measure())
+    report = cli.call(lambda host: run(host, lambda line: status.print(line, style="dim", highlight=False)))
     if output is not None:
         write_report(report, output)
     if plot is not None:
         draw(report, plot)
-    if options.get("json"):
-        sys.stdout.buffer.write(to_json(report) + b"\n")
-    else:
-        Console(width=max(Console().width, 150)).print(table(report))
+    cli.show(report, lambda: Console(width=max(Console().width, _TABLE_WIDTH)).print(table(report)))
 
 
 def write_report(report: FanOutReport | CaptureBenchReport, path: Path) -> None:
