@@ -1,0 +1,85 @@
+"""Run a coroutine to its end, or, when a signal ends the program, to the end of its cleanup."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """A signal ended the work, after its cleanup."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class _Router:
+    """Who is told of a signal: whoever asked last, else the task, by cancellation."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task = task
+        self.received: list[int] = []
+        self.handler: Callable[[int], None] = self.end
+
+    def route(self, number: int) -> None:
+        self.handler(number)
+
+    def end(self, number: int) -> None:
+        """Cancel the task. Who asks again and again is not made to wait: what a killed process leaves is tidied by the next one."""
+        self.received.append(number)
+        if len(self.received) < 3:
+            self._task.cancel()
+            return
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+_router: ContextVar[_Router] = ContextVar("router")
+
+
+def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` in an event loop of its own. SIGINT, SIGTERM and SIGHUP cancel it and wait for its cleanup; the third one kills.
+
+    A signal that is ignored (as `nohup` has it) stays ignored.
+
+    :raises Interrupted: a signal ended it
+    """
+    routers: list[_Router] = []
+
+    async def whole() -> T:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a running coroutine has one
+        router = _Router(task)
+        routers.append(router)
+        _router.set(router)
+        loop = asyncio.get_running_loop()
+        for number in _ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, router.route, number)
+        return await work
+
+    try:
+        return asyncio.run(whole())
+    except asyncio.CancelledError as error:
+        if not (routers and routers[0].received):
+            raise
+        raise Interrupted(routers[0].received[0]) from error
+
+
+@contextlib.contextmanager
+def signals_to(handler: Callable[[int, Callable[[int], None]], None]) -> Iterator[None]:
+    """For the length of a block, call `handler` with each signal that would end the work, and with the function that would end it."""
+    router = _router.get()
+    router.handler = lambda number: handler(number, router.end)
+    try:
+        yield
+    finally:
+        router.handler = router.end

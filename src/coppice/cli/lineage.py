@@ -1,0 +1,176 @@
+"""Commands of the lineage: fork, which grows it, and tree, which draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from coppice.cli import complete, format, options, output, parse
+from coppice.cli.context import Cli
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from coppice.host import AsyncHost
+    from coppice.model import ForkReport, ForkResult, TreeNode
+
+
+def fork(
+    ctx: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A Template, Standby or Stopped instance.", autocompletion=complete.instances
+        ),
+    ],
+    count: Annotated[int, typer.Option("--count", "-n", help="How many forks to grow, in parallel.")] = 1,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--name", help="Name of a fork, repeatable; one name for several forks is numbered."),
+    ] = None,
+    target: Annotated[
+        Literal["running", "standby", "stopped"], typer.Option("--target", help="What the forks become.")
+    ] = "running",
+    atomic: Annotated[bool, typer.Option("--atomic", help="All or none: one failure undoes all.")] = False,
+    tag: options.Tags = None,
+    publish: options.Published = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Grow forks that share the source's memory. Each is running when its guest has answered, as itself.
+
+    A fork that fails is undone and does not touch its siblings; the exit status is then 1.
+    """
+    cli = Cli.of(ctx)
+    tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
+
+    async def work(host: AsyncHost) -> ForkReport:
+        from coppice.model import State
+
+        with cli.progress() as progress:
+            return await host.fork(
+                source,
+                count=count,
+                names=tuple(name or ()),
+                target=State(target.capitalize()),
+                atomic=atomic,
+                tags=tags,
+                publish=ports,
+                progress=progress,
+            )
+
+    report = cli.call(work)
+    cli.show(report, lambda: _print_names(report) if quiet else _print_report(report))
+    if report.succeeded < report.count:
+        raise typer.Exit(1)
+
+
+def _print_names(report: ForkReport) -> None:
+    for result in report.results:
+        if result.ok:
+            output.line(result.name)
+    _complain(report)
+
+
+def _print_report(report: ForkReport) -> None:
+    grown = [result for result in report.results if result.ok]
+    if grown:
+        stages = list(dict.fromkeys(stage for result in grown for stage in result.stages))
+        output.table(
+            [
+                ("NAME", "left"), ("STATE", "left"), ("TOTAL", "right"), *((stage.upper(), "right") for stage in stages),
+                ("SHARING", "left"), ("UNIQUE", "right"), ("DISK", "right"),
+            ],
+            [_row(result, stages) for result in grown],
+        )  # fmt: skip
+    unique = sum(result.memory.unique_bytes for result in grown if result.memory)
+    cost = f", {format.size(unique)} of memory of their own" if any(result.memory for result in grown) else ""
+    done = f"{report.succeeded} of {format.count(report.count, 'fork')} of {report.source_name}"
+    output.line(f"{done} in {format.duration(report.wall_ms)}{cost}")
+    for reason in dict.fromkeys(result.sharing_reason for result in grown if result.sharing_reason):
+        output.complain(f"memory was copied, not shared: {reason}")
+    _complain(report)
+
+
+def _row(result: ForkResult, stages: Sequence[str]) -> list[str | Text]:
+    return [
+        result.name,
+        output.state(result.instance.state if result.instance else "Unknown"),
+        format.duration(result.total_ms),
+        *(format.duration(result.stages[stage]) if stage in result.stages else "-" for stage in stages),
+        str(result.sharing or "-"),
+        format.size(result.memory.unique_bytes) if result.memory else "-",
+        format.size(result.disk_bytes_written),
+    ]
+
+
+def _complain(report: ForkReport) -> None:
+    for result in report.results:
+        if not result.ok:
+            output.complain(f"the fork {result.name} failed: {result.error}")
+
+
+def tree(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Only this one and its forks.", autocompletion=complete.instances),
+    ] = None,
+) -> None:
+    """Draw the lineage, and the memory that is shared in it.
+
+    Each instance has its forks below it. The same INODE is the same memory file; LINKS counts its holders. UNIQUE is what an instance alone costs.
+    """
+    cli = Cli.of(ctx)
+    roots = cli.call(lambda host: host.tree(name))
+
+    def human() -> None:
+        rows = [row for root in roots for row in _branch(root, "", "")]
+        output.table(
+            [
+                ("NAME", "left"), ("STATE", "left"), ("FORKS", "right"), ("SHARED", "right"), ("UNIQUE", "right"),
+                ("INODE", "right"), ("LINKS", "right"), ("SHARING", "left"),
+            ],
+            rows,
+        )  # fmt: skip
+        _summary(roots)
+
+    cli.show(roots, human)
+
+
+def _branch(node: TreeNode, lead: str, below: str) -> Iterator[list[str | Text]]:
+    """The rows of one instance and its forks. `lead` is drawn before its own name, `below` before those of its forks."""
+    memory = node.memory
+    yield [
+        lead + node.instance.name,
+        output.state(node.instance.state),
+        str(node.fork_count) if node.fork_count else "-",
+        *(
+            [
+                format.size(memory.shared_bytes),
+                format.size(memory.unique_bytes),
+                str(memory.inode or "-"),
+                str(memory.link_count),
+                str(memory.sharing or "-"),
+            ]
+            if memory
+            else ["-"] * 5
+        ),
+    ]
+    for child in node.children:
+        last = child is node.children[-1]
+        yield from _branch(child, below + ("└── " if last else "├── "), below + ("    " if last else "│   "))
+
+
+def _summary(roots: Sequence[TreeNode]) -> None:
+    """What sharing saves: RAM that the running machines see, against what they hold."""
+    nodes = list(roots)
+    for node in nodes:
+        nodes.extend(node.children)
+    running = [node.memory for node in nodes if node.memory and node.instance.vmm]
+    if len(running) > 1:
+        mapped, unique = sum(memory.mapped_bytes for memory in running), sum(memory.unique_bytes for memory in running)
+        output.line(
+            f"{len(running)} running machines see {format.size(mapped)} of RAM; {format.size(unique)} is unique to one of them"
+        )

@@ -1,0 +1,135 @@
+"""Connect a session in a guest with this process: its three streams, its signals, the size of its window."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from coppice.cli import output, terminal
+from coppice.cli.interrupt import Interrupted, signals_to
+from coppice.errors import GuestError
+from coppice.model import MIB
+
+if TYPE_CHECKING:
+    from coppice.guest.process import ExecSession, Exit
+
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
+_MAX_CAPTURED = 64 * MIB
+_Action = Callable[[], Coroutine[Any, Any, None]]
+
+
+@dataclass
+class Captured:
+    """Output that is kept instead of passed on."""
+
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+
+    def add(self, stream: str, data: bytes) -> None:
+        """Keep more of it.
+
+        :raises GuestError: it grows too large
+        """
+        if len(self.stdout) + len(self.stderr) + len(data) > _MAX_CAPTURED:
+            raise GuestError(f"the command printed more than {_MAX_CAPTURED // MIB} MiB", hint="run it without --json")
+        (self.stderr if stream == "stderr" else self.stdout).extend(data)
+
+
+def window() -> tuple[int, int]:
+    """(rows, columns) of our terminal."""
+    return terminal.size_of(_STDIN)
+
+
+async def attach(session: ExecSession, *, stdin: bool, raw: bool, forward: bool, captured: Captured | None) -> Exit:
+    """Pass everything through until the command has ended, and return how.
+
+    `stdin`: pass our standard input on. `raw`: it is a terminal, whose keys and size are the command's for the time. `forward`: hand
+    SIGINT and SIGTERM on to the command; who sends a third one ends the session.
+
+    :raises Interrupted: the user left, or a signal ended the session
+    """
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    actions: asyncio.Queue[_Action] = asyncio.Queue()
+    pump = asyncio.create_task(_pump(session, captured))
+    others = [asyncio.create_task(_act(actions))]
+    try:
+        with contextlib.ExitStack() as stack:
+            if raw:
+                stack.enter_context(terminal.raw_mode(_STDIN))
+                stack.enter_context(_following_size(session, actions))
+            if forward:
+                stack.enter_context(signals_to(_forwarder(session, actions)))
+            if stdin:
+                others.append(asyncio.create_task(_feed(session, over, escapes=raw)))
+            waiting: list[asyncio.Future[Any]] = [pump, over]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if over.done():
+                over.result()
+            return await pump
+    finally:
+        over.cancel()
+        for task in (pump, *others):
+            task.cancel()
+        await asyncio.gather(pump, *others, return_exceptions=True)
+
+
+async def _pump(session: ExecSession, captured: Captured | None) -> Exit:
+    async for stream, data in session:
+        if captured is not None:
+            captured.add(stream, data)
+        else:
+            await terminal.write(_STDERR if stream == "stderr" else _STDOUT, data)
+    return await session.wait()
+
+
+async def _feed(session: ExecSession, over: asyncio.Future[None], *, escapes: bool) -> None:
+    """Pass standard input on, to its end."""
+    escape = terminal.Escape() if escapes else None
+    while data := await terminal.read(_STDIN):
+        wanted, leave = escape.feed(data) if escape else (data, False)
+        await session.send_stdin(wanted)
+        if leave and not over.done():
+            over.set_exception(Interrupted(signal.SIGHUP))
+            return
+    await session.eof()
+
+
+async def _act(actions: asyncio.Queue[_Action]) -> None:
+    """Do what signals ask for, in order: their handlers cannot wait."""
+    while True:
+        await (await actions.get())()
+
+
+@contextlib.contextmanager
+def _following_size(session: ExecSession, actions: asyncio.Queue[_Action]) -> Iterator[None]:
+    """Tell the command's terminal when ours changes its size."""
+
+    async def resize() -> None:
+        await session.resize(*window())
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGWINCH, actions.put_nowait, resize)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGWINCH)
+
+
+def _forwarder(session: ExecSession, actions: asyncio.Queue[_Action]) -> Callable[[int, Callable[[int], None]], None]:
+    seen = 0
+
+    def forward(number: int, end: Callable[[int], None]) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > 2 or number == signal.SIGHUP:
+            end(number)
+            return
+        if seen == 2:
+            output.complain("the command was told; once more ends the session")
+        actions.put_nowait(lambda: session.signal(number))
+
+    return forward

@@ -1,0 +1,228 @@
+"""Commands that look: ls, inspect, stats; and gc, which tidies what nothing owns."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coppice.cli import complete, format, options, output, parse
+from coppice.cli.context import Cli
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from coppice.host import AsyncHost, Inspection
+    from coppice.model import Instance, MemoryReport, Publish
+
+
+def ls(
+    ctx: typer.Context,
+    state: Annotated[
+        list[str] | None,
+        typer.Option("--state", help="Only those in this state; repeatable.", autocompletion=complete.states),
+    ] = None,
+    tag: options.TagFilter = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """List instances, the oldest first."""
+    cli = Cli.of(ctx)
+    wanted, tags = parse.states(state or ()), parse.pairs(tag or (), "tag")
+
+    async def work(host: AsyncHost) -> list[Instance]:
+        if len(wanted) == 1:
+            return await host.ls(state=wanted[0], tags=tags)
+        return [instance for instance in await host.ls(tags=tags) if not wanted or instance.state in wanted]
+
+    instances = cli.call(work)
+
+    def human() -> None:
+        if quiet:
+            for instance in instances:
+                output.line(instance.name)
+            return
+        columns: list[output.Column] = [
+            ("NAME", "left"), ("STATE", "left"), ("IMAGE", "left"), ("CPUS", "right"), ("MEMORY", "right"), ("AGE", "right"),
+            ("PARENT", "left"),
+        ]  # fmt: skip
+        with_ports, with_tags = any(i.publish for i in instances), any(i.tags for i in instances)
+        if with_ports:
+            columns.append(("PORTS", "left"))
+        if with_tags:
+            columns.append(("TAGS", "left"))
+        output.table(
+            columns,
+            [
+                [
+                    instance.name,
+                    output.state(instance.state),
+                    instance.image_name,
+                    str(instance.machine.cpus),
+                    format.size(instance.machine.memory_bytes),
+                    format.age(instance.created_at),
+                    instance.parent_name or "-",
+                    *([_ports(instance.publish)] if with_ports else []),
+                    *([_tags(instance.tags)] if with_tags else []),
+                ]
+                for instance in instances
+            ],
+        )
+
+    cli.show(instances, human)
+
+
+def _ports(published: tuple[Publish, ...]) -> str:
+    return ", ".join(_port(port) for port in published) or "-"
+
+
+def _port(port: Publish) -> str:
+    address = f"[{port.host_address}]" if ":" in port.host_address else port.host_address
+    return f"{address}:{port.host_port}->{port.guest_port}/{port.protocol}"
+
+
+def _tags(tags: dict[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in tags.items()) or "-"
+
+
+def inspect(ctx: typer.Context, names: options.Names) -> None:
+    """Show all that is known of instances. With --json: always a list."""
+    cli = Cli.of(ctx)
+
+    async def work(host: AsyncHost) -> list[Inspection]:
+        return list(await asyncio.gather(*(host.inspect(name) for name in names)))
+
+    found = cli.call(work)
+
+    def human() -> None:
+        for number, inspection in enumerate(found):
+            if number:
+                output.line("")
+            output.fields(_details(inspection))
+
+    cli.show(found, human)
+
+
+def _details(found: Inspection) -> list[tuple[str, str | Text]]:
+    import shlex
+
+    instance, memory = found.instance, found.memory
+    process = instance.process
+    details: list[tuple[str, str | Text | None]] = [
+        ("Name", instance.name),
+        ("Id", instance.id),
+        ("State", output.state(instance.state)),
+        ("Ended", instance.exit_reason),
+        ("Created", f"{format.moment(instance.created_at)} ({format.age(instance.created_at)} ago)"),
+        ("Started", format.moment(instance.started_at) if instance.started_at else None),
+        ("Captured", format.moment(instance.captured_at) if instance.captured_at else None),
+        ("Image", f"{instance.image_name} ({instance.image})"),
+        (
+            "Machine",
+            f"{format.count(instance.machine.cpus, 'CPU')}, {format.size(instance.machine.memory_bytes)} of RAM",
+        ),
+        ("Kernel", instance.machine.kernel),
+        ("VMM", _vmm(instance)),
+        ("Process", output.printable(shlex.join(process.argv)) or None),
+        ("User", output.printable(process.user) or None),
+        ("Directory", process.workdir),
+        ("Environment", output.printable(", ".join(f"{key}={value}" for key, value in process.env.items())) or None),
+        ("Host name", instance.hostname),
+        ("Tags", _tags(instance.tags) if instance.tags else None),
+        ("Ports", _ports(instance.publish) if instance.publish else None),
+        ("Parent", instance.parent_name),
+        ("Forks", f"{found.fork_count} ({', '.join(found.forks)})" if found.forks else None),
+        ("Memory", _memory(memory) if memory else None),
+        (
+            "Mem-file",
+            f"inode {memory.inode}, {format.count(memory.link_count, 'link')}" if memory and memory.inode else None,
+        ),
+        ("Sharing", _sharing(instance)),
+        ("Disk", f"{format.size(found.disk_bytes)} of {format.size(instance.machine.overlay_bytes)} allocated"),
+        ("Files", found.directory),
+    ]
+    return [(label, value) for label, value in details if value is not None]
+
+
+def _vmm(instance: Instance) -> str:
+    manifest, process = instance.manifest, instance.vmm
+    version = f"{manifest.driver} {manifest.vmm_version}, {manifest.accel}" if manifest else instance.driver
+    return f"{version}, pid {process.pid}" if process else version
+
+
+def _memory(memory: MemoryReport) -> str:
+    return (
+        f"{format.size(memory.shared_bytes)} shared, {format.size(memory.unique_bytes)} unique, "
+        f"{format.size(memory.vmm_overhead_bytes)} VMM overhead"
+    )
+
+
+def _sharing(instance: Instance) -> str | None:
+    file = instance.mem_file
+    if file is None:
+        return None
+    return f"{file.sharing}: {file.reason}" if file.reason else str(file.sharing)
+
+
+def stats(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="One instance; otherwise all.", autocompletion=complete.instances),
+    ] = None,
+) -> None:
+    """Show the memory of instances, as the kernel accounts it.
+
+    SHARED: resident pages of the mem-file itself. UNIQUE: what this instance alone costs. OVERHEAD: the VMM process beside guest RAM.
+    """
+    cli = Cli.of(ctx)
+    reports = cli.call(lambda host: host.stats(name))
+
+    def human() -> None:
+        rows: list[list[str | Text]] = [
+            [
+                each,
+                format.size(report.mapped_bytes),
+                format.size(report.shared_bytes),
+                format.size(report.unique_bytes),
+                format.size(report.vmm_overhead_bytes),
+                str(report.inode or "-"),
+                str(report.link_count),
+                str(report.sharing or "-"),
+            ]
+            for each, report in reports.items()
+        ]
+        if len(reports) > 1:
+            unique = sum(report.unique_bytes for report in reports.values())
+            overhead = sum(report.vmm_overhead_bytes for report in reports.values())
+            mapped = sum(report.mapped_bytes for report in reports.values())
+            rows.append(["(all)", format.size(mapped), "", format.size(unique), format.size(overhead), "", "", ""])
+        output.table(
+            [
+                ("NAME", "left"), ("RAM", "right"), ("SHARED", "right"), ("UNIQUE", "right"), ("OVERHEAD", "right"),
+                ("INODE", "right"), ("LINKS", "right"), ("SHARING", "left"),
+            ],
+            rows,
+        )  # fmt: skip
+
+    cli.show(reports, human)
+
+
+def gc(
+    ctx: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+) -> None:
+    """Remove what nothing owns: leftovers of killed processes.
+
+    What is in use is never touched.
+    """
+    cli = Cli.of(ctx)
+    report = cli.call(lambda host: host.gc(dry_run=dry_run))
+
+    def human() -> None:
+        for path in report.removed:
+            output.line(path)
+        verb = "would be freed" if report.dry_run else "freed"
+        output.line(f"{format.count(len(report.removed), 'leftover')}, {format.size(report.bytes_freed)} {verb}")
+
+    cli.show(report, human)
