@@ -62,6 +62,10 @@ class Images(HostBase):
         """Debian's cloud kernel, fetched and unpacked into the data directory where it is not there yet."""
         return await self.rooms.kernels.ensure_debian(progress)
 
+    async def kernel_ls(self) -> list[Kernel]:
+        """All kernels, the newest last."""
+        return await asyncio.to_thread(self.rooms.kernels.kernels)
+
     async def doctor(self) -> list[Check]:
         """Check this host: each line with its cure."""
         return await run_checks(self.home)
