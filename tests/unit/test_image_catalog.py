@@ -170,7 +170,9 @@ async def test_squashfs_on_request(catalog: ImageCatalog, tmp_path: Path) -> Non
     options = BuildOptions(filesystem="squashfs")
     image = await catalog.import_rootfs_tar("s", rootfs(tmp_path / "r.tar"), options=options)
     assert image.filesystem == "squashfs"
-    assert catalog.root_file(image).read_bytes()[:4] == b"hsqs"
+    path = catalog.root_file(image)
+    assert path.read_bytes()[:4] == b"hsqs"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["image.json", "root.img"]
 
 
 @pytest.mark.parametrize(

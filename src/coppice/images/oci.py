@@ -1,7 +1,7 @@
 """OCI image layouts and `docker save` archives: from an index to the layers and the config of one image, all verified.
 
-Written after the OCI image specification
-1.1 (image-layout.md, image-index.md, manifest.md, config.md) and Docker's image specification v1.2.
+Written after the OCI image specification 1.1 (image-layout.md, image-index.md, manifest.md, config.md) and Docker's image
+specification v1.2.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -72,7 +73,7 @@ def write_squashfs(
     argv = [tool, "-comp", "zstd", "-quiet", "-no-progress", "-exit-on-error", "-mkfs-time", str(newest)]
     argv += ["-root-mode", f"{stat.S_IMODE(root.mode):o}", "-root-uid", str(root.uid), "-root-gid", str(root.gid)]
     argv += ["-root-time", str(min(root.mtime_ns // 10**9, 0xFFFFFFFF)), str(path)]
-    with (path.parent / "sqfstar.log").open("w+b") as log:
+    with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
         try:
             assert process.stdin is not None  # noqa: S101 - it is a pipe
