@@ -45,7 +45,8 @@ def kernel_version(image: bytes) -> str:
 def extract_vmlinux(image: bytes) -> bytes | None:
     """The uncompressed kernel of a bzImage, if it can be entered directly; else None, and the bzImage must do.
 
-    None also where this host cannot decompress it: LZ4 needs liblz4, which every Debian has for apt.
+    None also where this host cannot decompress it: LZ4 needs liblz4, which every Debian has for apt. The last four bytes of the payload are
+    the size of what it unfolds to (gzip's own trailer; the kernel's build appends it to the other formats): so a truncated one is not taken.
     """
     protocol, setup_sectors = struct.unpack_from("<H", image, 0x206)[0], image[0x1F1] or 4
     if protocol < 0x0208:  # the payload fields came with 2.08
@@ -59,7 +60,7 @@ def extract_vmlinux(image: bytes) -> bytes | None:
                 vmlinux = decompress(payload)
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError, struct.error):
                 return None
-            return vmlinux if _has_pvh_entry(vmlinux) else None
+            return vmlinux if payload.endswith(struct.pack("<I", len(vmlinux))) and _has_pvh_entry(vmlinux) else None
     return None
 
 

@@ -1,0 +1,144 @@
+"""Checks of memory: how much there is, and whether the kernel lets us share, count and capture it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import struct
+from pathlib import Path
+
+from coppice.doctor.mounts import Mount, read_mounts
+from coppice.memory.pagemap import PAGEMAP_SCAN
+from coppice.model import GIB, MIB, Check
+
+_FAIL_BELOW = 512 * MIB
+_WARN_BELOW = 2 * GIB
+_DEFAULT_MAX_MAP_COUNT = 65530
+_STRICT = 2
+_SYSCTL = Path("/proc/sys")
+
+
+def available() -> Check:
+    """Memory for guests."""
+    return judge_available(meminfo_bytes(Path("/proc/meminfo").read_text(), "MemAvailable"))
+
+
+def meminfo_bytes(text: str, key: str) -> int:
+    """One line of /proc/meminfo, in bytes; 0 where it is not there."""
+    match = re.search(rf"^{re.escape(key)}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def judge_available(free_bytes: int) -> Check:
+    """A guest touches 100 MiB when it boots; a fork of it needs some MiB of its own."""
+    detail = f"{free_bytes / GIB:.1f} GiB available"
+    cure = "end what else runs here, or run smaller and fewer guests"
+    if free_bytes >= _WARN_BELOW:
+        return Check(name="memory", status="ok", detail=detail)
+    return Check(name="memory", status="fail" if free_bytes < _FAIL_BELOW else "warn", detail=detail, cure=cure)
+
+
+def overcommit() -> Check:
+    """How the kernel counts memory that is mapped and not yet used."""
+    return judge_overcommit(_sysctl("vm/overcommit_memory"))
+
+
+def judge_overcommit(value: int | None) -> Check:
+    """Strict counting (2) charges each fork for all of its guest's memory, though it shares nearly all of it."""
+    name = "vm.overcommit_memory"
+    if value == _STRICT:
+        return Check(
+            name=name,
+            status="fail",
+            detail="2: each fork is charged for the whole memory of its guest, shared or not",
+            cure="sysctl -w vm.overcommit_memory=1",
+        )
+    return Check(name=name, status="ok", detail=str(value))
+
+
+def max_map_count() -> Check:
+    """How many mappings a process may have."""
+    return judge_max_map_count(_sysctl("vm/max_map_count"))
+
+
+def judge_max_map_count(value: int | None) -> Check:
+    """QEMU needs hundreds; less than the kernel's default is somebody's choice, which may end a VM."""
+    name = "vm.max_map_count"
+    if value is not None and value < _DEFAULT_MAX_MAP_COUNT:
+        cure = f"sysctl -w vm.max_map_count={_DEFAULT_MAX_MAP_COUNT}"
+        return Check(name=name, status="warn", detail=f"{value} is below the kernel's default", cure=cure)
+    return Check(name=name, status="ok", detail=str(value))
+
+
+def pagemap_scan() -> Check:
+    """Try the ioctl on one page of this process."""
+    # struct pm_scan_arg: size, flags, start, end, walk_end, vec, vec_len, max_pages and four masks; an empty range is valid.
+    argument = bytearray(struct.pack("=12Q", 96, *([0] * 11)))
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
+    except OSError as error:
+        return judge_pagemap_scan(error.errno)
+    finally:
+        os.close(fd)
+    return judge_pagemap_scan(None)
+
+
+def judge_pagemap_scan(code: int | None) -> Check:
+    """`code` is the ioctl's errno, None where it worked."""
+    name = "PAGEMAP_SCAN"
+    if code is None:
+        return Check(name=name, status="ok", detail="works: private pages of a guest are found fast")
+    reason = "this kernel is older than 6.7" if code in (errno.ENOTTY, errno.EINVAL) else os.strerror(code)
+    detail = f"not available ({reason}): a capture of a fork reads the whole page map, a millisecond for each GiB or so"
+    return Check(name=name, status="warn", detail=detail, cure="run Linux 6.7 or later for faster captures of forks")
+
+
+def smaps() -> Check:
+    """Whether the sharing of memory can be verified and reported."""
+    Path("/proc/self/smaps_rollup").read_bytes()
+    return judge_smaps(read_mounts(), root=os.geteuid() == 0)
+
+
+def judge_smaps(mounts: list[Mount], *, root: bool) -> Check:
+    """/proc mounted with hidepid hides even some of one's own processes from all but root."""
+    hiding = next(
+        (option for mount in mounts if mount.type == "proc" for option in mount.options if _hides(option)), None
+    )
+    if hiding and not root:
+        detail = f"/proc is mounted with {hiding}: the memory of a VM may not be readable"
+        return Check(name="smaps", status="warn", detail=detail, cure="mount -o remount,hidepid=0 /proc")
+    return Check(name="smaps", status="ok", detail="readable: sharing is verified, not assumed")
+
+
+def _hides(option: str) -> bool:
+    return option.startswith("hidepid=") and option not in ("hidepid=0", "hidepid=off")
+
+
+def ptrace() -> Check:
+    """Whether one host process may read the memory of a VM that another one started."""
+    return judge_ptrace(_sysctl("kernel/yama/ptrace_scope"), root=os.geteuid() == 0)
+
+
+def judge_ptrace(scope: int | None, *, root: bool) -> Check:
+    """`scope` of the Yama security module, None without it. Capturing a fork reads its memory by process_vm_readv."""
+    name = "ptrace"
+    allowed = not scope or (root and scope < 3)
+    if allowed:
+        return Check(name=name, status="ok", detail="the memory of running forks can be captured")
+    if scope == 3:
+        detail = "kernel.yama.ptrace_scope is 3: running forks cannot be captured, only machines that were booted"
+        return Check(
+            name=name, status="warn", detail=detail, cure="set kernel.yama.ptrace_scope=1 in /etc/sysctl.d and reboot"
+        )
+    detail = f"kernel.yama.ptrace_scope is {scope}: a fork can be captured only by the process that started it"
+    return Check(name=name, status="warn", detail=detail, cure="sysctl -w kernel.yama.ptrace_scope=0, or run as root")
+
+
+def _sysctl(name: str) -> int | None:
+    try:
+        return int((_SYSCTL / name).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,112 @@
+"""Kernel modules: reading what they need, and the order in which they can be loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import lzma
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coppice.errors import UsageError
+from coppice.guest.modules import MAX_MODULE_BYTES, ModuleTree, parse_modinfo, read_module
+from kernel_files import MODULES, module, module_tree
+
+NAMES = st.lists(st.from_regex(r"[a-z][a-z0-9_]{0,20}", fullmatch=True), max_size=6)
+
+
+@given(NAMES)
+def test_depends_is_read_as_it_was_written(names: list[str]) -> None:
+    """The dependencies that the kernel's build wrote are the ones that are followed."""
+    assert parse_modinfo(module("some", ",".join(names)))["depends"] == ",".join(names)
+
+
+@given(st.binary(max_size=400))
+def test_garbage_is_refused(data: bytes) -> None:
+    """A file that is no module is a UsageError and nothing else, whatever its bytes."""
+    with pytest.raises(UsageError):
+        parse_modinfo(data)
+
+
+@given(st.integers(0, len(module("some", "other")) - 1), st.integers(0, 255))
+def test_a_damaged_module_never_crashes_the_parser(position: int, value: int) -> None:
+    """Any single changed byte gives strings or a UsageError, never another exception."""
+    image = bytearray(module("some", "other"))
+    image[position] = value
+    with contextlib.suppress(UsageError):
+        parse_modinfo(bytes(image))
+
+
+@given(st.integers(0, len(module("some", "other")) - 1))
+def test_a_truncated_module_is_refused(length: int) -> None:
+    """A module cut short is never taken for one that needs nothing: its section table is at its end."""
+    with pytest.raises(UsageError):
+        parse_modinfo(module("some", "other")[:length])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.ZstdCompressor().compress)],
+)
+def test_compressed_modules_are_unfolded(tmp_path: Path, suffix: str, compress: object) -> None:
+    """Distributions that compress their modules work: the guest gets plain ones."""
+    assert callable(compress)
+    file = tmp_path / f"some.ko{suffix}"
+    file.write_bytes(compress(module("some")))
+    assert read_module(file) == module("some")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_corrupt_compression_is_refused(tmp_path: Path, suffix: str) -> None:
+    """A damaged file is named in the error, and not loaded into a guest."""
+    file = tmp_path / f"some.ko{suffix}"
+    file.write_bytes(b"not compressed at all")
+    with pytest.raises(UsageError, match="the kernel module"):
+        read_module(file)
+
+
+def test_a_bomb_is_met_by_the_limit(tmp_path: Path) -> None:
+    """A small file that unfolds to more than any module is refused without filling the memory."""
+    file = tmp_path / "some.ko.xz"
+    file.write_bytes(lzma.compress(bytes(MAX_MODULE_BYTES + 1), preset=0))
+    with pytest.raises(UsageError, match="larger"):
+        read_module(file)
+
+
+def test_each_module_comes_after_what_it_needs(tmp_path: Path) -> None:
+    """The order can be loaded from first to last; what is built in or not wanted is left out."""
+    tree = ModuleTree(module_tree(tmp_path / "modules"))
+    stems = [found.stem for found in tree.resolve(["virtio_mmio", "virtio_rng", "erofs", "ext4", "virtio_blk"])]
+    assert set(stems) == {"virtio_ring", "virtio", "virtio_mmio", "virtio-rng", "libcrc32c", "erofs", "virtio_blk"}
+    assert len(stems) == len(set(stems))
+    needs = {Path(path).name: depends.split(",") for path, depends in MODULES.items()}
+    for index, stem in enumerate(stems):
+        assert set(filter(None, needs[stem])) <= set(stems[:index])
+
+
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.lists(st.sampled_from("abcdefgh"), max_size=4), min_size=8))
+def test_any_graph_is_ordered_or_refused(tmp_path_factory: pytest.TempPathFactory, graph: dict[str, list[str]]) -> None:
+    """Whatever modules say they need: a valid order, or a UsageError for a circle."""
+    directory = tmp_path_factory.mktemp("modules")
+    for name, depends in graph.items():
+        (directory / f"{name}.ko").write_bytes(module(name, ",".join(depends)))
+    try:
+        stems = [found.stem for found in ModuleTree(directory).resolve(graph)]
+    except UsageError:
+        with pytest.raises(CycleError):
+            TopologicalSorter(graph).prepare()
+        return
+    assert sorted(stems) == sorted(graph)
+    for name, depends in graph.items():
+        assert all(stems.index(other) < stems.index(name) for other in depends)
+
+
+def test_a_missing_module_is_named(tmp_path: Path) -> None:
+    """A kernel that cannot run a guest is refused on the host, and not found out by a hanging boot."""
+    with pytest.raises(UsageError, match="virtio_blk"):
+        ModuleTree(tmp_path).resolve(["virtio_blk"])
