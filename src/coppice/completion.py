@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def complete(work: Coroutine[Any, Any, T]) -> T:
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run blocking work with side effects in a thread, to its end, even if this task is cancelled meanwhile.
+
+    A thread cannot be cancelled: `asyncio.to_thread` alone would let the caller clean up while the work still goes on.
+    """
+    return await complete(asyncio.to_thread(function, *args, **kwargs))
+
+
+async def complete(work: Awaitable[T]) -> T:
     """Await `work` to its end, even if this task is cancelled meanwhile; the cancellation is raised after it.
 
     Unlike `asyncio.shield` alone, the caller does not go on (and let go of its locks) while the work still runs.

@@ -6,6 +6,7 @@ import re
 import secrets
 import string
 from collections.abc import Mapping
+from fractions import Fraction
 
 from coppice.errors import InvalidName, UsageError
 from coppice.model import GIB, MIB
@@ -71,7 +72,8 @@ def check_tags(tags: Mapping[str, str]) -> dict[str, str]:
     for key, value in tags.items():
         if not _TAG_KEY.fullmatch(key) or len(value) > 256:
             raise UsageError(
-                f"{key!r} is not a valid tag", hint="keys are letters, digits and ._/- (128 at most), values 256 characters"
+                f"{key!r} is not a valid tag",
+                hint="keys are letters, digits and ._/- (128 at most), values 256 characters",
             )
     return dict(tags)
 
@@ -83,7 +85,9 @@ def check_env(env: Mapping[str, str]) -> dict[str, str]:
     """
     for key, value in env.items():
         if not _ENV_KEY.fullmatch(key) or "\0" in value:
-            raise UsageError(f"{key!r} is not a valid environment variable", hint="use KEY=VALUE, KEY of letters, digits and _")
+            raise UsageError(
+                f"{key!r} is not a valid environment variable", hint="use KEY=VALUE, KEY of letters, digits and _"
+            )
     return dict(env)
 
 
@@ -96,11 +100,13 @@ def check_machine(cpus: int, memory_bytes: int, overlay_bytes: int) -> None:
         raise UsageError(f"{cpus} CPUs cannot be had", hint=f"ask for 1 to {MAX_CPUS}")
     if not MIN_MEMORY <= memory_bytes <= MAX_MEMORY or memory_bytes % MIB:
         raise UsageError(
-            f"a memory of {memory_bytes / MIB:g} MiB is out of bounds", hint=f"ask for whole MiB, at least {MIN_MEMORY // MIB}"
+            f"a memory of {memory_bytes / MIB:g} MiB is out of bounds",
+            hint=f"ask for whole MiB, at least {MIN_MEMORY // MIB}",
         )
     if not MIN_OVERLAY <= overlay_bytes <= MAX_OVERLAY or overlay_bytes % MIB:
         raise UsageError(
-            f"an overlay of {overlay_bytes / MIB:g} MiB is out of bounds", hint=f"ask for whole MiB, at least {MIN_OVERLAY // MIB}"
+            f"an overlay of {overlay_bytes / MIB:g} MiB is out of bounds",
+            hint=f"ask for whole MiB, at least {MIN_OVERLAY // MIB}",
         )
 
 
@@ -114,7 +120,7 @@ def check_count(count: int) -> int:
     return count
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -126,4 +132,4 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     if not found:
         raise UsageError(f"{text!r} is not a size", hint="write 512M, 1G or a number of bytes")
-    return int(float(found[1]) * _FACTOR[found[2].upper()])
+    return int(Fraction(found[1]) * _FACTOR[found[2].upper()])  # a float would round large numbers of bytes

@@ -19,6 +19,7 @@ from coppice.host import AsyncHost
 from coppice.model import Instance
 from machines import GUEST_MEMORY, IMAGE, PACKAGES, WARM_SERVER, remove_all, warm_up
 
+
 @pytest.fixture(scope="session")
 def home() -> Iterator[Path]:
     """The data directory of the session."""

@@ -90,6 +90,8 @@ while True:
     await host.standby(vm)
     async with host.forks(vm, 2) as forks:
         for fork in forks:
-            stopped = await host.exec(fork, ["sh", "-c", "pkill -STOP python3; cat /root/counter; echo; cat /dev/shm/counter"])
+            stopped = await host.exec(
+                fork, ["sh", "-c", "pkill -STOP python3; cat /root/counter; echo; cat /dev/shm/counter"]
+            )
             on_disk, in_memory = (int(word) for word in stopped.stdout.split())
             assert 0 <= on_disk - in_memory <= 1

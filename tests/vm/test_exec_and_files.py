@@ -27,7 +27,9 @@ async def test_exit_codes_and_streams(host: AsyncHost, vm: Instance) -> None:
 
 async def test_environment_user_and_directory(host: AsyncHost, vm: Instance) -> None:
     """env, cwd and user are those that were asked for."""
-    result = await host.exec(vm, ["sh", "-c", "echo $WORD; pwd; id -un"], env={"WORD": "two words"}, workdir="/usr", user="nobody")
+    result = await host.exec(
+        vm, ["sh", "-c", "echo $WORD; pwd; id -un"], env={"WORD": "two words"}, workdir="/usr", user="nobody"
+    )
     assert result.stdout.decode().splitlines() == ["two words", "/usr", "nobody"]
 
 

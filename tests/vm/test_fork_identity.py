@@ -30,7 +30,9 @@ async def test_names_and_ids_differ(host: AsyncHost, template: Instance) -> None
     """Hostname, machine-id and boot_id are pairwise different in 8 forks, and the hostname is the instance's name."""
     script = "cat /proc/sys/kernel/hostname /etc/machine-id /proc/sys/kernel/random/boot_id"
     async with host.forks(template, 8) as forks:
-        lines = [line.split() for line in await asyncio.gather(*(told(host, fork, "sh", "-c", script) for fork in forks))]
+        lines = [
+            line.split() for line in await asyncio.gather(*(told(host, fork, "sh", "-c", script) for fork in forks))
+        ]
         assert [line[0] for line in lines] == [fork.name for fork in forks]
     for column in range(3):
         assert len({line[column] for line in lines}) == 8

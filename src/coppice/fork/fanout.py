@@ -8,7 +8,7 @@ import os
 
 import msgspec
 
-from coppice.completion import complete
+from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError
 from coppice.fork.plan import OPERATION, ForkRequest, plan
 from coppice.instance import activate, destroy
@@ -33,7 +33,11 @@ async def fan_out(rooms: Rooms, source: Instance, request: ForkRequest, progress
     """
     stages = Stages()
     children = plan(source, request)
-    await asyncio.to_thread(rooms.store.create, children, OPERATION)
+    try:
+        await in_thread(rooms.store.create, children, OPERATION)
+    except asyncio.CancelledError:
+        await complete(_destroy_all(rooms, children))
+        raise
     slots = asyncio.Semaphore(_PARALLEL_PER_CPU * (os.cpu_count() or 1))
     settled = 0
 
@@ -56,10 +60,7 @@ async def fan_out(rooms: Rooms, source: Instance, request: ForkRequest, progress
         if request.atomic and failure is not None:
             raise failure
     except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await complete(_destroy_all(rooms, children))
+        await complete(_abandon(rooms, children, tasks))
         raise
     results = tuple(
         _failed(instance, outcome) if isinstance(outcome, CoppiceError) else outcome
@@ -80,10 +81,12 @@ async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State) 
     stages = Stages()
     try:
         with stages.stage("place"):
-            placed = await asyncio.to_thread(_place, rooms, source, child, target)
+            placed = await in_thread(_place, rooms, source, child, target)
         with_memory = placed.mem_file is not None
         child = msgspec.structs.replace(
-            child, mem_file=placed.mem_file, disk_stamp=directories.disk_stamp(rooms.directory(child.id)) if with_memory else ""
+            child,
+            mem_file=placed.mem_file,
+            disk_stamp=directories.disk_stamp(rooms.directory(child.id)) if with_memory else "",
         )
         if placed.mem_file and placed.mem_file.sharing is Sharing.COPY:
             _log.warning("%s: the mem-file was copied, not linked: %s", child.name, placed.mem_file.reason)
@@ -95,7 +98,7 @@ async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State) 
         else:
             child = msgspec.structs.replace(child, state=target)
             with stages.stage("record"):
-                await asyncio.to_thread(rooms.store.save, child, done=True)
+                await in_thread(rooms.store.save, child, done=True)
     except BaseException:
         await complete(destroy.destroy(rooms, child))
         raise
@@ -126,6 +129,15 @@ def _place(rooms: Rooms, source: Instance, child: Instance, target: State) -> di
 
 def _failed(instance: Instance, error: CoppiceError) -> ForkResult:
     return ForkResult(name=instance.name, ok=False, error=str(error), error_code=error.code)
+
+
+async def _abandon(
+    rooms: Rooms, children: list[Instance], tasks: list[asyncio.Task[ForkResult | CoppiceError]]
+) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await _destroy_all(rooms, children)
 
 
 async def _destroy_all(rooms: Rooms, children: list[Instance]) -> None:

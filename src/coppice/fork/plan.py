@@ -43,7 +43,9 @@ def make_request(
     if target not in (State.STOPPED, State.STANDBY, State.RUNNING):
         raise UsageError(f"a fork cannot be made {target}", hint="the target is Stopped, Standby or Running")
     if publish and count > 1:
-        raise UsageError("several forks cannot publish the same host port", hint="fork one at a time, or without --publish")
+        raise UsageError(
+            "several forks cannot publish the same host port", hint="fork one at a time, or without --publish"
+        )
     if len(names) == 1 and count > 1:
         width = len(str(count))
         names = [f"{names[0]}-{number:0{width}d}" for number in range(1, count + 1)]

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from coppice.disk.overlay import OverlayStore
+from coppice.errors import NotFound
 from coppice.guest.agent import agent_binary
 from coppice.guest.kernel import KernelStore
 from coppice.images.catalog import ImageCatalog
@@ -113,12 +114,14 @@ class HostBase:
         :raises IllegalTransition: the operation is not legal now
         :raises Busy: another operation holds it for too long
         """
-        instance = await self._get(reference)
+        instance = await recovery.look(self.rooms, await self._get(reference))
         lock = self.rooms.layout.lock(instance.id)
         async with locks.hold(lock, shared=shared, deadline_s=self.rooms.deadlines.lock, what=instance.name):
-            instance = await self._get(instance.id)
-            if shared:
-                instance = await recovery.look(self.rooms, instance)
-            else:
-                instance = await recovery.look(self.rooms, instance, locked=True)
+            try:
+                instance = await self._get(instance.id)
+                if not shared:
+                    instance = await recovery.look(self.rooms, instance, locked=True)
+            except NotFound:
+                lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+                raise
             yield instance, require(operation, instance)

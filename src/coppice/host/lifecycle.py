@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 import msgspec
 
-from coppice.completion import complete
+from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, UsageError
 from coppice.fork.fanout import fan_out
 from coppice.fork.plan import make_request
@@ -69,7 +69,7 @@ class Lifecycle(HostBase):
         :raises GuestTimeout: it did not answer in time
         """
         check_machine(cpus, memory_bytes, overlay_bytes)
-        found = await asyncio.to_thread(self.rooms.images.get, image)
+        found = await in_thread(self.rooms.images.get, image)
         chosen_name = check_name(name) if name is not None else new_name(_stem(found.name))
         environment = check_env(env or {})
         chosen_kernel = await self._kernel(kernel, progress)
@@ -85,7 +85,9 @@ class Lifecycle(HostBase):
             driver=self.rooms.driver.name,
             image=found.digest,
             image_name=found.name,
-            machine=MachineSpec(cpus=cpus, memory_bytes=memory_bytes, overlay_bytes=overlay_bytes, kernel=chosen_kernel),
+            machine=MachineSpec(
+                cpus=cpus, memory_bytes=memory_bytes, overlay_bytes=overlay_bytes, kernel=chosen_kernel
+            ),
             process=ProcessSpec(
                 argv=argv,
                 env={**config.env, **environment},
@@ -98,14 +100,14 @@ class Lifecycle(HostBase):
         )
         stages = Stages()
         async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
-            await asyncio.to_thread(self.rooms.store.create, [instance], "run")
             try:
-                await asyncio.to_thread(self._place_new, instance)
+                await in_thread(self.rooms.store.create, [instance], "run")
+                await in_thread(self._place_new, instance)
                 if start:
                     progress(Progress(stage="boot"))
                     return await activate.boot(self.rooms, instance, stages)
                 stopped = msgspec.structs.replace(instance, state=State.STOPPED)
-                await asyncio.to_thread(self.rooms.store.save, stopped, done=True)
+                await in_thread(self.rooms.store.save, stopped, done=True)
                 return stopped
             except BaseException:
                 await complete(destroy.destroy(self.rooms, instance))
@@ -113,7 +115,7 @@ class Lifecycle(HostBase):
 
     async def _kernel(self, key: str | None, progress: ProgressSink) -> str:
         if key is not None:
-            return (await asyncio.to_thread(self.rooms.kernels.get, key)).key
+            return (await in_thread(self.rooms.kernels.get, key)).key
         return (await self.rooms.kernels.ensure_debian(progress)).key
 
     def _place_new(self, instance: Instance) -> None:
@@ -145,8 +147,8 @@ class Lifecycle(HostBase):
             return await self._activate(instance, "restore", boot=False)
 
     async def _activate(self, instance: Instance, operation: str, *, boot: bool) -> Instance:
-        await asyncio.to_thread(self.rooms.store.begin, instance, operation)
         try:
+            await in_thread(self.rooms.store.begin, instance, operation)
             return await (activate.boot if boot else activate.restore)(self.rooms, instance, Stages())
         except BaseException as error:
             await complete(recovery.settle(self.rooms, instance, f"{operation} failed: {error}"))
@@ -161,15 +163,18 @@ class Lifecycle(HostBase):
             if instance.state is target:
                 return instance
             stopping = msgspec.structs.replace(instance, state=State.SHUTDOWN)
-            await asyncio.to_thread(self.rooms.store.begin, stopping, "stop")
             reason = "stopped hard"
             try:
+                await in_thread(self.rooms.store.begin, stopping, "stop")
                 if grace and instance.state is State.RUNNING and await self._power_off(instance, grace):
                     reason = "powered off"
             finally:
-                await asyncio.to_thread(directories.clear_capture, self.rooms.directory(instance.id))
-                settled = await complete(recovery.settle(self.rooms, stopping, reason))
+                settled = await complete(self._stopped(stopping, reason))
             return settled
+
+    async def _stopped(self, instance: Instance, reason: str) -> Instance:
+        await in_thread(directories.clear_capture, self.rooms.directory(instance.id))
+        return await recovery.settle(self.rooms, instance, reason)
 
     async def _power_off(self, instance: Instance, grace_s: float) -> bool:
         """Ask the guest to power off; tell whether it did in time."""
@@ -192,7 +197,6 @@ class Lifecycle(HostBase):
         async with self._hold(reference, Operation.STANDBY) as (instance, target):
             if instance.state is target:
                 return instance, CaptureReport(pause_ms=0, total_ms=0, ram_bytes_written=0, dirty_bytes=0)
-            await asyncio.to_thread(self.rooms.store.begin, instance, "standby")
             return await capture.standby(self.rooms, instance)
 
     async def promote(self, reference: Reference) -> Instance:
@@ -210,8 +214,8 @@ class Lifecycle(HostBase):
         async with self._hold(reference, operation) as (instance, target):
             if instance.state is target:
                 return instance
-            changed = await asyncio.to_thread(self.rooms.store.promote, instance, target)
-            await asyncio.to_thread(self.rooms.store.sync)
+            changed = await in_thread(self.rooms.store.promote, instance, target)
+            await in_thread(self.rooms.store.sync)
             return changed
 
     async def fork(
@@ -246,11 +250,16 @@ class Lifecycle(HostBase):
         :raises InUse: it is a template with forks; the message names them
         """
         async with self._hold(reference, Operation.REMOVE) as (instance, _):
-            await asyncio.to_thread(self.rooms.store.begin, instance, "rm")
-            await complete(destroy.destroy(self.rooms, instance))
+            await complete(self._remove(instance))
+
+    async def _remove(self, instance: Instance) -> None:
+        await in_thread(self.rooms.store.begin, instance, "rm")
+        await destroy.destroy(self.rooms, instance)
 
     @contextlib.asynccontextmanager
-    async def machine(self, image: str, command: Sequence[str] = (), *, memory_bytes: int = 512 * MIB) -> AsyncIterator[Instance]:
+    async def machine(
+        self, image: str, command: Sequence[str] = (), *, memory_bytes: int = 512 * MIB
+    ) -> AsyncIterator[Instance]:
         """An instance for the length of a block: run at its start, removed at its end."""
         instance = await self.run(image, command, memory_bytes=memory_bytes)
         try:
@@ -275,4 +284,3 @@ def _stem(image_name: str) -> str:
     """The part of an image's name that instance names can start with."""
     last = image_name.rpartition("/")[2].partition(":")[0]
     return "".join(char if char.isalnum() else "-" for char in last.lower()).strip("-") or "vm"
-

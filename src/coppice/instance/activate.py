@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
-from coppice.completion import complete
+from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, GuestTimeout, IntegrityError, VmmDied
 from coppice.instance import directory as directories
 from coppice.instance.identity import identity_message, mac_address
@@ -55,10 +55,10 @@ async def boot(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
     """
     directory = rooms.directory(instance.id)
     with stages.stage("prepare"):
-        kernel = await asyncio.to_thread(rooms.kernels.get, instance.machine.kernel)
-        initrd = await asyncio.to_thread(rooms.initrd, kernel)
-        await asyncio.to_thread(directories.clear_runtime, directory)
-        await asyncio.to_thread(directories.place_kernel, directory, kernel.boot_image, initrd)
+        kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
+        initrd = await in_thread(rooms.initrd, kernel)
+        await in_thread(directories.clear_runtime, directory)
+        await in_thread(directories.place_kernel, directory, kernel.boot_image, initrd)
         manifest = await rooms.driver.manifest(instance.machine)
     instance = msgspec.structs.replace(instance, manifest=manifest, mem_file=None, captured_at=None)
     return await _run(rooms, instance, stages, booted=True)
@@ -76,10 +76,10 @@ async def restore(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
         raise IntegrityError(f"{instance.name} has no captured memory", hint="start it from its disk")
     with stages.stage("check"):
         require_same_host(instance.manifest, await rooms.driver.manifest(instance.machine), instance.name)
-        await asyncio.to_thread(memfile.check, directory / files.MEMORY, instance.mem_file)
-        kernel = await asyncio.to_thread(rooms.kernels.get, instance.machine.kernel)
-        stub = await asyncio.to_thread(rooms.kernels.stub, kernel)
-        await asyncio.to_thread(directories.place_kernel, directory, *stub)
+        await in_thread(memfile.check, directory / files.MEMORY, instance.mem_file)
+        kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
+        stub = await in_thread(rooms.kernels.stub, kernel)
+        await in_thread(directories.place_kernel, directory, *stub)
     return await _run(rooms, instance, stages, booted=False)
 
 
@@ -101,13 +101,13 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, *, booted: bool
             instance = msgspec.structs.replace(
                 instance, state=State.INITIALIZING, vmm=process, started_at=time.time(), exit_reason=None
             )
-            await asyncio.to_thread(rooms.store.save, instance)
+            await in_thread(rooms.store.save, instance)
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             await unless_vmm_dies(rooms, instance, _introduce(rooms, instance, booted=booted, deadline_s=deadline_s))
         instance = msgspec.structs.replace(instance, state=State.RUNNING, identity_serial=instance.identity_serial + 1)
         with stages.stage("record"):
-            await asyncio.to_thread(rooms.store.save, instance, done=True)
+            await in_thread(rooms.store.save, instance, done=True)
         return instance
     except BaseException:
         if process is not None:
@@ -157,7 +157,7 @@ async def verify_sharing(rooms: Rooms, instance: Instance) -> MemoryReport:
     """Read from the kernel what the VMM really shares: a driver that copied in silence is reported as `copy`."""
     pid = instance.vmm.pid if instance.vmm else None
     path = rooms.directory(instance.id) / (files.MEMORY if instance.mem_file else files.LIVE_MEMORY)
-    return await asyncio.to_thread(memory_report, pid, instance.mem_file, path)
+    return await in_thread(memory_report, pid, instance.mem_file, path)
 
 
 def shares(report: MemoryReport) -> bool:

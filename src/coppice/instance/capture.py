@@ -6,7 +6,6 @@ The outcome is decided by one commit to the journal. Before it, everything can b
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from coppice.completion import complete
+from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
@@ -25,11 +24,12 @@ from coppice.timing import Stages
 from coppice.vmm import driver as files
 
 NEW_MEMORY = "memory.new"
+OPERATION = "standby"  # journal: until the commit, the guest is to run on
 COMMITTED = "standby-commit"  # journal: the capture is whole, and is only to be put into place
 
 
 async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureReport]:
-    """Capture a Running or Paused instance and end its VMM. The caller holds the lock and has begun the journal.
+    """Capture a Running or Paused instance and end its VMM. The caller holds the lock.
 
     If it fails, the guest runs again.
 
@@ -45,21 +45,22 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
         capture = PrivateCapture(directory / files.MEMORY, instance.mem_file, directory / NEW_MEMORY)
     written = dirty = 0
     try:
+        await in_thread(rooms.store.begin, instance, OPERATION)
         if capture is not None:
             with stages.stage("prepare"):
-                await asyncio.to_thread(capture.prepare)
+                await in_thread(capture.prepare)
         with stages.stage("pause"):
             await rooms.driver.pause(directory)
         with stages.stage("devices"):
             await rooms.driver.save_devices(directory)
         if capture is not None:
             with stages.stage("collect"):
-                await asyncio.to_thread(capture.collect, instance.vmm.pid)
+                await in_thread(capture.collect, instance.vmm.pid)
             with stages.stage("finish"):
-                _, stats = await asyncio.to_thread(capture.finish)
+                _, stats = await in_thread(capture.finish)
             written, dirty = stats.written_bytes, stats.dirty_bytes
         with stages.stage("commit"):
-            await asyncio.to_thread(rooms.store.begin, instance, COMMITTED)
+            await in_thread(rooms.store.begin, instance, COMMITTED)
     except BaseException:
         await complete(undo(rooms, instance, capture))
         raise
@@ -78,14 +79,14 @@ async def undo(rooms: Rooms, instance: Instance, capture: PrivateCapture | None 
     """Let the guest run on as if nothing had been asked. Idempotent."""
     directory = rooms.directory(instance.id)
     if capture is not None:
-        await asyncio.to_thread(capture.abort)
-    with contextlib.suppress(
-        CoppiceError
-    ):  # a VMM that is gone has nothing to resume; its end is seen when it is looked at
+        await in_thread(capture.abort)
+    # A VMM that is gone has nothing to resume; its end is seen when it is looked at.
+    with contextlib.suppress(CoppiceError):
         await rooms.driver.resume(directory)
     for name in (files.VMSTATE_NEW, NEW_MEMORY):
         (directory / name).unlink(missing_ok=True)
-    await asyncio.to_thread(rooms.store.save, msgspec.structs.replace(instance, state=State.RUNNING), done=True)
+    await in_thread(directories.clear_temporaries, directory)
+    await in_thread(rooms.store.save, msgspec.structs.replace(instance, state=State.RUNNING), done=True)
 
 
 async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
@@ -95,8 +96,8 @@ async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
         with stages.stage("end"):
             await rooms.driver.quit(directory, instance.vmm)
     with stages.stage("freeze"):
-        mem_file = await asyncio.to_thread(_into_place, directory)
-        await asyncio.to_thread(directories.clear_runtime, directory)
+        mem_file = await in_thread(_into_place, directory)
+        await in_thread(directories.clear_runtime, directory)
     captured = msgspec.structs.replace(
         instance,
         state=State.STANDBY,
@@ -106,8 +107,8 @@ async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
         disk_stamp=directories.disk_stamp(directory),
     )
     with stages.stage("record"):
-        await asyncio.to_thread(rooms.store.save, captured, done=True)
-        await asyncio.to_thread(rooms.store.sync)
+        await in_thread(rooms.store.save, captured, done=True)
+        await in_thread(rooms.store.sync)
     return captured
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-
+from coppice.completion import in_thread
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance
@@ -17,7 +16,7 @@ async def end_vmm(rooms: Rooms, instance: Instance) -> None:
     directory = rooms.directory(instance.id)
     if instance.vmm is not None:
         await rooms.driver.quit(directory, instance.vmm)
-    orphans = await asyncio.to_thread(rooms.driver.find_orphans, rooms.layout.instances)
+    orphans = await in_thread(rooms.driver.find_orphans, rooms.layout.instances)
     for process in orphans.get(directory.resolve(), []):
         await rooms.driver.quit(directory, process)
 
@@ -25,6 +24,6 @@ async def end_vmm(rooms: Rooms, instance: Instance) -> None:
 async def destroy(rooms: Rooms, instance: Instance) -> None:
     """Remove an instance and all that is its own. Idempotent; the caller holds its lock, or is alone in knowing it."""
     await end_vmm(rooms, instance)
-    await asyncio.to_thread(directories.remove, rooms.directory(instance.id))
-    await asyncio.to_thread(rooms.store.forget, instance.id)
+    await in_thread(directories.remove, rooms.directory(instance.id))
+    await in_thread(rooms.store.forget, instance.id)
     rooms.layout.lock(instance.id).unlink(missing_ok=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
+from coppice.disk.atomic import is_temporary
 from coppice.disk.clone import clone_file
 from coppice.disk.link import link_or_copy
 from coppice.disk.overlay import OverlayStore
@@ -90,6 +92,14 @@ def clear_runtime(directory: Path) -> None:
     """Remove what only a running VMM or an unfinished capture needs. Idempotent."""
     for name in _RUNTIME:
         (directory / name).unlink(missing_ok=True)
+    clear_temporaries(directory)
+
+
+def clear_temporaries(directory: Path) -> None:
+    """Remove what a killed process left half-written; the caller holds the instance's lock, so nobody else writes. Idempotent."""
+    if directory.exists():
+        for path in [path for path in directory.iterdir() if is_temporary(path.name)]:
+            path.unlink(missing_ok=True)
 
 
 def clear_capture(directory: Path) -> None:
@@ -99,11 +109,14 @@ def clear_capture(directory: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove the directory and all in it. Idempotent; it is renamed first, so that a half-removed one never has an instance's name."""
+    """Remove the directory (or file) and all in it. Idempotent; it is renamed first, so that a half-removed one never has an instance's name."""
     doomed = directory.with_name(f".{directory.name}.removed")
     with contextlib.suppress(FileNotFoundError):
         directory.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.is_dir():
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        doomed.unlink(missing_ok=True)
 
 
 def disk_stamp(directory: Path) -> str:
@@ -150,5 +163,10 @@ def overlay_bytes(directory: Path) -> int:
 
 def allocated_bytes(path: Path) -> int:
     """Bytes that would be freed by removing the path: files with other links do not count."""
-    statuses = [entry.lstat() for entry in (path, *path.rglob("*"))] if path.exists() else []
-    return sum(status.st_blocks * 512 for status in statuses if status.st_nlink == 1 or path.is_file())
+    total = 0
+    for file in (path, *(Path(top, name) for top, _, names in os.walk(path) for name in names)):
+        with contextlib.suppress(FileNotFoundError):  # somebody else removes it at the same time
+            status = file.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                total += status.st_blocks * 512
+    return total

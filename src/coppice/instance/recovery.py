@@ -6,12 +6,12 @@ went with a reboot, is seen when its instance is looked at, and the record is ma
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 import msgspec
 
-from coppice.errors import NotFound
+from coppice.completion import in_thread
+from coppice.errors import CoppiceError, NotFound
 from coppice.instance import capture, destroy
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
@@ -29,16 +29,26 @@ _WITH_VMM = frozenset({State.INITIALIZING, State.RUNNING, State.PAUSED, State.SH
 async def recover(rooms: Rooms) -> list[str]:
     """Resolve every interrupted operation; return what was done, a line each. What another process resolves meanwhile is left to it."""
     done: list[str] = []
-    for entry in await asyncio.to_thread(rooms.store.journal):
-        if start_ticks(entry.owner_pid) == entry.owner_ticks:
-            continue  # under way
-        descriptor = locks.try_lock(rooms.layout.lock(entry.instance))
+    for entry in await in_thread(rooms.store.journal):
+        if not _interrupted(entry):
+            continue
+        lock = rooms.layout.lock(entry.instance)
+        descriptor = locks.try_lock(lock)
         if descriptor is None:
             continue
         try:
-            done.append(await _resolve(rooms, entry))
+            # Again, now that it is locked: another process may have resolved it, and begun something new.
+            await in_thread(rooms.store.get, entry.instance)
+            current = await in_thread(rooms.store.journal_entry, entry.instance)
+            if current is not None and _interrupted(current):
+                done.append(await _resolve(rooms, current))
         except NotFound:
-            await asyncio.to_thread(rooms.store.forget, entry.instance)
+            await in_thread(rooms.store.forget, entry.instance)
+            lock.unlink(missing_ok=True)
+        except CoppiceError as error:
+            _log.warning(
+                "%s of %s was interrupted and cannot be resolved yet: %s", entry.operation, entry.instance, error
+            )
         finally:
             locks.release(descriptor)
     for line in done:
@@ -46,8 +56,12 @@ async def recover(rooms: Rooms) -> list[str]:
     return done
 
 
+def _interrupted(entry: JournalEntry) -> bool:
+    return start_ticks(entry.owner_pid) != entry.owner_ticks
+
+
 async def _resolve(rooms: Rooms, entry: JournalEntry) -> str:
-    instance = await asyncio.to_thread(rooms.store.get, entry.instance)
+    instance = await in_thread(rooms.store.get, entry.instance)
     what = f"{entry.operation} of {instance.name} was interrupted"
     match entry.operation:
         case "run" | "fork" | "rm":
@@ -56,7 +70,7 @@ async def _resolve(rooms: Rooms, entry: JournalEntry) -> str:
         case capture.COMMITTED:
             await capture.finish(rooms, instance, Stages())
             return f"{what}: finished"
-        case "standby" if instance.vmm is not None and rooms.driver.alive(instance.vmm):
+        case capture.OPERATION if instance.vmm is not None and rooms.driver.alive(instance.vmm):
             await capture.undo(rooms, instance)
             return f"{what}: the guest runs on"
         case _:
@@ -68,12 +82,12 @@ async def settle(rooms: Rooms, instance: Instance, reason: str) -> Instance:
     """Bring an instance without a working VMM to rest: Standby if its capture still matches its disk, else Stopped. Idempotent."""
     directory = rooms.directory(instance.id)
     await destroy.end_vmm(rooms, instance)
-    await asyncio.to_thread(directories.clear_runtime, directory)
-    whole = instance.mem_file is not None and await asyncio.to_thread(
+    await in_thread(directories.clear_runtime, directory)
+    whole = instance.mem_file is not None and await in_thread(
         directories.capture_is_current, directory, instance.disk_stamp
     )
     if not whole:
-        await asyncio.to_thread(directories.clear_capture, directory)
+        await in_thread(directories.clear_capture, directory)
     settled = msgspec.structs.replace(
         instance,
         state=State.STANDBY if whole else State.STOPPED,
@@ -82,22 +96,36 @@ async def settle(rooms: Rooms, instance: Instance, reason: str) -> Instance:
         mem_file=instance.mem_file if whole else None,
         captured_at=instance.captured_at if whole else None,
     )
-    await asyncio.to_thread(rooms.store.save, settled, done=True)
+    await in_thread(rooms.store.save, settled, done=True)
     return settled
 
 
 async def look(rooms: Rooms, instance: Instance, *, locked: bool = False) -> Instance:
-    """Return the instance as it truly is: one whose VMM is gone is recorded as such, unless an operation is at work on it."""
-    if instance.state not in _WITH_VMM or instance.vmm is None or rooms.driver.alive(instance.vmm):
-        return instance
+    """Return the instance as it truly is: one whose VMM is gone is recorded as such, unless an operation is at work on it.
+
+    `locked` says that the caller holds it exclusively; then an operation that was interrupted is resolved too.
+
+    :raises NotFound: it was removed meanwhile
+    """
+    gone = instance.state in _WITH_VMM and instance.vmm is not None and not rooms.driver.alive(instance.vmm)
     if locked:
-        return await settle(rooms, instance, await _last_words(rooms, instance))
-    descriptor = locks.try_lock(rooms.layout.lock(instance.id))
+        entry = await in_thread(rooms.store.journal_entry, instance.id)
+        if entry is not None and (gone or _interrupted(entry)):  # a capture that was committed is not to be lost now
+            _log.warning("recovered: %s", await _resolve(rooms, entry))
+            return await in_thread(rooms.store.get, instance.id)
+        return await settle(rooms, instance, await _last_words(rooms, instance)) if gone else instance
+    if not gone:
+        return instance
+    lock = rooms.layout.lock(instance.id)
+    descriptor = locks.try_lock(lock)
     if descriptor is None:
         return instance
     try:
-        current = await asyncio.to_thread(rooms.store.get, instance.id)
+        current = await in_thread(rooms.store.get, instance.id)
         return await look(rooms, current, locked=True)
+    except NotFound:
+        lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+        raise
     finally:
         locks.release(descriptor)
 

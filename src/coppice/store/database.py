@@ -47,7 +47,9 @@ class Database:
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
         try:
-            self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self._connection = sqlite3.connect(
+                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
             self._connection.execute("PRAGMA journal_mode = WAL")
             # NORMAL: a commit survives the death of any process; after a power cut the last ones may be undone, never torn.
             self._connection.execute("PRAGMA synchronous = NORMAL")
@@ -124,4 +126,6 @@ def _translated(error: sqlite3.Error, path: Path) -> CoppiceError:
     text = str(error)
     if "full" in text:
         return NoSpace(f"no space for the database {path}", hint="free some, or run `coppice gc`")
-    return HostCannot(f"the database {path} cannot be used: {text}", hint="check the data directory with `coppice doctor`")
+    return HostCannot(
+        f"the database {path} cannot be used: {text}", hint="check the data directory with `coppice doctor`"
+    )

@@ -71,11 +71,20 @@ class Layout:
         :raises HostCannot: the data directory cannot be made or written
         """
         try:
-            for path in (self.home, self.images, self.kernels, self.initramfs, self.overlays, self.instances, self.locks):
+            for path in (
+                self.home,
+                self.images,
+                self.kernels,
+                self.initramfs,
+                self.overlays,
+                self.instances,
+                self.locks,
+            ):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(self.home, os.W_OK | os.X_OK):
                 raise PermissionError(13, "not writable")
         except OSError as error:
             raise HostCannot(
-                f"the data directory {self.home} cannot be used: {error.strerror}", hint="set COPPICE_HOME to one that can"
+                f"the data directory {self.home} cannot be used: {error.strerror}",
+                hint="set COPPICE_HOME to one that can",
             ) from error

@@ -24,7 +24,7 @@ def try_lock(path: Path, *, shared: bool = False) -> int | None:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             held = os.fstat(descriptor)
-            named = os.stat(path) if path.exists() else None
+            named = path.stat() if path.exists() else None
         except BlockingIOError:
             os.close(descriptor)
             return None
@@ -44,7 +44,9 @@ def release(descriptor: int) -> None:
 
 
 @contextlib.asynccontextmanager
-async def hold(path: Path, *, shared: bool = False, deadline_s: float = 60.0, what: str = "the instance") -> AsyncIterator[None]:
+async def hold(
+    path: Path, *, shared: bool = False, deadline_s: float = 60.0, what: str = "the instance"
+) -> AsyncIterator[None]:
     """Hold a lock for the length of the block.
 
     flock has no event to await with a deadline, so the wait tries again every 2 to 20 ms.
@@ -56,7 +58,9 @@ async def hold(path: Path, *, shared: bool = False, deadline_s: float = 60.0, wh
     pause = 0.002
     while (descriptor := try_lock(path, shared=shared)) is None:
         if loop.time() >= end:
-            raise Busy(f"another operation holds {what} for more than {deadline_s:g} s", hint="wait for it, then try again")
+            raise Busy(
+                f"another operation holds {what} for more than {deadline_s:g} s", hint="wait for it, then try again"
+            )
         await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  (jitter against lock-step, not a secret)
         pause = min(pause * 1.5, 0.02)
     try:

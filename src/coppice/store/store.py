@@ -79,7 +79,11 @@ class Store:
     def fork_counts(self) -> dict[str, int]:
         """Fork count by id, of all that have forks."""
         with self._db.read() as connection:
-            return dict(connection.execute("SELECT parent, count(*) FROM instances WHERE parent NOT NULL GROUP BY parent").fetchall())
+            return dict(
+                connection.execute(
+                    "SELECT parent, count(*) FROM instances WHERE parent NOT NULL GROUP BY parent"
+                ).fetchall()
+            )
 
     def users_of_image(self, digest: str) -> list[str]:
         """Names of the instances whose root is this image."""
@@ -106,7 +110,8 @@ class Store:
                     )  # fmt: skip
                 except sqlite3.IntegrityError as error:
                     raise NameTaken(
-                        f"the name {instance.name!r} is taken", hint="choose another, or remove its holder with `coppice rm`"
+                        f"the name {instance.name!r} is taken",
+                        hint="choose another, or remove its holder with `coppice rm`",
                     ) from error
                 self._journal(connection, instance.id, operation)
 
@@ -151,7 +156,8 @@ class Store:
                 _refuse_with_forks(connection, instance, "removed")
             self._journal(connection, instance.id, operation)
             connection.execute(
-                "UPDATE instances SET state = ?, record = ? WHERE id = ?", (instance.state, _encode(instance), instance.id)
+                "UPDATE instances SET state = ?, record = ? WHERE id = ?",
+                (instance.state, _encode(instance), instance.id),
             )
 
     def forget(self, instance_id: str) -> None:
@@ -163,10 +169,17 @@ class Store:
     def journal(self) -> list[JournalEntry]:
         """All operations under way or interrupted."""
         with self._db.read() as connection:
-            rows = connection.execute("SELECT instance, operation, owner_pid, owner_ticks, started_at FROM journal").fetchall()
+            rows = connection.execute(
+                "SELECT instance, operation, owner_pid, owner_ticks, started_at FROM journal"
+            ).fetchall()
         return [
-            JournalEntry(instance=row[0], operation=row[1], owner_pid=row[2], owner_ticks=row[3], started_at=row[4]) for row in rows
+            JournalEntry(instance=row[0], operation=row[1], owner_pid=row[2], owner_ticks=row[3], started_at=row[4])
+            for row in rows
         ]
+
+    def journal_entry(self, instance_id: str) -> JournalEntry | None:
+        """The operation under way on an instance, or the one that was interrupted; None where there is none."""
+        return next((entry for entry in self.journal() if entry.instance == instance_id), None)
 
     def _journal(self, connection: sqlite3.Connection, instance_id: str, operation: str) -> None:
         connection.execute(
@@ -176,7 +189,10 @@ class Store:
 
 
 def _refuse_with_forks(connection: sqlite3.Connection, instance: Instance, verb: str) -> None:
-    names = [row[0] for row in connection.execute("SELECT name FROM instances WHERE parent = ? ORDER BY name", (instance.id,))]
+    names = [
+        row[0]
+        for row in connection.execute("SELECT name FROM instances WHERE parent = ? ORDER BY name", (instance.id,))
+    ]
     if names:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise InUse(

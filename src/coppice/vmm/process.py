@@ -11,12 +11,15 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import ParamSpec
 
+from coppice.completion import complete
 from coppice.errors import MissingTool, VmmTimeout
 from coppice.model import VmmProcess
 
+P = ParamSpec("P")
 _EXIT_DEADLINE_S = 10.0
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -65,11 +68,27 @@ def spawn(argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Iterable[int] 
                 pass_fds=tuple(pass_fds),
             )
         except FileNotFoundError as error:
-            raise MissingTool(f"the program {argv[0]} is not installed", hint="run `coppice doctor` for the cure") from error
+            raise MissingTool(
+                f"the program {argv[0]} is not installed", hint="run `coppice doctor` for the cure"
+            ) from error
     ticks = start_ticks(child.pid) or 0
     _children[child.pid] = child  # so that its end can be collected: a zombie would keep the pid
-    executable = argv[0] if not ticks else str(Path(f"/proc/{child.pid}/exe").readlink())
+    try:
+        executable = str(Path(f"/proc/{child.pid}/exe").readlink())
+    except OSError:  # it has ended already
+        executable, ticks = argv[0], 0
     return VmmProcess(pid=child.pid, start_ticks=ticks, executable=executable)
+
+
+async def start_in_thread(start: Callable[P, VmmProcess], *args: P.args, **kwargs: P.kwargs) -> VmmProcess:
+    """Await a blocking start; if this task is cancelled meanwhile, the process is ended before the cancellation is raised."""
+    starting = asyncio.ensure_future(asyncio.to_thread(start, *args, **kwargs))
+    try:
+        return await complete(starting)
+    except asyncio.CancelledError:
+        if not starting.cancelled() and starting.exception() is None:
+            await complete(kill(starting.result()))
+        raise
 
 
 def reap(pid: int) -> int | None:
@@ -123,7 +142,9 @@ async def kill(process: VmmProcess, *, deadline_s: float = _EXIT_DEADLINE_S) -> 
     try:
         await asyncio.wait_for(wait_exit(process), deadline_s)
     except TimeoutError as error:
-        raise VmmTimeout(f"VMM process {process.pid} did not end after SIGKILL", hint="look for it in `ps` (state D)") from error
+        raise VmmTimeout(
+            f"VMM process {process.pid} did not end after SIGKILL", hint="look for it in `ps` (state D)"
+        ) from error
 
 
 def by_working_directory(below: Path, executables: Iterable[str]) -> dict[Path, list[VmmProcess]]:

@@ -27,7 +27,9 @@ def kernel_command_line(accel: str, tsc_khz: int) -> str:
     """
     words = list(_KERNEL_WORDS)
     if accel == "tcg":
-        words.append(f"tsc_early_khz={tsc_khz}")
+        # reliable: the emulated CPU does not say that its counter is invariant, and the kernel would keep time by counting ticks, which a
+        # loaded host loses.
+        words += [f"tsc_early_khz={tsc_khz}", "tsc=reliable"]
     return " ".join(words)
 
 
@@ -40,14 +42,20 @@ def machine_arguments(
     mac: str,
     publish: tuple[Publish, ...],
     socket_fds: dict[str, int],
+    run_as: int | None,
 ) -> list[str]:
-    """The part of the command line that a vmstate depends on. `socket_fds` has a listening socket for each socket name."""
+    """The part of the command line that a vmstate depends on. `socket_fds` has a listening socket for each socket name.
+
+    With `run_as` QEMU gives up root for that user once it has opened its files, and can open no other afterwards.
+    """
     accelerator = "tcg,thread=multi" if accel == "tcg" else accel
     arguments = [
         executable, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-name", "coppice", "-M", MACHINE, "-accel", accelerator, "-cpu", cpu_model,
         "-smp", str(machine.cpus), "-m", f"size={machine.memory_bytes // (1 << 20)}M",
-        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        # To give up root QEMU must be let change its user; having done so it cannot again, nor can it start a program.
+        "-sandbox", f"on,obsolete=deny,elevateprivileges={'deny' if run_as is None else 'allow'},spawn=deny,resourcecontrol=deny",
+        *(() if run_as is None else ("-runas", f"{run_as}:{run_as}")),
         "-chardev", f"socket,id=qmp,fd={socket_fds[QMP_SOCKET]},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
         # The device state carries no configuration section: it is saved alone, without RAM.
         "-global", "migration.send-configuration=off",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -26,6 +27,8 @@ from coppice.vmm.qemu import command, host
 from coppice.vmm.qemu.monitor import monitor
 
 _LOG_TAIL = 2000
+_NOBODY = 65534
+_FIRST_USER = 0x40000000  # far above what distributions, containers and systemd hand out
 
 
 class QemuDriver(VmmDriver):
@@ -67,14 +70,14 @@ class QemuDriver(VmmDriver):
     async def boot(self, launch: Launch) -> VmmProcess:
         tsc_khz = await asyncio.to_thread(host.tsc_khz, host.EXACT_S)
         line = command.kernel_command_line(launch.manifest.accel, tsc_khz)
-        process = await asyncio.to_thread(self._start, launch, command.boot_arguments(launch.machine, line))
+        process = await processes.start_in_thread(self._start, launch, command.boot_arguments(launch.machine, line))
         return await self._settle(launch.directory, process)
 
     async def restore(self, launch: Launch) -> VmmProcess:
         vmstate = os.open(launch.directory / files.VMSTATE, os.O_RDONLY | os.O_CLOEXEC)
         try:
             arguments = command.restore_arguments(launch.machine, vmstate)
-            process = await asyncio.to_thread(self._start, launch, arguments, vmstate)
+            process = await processes.start_in_thread(self._start, launch, arguments, vmstate)
         finally:
             os.close(vmstate)
         return await self._settle(launch.directory, process)
@@ -89,6 +92,7 @@ class QemuDriver(VmmDriver):
                 mac=launch.mac,
                 publish=launch.publish,
                 socket_fds=sockets,
+                run_as=_unprivileged_user(launch.directory.name),
             )
             return processes.spawn(
                 argv + arguments,
@@ -100,7 +104,9 @@ class QemuDriver(VmmDriver):
     async def _settle(self, directory: Path, process: VmmProcess) -> VmmProcess:
         """A process that has ended already is an error now, and not a time-out later."""
         if not process.start_ticks:
-            raise VmmDied(f"QEMU ended at once: {await self.wait_exit(directory, process)}", hint="see vmm.log of the instance")
+            raise VmmDied(
+                f"QEMU ended at once: {await self.wait_exit(directory, process)}", hint="see vmm.log of the instance"
+            )
         return process
 
     async def pause(self, directory: Path) -> None:
@@ -112,16 +118,27 @@ class QemuDriver(VmmDriver):
             await qmp.execute("cont")
 
     async def save_devices(self, directory: Path) -> None:
-        async with monitor(directory, command.QMP_SOCKET) as qmp:
-            # live=False keeps the disks ours: with True, QEMU would give them up as after a migration.
-            await qmp.execute("xen-save-devices-state", {"filename": files.VMSTATE_NEW, "live": False})
+        # QEMU has given up root and cannot open files: it is handed this one.
+        descriptor = os.open(directory / files.VMSTATE_NEW, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            async with monitor(directory, command.QMP_SOCKET) as qmp:
+                qmp.send_file(descriptor)
+                added = await qmp.execute("add-fd")
+                try:
+                    # live=False keeps the disks ours: with True, QEMU would give them up as after a migration.
+                    path = f"/dev/fdset/{added['fdset-id']}"
+                    await qmp.execute("xen-save-devices-state", {"filename": path, "live": False})
+                finally:
+                    await qmp.execute("remove-fd", {"fdset-id": added["fdset-id"]})
+        finally:
+            os.close(descriptor)
 
     async def is_paused(self, directory: Path) -> bool:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
             status = await qmp.execute("query-status")
         return not status["running"]
 
-    async def quit(self, directory: Path, process: VmmProcess) -> None:
+    async def quit(self, directory: Path, process: VmmProcess) -> None:  # noqa: ARG002 - other drivers have files to tidy
         # SIGKILL and not QMP's quit: the disks are raw files written through the page cache, so there is nothing to flush.
         await processes.kill(process)
 
@@ -134,6 +151,19 @@ class QemuDriver(VmmDriver):
 
     def find_orphans(self, instances: Path) -> dict[Path, list[VmmProcess]]:
         return processes.by_working_directory(instances, [host.PROGRAM])
+
+
+def _unprivileged_user(instance_id: str) -> int | None:
+    """A user id of its own for each VMM, so that one cannot signal or trace another; None where this process is not root already.
+
+    Nothing belongs to these users: they own no file.
+    """
+    if os.geteuid() != 0:
+        return None
+    mapped = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
+    if mapped < 1 << 31:  # root of a user namespace with few ids
+        return _NOBODY
+    return _FIRST_USER + int.from_bytes(hashlib.sha256(instance_id.encode()).digest()[:3])
 
 
 @contextlib.contextmanager

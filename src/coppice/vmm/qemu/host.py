@@ -10,6 +10,7 @@ import mmap
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,26 +74,26 @@ def tsc_khz(sample_s: float) -> int:
 
     `cpu MHz` of /proc/cpuinfo is another thing: on bare metal it is the current frequency of a core.
     """
-
-    def pair() -> tuple[int, int]:
-        """Nanoseconds and ticks of one instant: of several readings that in which the least came between."""
-        readings = []
-        for _ in range(5):
-            before, ticks, after = clock(time.CLOCK_MONOTONIC_RAW), read(), clock(time.CLOCK_MONOTONIC_RAW)
-            readings.append((after - before, (before + after) // 2, ticks))
-        return min(readings)[1:]
-
-    clock = time.clock_gettime_ns
     # rdtsc; shl rdx, 32; or rax, rdx; ret
     with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
         page.write(bytes.fromhex("0f3148c1e2204809d0c3"))
         anchor = ctypes.c_char.from_buffer(page)
         read = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(anchor))
-        begin_ns, begin = pair()
+        begin_ns, begin = _instant(read)
         time.sleep(sample_s)
-        end_ns, end = pair()
+        end_ns, end = _instant(read)
         del anchor, read  # the page cannot be unmapped while something points into it
     return round((end - begin) * 1_000_000 / (end_ns - begin_ns))
+
+
+def _instant(read: Callable[[], int]) -> tuple[int, int]:
+    """Nanoseconds and ticks of one instant: of several readings that in which the least came between."""
+    clock = time.clock_gettime_ns
+    readings = []
+    for _ in range(5):
+        before, ticks, after = clock(time.CLOCK_MONOTONIC_RAW), read(), clock(time.CLOCK_MONOTONIC_RAW)
+        readings.append((after - before, (before + after) // 2, ticks))
+    return min(readings)[1:]
 
 
 async def version(program: str = PROGRAM) -> str:

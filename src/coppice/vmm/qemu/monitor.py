@@ -27,6 +27,10 @@ class Monitor:
     def __init__(self, client: QMPClient) -> None:
         self._client = client
 
+    def send_file(self, descriptor: int) -> None:
+        """Hand an open file to QEMU, to be claimed by the next command (`add-fd`)."""
+        self._client.send_fd_scm(descriptor)
+
     async def execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """Run one command and return its result.
 
@@ -66,11 +70,15 @@ async def monitor(directory: Path, socket_name: str, *, deadline_s: float = 15.0
                 finally:
                     os.close(descriptor)
             except (OSError, ConnectError) as error:
-                raise VmmDied("the VMM does not answer", hint="run `coppice inspect` to see what became of it") from error
+                raise VmmDied(
+                    "the VMM does not answer", hint="run `coppice inspect` to see what became of it"
+                ) from error
             try:
                 yield Monitor(client)
             finally:
                 with contextlib.suppress(QMPError, OSError):
                     await client.disconnect()
     except TimeoutError as error:
-        raise VmmTimeout(f"the VMM did not answer within {deadline_s:g} s", hint="see vmm.log of the instance") from error
+        raise VmmTimeout(
+            f"the VMM did not answer within {deadline_s:g} s", hint="see vmm.log of the instance"
+        ) from error
