@@ -188,16 +188,6 @@ bool window_return(struct wire *w, uint32_t *window, uint32_t *owed, uint32_t si
 void dying_add(pid_t group);  /* SIGHUP now, SIGKILL in 500 ms */
 int64_t dying_tick(void);     /* kill what is due; when to call again, 0: nothing left */
 
-/* ---- tar_format.c ---- */
-
-struct tar_header {
-    char name[100], mode[8], uid[8], gid[8], size[12], mtime[12], checksum[8], type, link[100];
-    char magic[6], version[2], user[32], group[32], major[8], minor[8], prefix[155], pad[12];
-};
-
-bool tar_number(const char *field, size_t width, int64_t *value); /* octal, or base 256 */
-unsigned tar_checksum(const struct tar_header *h);
-
 /* ---- boot.c, modules.c, ports.c: from the kernel to the ports ---- */
 
 int boot(void); /* mounts, modules, root; returns a descriptor of the overlay's file system. Does not return without a root */

@@ -85,6 +85,7 @@ bool upload_more(struct upload *u)
         if (f.type == DATA_EOF) {
             u->eof = true;
         } else if (f.type != DATA || !window_spend(&u->window, f.size)) {
+            wire_error(u->wire, EPROTO, "a frame of type %u breaks the protocol", f.type);
             u->wire->over = true;
         } else if (f.size > 0) {
             u->data = f.payload;

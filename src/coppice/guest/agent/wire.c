@@ -4,6 +4,7 @@
  * the agent sleeps until something changes. A hang-up may be missed when a host is quickly followed by another; the in-band HELLO
  * is what really ends a session.
  */
+#define _GNU_SOURCE
 #include "agent.h"
 
 #include <errno.h>

@@ -1,0 +1,211 @@
+"""Unpacking on the host what a guest has packed. All functions block.
+
+The guest is hostile. Nothing is written through a link, nothing outside of the destination, no device is made, and what is kept in memory is
+bounded. (The standard library's reader takes a header's word for how much to read at once, and resolves links by their names.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from coppice.errors import GuestProtocolError, NoSpace, UnsafePath
+
+_BLOCK = 512
+_CHUNK = 1 << 16
+_PAX_MAX = 1 << 16
+_DEPTH_MAX = 256
+_RECORD = re.compile(rb"(\d{1,6}) ([^=]{1,64})=")
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Budget:
+    """How many bytes may still be written; None: as many as there are."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self.used = 0
+
+    def spend(self, size: int) -> None:
+        """:raises NoSpace: it is more than there may be"""
+        self.used += size
+        if self._limit is not None and self.used > self._limit:
+            raise NoSpace(f"the guest sends more than {self._limit} bytes", hint="raise the limit, or copy less")
+
+
+def unpack(stream: BinaryIO, parent: Path, name: str, *, max_bytes: int | None = None) -> int:
+    """Unpack an archive whose members all lie below one, which becomes `parent`/`name`. Return the bytes of contents written.
+
+    Owners are not taken over; of the modes, set-id bits and what others may write are not.
+
+    :raises UnsafePath: a member is absolute, leads out of the destination, or is no file, directory or link
+    :raises GuestProtocolError: it is not an archive, or it is cut off
+    :raises NoSpace: it is more than `max_bytes`
+    """
+    budget = Budget(max_bytes)
+    root = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for member in _members(stream):
+            parts = _parts(member.name)
+            with _parent(root, [name, *parts[1:]]) as (directory, base):
+                _make(stream, directory, base, member, _Place(root, name, parts), budget)
+    finally:
+        os.close(root)
+    return budget.used
+
+
+class _Place(NamedTuple):
+    root: int
+    name: str  # what the archive's first component becomes
+    parts: list[str]
+
+
+def _parts(name: str) -> list[str]:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or not parts or ".." in parts or "\0" in name or len(parts) > _DEPTH_MAX:
+        raise UnsafePath(f"the guest sends {name[:200]!r}, which is no place below the destination", hint=_HINT)
+    return parts
+
+
+_HINT = "take the tar stream itself if you want it as it is"
+
+
+@contextlib.contextmanager
+def _parent(root: int, parts: list[str]) -> Iterator[tuple[int, str]]:
+    """Open the directory that holds the last part, following no link on the way."""
+    directory = os.dup(root)
+    try:
+        for part in parts[:-1]:
+            try:
+                inner = os.open(part, _DIRECTORY, dir_fd=directory)
+            except FileNotFoundError:
+                os.mkdir(part, 0o755, dir_fd=directory)
+                inner = os.open(part, _DIRECTORY, dir_fd=directory)
+            except OSError as error:
+                raise UnsafePath(f"the guest sends {'/'.join(parts)!r} through a link", hint=_HINT) from error
+            os.close(directory)
+            directory = inner
+        yield directory, parts[-1]
+    finally:
+        os.close(directory)
+
+
+def _make(stream: BinaryIO, directory: int, base: str, member: tarfile.TarInfo, place: _Place, budget: Budget) -> None:
+    if not member.isdir():
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(base, dir_fd=directory)
+    if member.isdir():
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(base, dir_fd=directory)
+        inner = os.open(base, _DIRECTORY, dir_fd=directory)
+        os.fchmod(inner, member.mode & 0o755 | 0o700)
+        os.close(inner)
+    elif member.isreg():
+        _write(stream, directory, base, member, budget)
+    elif member.issym():
+        if not _stays_inside(member.linkname, len(place.parts) - 1):
+            raise UnsafePath(
+                f"the guest sends {member.name[:200]!r}, a link to {member.linkname[:200]!r} outside of the copy",
+                hint=_HINT,
+            )
+        os.symlink(member.linkname, base, dir_fd=directory)
+    elif member.islnk():
+        target = _parts(member.linkname)
+        if target[0] != place.parts[0] or len(target) == 1:
+            raise UnsafePath(f"the guest sends {member.name[:200]!r}, a name of a file outside of the copy", hint=_HINT)
+        with _parent(place.root, [place.name, *target[1:]]) as (source, source_base):
+            os.link(source_base, base, src_dir_fd=source, dst_dir_fd=directory, follow_symlinks=False)
+    else:
+        raise UnsafePath(f"the guest sends {member.name[:200]!r}, which is a device or a pipe", hint=_HINT)
+
+
+def _stays_inside(target: str, depth: int) -> bool:
+    """Whether a link leads to a place in the copy; `depth` directories of the copy, all of them real, lead to it.
+
+    It may go up first, no further than the top, and then only down: going up after going down through another link could end
+    anywhere.
+    """
+    parts = [part for part in target.split("/") if part not in ("", ".")]
+    up = next((index for index, part in enumerate(parts) if part != ".."), len(parts))
+    return not target.startswith("/") and up < depth and ".." not in parts[up:]
+
+
+def _write(stream: BinaryIO, directory: int, base: str, member: tarfile.TarInfo, budget: Budget) -> None:
+    budget.spend(member.size)
+    handle = os.open(base, _NEW_FILE, 0o600, dir_fd=directory)
+    with os.fdopen(handle, "wb") as output:
+        left = member.size
+        while left > 0:
+            chunk = _exactly(stream, min(left, _CHUNK))
+            output.write(chunk)
+            left -= len(chunk)
+        output.flush()
+        os.fchmod(handle, member.mode & 0o755 | 0o600)
+        os.utime(handle, (member.mtime, member.mtime))
+    _exactly(stream, -member.size % _BLOCK)
+
+
+# ---- reading the archive ----
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) != size:
+        raise GuestProtocolError(
+            "the guest's archive is cut off", hint="see whether the guest still runs, and try again"
+        )
+    return data
+
+
+def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members as the agent writes them: ustar, and pax records before them. The caller reads their contents."""
+    records: dict[str, str] = {}
+    while True:
+        block = _exactly(stream, _BLOCK)
+        if block == bytes(_BLOCK):
+            while stream.read(_CHUNK):  # the rest is padding
+                pass
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise GuestProtocolError("the guest sent something that is not an archive", hint="try again") from error
+        if member.type == tarfile.XHDTYPE:
+            if not 0 <= member.size <= _PAX_MAX:
+                raise GuestProtocolError("the guest sent an extended header that is too long", hint="try again")
+            records = _pax_records(_exactly(stream, member.size + -member.size % _BLOCK)[: member.size])
+            continue
+        member.name = records.get("path", member.name)
+        member.linkname = records.get("linkpath", member.linkname)
+        member.size = _number(records.get("size"), member.size) if member.isreg() else 0
+        member.mtime = _number(records.get("mtime"), int(member.mtime))
+        records = {}
+        yield member
+
+
+def _number(text: str | None, default: int) -> int:
+    number = default
+    if text is not None and re.fullmatch(r"-?\d{1,18}(\.\d*)?", text, re.ASCII):
+        number = int(text.partition(".")[0])
+    if abs(number) >= 1 << 62:
+        raise GuestProtocolError("the guest sent a header with a number that makes no sense", hint="try again")
+    return number
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    records = {}
+    at = 0
+    while at < len(data):
+        match = _RECORD.match(data, at)
+        end = at + int(match[1]) if match else 0
+        if not match or not match.end() < end <= len(data) or data[end - 1] != 0x0A:
+            raise GuestProtocolError("the guest sent a malformed extended header", hint="try again")
+        records[match[2].decode("ascii", "replace")] = os.fsdecode(data[match.end() : end - 1])
+        at = end
+    return records
