@@ -170,7 +170,8 @@ class Instance(Record, frozen=True, kw_only=True):
     captured_at: float | None = None
     disk_stamp: str = ""  # the overlay disk as it was at the capture; memory and disk are of one instant or of no use
     exit_reason: str | None = None
-    identity_serial: int = 0  # how many identities this machine has been given
+    identity_serial: int = 0  # of the latest identity message in its memory's history; each must be larger than the one before
+    identified: bool = False  # whether it has been made a machine of its own: machine-id, boot-id, host keys
     owner: str | None = None
     public: bool = False
 

@@ -93,6 +93,7 @@ def plan(source: Instance, request: ForkRequest) -> list[Instance]:
             parent=source.id,
             parent_name=source.name,
             manifest=source.manifest,
+            identity_serial=source.identity_serial,
             captured_at=source.captured_at if source.state is not State.STOPPED else None,
             owner=source.owner,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,6 +29,25 @@ from coppice.vmm.qemu.driver import QemuDriver
 Reference = str | Instance
 """How a caller names an instance: by name, by id, or by a record that it was given."""
 
+RoomsOpener = Callable[[Layout, VmmDriver, Deadlines], Rooms]
+
+
+def default_rooms(layout: Layout, driver: VmmDriver, deadlines: Deadlines) -> Rooms:
+    """The rooms of a data directory whose directories are there. Blocks.
+
+    :raises HostCannot: the database cannot be used, or the agent is not compiled
+    """
+    return Rooms(
+        layout=layout,
+        store=Store(layout.database, own_process()),
+        driver=driver,
+        images=ImageCatalog(layout.images),
+        kernels=KernelStore(layout.kernels),
+        overlays=OverlayStore(layout.overlays),
+        agent=agent_binary(),
+        deadlines=deadlines,
+    )
+
 
 class HostBase:
     """An opened data directory."""
@@ -40,14 +59,16 @@ class HostBase:
         accel: str = "auto",
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
+        open_rooms: RoomsOpener | None = None,
     ) -> None:
         """Prepare to use the data directory `home` (default: COPPICE_HOME and so on, see `default_home`).
 
-        `accel` is `auto`, `kvm` or `tcg`; `driver` replaces QEMU altogether.
+        `accel` is `auto`, `kvm` or `tcg`; `driver` replaces QEMU altogether, and `open_rooms` everything that works in the data directory.
         """
         self._home = Path(home) if home is not None else default_home()
         self._driver = driver or QemuDriver(accel)
         self._deadlines = deadlines or Deadlines()
+        self._open_rooms = open_rooms or default_rooms
         self._opened: Rooms | None = None
 
     @property
@@ -75,16 +96,7 @@ class HostBase:
     def _open(self) -> Rooms:
         layout = Layout(self._home.absolute())
         layout.create()
-        return Rooms(
-            layout=layout,
-            store=Store(layout.database, own_process()),
-            driver=self._driver,
-            images=ImageCatalog(layout.images),
-            kernels=KernelStore(layout.kernels),
-            overlays=OverlayStore(layout.overlays),
-            agent=agent_binary(),
-            deadlines=self._deadlines,
-        )
+        return self._open_rooms(layout, self._driver, self._deadlines)
 
     async def close(self) -> None:
         """Close the data directory. Instances live on. Idempotent."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from coppice.errors import NotFound, UsageError
-from coppice.guest.client import ExecSession, Health
+from coppice.guest.client import ExecSession, Health, Session, copy_in, copy_out
 from coppice.host.base import HostBase, Reference
 from coppice.instance import recovery
 from coppice.instance.follow import follow_file
@@ -20,6 +20,8 @@ from coppice.vmm import driver as files
 
 LogSource = Literal["console", "vmm"]
 _LOG_FILES: dict[LogSource, str] = {"console": files.CONSOLE_LOG, "vmm": files.VMM_LOG}
+_DEFAULT_SIZE = (24, 80)
+_PORT_DEADLINE_S = 60.0
 
 
 class Guest(HostBase):
@@ -45,10 +47,16 @@ class Guest(HostBase):
         :raises GuestTimeout: it did not end within `timeout_s`; it was killed
         :raises GuestError: it printed more than `max_output_bytes`
         """
-        async with self.open_exec(
-            reference, argv, env=env, workdir=workdir, user=user, stdin=stdin is not None, timeout_s=timeout_s
-        ) as session:
-            return await session.collect(stdin or b"", max_output_bytes=max_output_bytes)
+        async with self._session(reference) as session:
+            return await session.exec(
+                _checked(argv),
+                env=check_env(env or {}),
+                cwd=workdir,
+                user=user,
+                stdin=stdin,
+                timeout_s=timeout_s,
+                max_output_bytes=max_output_bytes,
+            )
 
     @contextlib.asynccontextmanager
     async def open_exec(
@@ -61,64 +69,58 @@ class Guest(HostBase):
         user: str | None = None,
         tty: bool = False,
         size: tuple[int, int] | None = None,
+        term: str | None = None,
         stdin: bool = True,
         timeout_s: float | None = None,
     ) -> AsyncIterator[ExecSession]:
         """Run a command and talk to it while it runs: an open session, ended (with SIGHUP) when the block is left.
 
-        `size` is (rows, columns) of the terminal where `tty` is wanted.
+        `size` is (rows, columns) of the terminal where `tty` is wanted, `term` its type.
         """
-        if not argv or any("\0" in word for word in argv):
-            raise UsageError("there is no command to run", hint="give a program and its arguments, without NUL bytes")
-        instance = await self._running(reference, Operation.EXEC)
         async with (
-            self.rooms.ports(instance.id).session() as port,
-            port.exec(
-                argv,
+            self._session(reference) as session,
+            session.exec_stream(
+                _checked(argv),
                 env=check_env(env or {}),
                 cwd=workdir,
                 user=user,
                 tty=tty,
-                size=size,
-                stdin=stdin,
+                size=size or _DEFAULT_SIZE,
+                term=term,
+                has_stdin=stdin,
                 timeout_s=timeout_s,
-            ) as session,
+            ) as running,
         ):
-            yield session
+            yield running
 
     async def cp_in(self, reference: Reference, host_path: Path | str, guest_path: str) -> int:
         """Copy a file or directory of the host into the guest, as `cp -a` would name the result. Returns bytes copied."""
-        instance = await self._running(reference, Operation.EXEC)
-        async with self.rooms.ports(instance.id).session() as port:
-            return await port.copy_in(Path(host_path), guest_path)
+        async with self._session(reference) as session:
+            return (await copy_in(session, Path(host_path), guest_path)).content_bytes
 
     async def cp_out(self, reference: Reference, guest_path: str, host_path: Path | str) -> int:
         """Copy a file or directory out of the guest. Nothing is written outside of `host_path`. Returns bytes copied."""
-        instance = await self._running(reference, Operation.EXEC)
-        async with self.rooms.ports(instance.id).session() as port:
-            return await port.copy_out(guest_path, Path(host_path))
+        async with self._session(reference) as session:
+            return await copy_out(session, guest_path, Path(host_path))
 
     async def read_file(self, reference: Reference, path: str, *, max_bytes: int = 64 * MIB) -> bytes:
         """The content of a file of the guest."""
-        instance = await self._running(reference, Operation.EXEC)
-        async with self.rooms.ports(instance.id).session() as port:
-            return await port.read_file(path, max_bytes=max_bytes)
+        async with self._session(reference) as session:
+            return await session.read_file(path, max_bytes=max_bytes)
 
     async def write_file(self, reference: Reference, path: str, data: bytes, *, mode: int = 0o644) -> None:
         """Write a file in the guest: whole, or not at all. Missing parent directories are made."""
-        instance = await self._running(reference, Operation.EXEC)
-        async with self.rooms.ports(instance.id).session() as port:
-            await port.write_file(path, data, mode=mode)
+        async with self._session(reference) as session:
+            await session.write_file(path, data, mode=mode)
 
     async def stat(self, reference: Reference, path: str, *, follow_links: bool = False) -> FileStat:
         """What the guest says of a path."""
-        instance = await self._running(reference, Operation.EXEC)
-        async with self.rooms.ports(instance.id).session() as port:
-            return await port.stat(path, follow_links=follow_links)
+        async with self._session(reference) as session:
+            return await session.stat(path, follow=follow_links)
 
     async def health(self, reference: Reference) -> Health:
         """The agent's own view: uptime, load, how the image's process fares."""
-        instance = await self._running(reference, Operation.EXEC)
+        instance = await self._running(reference)
         async with self.rooms.ports(instance.id).control(10.0) as control:
             return await control.health()
 
@@ -141,10 +143,17 @@ class Guest(HostBase):
         async for line in follow_file(path, tail=tail, follow=follow, ended=ended):
             yield line
 
-    async def _running(self, reference: Reference, operation: Operation) -> Instance:
+    async def _running(self, reference: Reference) -> Instance:
         instance = await recovery.look(self.rooms, await self._get(reference))
-        require(operation, instance)
+        require(Operation.EXEC, instance)
         return instance
+
+    @contextlib.asynccontextmanager
+    async def _session(self, reference: Reference) -> AsyncIterator[Session]:
+        """A session port of a Running instance. No instance lock: sessions are many at once, and a capture does not wait for them."""
+        instance = await self._running(reference)
+        async with self.rooms.ports(instance.id).session(_PORT_DEADLINE_S) as session:
+            yield session
 
     async def wait(self, reference: Reference, *, deadline_s: float) -> Instance:
         """Wait until the machine has ended by itself.
@@ -156,3 +165,9 @@ class Guest(HostBase):
             async with asyncio.timeout(deadline_s):
                 await self.rooms.driver.wait_exit(self.rooms.directory(instance.id), instance.vmm)
         return await recovery.look(self.rooms, await self._get(instance.id))
+
+
+def _checked(argv: Sequence[str]) -> Sequence[str]:
+    if not argv or any("\0" in word for word in argv):
+        raise UsageError("there is no command to run", hint="give a program and its arguments, without NUL bytes")
+    return argv

@@ -105,7 +105,9 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, *, booted: bool
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             await unless_vmm_dies(rooms, instance, _introduce(rooms, instance, booted=booted, deadline_s=deadline_s))
-        instance = msgspec.structs.replace(instance, state=State.RUNNING, identity_serial=instance.identity_serial + 1)
+        instance = msgspec.structs.replace(
+            instance, state=State.RUNNING, identity_serial=instance.identity_serial + 1, identified=True
+        )
         with stages.stage("record"):
             await in_thread(rooms.store.save, instance, done=True)
         return instance

@@ -37,7 +37,7 @@ def identity_message(instance: Instance, *, booted: bool) -> Identity:
     A machine that has just booted also gets its process started. Machine-id, boot-id and host keys are given once in the life of an
     instance: a later restore of the same machine is no new machine.
     """
-    first = instance.identity_serial == 0
+    first = not instance.identified
     process = instance.process
     return Identity(
         serial=instance.identity_serial + 1,
