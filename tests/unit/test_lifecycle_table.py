@@ -1,0 +1,66 @@
+"""The transition table: every operation in every state."""
+
+from __future__ import annotations
+
+import pytest
+
+from coppice.errors import IllegalTransition
+from coppice.lifecycle import Operation, legal_states, require
+from coppice.model import State
+from fakes.records import make_instance
+
+# Written out a second time, by hand: the design's words, not the code's table.
+ALLOWED: dict[Operation, dict[State, State]] = {
+    Operation.START: {State.STOPPED: State.RUNNING, State.RUNNING: State.RUNNING},
+    Operation.STOP: {
+        State.INITIALIZING: State.STOPPED,
+        State.RUNNING: State.STOPPED,
+        State.PAUSED: State.STOPPED,
+        State.SHUTDOWN: State.STOPPED,
+        State.STOPPED: State.STOPPED,
+    },
+    Operation.STANDBY: {
+        State.RUNNING: State.STANDBY,
+        State.PAUSED: State.STANDBY,
+        State.STANDBY: State.STANDBY,
+    },
+    Operation.RESTORE: {State.STANDBY: State.RUNNING, State.RUNNING: State.RUNNING},
+    Operation.PROMOTE: {State.STANDBY: State.TEMPLATE, State.TEMPLATE: State.TEMPLATE},
+    Operation.DEMOTE: {State.TEMPLATE: State.STANDBY, State.STANDBY: State.STANDBY},
+    Operation.FORK: {
+        State.STOPPED: State.STOPPED,
+        State.STANDBY: State.STANDBY,
+        State.TEMPLATE: State.TEMPLATE,
+    },
+    Operation.FORK_RUNNING: {State.RUNNING: State.RUNNING},
+    Operation.EXEC: {State.RUNNING: State.RUNNING},
+    Operation.REMOVE: {state: state for state in State},
+}
+EVERY_PAIR = [(operation, state) for operation in Operation for state in State]
+
+
+def test_every_operation_has_its_row() -> None:
+    """An operation that is added without a decision for each state is seen here."""
+    assert set(ALLOWED) == set(Operation)
+
+
+@pytest.mark.parametrize(("operation", "state"), EVERY_PAIR)
+def test_each_pair_is_decided(operation: Operation, state: State) -> None:
+    """Legal pairs lead to the state of the design; all others are refused with a cure, naming the instance and its state."""
+    instance = make_instance("oak", state)
+    target = ALLOWED[operation].get(state)
+    assert (state in legal_states(operation)) == (target is not None)
+    if target is not None:
+        assert require(operation, instance) is target
+        return
+    with pytest.raises(IllegalTransition) as refusal:
+        require(operation, instance)
+    assert "oak" in refusal.value.message
+    assert state in refusal.value.message
+    assert refusal.value.hint
+
+
+def test_a_template_is_only_forked_demoted_or_removed() -> None:
+    """A template never runs: a second VM on its mem-file's own disk would break every fork to come."""
+    legal = {operation for operation in Operation if State.TEMPLATE in legal_states(operation)}
+    assert legal == {Operation.PROMOTE, Operation.DEMOTE, Operation.FORK, Operation.REMOVE}
