@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from coppice.bench import accounting
 from coppice.bench.accounting import Usage
-from coppice.bench.copying import CopyingDriver
+from coppice.bench.copying import CopyingDriver, expected_copies
 from coppice.bench.percentiles import summarize_fan_out
 from coppice.bench.records import Cache, FanOutReport, MachineSample, Method, Round, Skipped
 from coppice.bench.trial import Say, answer, boot, dirty, make_template, tagged
@@ -185,7 +185,10 @@ async def _boot_all(host: AsyncHost, image: str, case: Case, tags: dict[str, str
 
 
 async def _fork_all(host: AsyncHost, template: Instance, case: Case, tags: dict[str, str]) -> list[_Grown]:
-    report = await host.fork(template, count=case.count, atomic=True, tags=tags)
+    with contextlib.nullcontext() if case.method is Method.SHARED else expected_copies():
+        report = await host.fork(template, count=case.count, atomic=True, tags=tags)
+    driver = host.rooms.driver
+    filled = driver.filled_bytes if isinstance(driver, CopyingDriver) else {}
     wanted = Sharing.HARDLINK if case.method is Method.SHARED else Sharing.COPY
     grown = []
     for result in report.results:
@@ -195,7 +198,8 @@ async def _fork_all(host: AsyncHost, template: Instance, case: Case, tags: dict[
                 hint=result.sharing_reason
                 or "see what the file system of the data directory can do with `coppice doctor`",
             )
-        grown.append(_Grown(result.instance, result.total_ms, result.stages, result.disk_bytes_written))
+        written = result.disk_bytes_written + filled.get(result.instance.id, 0)
+        grown.append(_Grown(result.instance, result.total_ms, result.stages, written))
     return grown
 
 

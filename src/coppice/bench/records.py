@@ -54,7 +54,9 @@ class MachineSample(Record, frozen=True, kw_only=True):
     unique_ready_bytes: int  # guest RAM that only this machine has, when the command had answered
     unique_worked_bytes: int  # the same after the workload
     overhead_bytes: int  # private memory of the VMM outside of guest RAM, after the workload
-    disk_written_bytes: int  # by the fork operation, as its report says; 0 for a boot
+    disk_written_bytes: (
+        int  # by the fork operation: what its report says, and the holes that `full-copy` fills; 0 for a boot
+    )
     stages: dict[str, float] = {}  # milliseconds
 
 
