@@ -94,9 +94,11 @@ struct pax {
 /* "LENGTH key=value\n", where LENGTH counts itself. */
 static void pax_add(struct pax *p, const char *key, const char *value)
 {
-    size_t body = strlen(key) + strlen(value) + 3, total = body + 1;
-    for (size_t digits = 1; total != body + digits; digits++)
-        total = body + (size_t)snprintf(NULL, 0, "%zu", body + digits);
+    size_t body = strlen(key) + strlen(value) + 3, total = 0, before;
+    do {
+        before = total;
+        total = body + (size_t)snprintf(NULL, 0, "%zu", total);
+    } while (total != before);
     size_t space = sizeof p->data - p->size;
     if (total < space)
         p->size += (size_t)snprintf(p->data + p->size, space, "%zu %s=%s\n", total, key, value);

@@ -1,0 +1,189 @@
+"""Frames and fields: whatever a guest sends, and however it is cut, is decoded rightly, refused, or waited for; within bounds."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coppice.errors import GuestProtocolError, UsageError
+from coppice.guest.protocol import (
+    GUEST_PAYLOAD_MAX,
+    HOST_PAYLOAD_MAX,
+    MAGIC,
+    PADDING,
+    REQUEST_MAX,
+    Fields,
+    FrameDecoder,
+    FrameType,
+    Value,
+    encode_fields,
+    encode_frame,
+    encode_hello,
+    encode_request,
+    readable,
+)
+
+NONCE = bytes(range(16))
+
+
+def guest_frame(frame_type: int, payload: bytes) -> bytes:
+    """A frame as an agent writes it."""
+    return struct.pack("<BI", frame_type, len(payload)) + payload + b"\xa5"
+
+
+ACK = guest_frame(FrameType.HELLO_ACK, MAGIC + NONCE)
+
+
+def cut(data: bytes, sizes: list[int]) -> list[bytes]:
+    """The data in chunks of these sizes, and the rest."""
+    chunks, at = [], 0
+    for size in sizes:
+        chunks.append(data[at : at + size])
+        at += size
+    return [*chunks, data[at:]]
+
+
+frames = st.lists(st.tuples(st.integers(1, 255), st.binary(max_size=200)), max_size=8)
+sizes = st.lists(st.integers(1, 64), max_size=50)
+
+
+@given(stale=st.binary(max_size=300), sent=frames, sizes=sizes, padding=st.integers(0, 40))
+def test_any_cut_gives_the_same_frames(
+    stale: bytes, sent: list[tuple[int, bytes]], sizes: list[int], padding: int
+) -> None:
+    """Where the bytes are cut makes no difference, and neither does what stood before the acknowledgement."""
+    zeros = bytes(padding)
+    data = stale + ACK + b"".join(zeros + guest_frame(*frame) for frame in sent) + zeros
+    decoder = FrameDecoder(NONCE)
+    found = [frame for chunk in cut(data, sizes) for frame in decoder.feed(chunk)]
+    assert found[0].type == FrameType.HELLO_ACK
+    assert [tuple(frame) for frame in found[1:]] == sent
+
+
+@given(chunks=st.lists(st.binary(max_size=2000), max_size=30), acknowledged=st.booleans())
+def test_garbage_is_refused_or_waited_for(chunks: list[bytes], acknowledged: bool) -> None:
+    """No bytes make the decoder raise anything but its error, or keep more than a frame."""
+    decoder = FrameDecoder(NONCE)
+    if acknowledged:
+        decoder.feed(ACK)
+    try:
+        for chunk in chunks:
+            decoder.feed(chunk)
+            assert len(decoder._buffer) <= GUEST_PAYLOAD_MAX + 6
+    except GuestProtocolError:
+        pass
+
+
+@pytest.mark.parametrize("flood", [b"\0", b"\x31", b"COPPICE1"])
+def test_a_flood_before_the_acknowledgement_is_not_kept(flood: bytes) -> None:
+    """A guest that never acknowledges cannot fill the host's memory."""
+    decoder = FrameDecoder(NONCE)
+    for _ in range(50):
+        decoder.feed(flood * 10_000)
+    assert len(decoder._buffer) < 100
+    assert not decoder.acknowledged
+
+
+def test_a_flood_of_padding_is_not_kept() -> None:
+    """Zeros between frames are dropped as they come."""
+    decoder = FrameDecoder(NONCE)
+    decoder.feed(ACK)
+    for _ in range(50):
+        assert decoder.feed(bytes(100_000)) == []
+    assert len(decoder._buffer) == 0
+
+
+def test_the_acknowledgement_of_another_session_is_not_ours() -> None:
+    """Only the nonce of this very HELLO opens the session."""
+    decoder = FrameDecoder(NONCE)
+    assert decoder.feed(guest_frame(FrameType.HELLO_ACK, MAGIC + bytes(16)) + guest_frame(49, b"stale")) == []
+    assert not decoder.acknowledged
+    assert decoder.feed(ACK)[0].type == FrameType.HELLO_ACK
+
+
+def test_a_nonce_that_is_echoed_elsewhere_is_refused() -> None:
+    """A guest that answers with the nonce in another frame than the acknowledgement breaks the protocol."""
+    with pytest.raises(GuestProtocolError):
+        FrameDecoder(NONCE).feed(guest_frame(FrameType.STDOUT, MAGIC + NONCE))
+
+
+@pytest.mark.parametrize(
+    "data", [struct.pack("<BI", 49, GUEST_PAYLOAD_MAX + 1), struct.pack("<BI", 49, 2) + b"ab\x00"], ids=["long", "end"]
+)
+def test_a_broken_frame_is_refused(data: bytes) -> None:
+    """A frame that is too long is refused before its bytes are there; so is one that does not end where it says."""
+    decoder = FrameDecoder(NONCE)
+    decoder.feed(ACK)
+    with pytest.raises(GuestProtocolError):
+        decoder.feed(data)
+
+
+def test_padding_completes_any_half_sent_frame() -> None:
+    """The zeros before a HELLO are enough for the longest frame that a host may have left half-sent."""
+    longest = encode_frame(FrameType.STDIN, bytes(HOST_PAYLOAD_MAX))
+    assert len(PADDING) >= len(longest)
+    assert encode_hello(NONCE) == guest_frame(FrameType.HELLO, MAGIC + NONCE)
+
+
+@given(size=st.integers(0, 3 * HOST_PAYLOAD_MAX))
+def test_a_request_of_any_size_is_cut_to_frames(size: int) -> None:
+    """A request goes out in frames that an agent takes, and its parts are its payload."""
+    payload = bytes(index % 251 for index in range(size))
+    data, seen, types = encode_request(FrameType.EXEC, payload), b"", []
+    while data:
+        frame_type, length = struct.unpack_from("<BI", data)
+        assert length <= HOST_PAYLOAD_MAX
+        assert data[5 + length] == 0xA5
+        seen += data[5 : 5 + length]
+        types.append(frame_type)
+        data = data[6 + length :]
+    assert seen == payload
+    assert types == [FrameType.PART] * (len(types) - 1) + [FrameType.EXEC]
+
+
+def test_a_request_that_no_agent_takes_is_refused() -> None:
+    """A payload beyond the agent's bound is refused before it is sent."""
+    with pytest.raises(UsageError):
+        encode_request(FrameType.IDENTITY, bytes(REQUEST_MAX + 1))
+
+
+values = st.one_of(st.integers(0, 2**64 - 1), st.binary(max_size=50), st.text(st.characters(exclude_characters="\0", codec="utf-8")))
+
+
+@given(fields=st.lists(st.tuples(st.integers(0, 255), values), max_size=10))
+def test_fields_come_back_as_they_were(fields: list[tuple[int, Value]]) -> None:
+    """Each value is found under its tag, the last one where a tag is repeated."""
+    decoded = Fields(encode_fields(fields))
+    for tag, value in dict(fields).items():
+        if isinstance(value, int):
+            assert decoded.integer(tag) == value
+        else:
+            assert decoded.raw(tag) == (value.encode() if isinstance(value, str) else value)
+
+
+@given(payload=st.binary(max_size=200))
+def test_any_bytes_are_fields_or_are_refused(payload: bytes) -> None:
+    """A malformed list raises the protocol's error and nothing else."""
+    try:
+        fields = Fields(payload)
+        fields.integer(1, 0)
+        fields.texts(2)
+    except GuestProtocolError:
+        pass
+
+
+def test_text_with_a_zero_byte_is_refused() -> None:
+    """A path that would end early in the guest is not sent."""
+    with pytest.raises(UsageError):
+        encode_fields([(1, "/etc\0/passwd")])
+
+
+@given(value=st.binary(max_size=3000))
+def test_a_guest_cannot_write_to_the_terminal(value: bytes) -> None:
+    """Text of the guest's that gets into a message has no control characters and is not long."""
+    text = readable(value)
+    assert len(text) <= 1000
+    assert text.isprintable()
