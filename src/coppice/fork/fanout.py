@@ -10,7 +10,7 @@ import msgspec
 
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError
-from coppice.fork.plan import OPERATION, ForkRequest, plan
+from coppice.fork.plan import OPERATION, ForkRequest, plan, takes_memory
 from coppice.instance import activate, destroy
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
@@ -122,7 +122,7 @@ def _place(rooms: Rooms, source: Instance, child: Instance, target: State) -> di
         rooms.directory(source.id),
         directory,
         source,
-        with_memory=source.state is not State.STOPPED and target is not State.STOPPED,
+        with_memory=takes_memory(source, target),
         shareable=rooms.driver.capabilities.maps_mem_file_privately,
     )
 

@@ -64,6 +64,11 @@ def make_request(
     )
 
 
+def takes_memory(source: Instance, target: State) -> bool:
+    """Whether a fork to `target` takes the captured memory of its source along, or only its disk."""
+    return source.state is not State.STOPPED and target is not State.STOPPED
+
+
 def plan(source: Instance, request: ForkRequest) -> list[Instance]:
     """The children's records. A child is its source's machine and disk under its own id and name.
 
@@ -94,7 +99,7 @@ def plan(source: Instance, request: ForkRequest) -> list[Instance]:
             parent_name=source.name,
             manifest=source.manifest,
             identity_serial=source.identity_serial,
-            captured_at=source.captured_at if source.state is not State.STOPPED else None,
+            captured_at=source.captured_at if takes_memory(source, request.target) else None,
             owner=source.owner,
         )
         for name in names

@@ -7,6 +7,8 @@ instead of failing half-way. Calls block (for well below a millisecond, unless a
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -46,17 +48,25 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
+        self._path = path
         try:
             self._connection = sqlite3.connect(
                 path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            # NORMAL: a commit survives the death of any process; after a power cut the last ones may be undone, never torn.
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._migrate()
         except sqlite3.Error as error:
             raise _translated(error, path) from error
-        self._path = path
+        try:
+            # SQLite does not wait its turn for the switch to WAL: of two processes that begin at once, one would fail.
+            with _alone_in(path.parent):
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                # NORMAL: a commit survives the death of any process; after a power cut the last ones may be undone, never torn.
+                self._connection.execute("PRAGMA synchronous = NORMAL")
+                self._migrate()
+        except BaseException as error:
+            self._connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise _translated(error, path) from error
+            raise
 
     def _migrate(self) -> None:
         if self._version() == len(MIGRATIONS):
@@ -120,6 +130,16 @@ class Database:
         """Close the connection. Idempotent."""
         with self._lock:
             self._connection.close()
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _translated(error: sqlite3.Error, path: Path) -> CoppiceError:

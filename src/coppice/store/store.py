@@ -65,14 +65,14 @@ class Store:
     def instances(self) -> list[Instance]:
         """All instances, oldest first."""
         with self._db.read() as connection:
-            rows = connection.execute("SELECT record FROM instances ORDER BY created_at, id").fetchall()
+            rows = connection.execute("SELECT record FROM instances ORDER BY created_at, rowid").fetchall()
         return [_decode(row[0]) for row in rows]
 
     def children(self, instance_id: str) -> list[Instance]:
         """Living instances that were forked from this one: the fork count is their number."""
         with self._db.read() as connection:
             rows = connection.execute(
-                "SELECT record FROM instances WHERE parent = ? ORDER BY created_at, id", (instance_id,)
+                "SELECT record FROM instances WHERE parent = ? ORDER BY created_at, rowid", (instance_id,)
             ).fetchall()
         return [_decode(row[0]) for row in rows]
 

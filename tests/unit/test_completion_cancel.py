@@ -1,0 +1,129 @@
+"""Cleanup and threads are not cut short by a cancellation, and the cancellation is not lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from coppice.completion import complete, in_thread
+
+
+async def test_the_result_comes_through() -> None:
+    """Without a cancellation it is a plain await, of a result or of an error."""
+
+    async def value() -> int:
+        return 7
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    assert await complete(value()) == 7
+    with pytest.raises(ZeroDivisionError):
+        await complete(fail())
+
+
+@pytest.mark.parametrize("cancels", [1, 3])
+async def test_work_ends_before_the_cancellation_is_raised(cancels: int) -> None:
+    """However often it is cancelled: the caller keeps its locks until the work is done."""
+    entered, proceed = asyncio.Event(), asyncio.Event()
+    order: list[str] = []
+
+    async def work() -> None:
+        entered.set()
+        await proceed.wait()
+        order.append("work")
+
+    async def caller() -> None:
+        try:
+            await complete(work())
+        finally:
+            order.append("caller")
+
+    task = asyncio.create_task(caller())
+    await entered.wait()
+    for _ in range(cancels):
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert order == []
+    proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert order == ["work", "caller"]
+
+
+async def test_a_cancellation_goes_before_an_error_of_the_work() -> None:
+    """Whoever cancelled waits for the cancellation; the error is no warning either."""
+    entered, proceed = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        entered.set()
+        await proceed.wait()
+        raise ZeroDivisionError
+
+    task = asyncio.create_task(complete(work()))
+    await entered.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_deadline_around_it_becomes_a_timeout() -> None:
+    """asyncio.timeout sees its own cancellation again."""
+    proceed = asyncio.Event()
+
+    async def work() -> None:
+        await proceed.wait()
+
+    asyncio.get_running_loop().call_later(0.02, proceed.set)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.001):
+            await complete(work())
+    assert proceed.is_set()
+
+
+async def test_work_that_is_cancelled_from_inside_is_cancelled() -> None:
+    """The work's own cancellation is its outcome."""
+
+    async def work() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await complete(work())
+
+
+async def test_a_thread_runs_to_its_end() -> None:
+    """A thread cannot be cancelled: nobody cleans up beside one that still writes."""
+    started, proceed = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def work() -> None:
+        started.set()
+        proceed.wait(10)
+        order.append("thread")
+
+    async def caller() -> None:
+        try:
+            await in_thread(work)
+        finally:
+            order.append("caller")
+
+    task = asyncio.create_task(caller())
+    await asyncio.to_thread(started.wait, 10)
+    task.cancel()
+    await asyncio.sleep(0)
+    proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert order == ["thread", "caller"]
+
+
+async def test_a_thread_returns_and_raises() -> None:
+    """With its arguments."""
+    assert await in_thread(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        await in_thread(divmod, 7, 0)

@@ -1,0 +1,197 @@
+"""VMM processes: named beyond doubt, ended for certain, and no other process ever touched."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coppice.errors import MissingTool
+from coppice.model import VmmProcess
+from coppice.vmm import process as processes
+from coppice.vmm.process import (
+    by_working_directory,
+    is_alive,
+    kill,
+    own_process,
+    reap,
+    spawn,
+    start_in_thread,
+    start_ticks,
+    wait_exit,
+)
+
+
+def sleeper(tmp_path: Path) -> VmmProcess:
+    """A process that does nothing."""
+    return spawn(["sleep", "1000"], cwd=tmp_path, log=tmp_path / "log")
+
+
+async def test_a_process_lives_until_it_is_killed(tmp_path: Path) -> None:
+    """Killing returns when it is gone, again and again; no zombie is left."""
+    process = sleeper(tmp_path)
+    assert is_alive(process)
+    assert Path(process.executable).name in ("sleep", "coreutils", "busybox")
+    for _ in range(2):
+        await kill(process)
+        assert not is_alive(process)
+        assert not Path(f"/proc/{process.pid}").exists()
+
+
+async def test_it_is_detached_and_inherits_only_what_it_is_given(tmp_path: Path) -> None:
+    """It leads a session of its own, so no signal of a terminal reaches it, and holds no file of the host."""
+    read, write = os.pipe()
+    os.set_inheritable(read, True)
+    process = spawn(["sleep", "1000"], cwd=tmp_path, log=tmp_path / "log", pass_fds=[write])
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        assert int(fields[3]) == process.pid  # session
+        held = {int(entry.name) for entry in Path(f"/proc/{process.pid}/fd").iterdir()}
+        assert held == {0, 1, 2, write}
+        assert Path(f"/proc/{process.pid}/cwd").readlink() == tmp_path
+    finally:
+        await kill(process)
+        os.close(read)
+        os.close(write)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"start_ticks": 1}, {"executable": "/usr/bin/other"}],
+    ids=["other start time", "other program"],
+)
+async def test_a_recycled_pid_is_another_process(tmp_path: Path, change: dict[str, object]) -> None:
+    """The same pid with another start time or program is not alive, and is left alone by kill and wait."""
+    process = sleeper(tmp_path)
+    try:
+        impostor = msgspec.structs.replace(process, **change)
+        assert not is_alive(impostor)
+        if "start_ticks" in change:
+            await kill(impostor)
+            async with asyncio.timeout(5):
+                await wait_exit(impostor)
+        assert is_alive(process)
+    finally:
+        await kill(process)
+
+
+async def test_the_end_is_an_event_with_a_status(tmp_path: Path) -> None:
+    """The exit status, or the negated signal, of a process that was started here; None for any other."""
+    process = spawn(["sh", "-c", "exit 7"], cwd=tmp_path, log=tmp_path / "log")
+    assert await wait_exit(process) == 7
+    assert await wait_exit(process) is None
+    process = sleeper(tmp_path)
+    waiting = asyncio.create_task(wait_exit(process))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    os.kill(process.pid, signal.SIGTERM)
+    assert await asyncio.wait_for(waiting, 5) == -signal.SIGTERM
+    assert reap(process.pid) is None
+
+
+async def test_a_process_of_another_parent_is_awaited_too(tmp_path: Path) -> None:
+    """A VMM outlives the host process that started it, and another one ends it."""
+    foreign = await asyncio.to_thread(subprocess.Popen, ["sleep", "1000"], cwd=tmp_path)
+    ticks = start_ticks(foreign.pid)
+    assert ticks is not None
+    executable = str(Path(f"/proc/{foreign.pid}/exe").readlink())
+    process = VmmProcess(pid=foreign.pid, start_ticks=ticks, executable=executable)
+    assert is_alive(process)
+    await kill(process)
+    assert not is_alive(process)
+    assert foreign.wait(5) == -signal.SIGKILL
+
+
+def test_a_zombie_is_not_alive() -> None:
+    """It has a pid and a start time, and will never do anything again."""
+    dead = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    assert Path(f"/proc/{dead.pid}").exists()
+    assert start_ticks(dead.pid) is None
+    dead.wait()
+    assert start_ticks(dead.pid) is None
+
+
+def test_names_in_proc_do_not_confuse_it(tmp_path: Path) -> None:
+    """The second field of /proc/PID/stat is the guest's to choose, in a way: it may hold blanks and parentheses."""
+    program = tmp_path / "a) R 1 (b"
+    shutil.copy(shutil.which("sleep") or "/bin/sleep", program)
+    with subprocess.Popen([program, "1000"]) as odd:
+        try:
+            mine = start_ticks(os.getpid())
+            ticks = start_ticks(odd.pid)
+            assert ticks is not None
+            assert mine is not None
+            assert ticks >= mine
+        finally:
+            odd.kill()
+
+
+def test_a_missing_program_is_said_so(tmp_path: Path) -> None:
+    """With the way to its cure."""
+    with pytest.raises(MissingTool, match="no-such-vmm") as refusal:
+        spawn(["no-such-vmm"], cwd=tmp_path, log=tmp_path / "log")
+    assert "doctor" in str(refusal.value)
+
+
+async def test_a_process_that_ends_at_once_is_a_process_that_ended(tmp_path: Path) -> None:
+    """Starting it does not fail; its end and its words are there to be read."""
+    for _ in range(20):
+        process = spawn(["sh", "-c", "echo gone >&2"], cwd=tmp_path, log=tmp_path / "log")
+        assert await wait_exit(process) == 0
+        assert not is_alive(process)
+    assert (tmp_path / "log").read_text() == "gone\n" * 20
+
+
+def test_the_own_process_is_this_one() -> None:
+    """What the journal calls its owner."""
+    pid, ticks = own_process()
+    assert (pid, ticks) == (os.getpid(), start_ticks(os.getpid()))
+
+
+async def test_processes_are_found_by_where_they_work(tmp_path: Path) -> None:
+    """Directly below the directory and of that program only, even when the directory has been removed."""
+    instances = tmp_path / "instances"
+    for name in ("a", "a/deeper", "b"):
+        (instances / name).mkdir(parents=True)
+    log = tmp_path / "log"
+    found_in_a = [spawn(["sleep", "1000"], cwd=instances / "a", log=log) for _ in range(2)]
+    in_b = spawn(["sleep", "1000"], cwd=instances / "b", log=log)
+    others = [
+        spawn(["sleep", "1000"], cwd=instances / "a" / "deeper", log=log),
+        spawn(["tail", "-f", "/dev/null"], cwd=instances / "a", log=log),
+        spawn(["sleep", "1000"], cwd=instances, log=log),
+    ]
+    try:
+        shutil.rmtree(instances / "b")
+        name = Path(in_b.executable).name
+        found = await asyncio.to_thread(by_working_directory, instances, [name])
+        assert set(found) == {instances / "a", instances / "b"}
+        assert sorted(process.pid for process in found[instances / "a"]) == sorted(p.pid for p in found_in_a)
+        assert found[instances / "b"] == [in_b]
+    finally:
+        for process in (*found_in_a, in_b, *others):
+            await kill(process)
+
+
+async def test_a_cancelled_start_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start is a thread that cannot be cancelled: what it has started is ended before the cancellation is raised."""
+    started: list[VmmProcess] = []
+    loop = asyncio.get_running_loop()
+
+    def start() -> VmmProcess:
+        loop.call_soon_threadsafe(task.cancel)
+        started.append(sleeper(tmp_path))
+        return started[0]
+
+    task = asyncio.create_task(start_in_thread(start))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not is_alive(started[0])
+    assert started[0].pid not in processes._children
