@@ -99,6 +99,7 @@ def plan(source: Instance, request: ForkRequest) -> list[Instance]:
             parent_name=source.name,
             manifest=source.manifest,
             identity_serial=source.identity_serial,
+            open_ports=source.open_ports,
             captured_at=source.captured_at if takes_memory(source, request.target) else None,
             owner=source.owner,
         )

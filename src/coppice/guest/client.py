@@ -131,6 +131,26 @@ class AgentPorts:
         async with self._channel(SESSION_PORTS, deadline_s, patience_s, sock) as channel:
             yield Session(channel)
 
+    def sessions_open(self) -> tuple[int, ...]:
+        """The session ports that somebody holds at this moment."""
+        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return tuple(port for port in SESSION_PORTS if not _is_free(directory, port))
+        finally:
+            os.close(directory)
+
+    async def hang_up(self, ports: Iterable[int], deadline_s: float) -> None:
+        """Connect to each port and hang up again.
+
+        A port of QEMU that was captured in the middle of a write is restored with its output held back, and nothing but a hang-up
+        makes it drop what it holds (virtio_serial_close in QEMU's hw/char/virtio-serial-bus.c).
+
+        :raises Busy: another process uses one of them all the time
+        """
+        for port in ports:
+            async with contextlib.AsyncExitStack() as stack:
+                (await self._acquire(stack, (port,), deadline_s)).close()
+
     @contextlib.asynccontextmanager
     async def _channel(
         self, ports: Iterable[int], deadline_s: float, patience_s: float, sock: socket.socket | None
@@ -166,6 +186,17 @@ class AgentPorts:
             # Neither flock nor a socket that is not there yet has an event to wait for with a deadline.
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  (jitter against lock-step, not a secret)
             pause = min(pause * 1.5, 0.05)
+
+
+def _is_free(directory: int, port: int) -> bool:
+    with contextlib.ExitStack() as stack:
+        lock = os.open(f"port{port}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
+        stack.callback(os.close, lock)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def _lock_first(directory: int, ports: tuple[int, ...], stack: contextlib.AsyncExitStack) -> int | None:

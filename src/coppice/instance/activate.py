@@ -106,7 +106,7 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, *, booted: bool
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             await unless_vmm_dies(rooms, instance, _introduce(rooms, instance, booted=booted, deadline_s=deadline_s))
         instance = msgspec.structs.replace(
-            instance, state=State.RUNNING, identity_serial=instance.identity_serial + 1, identified=True
+            instance, state=State.RUNNING, identity_serial=instance.identity_serial + 1, identified=True, open_ports=()
         )
         with stages.stage("record"):
             await in_thread(rooms.store.save, instance, done=True)
@@ -123,6 +123,7 @@ async def _introduce(rooms: Rooms, instance: Instance, *, booted: bool, deadline
     try:
         async with asyncio.timeout(deadline_s), rooms.ports(instance.id).control(deadline_s) as control:
             await control.identity(identity_message(instance, booted=booted))
+        await rooms.ports(instance.id).hang_up(instance.open_ports, deadline_s)
     except TimeoutError as error:
         raise GuestTimeout(
             f"{instance.name} did not answer within {deadline_s:g} s",

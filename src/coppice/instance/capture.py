@@ -51,6 +51,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
                 await in_thread(capture.prepare)
         with stages.stage("pause"):
             await rooms.driver.pause(directory)
+        open_ports = rooms.ports(instance.id).sessions_open()
         with stages.stage("devices"):
             await rooms.driver.save_devices(directory)
         if capture is not None:
@@ -60,6 +61,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
                 _, stats = await in_thread(capture.finish)
             written, dirty = stats.written_bytes, stats.dirty_bytes
         with stages.stage("commit"):
+            instance = msgspec.structs.replace(instance, open_ports=open_ports)
             await in_thread(rooms.store.begin, instance, COMMITTED)
     except BaseException:
         await complete(undo(rooms, instance, capture))
