@@ -68,7 +68,7 @@ class FakeDriver(VmmDriver):
         self._program = program
         self._capabilities = capabilities
         self._copies_silently = copies_silently
-        self._guests: list[asyncio.Task[None]] = []
+        self._guests: dict[VmmProcess, asyncio.Task[None]] = {}
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ class FakeDriver(VmmDriver):
                 listener.close()
             raise
         guest = FakeGuest(launch.directory, process, listeners, self.faults)
-        self._guests.append(asyncio.create_task(guest.live()))
+        self._guests[process] = asyncio.create_task(guest.live())
         return process
 
     def _spawn(self, launch: Launch, kind: Kind, memory: str) -> VmmProcess:
@@ -203,12 +203,16 @@ class FakeDriver(VmmDriver):
         started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=_Started)
         return Ram(started.process.pid).state
 
+    def guests_that_ended(self) -> list[asyncio.Task[None]]:
+        """What serves the guests whose VMM is gone: to be awaited before tasks or descriptors are counted."""
+        return [task for process, task in self._guests.items() if not self.alive(process)]
+
     async def end(self, instances: Path) -> None:
         """Kill every VMM below the directory and see that its guest ends: at the end of a test nothing is left."""
         for found in (await asyncio.to_thread(self.find_orphans, instances)).values():
             for process in found:
                 await processes.kill(process)
-        await asyncio.gather(*self._guests)
+        await asyncio.gather(*self._guests.values())
 
 
 def _load_devices(launch: Launch, process: VmmProcess) -> None:

@@ -43,7 +43,11 @@ class Faults:
     def fail_at(self, step: str, *, nth: int = 1, error: Callable[[], BaseException] | None = None) -> None:
         """The step raises: a VmmError that names the step, or what `error` makes."""
         self._add(
-            step, _Plan(self.reached[step] + nth, error=error or (lambda: VmmError(f"{step} is planned to fail")))
+            step,
+            _Plan(
+                self.reached[step] + nth,
+                error=error or (lambda: VmmError(f"{step} is planned to fail", hint="see the test")),
+            ),
         )
 
     def die_at(self, step: str, *, nth: int = 1) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -92,7 +92,10 @@ def test_a_template_with_forks_is_kept_and_they_are_named(store: Store, operatio
     template = recorded(store, "oak", State.TEMPLATE)
     for number in range(10):
         recorded(store, f"fork-{number}", parent=template.id)
-    calls = {"demote": lambda: store.promote(template, State.STANDBY), "rm": lambda: store.begin(template, "rm")}
+    calls: dict[str, Callable[[], object]] = {
+        "demote": lambda: store.promote(template, State.STANDBY),
+        "rm": lambda: store.begin(template, "rm"),
+    }
     with pytest.raises(InUse) as refusal:
         calls[operation]()
     assert "10 forks" in refusal.value.message

@@ -234,8 +234,9 @@ def nonzero_parts(chunk: bytes) -> Iterator[tuple[int, memoryview]]:
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """pwrite until all of `data` is written. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view = view[count:]
-        offset += count
+    done = 0
+    with memoryview(data) as view:
+        while done < len(view):
+            # Released even if it raises: else the traceback would keep a view, and the caller's buffer could not be closed.
+            with view[done:] as rest:
+                done += os.pwrite(fd, rest, offset + done)

@@ -103,8 +103,12 @@ class PrivateCapture:
         with mmap.mmap(-1, _BUFFER_BYTES) as buffer:
             for batch in _batches(self._ranges):
                 count = _read_process(pid, batch, buffer)
-                with os_errors(f"stage private pages beside {self._out}"), memoryview(buffer) as view:
-                    write_all(staging.fileno(), view[:count], staging.seek(0, os.SEEK_END))
+                with (
+                    os_errors(f"stage private pages beside {self._out}"),
+                    memoryview(buffer) as view,
+                    view[:count] as part,
+                ):
+                    write_all(staging.fileno(), part, staging.seek(0, os.SEEK_END))
         return sum(found.length for found in self._ranges)
 
     def finish(self) -> tuple[MemFile, CaptureStats]:

@@ -1,0 +1,271 @@
+"""What fails, fails whole: a clear error, the state before, and nothing left behind, at every step of every operation."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coppice.errors import (
+    CoppiceError,
+    GuestRefused,
+    GuestTimeout,
+    IntegrityError,
+    NoSpace,
+    VmmDied,
+    VmmError,
+)
+from coppice.host import AsyncHost
+from coppice.instance.rooms import Deadlines
+from coppice.model import State
+from coppice.vmm import driver as files
+from fakes.driver import FakeDriver
+from fakes.hosting import ask, assert_tidy, boot, fingerprint, make, memory_of
+from fakes.rooms import DEADLINES, open_rooms
+
+Plan = Callable[[FakeDriver], None]
+
+# What goes wrong on the way to Running, and the error that says so.
+BOOT_FAULTS: dict[str, tuple[Plan, type[CoppiceError]]] = {
+    "no manifest": (lambda driver: driver.faults.fail_at("manifest"), VmmError),
+    "no start": (lambda driver: driver.faults.fail_at("boot"), VmmError),
+    "an error after the start": (lambda driver: driver.faults.fail_at("booted"), VmmError),
+    "death after the start": (lambda driver: driver.faults.die_at("booted"), VmmDied),
+    "death at the identity": (lambda driver: driver.faults.die_at("identity"), VmmDied),
+    "a refused identity": (lambda driver: driver.faults.fail_at("identity"), GuestRefused),
+}
+RESTORE_FAULTS: dict[str, tuple[Plan, type[CoppiceError]]] = {
+    "no manifest": (lambda driver: driver.faults.fail_at("manifest"), VmmError),
+    "no start": (lambda driver: driver.faults.fail_at("restore"), VmmError),
+    "an error after the start": (lambda driver: driver.faults.fail_at("restored"), VmmError),
+    "death after the start": (lambda driver: driver.faults.die_at("restored"), VmmDied),
+    "death at the identity": (lambda driver: driver.faults.die_at("identity"), VmmDied),
+    "a refused identity": (lambda driver: driver.faults.fail_at("identity"), GuestRefused),
+    "another VMM": (lambda driver: setattr(driver, "vmm_version", "2"), IntegrityError),
+}
+CAPTURE_FAULTS: dict[str, tuple[Plan, type[CoppiceError], State]] = {
+    "no pause": (lambda driver: driver.faults.fail_at("pause"), VmmError, State.RUNNING),
+    "no devices": (lambda driver: driver.faults.fail_at("save_devices"), VmmError, State.RUNNING),
+    "death at the pause": (lambda driver: driver.faults.die_at("pause"), VmmDied, State.STOPPED),
+    "death at the devices": (lambda driver: driver.faults.die_at("save_devices"), VmmDied, State.STOPPED),
+}
+
+
+@pytest.mark.parametrize("fault", BOOT_FAULTS)
+async def test_a_run_that_fails_leaves_nothing(fake_host: AsyncHost, driver: FakeDriver, fault: str) -> None:
+    """No record, directory, lock, row or process; and the name is free again."""
+    plan, error = BOOT_FAULTS[fault]
+    plan(driver)
+    with pytest.raises(error) as failure:
+        await boot(fake_host)
+    assert failure.value.hint
+    await assert_tidy(fake_host)
+    await boot(fake_host)
+    await assert_tidy(fake_host, "oak")
+
+
+@pytest.mark.parametrize("fault", BOOT_FAULTS)
+async def test_a_start_that_fails_leaves_it_stopped(fake_host: AsyncHost, driver: FakeDriver, fault: str) -> None:
+    """Stopped, with the reason in the record, its disk whole, and ready for another try."""
+    await boot(fake_host)
+    await ask(fake_host, "oak", "save", "kept")
+    await fake_host.stop("oak")
+    plan, error = BOOT_FAULTS[fault]
+    plan(driver)
+    with pytest.raises(error):
+        await fake_host.start("oak")
+    (oak,) = await assert_tidy(fake_host, "oak")
+    assert oak.state is State.STOPPED
+    assert (oak.exit_reason or "").startswith("start failed: ")
+    await fake_host.start("oak")
+    assert await ask(fake_host, "oak", "load") == "kept"
+    assert (await fake_host.get("oak")).exit_reason is None
+
+
+@pytest.mark.parametrize("fault", RESTORE_FAULTS)
+async def test_a_restore_that_fails_leaves_it_in_standby(fake_host: AsyncHost, driver: FakeDriver, fault: str) -> None:
+    """The capture is worth as much as before: the same file, and a second try finds all that the guest knew."""
+    await boot(fake_host)
+    await ask(fake_host, "oak", "remember", "key", "value")
+    before, _ = await fake_host.standby("oak")
+    captured = fingerprint(memory_of(fake_host, before))
+    plan, error = RESTORE_FAULTS[fault]
+    plan(driver)
+    with pytest.raises(error):
+        await fake_host.restore("oak")
+    driver.vmm_version = "1"
+    (oak,) = await assert_tidy(fake_host, "oak")
+    assert oak.state is State.STANDBY
+    assert fingerprint(memory_of(fake_host, oak)) == captured
+    await fake_host.restore("oak")
+    assert await ask(fake_host, "oak", "recall", "key") == "value"
+
+
+@pytest.mark.parametrize("fault", RESTORE_FAULTS)
+async def test_a_fork_that_fails_leaves_nothing(fake_host: AsyncHost, driver: FakeDriver, fault: str) -> None:
+    """Its result says why; the source has no link and no fork more than before."""
+    source = await make(fake_host, State.TEMPLATE)
+    plan, error = RESTORE_FAULTS[fault]
+    plan(driver)
+    (result,) = (await fake_host.fork("oak", names=["elm"])).results
+    assert (result.ok, result.error_code, result.instance) == (False, error.code, None)
+    await assert_tidy(fake_host, "oak")
+    assert memory_of(fake_host, source).stat().st_nlink == 1
+    driver.vmm_version = "1"
+    assert (await fake_host.fork("oak", names=["elm"])).succeeded == 1
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["first boot", "private mapping"])
+@pytest.mark.parametrize("fault", CAPTURE_FAULTS)
+async def test_a_capture_that_fails_lets_the_guest_run_on(
+    fake_host: AsyncHost, driver: FakeDriver, fault: str, private: bool
+) -> None:
+    """As if nothing had been asked; or, where the VMM itself died, at rest, with the reason and without half a capture."""
+    await boot(fake_host)
+    await ask(fake_host, "oak", "save", "on disk")
+    if private:
+        await fake_host.standby("oak")
+        await fake_host.restore("oak")
+        await ask(fake_host, "oak", "save", "later")  # so the older capture and the disk are no more of one instant
+    plan, error, outcome = CAPTURE_FAULTS[fault]
+    plan(driver)
+    with pytest.raises(error):
+        await fake_host.standby("oak")
+    oak = await fake_host.get("oak")
+    assert oak.state is outcome
+    await assert_tidy(fake_host, "oak")
+    if outcome is State.RUNNING:
+        assert await ask(fake_host, "oak", "load") == ("later" if private else "on disk")
+        assert not await driver.is_paused(fake_host.rooms.directory(oak.id))
+        await fake_host.standby("oak")
+    else:
+        assert "ended" in (oak.exit_reason or "")
+        await fake_host.start("oak")
+
+
+async def test_a_capture_without_room_lets_the_guest_run_on(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is found while the pages are written: no half mem-file stays to keep it full."""
+    await make(fake_host, State.STANDBY)
+    await fake_host.restore("oak")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coppice.memory.capture.write_all", full)
+        with pytest.raises(NoSpace):
+            await fake_host.standby("oak")
+    await assert_tidy(fake_host, "oak")
+    assert await ask(fake_host, "oak", "hostname") == "oak"
+    await fake_host.standby("oak")
+
+
+async def test_a_silent_copy_cannot_be_captured(fake_vmm: Path, fake_home: Path) -> None:
+    """Memory that is not the mem-file would be lost without a word: the capture is refused, and the guest runs on."""
+    driver = FakeDriver(fake_vmm, copies_silently=True)
+    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
+        await make(host, State.STANDBY)
+        await host.restore("oak")
+        with pytest.raises(IntegrityError):
+            await host.standby("oak")
+        assert await ask(host, "oak", "hostname") == "oak"
+        await assert_tidy(host, "oak")
+    await driver.end(fake_home / "instances")
+
+
+@pytest.mark.parametrize("operation", ["run", "restore", "fork"])
+async def test_a_guest_that_never_answers_is_not_running(fake_home: Path, driver: FakeDriver, operation: str) -> None:
+    """No acknowledgement, no Running: it fails closed, within the deadline, and says where to look."""
+    async with AsyncHost(
+        fake_home, driver=driver, deadlines=Deadlines(boot=0.1, ready=0.1), open_rooms=open_rooms
+    ) as host:
+        if operation != "run":
+            await make(host, State.STANDBY)
+        gate = driver.faults.hold_at("identity")
+        if operation == "fork":
+            (result,) = (await host.fork("oak")).results
+            assert result.error_code == GuestTimeout.code
+        else:
+            with pytest.raises(GuestTimeout) as failure:
+                await (boot(host) if operation == "run" else host.restore("oak"))
+            assert failure.value.hint
+        gate.release.set()
+        instances = await assert_tidy(host, *([] if operation == "run" else ["oak"]))
+        assert [vm.state for vm in instances] == ([] if operation == "run" else [State.STANDBY])
+
+
+async def test_the_error_says_why_the_vmm_ended(fake_host: AsyncHost) -> None:
+    """The end of the VMM's log is in the message: a vmstate that is not of this memory cannot be loaded."""
+    oak = await make(fake_host, State.STANDBY)
+    state = fake_host.rooms.directory(oak.id) / files.VMSTATE
+    state.chmod(0o644)
+    state.write_bytes(state.read_bytes().replace(b'"generation":1', b'"generation":7'))
+    with pytest.raises(VmmDied, match="cannot load the vmstate"):
+        await fake_host.restore("oak")
+    assert (await fake_host.get("oak")).state is State.STANDBY
+
+
+async def test_a_crash_during_an_exec_is_an_error_and_then_a_stop(fake_host: AsyncHost) -> None:
+    """Whoever talks to the guest hears that it is gone; whoever looks sees why."""
+    await boot(fake_host)
+    with pytest.raises(VmmDied):
+        await fake_host.exec("oak", ["crash"])
+    oak = await fake_host.get("oak")
+    assert (oak.state, oak.vmm) == (State.STOPPED, None)
+    assert "signal 9" in (oak.exit_reason or "")
+    await assert_tidy(fake_host, "oak")
+
+
+async def test_no_room_for_the_files_leaves_nothing(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full when the overlay is made, or when a fork's is cloned: the error says so, and what was made is gone."""
+
+    def full(*_: object, **__: object) -> None:
+        raise NoSpace("the disk is full", hint="free some")
+
+    await make(fake_host, State.TEMPLATE)
+    monkeypatch.setattr("coppice.disk.overlay.clone_file", full)
+    monkeypatch.setattr("coppice.instance.directory.clone_file", full)
+    with pytest.raises(NoSpace):
+        await boot(fake_host, "elm")
+    (result,) = (await fake_host.fork("oak")).results
+    assert result.error_code == NoSpace.code
+    await assert_tidy(fake_host, "oak")
+
+
+async def test_the_database_of_a_closed_host_is_closed(fake_host: AsyncHost) -> None:
+    """Use after close is the caller's mistake and says so."""
+    await fake_host.close()
+    await fake_host.close()
+    with pytest.raises(RuntimeError, match="open the host first"):
+        await fake_host.ls()
+
+
+def open_files() -> int:
+    """File descriptors of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_errors_do_not_pile_up(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """Thirty failures in a row leak no file descriptor and no task."""
+    await make(fake_host, State.TEMPLATE)
+
+    async def fail(step: str) -> None:
+        driver.faults.fail_at(step)
+        assert (await fake_host.fork("oak")).succeeded == 0
+
+    for step in ("restore", "restored", "identity"):
+        await fail(step)
+    await asyncio.gather(*driver.guests_that_ended())
+    tasks, descriptors = len(asyncio.all_tasks()), open_files()
+    for _ in range(10):
+        for step in ("restore", "restored", "identity"):
+            await fail(step)
+    await asyncio.gather(*driver.guests_that_ended())
+    assert len(asyncio.all_tasks()) == tasks
+    assert open_files() == descriptors
