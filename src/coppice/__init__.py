@@ -41,7 +41,11 @@ if TYPE_CHECKING:
         VmmError,
         VmmTimeout,
     )
+    from coppice.guest.control import Health
+    from coppice.guest.kernel import Kernel
+    from coppice.guest.process import Exit
     from coppice.host import AsyncHost, Inspection
+    from coppice.instance.rooms import Deadlines
     from coppice.model import (
         CaptureReport,
         Check,
@@ -84,7 +88,11 @@ _MODEL = (
 _HOME = {
     "Host": "coppice.sync",
     "AsyncHost": "coppice.host",
+    "Deadlines": "coppice.instance.rooms",
+    "Exit": "coppice.guest.process",
+    "Health": "coppice.guest.control",
     "Inspection": "coppice.host",
+    "Kernel": "coppice.guest.kernel",
     **dict.fromkeys(_ERRORS, "coppice.errors"),
     **dict.fromkeys(_MODEL, "coppice.model"),
 }
@@ -95,8 +103,10 @@ __all__ = [
     "CaptureReport",
     "Check",
     "CoppiceError",
+    "Deadlines",
     "DigestMismatch",
     "ExecResult",
+    "Exit",
     "FileStat",
     "ForkReport",
     "ForkResult",
@@ -105,6 +115,7 @@ __all__ = [
     "GuestProtocolError",
     "GuestRefused",
     "GuestTimeout",
+    "Health",
     "Host",
     "HostCannot",
     "IllegalTransition",
@@ -116,6 +127,7 @@ __all__ = [
     "Instance",
     "IntegrityError",
     "InvalidName",
+    "Kernel",
     "MachineSpec",
     "Manifest",
     "MemFile",

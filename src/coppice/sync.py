@@ -6,8 +6,7 @@ Each Host has an event loop in a thread of its own (see `portal`); a call hands 
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +16,7 @@ from coppice.guest.kernel import Kernel
 from coppice.guest.process import ExecSession as AsyncExecSession
 from coppice.guest.process import Exit, Stream
 from coppice.host import AsyncHost, Inspection, LogSource, Reference
+from coppice.host.base import RoomsOpener
 from coppice.instance.rooms import Deadlines
 from coppice.model import (
     GIB,
@@ -74,6 +74,23 @@ class ExecSession:
         """Tell the command's terminal its new size."""
         self._portal.call(self._session.resize(rows, columns))
 
+    def collect(
+        self,
+        stdin: bytes | None = None,
+        *,
+        on_stdout: Callable[[bytes], None] | None = None,
+        on_stderr: Callable[[bytes], None] | None = None,
+        max_output_bytes: int = 64 * MIB,
+    ) -> ExecResult:
+        """Send all of `stdin`, take all output, and wait for the end. What has a sink goes there, in the host's thread.
+
+        :raises GuestTimeout: it ran longer than its timeout, and was ended
+        :raises GuestError: it wrote more than `max_output_bytes`
+        """
+        return self._portal.call(
+            self._session.collect(stdin, on_stdout=on_stdout, on_stderr=on_stderr, max_output_bytes=max_output_bytes)
+        )
+
     def wait(self) -> Exit:
         """Wait for the end. Output that was not taken is thrown away."""
         return self._portal.call(self._session.wait())
@@ -95,8 +112,9 @@ class Host:
         accel: str = "auto",
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
+        open_rooms: RoomsOpener | None = None,
     ) -> None:
-        self._host = AsyncHost(home, accel=accel, driver=driver, deadlines=deadlines)
+        self._host = AsyncHost(home, accel=accel, driver=driver, deadlines=deadlines, open_rooms=open_rooms)
         self._portal = Portal()
 
     @property
@@ -258,6 +276,7 @@ class Host:
         user: str | None = None,
         tty: bool = False,
         size: tuple[int, int] | None = None,
+        term: str | None = None,
         stdin: bool = True,
         timeout_s: float | None = None,
     ) -> Iterator[ExecSession]:
@@ -269,6 +288,7 @@ class Host:
             user=user,
             tty=tty,
             size=size,
+            term=term,
             stdin=stdin,
             timeout_s=timeout_s,
         )
@@ -356,6 +376,6 @@ class Host:
         return self._portal.call(self._host.doctor())
 
 
-for _name, _method in vars(Host).items():
-    if inspect.isroutine(_method) and not _name.startswith("_"):
-        _method.__doc__ = getattr(AsyncHost, _name).__doc__  # one text for both
+for _name, _member in vars(Host).items():  # one text for both
+    if not _name.startswith("_"):
+        _member.__doc__ = getattr(AsyncHost, _name).__doc__

@@ -20,8 +20,8 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
         if name == "bench":
-            command = typer.main.get_command(import_module("coppice.bench.cli").app)
-            command.name = name
+            command = typer.main.get_group(import_module("coppice.bench.cli").app)
+            command.name, command.no_args_is_help = name, False  # a missing command is our kind of error
         return name, command, rest
 
 

@@ -36,10 +36,11 @@ def images(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def states(incomplete: str) -> list[str]:
-    """States that begin so, in any case."""
+    """States that begin so, in the case that the user began in."""
     from coppice.model import State
 
-    return [state.value for state in State if state.value.lower().startswith(incomplete.lower())]
+    known = [state.lower() if incomplete.islower() else state.value for state in State]
+    return [state for state in known if state.startswith(incomplete)]
 
 
 def _instances(ctx: typer.Context, incomplete: str, *states: str) -> list[str]:

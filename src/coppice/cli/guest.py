@@ -24,7 +24,7 @@ _TIMED_OUT = 124  # as timeout(1) has it
 def exec_(
     ctx: typer.Context,
     name: options.Name,
-    command: Annotated[list[str], typer.Argument(metavar="[--] COMMAND...", help="The program and its arguments.")],
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="After `--`: the program and its arguments.")],
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Pass standard input on although it is a terminal.")
     ] = False,
@@ -59,8 +59,6 @@ def exec_(
     if tty and cli.json:
         raise UsageError("a terminal cannot be printed as JSON", hint="leave out -t or --json")
     environment = parse.environment(env or ())
-    if tty:
-        environment.setdefault("TERM", os.environ.get("TERM", "xterm"))
     terminal = tty and os.isatty(0)
     stdin = not no_stdin and _is_open(0) and (interactive or tty or not os.isatty(0))
     captured = session.Captured() if cli.json else None
@@ -74,6 +72,7 @@ def exec_(
             user=user,
             tty=tty,
             size=session.window() if tty else None,
+            term=os.environ.get("TERM", "xterm") if tty else None,
             stdin=stdin,
             timeout_s=timeout,
         ) as opened:

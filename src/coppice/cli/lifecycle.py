@@ -23,7 +23,7 @@ def run(
     image: options.ImageName,
     command: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- COMMAND...]", help="Instead of the image's command; its entrypoint stays."),
+        typer.Argument(metavar="COMMAND", help="After `--`: instead of the image's command; its entrypoint stays."),
     ] = None,
     *,
     name: Annotated[
@@ -176,7 +176,7 @@ def rm(
     ctx: typer.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME...]", help="Names or ids of instances.", autocompletion=complete.instances),
+        typer.Argument(metavar="NAME", help="Names or ids of instances.", autocompletion=complete.instances),
     ] = None,
     tag: options.TagFilter = None,
     everything: Annotated[bool, typer.Option("--all", help="All instances; needs --yes.")] = False,

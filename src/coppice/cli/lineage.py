@@ -115,7 +115,7 @@ def tree(
     ctx: typer.Context,
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="Only this one and its forks.", autocompletion=complete.instances),
+        typer.Argument(metavar="NAME", help="Only this one and its forks.", autocompletion=complete.instances),
     ] = None,
 ) -> None:
     """Draw the lineage, and the memory that is shared in it.

@@ -12,7 +12,7 @@ Name = Annotated[
     str, typer.Argument(metavar="NAME", help="Name or id of an instance.", autocompletion=complete.instances)
 ]
 Names = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="Names or ids of instances.", autocompletion=complete.instances)
+    list[str], typer.Argument(metavar="NAME", help="Names or ids of instances.", autocompletion=complete.instances)
 ]
 ImageName = Annotated[
     str, typer.Argument(metavar="IMAGE", help="Name or digest of an image.", autocompletion=complete.images)

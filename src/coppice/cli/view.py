@@ -168,7 +168,7 @@ def stats(
     ctx: typer.Context,
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="One instance; otherwise all.", autocompletion=complete.instances),
+        typer.Argument(metavar="NAME", help="One instance; otherwise all.", autocompletion=complete.instances),
     ] = None,
 ) -> None:
     """Show the memory of instances, as the kernel accounts it.

@@ -1,0 +1,91 @@
+"""Tab completion: quick, right, and never a traceback in the middle of a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cli_host import instance
+from coppice.images.catalog import ImageCatalog
+from coppice.model import State
+from coppice.store.layout import Layout
+from coppice.store.store import Store
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A data directory with three instances and an image."""
+    layout = Layout(tmp_path / "home")
+    layout.create()
+    store = Store(layout.database, (1, 1))
+    store.create([instance("web-1"), instance("web-2", State.TEMPLATE), instance("db")], "run")
+    store.close()
+    (tmp_path / "etc").mkdir()
+    with tarfile.open(tmp_path / "root.tar", "w") as archive:
+        archive.add(tmp_path / "etc", "etc")
+    asyncio.run(ImageCatalog(layout.images).import_any("team/debian:12", tmp_path / "root.tar"))
+    return layout.home
+
+
+def complete(home: Path, line: str) -> list[str]:
+    """What bash would offer at the end of a line."""
+    words = line.split(" ")
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(SOURCE),
+        "COPPICE_HOME": str(home),
+        "_COPPICE_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    ended = subprocess.run([sys.executable, "-m", "coppice"], env=env, capture_output=True, timeout=30, check=False)
+    assert ended.stderr == b""
+    return ended.stdout.decode().split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("coppice inspect web", ["web-1", "web-2"]),
+        ("coppice rm web-1 d", ["db"]),
+        ("coppice demote ", ["web-2"]),
+        ("coppice cp web", ["web-1:"]),
+        ("coppice run te", ["team/debian:12"]),
+        ("coppice ls --state st", ["stopped", "standby"]),
+        ("coppice ls --state St", ["Stopped", "Standby"]),
+        ("coppice inspect %", []),
+        ("coppice sta", ["standby", "start", "stats"]),
+    ],
+)
+def test_names_are_completed(home: Path, line: str, offered: list[str]) -> None:
+    """Instances, templates, images and states are offered where they fit."""
+    assert complete(home, line) == offered
+
+
+def test_completion_follows_home(home: Path, tmp_path: Path) -> None:
+    """--home on the line decides whose names are offered."""
+    assert complete(tmp_path, f"coppice --home {home} inspect d") == ["db"]
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "garbage"])
+def test_completion_never_fails_and_makes_nothing(tmp_path: Path, state: str) -> None:
+    """Without a data directory, or with a damaged one, nothing is offered, said or made."""
+    home = tmp_path / "home"
+    if state != "missing":
+        home.mkdir()
+    if state == "garbage":
+        (home / "coppice.db").write_bytes(b"not a database" * 100)
+        (home / "images" / "names").mkdir(parents=True)
+        (home / "images" / "names" / "x.json").write_bytes(b"{")
+    before = sorted(tmp_path.rglob("*"))
+    assert complete(home, "coppice inspect ") == []
+    assert complete(home, "coppice run ") == []
+    assert sorted(tmp_path.rglob("*")) == before

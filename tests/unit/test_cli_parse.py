@@ -1,0 +1,114 @@
+"""Words of the command line: what they mean, and that what means nothing is refused in one sentence."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coppice.cli import parse
+from coppice.errors import UsageError
+from coppice.model import Publish, State
+
+PORT = st.integers(1, 65535)
+ADDRESS = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))
+
+
+@given(PORT, PORT, st.sampled_from(["tcp", "udp"]), ADDRESS)
+def test_a_published_port_is_read_as_it_was_written(
+    host: int, guest: int, protocol: str, address: IPv4Address | IPv6Address
+) -> None:
+    """--publish gives exactly the forward that was asked for, IPv6 included."""
+    shown = f"[{address}]" if address.version == 6 else str(address)
+    (found,) = parse.publish([f"{shown}:{host}:{guest}/{protocol}"])
+    assert (found.host_port, found.guest_port, found.protocol) == (host, guest, protocol)
+    assert found.host_address == str(address)
+
+
+def test_a_published_port_is_local_unless_it_says_otherwise() -> None:
+    """Nothing is opened to the network by default."""
+    assert parse.publish(["8080:80"]) == (Publish(host_port=8080, guest_port=80, host_address="127.0.0.1"),)
+
+
+@given(st.text())
+def test_any_text_is_a_port_or_a_usage_error(text: str) -> None:
+    """Garbage in --publish never raises anything else."""
+    try:
+        (found,) = parse.publish([text])
+    except UsageError:
+        return
+    assert 1 <= found.host_port <= 65535
+    assert 1 <= found.guest_port <= 65535
+
+
+@pytest.mark.parametrize(
+    "word", ["80", "0:80", "80:65536", "a:1:2", "1:2/sctp", "1.2.3:4:5", "::1:80:80", "", "80:80:80:80"]
+)
+def test_a_malformed_port_is_refused(word: str) -> None:
+    """A typing error in --publish does not forward something else."""
+    with pytest.raises(UsageError):
+        parse.publish([word])
+
+
+@given(st.dictionaries(st.text(st.characters(exclude_characters="="), min_size=1), st.text()))
+def test_pairs_are_split_at_the_first_equals_sign(wanted: dict[str, str]) -> None:
+    """A value may contain `=`."""
+    assert parse.pairs((f"{key}={value}" for key, value in wanted.items()), "tag") == wanted
+
+
+@pytest.mark.parametrize("word", ["novalue", "=value", ""])
+def test_a_pair_without_key_or_equals_sign_is_refused(word: str) -> None:
+    """--tag x is an error, not an empty tag."""
+    with pytest.raises(UsageError):
+        parse.pairs([word], "tag")
+
+
+def test_environment_comes_from_files_words_and_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words win over files, comments are left out, and a bare KEY is inherited."""
+    file = tmp_path / "env"
+    file.write_text("# a comment\n\nA=1\nB=x=y\n  \nHERE\n")
+    monkeypatch.setenv("HERE", "inherited")
+    assert parse.environment(["A=2"], [file]) == {"A": "2", "B": "x=y", "HERE": "inherited"}
+
+
+def test_an_unset_bare_key_and_an_unreadable_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest does not silently run without the variable it was meant to have."""
+    monkeypatch.delenv("GONE", raising=False)
+    with pytest.raises(UsageError):
+        parse.environment(["GONE"])
+    with pytest.raises(UsageError):
+        parse.environment([], [tmp_path / "missing"])
+    (tmp_path / "binary").write_bytes(b"\xff\xfe=1")
+    with pytest.raises(UsageError):
+        parse.environment([], [tmp_path / "binary"])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "found"),
+    [
+        ("vm:/etc/passwd", ".", ("vm", "/etc/passwd", False)),
+        ("./vm:x", "vm:/tmp/", ("vm", "/tmp/", True)),
+        ("file", "web-1:dir:with:colons", ("web-1", "dir:with:colons", True)),
+        ("/a:b", "vm:c\nd", ("vm", "c\nd", True)),
+    ],
+)
+def test_the_ends_of_a_copy(source: str, target: str, found: tuple[str, str, bool]) -> None:
+    """The copy goes the way that was written; a path with a colon is local when it says so."""
+    assert parse.copy_ends(source, target) == found
+
+
+@pytest.mark.parametrize(("source", "target"), [("a", "b"), ("vm:/a", "vm:/b"), ("vm:", "b")])
+def test_a_copy_needs_exactly_one_instance(source: str, target: str) -> None:
+    """`cp` never guesses which side is the guest."""
+    with pytest.raises(UsageError):
+        parse.copy_ends(source, target)
+
+
+def test_states_are_read_in_any_case() -> None:
+    """--state running and --state Running are the same."""
+    assert parse.states(["running", "TEMPLATE"]) == [State.RUNNING, State.TEMPLATE]
+    with pytest.raises(UsageError, match="no state"):
+        parse.states(["asleep"])

@@ -1,0 +1,288 @@
+"""The program around the commands: exit codes, errors for people and for programs, signals, speed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_host import PROGRAM, FakeHost, instance
+from coppice.cli import main
+from coppice.errors import (
+    CoppiceError,
+    GuestError,
+    HostCannot,
+    IllegalTransition,
+    ImageError,
+    InvalidName,
+    NoSpace,
+    NotFound,
+    VmmDied,
+)
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+def run(*words: str, host: FakeHost | None = None) -> int:
+    """The exit status of a command line."""
+    return main(words, host_factory=(host or FakeHost()).factory)
+
+
+def process(*words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The real program in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    return subprocess.run(
+        [sys.executable, "-m", "coppice", *words], env=env, capture_output=True, timeout=30, check=False, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (CoppiceError("it failed"), 1),
+        (ImageError("corrupt"), 1),
+        (VmmDied("it died"), 1),
+        (GuestError("no"), 1),
+        (InvalidName("bad"), 2),
+        (NotFound("gone"), 3),
+        (IllegalTransition("not now"), 4),
+        (HostCannot("cannot"), 5),
+        (NoSpace("full"), 5),
+    ],
+)
+def test_each_error_has_its_exit_code(error: CoppiceError, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A script can tell refused from missing from broken by the exit status; the message is one line on standard error."""
+    error.hint = "do this"
+    assert run("start", "vm", host=FakeHost(start=error)) == status
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"coppice: {error.message}; do this\n"
+
+
+@pytest.mark.parametrize("words", [["start", "vm"], ["ls"], ["fork", "vm"], ["inspect", "vm"], ["cp", "a", "vm:b"]])
+def test_an_error_is_one_json_document(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json an error is a document on standard output too, and nothing else is printed."""
+    error = NotFound("there is no instance 'vm'", hint="look")
+    host = FakeHost(start=error, ls=error, fork=error, inspect=error, cp_in=error)
+    assert run("--json", *words, host=host) == 3
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"error": {"code": "not_found", "message": error.message, "hint": "look"}}
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["nonsense"], "no such command 'nonsense'"),
+        (["sart", "vm"], "'start'"),
+        (["start"], "missing argument"),
+        (["ls", "--nope"], "no such option"),
+        (["run", "img", "--cpus", "x"], "--cpus"),
+        (["fork", "vm", "--target", "asleep"], "--target"),
+        (["--accel", "xen", "ls"], "--accel"),
+        (["image"], "missing command"),
+        (["bench"], "missing command"),
+        (["run", "img", "--memory", "lots"], "not a size"),
+        (["rm"], "what to remove"),
+        (["rm", "--all"], "--yes"),
+        (["rm", "a", "--all", "--yes"], "what to remove"),
+        (["run", "img", "--kernel", "./bzImage"], "modules"),
+        (["run", "img", "--modules", "/lib"], "--kernel"),
+        (["exec", "vm", "-e", "A=1", "ls"], "before NAME"),
+        (["exec", "vm", "--"], "command"),
+        (["--json", "exec", "-t", "vm", "ls"], "-t or --json"),
+        (["--json", "logs", "-f", "vm"], "-f or --json"),
+        (["stats", "vm", "extra"], "extra"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_one_line(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The grammar's errors look like all others: no usage block, no traceback, nothing asked of the host."""
+    host = FakeHost()
+    assert run(*words, host=host) == 2
+    shown = capsys.readouterr()
+    text = json.loads(shown.out)["error"] if words[0] == "--json" else {"message": shown.err, "hint": ""}
+    assert part in text["message"] + text["hint"]
+    assert shown.err.count("\n") == (0 if words[0] == "--json" else 1)
+    assert host.calls == []
+
+
+def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that misuses the command line gets a document, although the line could not be parsed."""
+    assert run("--home", "/tmp", "--json", "start") == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "invalid_request"
+
+
+def test_a_misplaced_global_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """`coppice ls --json` says where --json goes."""
+    assert run("ls", "--json") == 2
+    assert "before the command: `coppice --json" in capsys.readouterr().err
+
+
+def test_an_option_of_the_guests_command_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--json` that belongs to the command in the guest does not turn our errors into JSON."""
+    assert run("exec", "nobody", "--", "tool", "--json") == 3
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "there is no instance" in shown.err
+
+
+def test_an_unexpected_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A bug of ours shows no traceback unless it is asked for."""
+    assert run("start", "vm", host=FakeHost(start=ZeroDivisionError("by\nzero"))) == 1
+    assert capsys.readouterr().err == "coppice: internal error: ZeroDivisionError: by zero; run again with --debug\n"
+    assert run("--debug", "start", "vm", host=FakeHost(start=ZeroDivisionError("by zero"))) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_is_the_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk or a missing right is not called an internal error, and a broken pipe of the host is not taken for ours."""
+    assert run("start", "vm", host=FakeHost(start=OSError(28, "No space left", "/data"))) == 5
+    assert run("start", "vm", host=FakeHost(start=PermissionError(13, "Permission denied", "/data"))) == 5
+    assert run("start", "vm", host=FakeHost(start=BrokenPipeError(32, "Broken pipe"))) == 5
+    err = capsys.readouterr().err
+    assert "no space left: /data" in err
+    assert "Permission denied: /data" in err
+    assert "Broken pipe" in err
+
+
+def test_global_options_reach_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--home and --accel, or their variables, decide where and how."""
+    host = FakeHost(ls=[])
+    assert run("--home", str(tmp_path), "--accel", "tcg", "ls", host=host) == 0
+    assert host.options is not None
+    assert (host.options.home, host.options.accel) == (tmp_path, "tcg")
+    monkeypatch.setenv("COPPICE_HOME", "/elsewhere")
+    monkeypatch.setenv("COPPICE_ACCEL", "kvm")
+    assert run("ls", host=host) == 0
+    assert (host.options.home, host.options.accel) == (Path("/elsewhere"), "kvm")
+
+
+def test_the_host_is_opened_and_closed() -> None:
+    """Each command opens the data directory and closes it, also when it fails."""
+    for host in (FakeHost(start=instance("vm")), FakeHost(start=NotFound("gone"))):
+        run("start", "vm", host=host)
+        assert host.opened
+        assert host.closed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cancels_the_work_and_waits_for_its_cleanup(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C leaves nothing half-made: the operation's own cleanup has run to its end, and the status says the signal."""
+    cleaned: list[str] = []
+
+    async def forever(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append("yes")
+
+    before = signal.getsignal(number)
+    assert run("start", "vm", host=FakeHost(start=forever)) == 128 + number
+    assert cleaned == ["yes"]
+    assert capsys.readouterr().err == ""
+    assert signal.getsignal(number) == before
+
+
+def test_an_interruption_is_a_json_document_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """--json prints its one document even then."""
+
+    async def forever(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+
+    assert run("--json", "start", "vm", host=FakeHost(start=forever)) == 143
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "interrupted"
+
+
+def test_a_closed_standard_output_is_quiet() -> None:
+    """`coppice ... | head -0` prints no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    command = [sys.executable, "-m", "coppice", "--version"]
+    ended = subprocess.run(command, env=env, stdout=writer, stderr=subprocess.PIPE, timeout=30, check=False)
+    os.close(writer)
+    assert ended.stderr == b""
+    assert ended.returncode == 141
+
+
+def test_a_closed_standard_output_ends_following_a_log() -> None:
+    """`coppice logs -f vm | grep -m1 ready` ends well when grep has what it wants."""
+    program = (
+        f"import sys; sys.path[:0] = [{str(PROGRAM.parent)!r}]; from cli_host import *; "
+        "sys.exit(main(host_factory=FakeHost(logs=[b'x'] * 100000).factory))"
+    )
+    reader, writer = os.pipe()
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "logs", "-f", "vm"], env=env, stdout=writer, stderr=subprocess.PIPE
+    ) as child:
+        os.close(writer)
+        assert os.read(reader, 2) == b"x\n"
+        os.close(reader)
+        _, err = child.communicate(timeout=30)
+    assert err == b""
+    assert child.returncode == 0
+
+
+def test_help_answers_at_once() -> None:
+    """`coppice --help` takes less than 300 ms: the whole process, the best of five on a machine that does other things too."""
+
+    def once() -> float:
+        begin = time.perf_counter()
+        assert b"standby" in process("--help").stdout
+        return time.perf_counter() - begin
+
+    assert min(once() for _ in range(5)) < 0.3
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What makes help fast stays so: neither the host nor rich nor msgspec is imported for it."""
+    program = (
+        "import sys; from coppice.cli import main; main(['--help']); "
+        "print(sorted({'coppice.host', 'coppice.model', 'coppice.bench', 'rich', 'msgspec', 'sqlite3'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    shown = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=30, check=True)
+    assert shown.stdout.splitlines()[-1] == b"[]"
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who types `coppice` alone learns what there is, in the order of a machine's life."""
+    assert run() == 0
+    shown = capsys.readouterr().out
+    for command in (
+        "doctor",
+        "image",
+        "kernel",
+        "run",
+        "ls",
+        "inspect",
+        "exec",
+        "cp",
+        "logs",
+        "standby",
+        "restore",
+        "start",
+    ):
+        assert f"  {command} " in shown
+    for command in ("stop", "promote", "demote", "fork", "tree", "stats", "rm", "gc", "bench"):
+        assert f"  {command} " in shown
+
+
+def test_bench_is_mounted(capsys: pytest.CaptureFixture[str]) -> None:
+    """`coppice bench` is the benchmarks' own application."""
+    assert run("bench", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "fan-out" in shown
+    assert "capture" in shown
