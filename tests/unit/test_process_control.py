@@ -85,14 +85,14 @@ async def test_the_end_is_an_event_with_a_status(tmp_path: Path) -> None:
     """The exit status, or the negated signal, of a process that was started here; None for any other."""
     process = spawn(["sh", "-c", "exit 7"], cwd=tmp_path, log=tmp_path / "log")
     assert await wait_exit(process) == 7
-    assert await wait_exit(process) is None
+    assert await wait_exit(process) == 7  # remembered for whoever asks next
     process = sleeper(tmp_path)
     waiting = asyncio.create_task(wait_exit(process))
     await asyncio.sleep(0)
     assert not waiting.done()
     os.kill(process.pid, signal.SIGTERM)
     assert await asyncio.wait_for(waiting, 5) == -signal.SIGTERM
-    assert reap(process.pid) is None
+    assert reap(process) == -signal.SIGTERM
 
 
 async def test_a_process_of_another_parent_is_awaited_too(tmp_path: Path) -> None:

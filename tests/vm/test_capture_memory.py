@@ -75,6 +75,7 @@ async def test_disk_and_memory_are_of_one_instant(host: AsyncHost, vm: Instance)
     script = """
 import os, time
 n = 0
+with open("/run/writer", "w") as f: f.write(str(os.getpid()))
 fd = os.open("/root/counter", os.O_WRONLY | os.O_CREAT)
 while True:
     n += 1
@@ -91,7 +92,7 @@ while True:
     async with host.forks(vm, 2) as forks:
         for fork in forks:
             stopped = await host.exec(
-                fork, ["sh", "-c", "pkill -STOP python3; cat /root/counter; echo; cat /dev/shm/counter"]
+                fork, ["sh", "-c", "kill -STOP $(cat /run/writer); cat /root/counter; echo; cat /dev/shm/counter"]
             )
             on_disk, in_memory = (int(word) for word in stopped.stdout.split())
             assert 0 <= on_disk - in_memory <= 1

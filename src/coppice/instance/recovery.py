@@ -23,6 +23,7 @@ from coppice.vmm.process import start_ticks
 
 _log = logging.getLogger(__name__)
 
+_HAS_RUN = frozenset({State.RUNNING, State.PAUSED, State.SHUTDOWN})
 _WITH_VMM = frozenset({State.INITIALIZING, State.RUNNING, State.PAUSED, State.SHUTDOWN})
 
 
@@ -79,12 +80,18 @@ async def _resolve(rooms: Rooms, entry: JournalEntry) -> str:
 
 
 async def settle(rooms: Rooms, instance: Instance, reason: str) -> Instance:
-    """Bring an instance without a working VMM to rest: Standby if its capture still matches its disk, else Stopped. Idempotent."""
+    """Bring an instance without a working VMM to rest. Idempotent.
+
+    Standby if it never came to run since its capture, and memory and disk are still of one instant; else Stopped: what a running guest
+    had in its memory is lost, and going back to the capture in silence would hide that.
+    """
     directory = rooms.directory(instance.id)
     await destroy.end_vmm(rooms, instance)
     await in_thread(directories.clear_runtime, directory)
-    whole = instance.mem_file is not None and await in_thread(
-        directories.capture_is_current, directory, instance.disk_stamp
+    whole = (
+        instance.mem_file is not None
+        and instance.state not in _HAS_RUN
+        and await in_thread(directories.capture_is_current, directory, instance.disk_stamp)
     )
     if not whole:
         await in_thread(directories.clear_capture, directory)

@@ -21,7 +21,11 @@ from coppice.model import VmmProcess
 
 P = ParamSpec("P")
 _EXIT_DEADLINE_S = 10.0
-_children: dict[int, subprocess.Popen[bytes]] = {}
+_REMEMBERED = 256
+_children: dict[
+    tuple[int, int], subprocess.Popen[bytes]
+] = {}  # kept so that their ends can be collected: a zombie keeps its pid
+_ended: dict[tuple[int, int], int] = {}  # exit statuses, oldest first
 
 
 def start_ticks(pid: int) -> int | None:
@@ -72,11 +76,11 @@ def spawn(argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Iterable[int] 
                 f"the program {argv[0]} is not installed", hint="run `coppice doctor` for the cure"
             ) from error
     ticks = start_ticks(child.pid) or 0
-    _children[child.pid] = child  # so that its end can be collected: a zombie would keep the pid
     try:
         executable = str(Path(f"/proc/{child.pid}/exe").readlink())
     except OSError:  # it has ended already
         executable, ticks = argv[0], 0
+    _children[child.pid, ticks] = child
     return VmmProcess(pid=child.pid, start_ticks=ticks, executable=executable)
 
 
@@ -91,15 +95,15 @@ async def start_in_thread(start: Callable[P, VmmProcess], *args: P.args, **kwarg
         raise
 
 
-def reap(pid: int) -> int | None:
-    """Collect the exit status if the process was started here and has ended; None otherwise."""
-    child = _children.get(pid)
-    if child is None:
-        return None
-    status = child.poll()
-    if status is not None:
-        del _children[pid]
-    return status
+def reap(process: VmmProcess) -> int | None:
+    """The exit status of a process that was started here and has ended; None otherwise. May be asked again soon after."""
+    key = (process.pid, process.start_ticks)
+    child = _children.get(key)
+    if child is not None and child.poll() is not None:
+        _ended[key] = _children.pop(key).returncode
+        while len(_ended) > _REMEMBERED:
+            del _ended[next(iter(_ended))]
+    return _ended.get(key)
 
 
 async def wait_exit(process: VmmProcess) -> int | None:
@@ -107,7 +111,7 @@ async def wait_exit(process: VmmProcess) -> int | None:
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
-        return reap(process.pid)
+        return reap(process)
     try:
         if start_ticks(process.pid) == process.start_ticks:
             loop = asyncio.get_running_loop()
@@ -117,7 +121,7 @@ async def wait_exit(process: VmmProcess) -> int | None:
                 await ended
             finally:
                 loop.remove_reader(pidfd)
-        return reap(process.pid)
+        return reap(process)
     finally:
         os.close(pidfd)
 

@@ -119,7 +119,9 @@ class QemuDriver(VmmDriver):
 
     async def save_devices(self, directory: Path) -> None:
         # QEMU has given up root and cannot open files: it is handed this one.
-        descriptor = os.open(directory / files.VMSTATE_NEW, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(
+            directory / files.VMSTATE_NEW, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
         try:
             async with monitor(directory, command.QMP_SOCKET) as qmp:
                 qmp.send_file(descriptor)
