@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cli_host import DIGEST, FakeHost, instance, memory
@@ -308,10 +309,12 @@ def test_tree_draws_the_lineage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_stats_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
     """One line for each machine, and the sum of what cannot be shared."""
-    host = FakeHost(stats={"a": memory(), "b": memory(unique_mib=3)})
+    resting = msgspec.structs.replace(memory(), shared_bytes=0, unique_bytes=0, vmm_overhead_bytes=0)
+    host = FakeHost(stats={"a": memory(), "b": memory(unique_mib=3), "resting": resting})
     lines = output_of(capsys, host, "stats").splitlines()
     assert lines[1].split()[:7] == ["a", "512.0", "MiB", "120.0", "MiB", "1.0", "MiB"]
-    assert lines[3].split() == ["(all)", "1.0", "GiB", "4.0", "MiB", "56.0", "MiB"]
+    assert lines[3].split()[:6] == ["resting", "512.0", "MiB", "-", "-", "-"]
+    assert lines[4].split() == ["(running)", "1.0", "GiB", "4.0", "MiB", "56.0", "MiB"]
     assert document(capsys, host, "stats")["b"]["unique_bytes"] == 3 * MIB
 
 

@@ -250,7 +250,7 @@ def test_help_imports_nothing_heavy() -> None:
     """What makes help fast stays so: neither the host nor rich nor msgspec is imported for it."""
     program = (
         "import sys; from coppice.cli import main; main(['--help']); "
-        "print(sorted({'coppice.host', 'coppice.model', 'coppice.bench', 'rich', 'msgspec', 'sqlite3'} & set(sys.modules)))"
+        "print(sorted({'coppice.host', 'coppice.model', 'coppice.bench', 'asyncio', 'rich', 'msgspec', 'sqlite3'} & set(sys.modules)))"
     )
     env = {**os.environ, "PYTHONPATH": str(SOURCE)}
     shown = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=30, check=True)
@@ -286,3 +286,18 @@ def test_bench_is_mounted(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "fan-out" in shown
     assert "capture" in shown
+
+
+def test_ctrl_c_before_the_program_has_begun_is_quiet() -> None:
+    """Who changes their mind at once sees no traceback either."""
+    program = (
+        "import builtins, signal, sys; original = builtins.__import__\n"
+        "def importing(name, *rest):\n"
+        "    if name == 'typer': signal.raise_signal(signal.SIGINT)\n"
+        "    return original(name, *rest)\n"
+        "builtins.__import__ = importing\n"
+        "from coppice.cli import main; sys.exit(main(['ls']))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr) == (130, b"")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeVar
 import typer
 
 from coppice.cli import output, progress
-from coppice.cli.interrupt import run_to_end
 from coppice.errors import CoppiceError, HostCannot, NoSpace
 
 if TYPE_CHECKING:
@@ -55,6 +54,8 @@ class Cli:
         :raises CoppiceError: what the work raised; an OSError becomes one
         :raises Interrupted: a signal ended it
         """
+
+        from coppice.cli.interrupt import run_to_end
 
         async def whole() -> T:
             host = self.host_factory(self)

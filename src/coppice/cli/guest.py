@@ -12,6 +12,7 @@ import typer
 
 from coppice.cli import complete, format, options, output, parse
 from coppice.cli.context import Cli
+from coppice.cli.ending import OutputClosed
 from coppice.errors import UsageError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def logs(
 
     try:
         cli.call(work)
-    except output.OutputClosed:
+    except OutputClosed:
         if not follow:
             raise
         raise typer.Exit(0) from None  # `logs -f | grep -m1 ready` is an ordinary way to wait

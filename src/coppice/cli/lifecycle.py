@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -194,6 +193,8 @@ def rm(
     tags = parse.pairs(tag or (), "tag")
 
     async def work(host: AsyncHost) -> tuple[list[str], dict[str, CoppiceError]]:
+        import asyncio
+
         failed: dict[str, CoppiceError] = {}
         found: dict[str, Instance] = {}
         for name in dict.fromkeys(names or ()):

@@ -148,8 +148,8 @@ def _branch(node: TreeNode, lead: str, below: str) -> Iterator[list[str | Text]]
         str(node.fork_count) if node.fork_count else "-",
         *(
             [
-                format.size(memory.shared_bytes),
-                format.size(memory.unique_bytes),
+                format.size(memory.shared_bytes) if node.instance.vmm else "-",
+                format.size(memory.unique_bytes) if node.instance.vmm else "-",
                 str(memory.inode or "-"),
                 str(memory.link_count),
                 str(memory.sharing or "-"),

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from coppice.cli.ending import OutputClosed
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
@@ -27,10 +29,6 @@ _STATE_STYLES = {
 _UNSAFE = re.compile(rb"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]|\xc2[\x80-\x9f]")
 _UNSAFE_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _WIDE = 1 << 14  # where the output is no terminal, lines are as long as they need to be
-
-
-class OutputClosed(Exception):
-    """Whoever read our standard output has gone."""
 
 
 def write(data: bytes) -> None:

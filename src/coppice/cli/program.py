@@ -11,23 +11,22 @@ import typer
 from coppice.cli import output
 from coppice.cli.app import app
 from coppice.cli.context import HostFactory, open_host
-from coppice.cli.interrupt import Interrupted
+from coppice.cli.ending import Interrupted, OutputClosed
 from coppice.errors import CoppiceError, UsageError
 
 _GLOBAL_OPTIONS = ("--json", "--home", "--accel", "--debug")
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a program has it that does not catch the signal
 
 
-def main(arguments: Sequence[str] | None = None, *, host_factory: HostFactory = open_host) -> int:
-    """Run one command line (default: the process's own) and return its exit status.
-
-    `host_factory` makes the host from the global options; tests give a fake one.
-    """
+def run(arguments: Sequence[str] | None, host_factory: HostFactory | None) -> int:
+    """Run one command line and return its exit status; see `coppice.cli.main`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     ours = _global_options(words)
     try:
-        status = typer.main.get_command(app).main(words, prog_name="coppice", standalone_mode=False, obj=host_factory)
-    except output.OutputClosed:
+        status = typer.main.get_command(app).main(
+            words, prog_name="coppice", standalone_mode=False, obj=host_factory or open_host
+        )
+    except OutputClosed:
         return _BROKEN_PIPE
     except Exception as error:
         if "--debug" in ours:
@@ -59,7 +58,7 @@ def _report(error: Exception, *, as_json: bool) -> int:
     if as_json:
         try:
             output.document({"error": fields})
-        except output.OutputClosed:
+        except OutputClosed:
             return _BROKEN_PIPE
     elif not isinstance(error, Interrupted):
         output.complain("; ".join(part for part in (fields["message"], fields["hint"]) if part))

@@ -25,12 +25,20 @@ def shown() -> Iterator[ProgressSink]:
         yield no_progress
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
+    from rich.progress_bar import ProgressBar
+
+    class Extent(BarColumn):
+        """A bar, where the end is known; otherwise the spinner says enough."""
+
+        def render(self, task: Task) -> ProgressBar:
+            return super().render(task) if task.total is not None else ProgressBar(total=1, width=0)
 
     bar = Bar(
+        SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        Extent(),
         TextColumn("{task.fields[amount]}", markup=False),
         TimeElapsedColumn(),
         console=Console(stderr=True),

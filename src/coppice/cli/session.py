@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coppice.cli import output, terminal
-from coppice.cli.interrupt import Interrupted, signals_to
+from coppice.cli.ending import Interrupted
+from coppice.cli.interrupt import signals_to
 from coppice.errors import GuestError
 from coppice.model import MIB
 

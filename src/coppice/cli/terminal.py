@@ -10,7 +10,8 @@ import termios
 import tty
 from collections.abc import Iterator
 
-from coppice.cli.output import OutputClosed, discard
+from coppice.cli.ending import OutputClosed
+from coppice.cli.output import discard
 
 _CHUNK = 1 << 15
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,6 +89,8 @@ def inspect(ctx: typer.Context, names: options.Names) -> None:
     cli = Cli.of(ctx)
 
     async def work(host: AsyncHost) -> list[Inspection]:
+        import asyncio
+
         return list(await asyncio.gather(*(host.inspect(name) for name in names)))
 
     found = cli.call(work)
@@ -179,24 +180,27 @@ def stats(
     reports = cli.call(lambda host: host.stats(name))
 
     def human() -> None:
+        running = [report for report in reports.values() if report.vmm_overhead_bytes]
         rows: list[list[str | Text]] = [
             [
                 each,
                 format.size(report.mapped_bytes),
-                format.size(report.shared_bytes),
-                format.size(report.unique_bytes),
-                format.size(report.vmm_overhead_bytes),
+                *(
+                    format.size(size) if report in running else "-"  # without a VMM a memory file is all there is
+                    for size in (report.shared_bytes, report.unique_bytes, report.vmm_overhead_bytes)
+                ),
                 str(report.inode or "-"),
                 str(report.link_count),
                 str(report.sharing or "-"),
             ]
             for each, report in reports.items()
         ]
-        if len(reports) > 1:
-            unique = sum(report.unique_bytes for report in reports.values())
-            overhead = sum(report.vmm_overhead_bytes for report in reports.values())
-            mapped = sum(report.mapped_bytes for report in reports.values())
-            rows.append(["(all)", format.size(mapped), "", format.size(unique), format.size(overhead), "", "", ""])
+        if len(running) > 1:
+            mapped, unique, overhead = (
+                sum(getattr(report, field) for report in running)
+                for field in ("mapped_bytes", "unique_bytes", "vmm_overhead_bytes")
+            )
+            rows.append(["(running)", format.size(mapped), "", format.size(unique), format.size(overhead), "", "", ""])
         output.table(
             [
                 ("NAME", "left"), ("RAM", "right"), ("SHARED", "right"), ("UNIQUE", "right"), ("OVERHEAD", "right"),
