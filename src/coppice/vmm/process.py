@@ -113,7 +113,7 @@ async def wait_exit(process: VmmProcess) -> int | None:
     except ProcessLookupError:
         return reap(process)
     try:
-        if start_ticks(process.pid) == process.start_ticks:
+        if is_alive(process):
             loop = asyncio.get_running_loop()
             ended: asyncio.Future[None] = loop.create_future()
             loop.add_reader(pidfd, _settle, ended)

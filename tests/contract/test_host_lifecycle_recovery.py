@@ -1,0 +1,474 @@
+"""What was interrupted is finished or undone by whoever comes next; what ended by itself is seen; what nothing owns is collected."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from conftest import HostFactory
+from coppice.host import AsyncHost
+from coppice.instance import capture
+from coppice.memory.capture import PrivateCapture
+from coppice.model import Instance, MemFile, State, VmmProcess
+from coppice.store.store import Store
+from coppice.vmm import driver as files
+from coppice.vmm.process import start_ticks
+from fakes.driver import FakeDriver
+from fakes.hosting import ask, assert_tidy, boot, make, memory_of, snapshot
+from fakes.pids import ended
+from fakes.records import make_instance
+
+
+@pytest.fixture(scope="module")
+def dead_process() -> tuple[int, int]:
+    """Pid and start time of a process that is gone."""
+    process = subprocess.Popen(["sleep", "100"])
+    ticks = start_ticks(process.pid)
+    process.kill()
+    process.wait()
+    assert ticks is not None
+    return process.pid, ticks
+
+
+@pytest.fixture
+def dead_store(fake_host: AsyncHost, dead_process: tuple[int, int]) -> Iterator[Store]:
+    """The database as a process that is dead now had it open: what it begins was interrupted."""
+    store = Store(fake_host.rooms.layout.database, dead_process)
+    yield store
+    store.close()
+
+
+async def kill_vmm(instance: Instance) -> None:
+    """The VMM is killed from outside, as by the OOM killer."""
+    assert instance.vmm is not None
+    os.kill(instance.vmm.pid, signal.SIGKILL)
+    await ended(instance.vmm)
+
+
+# A VMM that ended
+
+
+@pytest.mark.parametrize("look", ["ls", "get", "inspect", "exec", "stats", "tree"])
+async def test_a_vmm_that_was_killed_is_seen_by_whoever_looks(fake_host: AsyncHost, look: str) -> None:
+    """Stopped with the reason, and at rest: no socket, no live memory, whatever asked first."""
+    vm = await boot(fake_host)
+    await kill_vmm(vm)
+    match look:
+        case "ls":
+            assert [found.state for found in await fake_host.ls()] == [State.STOPPED]
+        case "get":
+            assert (await fake_host.get(vm)).state is State.STOPPED
+        case "inspect":
+            assert (await fake_host.inspect(vm)).instance.state is State.STOPPED
+        case "exec":
+            with pytest.raises(Exception, match="oak is Stopped"):
+                await fake_host.exec(vm, ["echo"])
+        case "stats":
+            assert await fake_host.stats() == {}
+        case _:
+            assert (await fake_host.tree())[0].instance.state is State.STOPPED
+    (seen,) = await assert_tidy(fake_host, "oak")
+    assert seen.exit_reason == "the VMM ended: signal 9"
+    await fake_host.start(vm)
+
+
+async def test_a_restored_machine_that_was_killed_is_not_silently_back_at_its_capture(fake_host: AsyncHost) -> None:
+    """What it had done since is lost, and that shows: it is Stopped, with its disk as it was left."""
+    await make(fake_host, State.STANDBY)
+    vm = await fake_host.restore("oak")
+    await ask(fake_host, vm, "save", "later")
+    await kill_vmm(vm)
+    assert (await fake_host.get("oak")).state is State.STOPPED
+    await assert_tidy(fake_host, "oak")
+    await fake_host.start("oak")
+    assert await ask(fake_host, "oak", "load") == "later"
+
+
+async def test_a_recycled_pid_is_not_taken_for_the_vmm(fake_host: AsyncHost) -> None:
+    """After a reboot the pid is somebody else's: it is neither believed to be the VMM nor killed."""
+    vm = await boot(fake_host)
+    await kill_vmm(vm)
+    stranger = await asyncio.create_subprocess_exec("sleep", "1000")
+    ticks = start_ticks(stranger.pid)
+    assert ticks is not None
+    for process in (
+        VmmProcess(pid=stranger.pid, start_ticks=ticks - 1, executable="/usr/bin/sleep"),
+        VmmProcess(pid=stranger.pid, start_ticks=ticks, executable="/usr/bin/fake-vmm"),
+    ):
+        fake_host.rooms.store.save(msgspec.structs.replace(vm, vmm=process))
+        async with asyncio.timeout(15):
+            assert (await fake_host.get(vm)).state is State.STOPPED
+        assert start_ticks(stranger.pid) == ticks
+    await fake_host.rm(vm)
+    assert start_ticks(stranger.pid) == ticks
+    stranger.kill()
+    await stranger.wait()
+
+
+async def test_waiting_for_the_end(fake_host: AsyncHost) -> None:
+    """`wait` returns the instance at rest, or raises while it runs on."""
+    vm = await boot(fake_host)
+    with pytest.raises(TimeoutError):
+        await fake_host.wait(vm, deadline_s=0.01)
+    waiting = asyncio.create_task(fake_host.wait(vm, deadline_s=10))
+    await asyncio.sleep(0)
+    await kill_vmm(vm)
+    assert (await waiting).state is State.STOPPED
+    assert (await fake_host.wait(vm, deadline_s=0.01)).state is State.STOPPED
+
+
+# An operation whose process died
+
+
+@pytest.mark.parametrize("operation", ["run", "fork", "rm"])
+@pytest.mark.parametrize("state", [State.CREATED, State.INITIALIZING, State.RUNNING, State.STANDBY])
+async def test_what_was_being_made_or_removed_is_removed(
+    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, operation: str, state: State
+) -> None:
+    """However far it came: a record alone, a directory, a VMM that runs."""
+    vm = await make(fake_host, state)
+    dead_store.begin(vm, operation)
+    async with make_host() as next_host:
+        await assert_tidy(next_host)
+
+
+async def test_a_record_without_a_directory_is_removed(
+    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store
+) -> None:
+    """Record first, act second: a process that died between the two leaves only this."""
+    dead_store.create([make_instance("a", State.CREATED), make_instance("b", State.CREATED)], "fork")
+    assert len(await fake_host.ls()) == 2
+    async with make_host() as next_host:
+        await assert_tidy(next_host)
+
+
+async def test_a_vmm_that_was_never_recorded_is_ended(
+    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store
+) -> None:
+    """A host that was killed between starting a VMM and recording it leaves one that only its working directory names."""
+    vm = await boot(fake_host)
+    dead_store.begin(msgspec.structs.replace(vm, state=State.CREATED, vmm=None), "run")
+    async with make_host() as next_host:
+        await assert_tidy(next_host)
+    assert vm.vmm is not None
+    assert start_ticks(vm.vmm.pid) is None
+
+
+async def test_an_interrupted_standby_is_undone(
+    fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver, dead_store: Store
+) -> None:
+    """Before the commit the guest runs on; what the capture had written by then is gone."""
+    vm = await boot(fake_host)
+    directory = fake_host.rooms.directory(vm.id)
+    dead_store.begin(vm, capture.OPERATION)
+    await driver.pause(directory)
+    await driver.save_devices(directory)
+    for name in ("memory.new", ".memory.new.0123456789ab.tmp"):
+        (directory / name).write_bytes(b"half")
+    async with make_host() as next_host:
+        await assert_tidy(next_host, "oak")
+        assert await ask(next_host, "oak", "hostname") == "oak"
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["first boot", "private mapping"])
+@pytest.mark.parametrize("came", ["committed", "ended", "vmstate renamed", "memory renamed"])
+@pytest.mark.parametrize("finder", ["open", "ls", "restore"])
+async def test_a_committed_standby_is_finished(
+    fake_host: AsyncHost,
+    make_host: HostFactory,
+    driver: FakeDriver,
+    dead_store: Store,
+    private: bool,
+    came: str,
+    finder: str,
+) -> None:
+    """After the commit nothing is lost, at whatever step it stopped, and whoever comes by first finishes it."""
+    vm = await boot(fake_host)
+    if private:
+        await fake_host.standby("oak")
+        vm = await fake_host.restore("oak")
+    await ask(fake_host, "oak", "remember", "key", "value")
+    directory = fake_host.rooms.directory(vm.id)
+    assert vm.vmm is not None
+    await driver.pause(directory)
+    await driver.save_devices(directory)
+    if private:
+        assert vm.mem_file is not None
+        _collect(directory, vm.mem_file, vm.vmm.pid)
+    dead_store.begin(vm, capture.COMMITTED)
+    if came != "committed":
+        await driver.quit(directory, vm.vmm)
+    if came in ("vmstate renamed", "memory renamed"):
+        (directory / files.VMSTATE_NEW).rename(directory / files.VMSTATE)
+    if came == "memory renamed":
+        fresh = directory / ("memory.new" if private else files.LIVE_MEMORY)
+        fresh.chmod(0o444)
+        fresh.rename(directory / files.MEMORY)
+    if finder == "open":
+        async with make_host() as next_host:
+            await assert_tidy(next_host, "oak")
+    elif finder == "ls" and came != "committed":
+        assert [found.state for found in await fake_host.ls()] == [State.STANDBY]
+        await assert_tidy(fake_host, "oak")
+    await fake_host.restore("oak")
+    assert await ask(fake_host, "oak", "recall", "key") == "value"
+    await assert_tidy(fake_host, "oak")
+
+
+def _collect(directory: Path, base: MemFile, pid: int) -> None:
+    with PrivateCapture(directory / files.MEMORY, base, directory / capture.NEW_MEMORY) as collecting:
+        collecting.prepare()
+        collecting.collect(pid)
+        collecting.finish()
+
+
+@pytest.mark.parametrize(
+    ("operation", "state", "settled"),
+    [
+        ("start", State.STOPPED, State.STOPPED),
+        ("start", State.INITIALIZING, State.STOPPED),
+        ("stop", State.SHUTDOWN, State.STOPPED),
+        ("restore", State.STANDBY, State.STANDBY),
+        ("something new", State.RUNNING, State.STOPPED),
+    ],
+)
+async def test_an_interrupted_change_of_state_is_brought_to_rest(
+    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, operation: str, state: State, settled: State
+) -> None:
+    """No VMM of it is left, and the record says what interrupted it."""
+    vm = await make(fake_host, state)
+    dead_store.begin(vm, operation)
+    async with make_host() as next_host:
+        (found,) = await assert_tidy(next_host, "oak")
+    assert (found.state, found.exit_reason) == (settled, f"{operation} was interrupted")
+
+
+async def test_an_interrupted_restore_keeps_the_capture(
+    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store
+) -> None:
+    """The VMM runs, the guest has not answered, the host is killed: back to Standby, with all that was captured."""
+    await boot(fake_host)
+    await ask(fake_host, "oak", "remember", "key", "value")
+    await fake_host.standby("oak")
+    vm = await fake_host.restore("oak")
+    dead_store.begin(msgspec.structs.replace(vm, state=State.INITIALIZING), "restore")
+    async with make_host() as next_host:
+        (found,) = await assert_tidy(next_host, "oak")
+        assert found.state is State.STANDBY
+        await next_host.restore("oak")
+        assert await ask(next_host, "oak", "recall", "key") == "value"
+
+
+async def test_what_is_under_way_is_left_alone(
+    fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver
+) -> None:
+    """Another host that opens the data directory meanwhile does not take a living process for a dead one."""
+    gate = driver.faults.hold_at("identity")
+    running = asyncio.create_task(boot(fake_host))
+    await asyncio.wait_for(gate.reached.wait(), 10)
+    async with make_host() as other:
+        assert [vm.state for vm in await other.ls()] == [State.INITIALIZING]
+        await other.gc()
+    gate.release.set()
+    assert (await running).state is State.RUNNING
+    await assert_tidy(fake_host, "oak")
+
+
+async def test_recovery_does_not_act_on_what_it_read_before(
+    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading the journal and taking the lock, another host may have resolved the row, and the instance moved on."""
+    vm = await boot(fake_host)
+    dead_store.begin(vm, "rm")
+    stale = dead_store.journal()
+    fake_host.rooms.store.save(vm, done=True)
+    current = Store.journal
+    answers = [stale]
+    monkeypatch.setattr(Store, "journal", lambda store: answers.pop() if answers else current(store))
+    async with make_host():
+        assert not answers
+    assert await ask(fake_host, "oak", "hostname") == "oak"
+    await assert_tidy(fake_host, "oak")
+
+
+async def test_recovery_goes_on_when_one_cannot_be_resolved(
+    fake_host: AsyncHost,
+    make_host: HostFactory,
+    driver: FakeDriver,
+    dead_store: Store,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One instance that resists does not keep the data directory closed: it is logged, and tried again the next time."""
+    stubborn, other = await boot(fake_host, "stubborn"), await boot(fake_host, "other")
+    for vm in (stubborn, other):
+        dead_store.begin(vm, "rm")
+    driver.faults.fail_at("quit")
+    async with make_host() as next_host:
+        assert [vm.name for vm in await next_host.ls()] == ["stubborn"]
+    assert any("cannot be resolved yet" in record.getMessage() for record in caplog.records)
+    async with make_host() as next_host:
+        await assert_tidy(next_host)
+
+
+# A host process that is killed
+
+HOST_PROCESS = """
+import asyncio, sys
+from pathlib import Path
+from coppice.host import AsyncHost
+from coppice.model import State
+from fakes.driver import FakeDriver
+from fakes.hosting import boot
+from fakes.rooms import DEADLINES, open_rooms
+
+async def main(program, home):
+    driver = FakeDriver(Path(program))
+    async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
+        print("begin", flush=True)
+        while True:
+            await boot(host)
+            await host.standby("oak")
+            await host.fork("oak", names=["elm"], count=2)
+            await host.standby("elm-1")
+            await host.restore("elm-1")
+            await host.stop("elm-2")
+            await host.promote("oak")
+            for name in ("elm-1", "elm-2", "oak"):
+                await host.rm(name)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("after_ms", [0, 7, 13, 20, 29, 41, 60, 90])
+async def test_a_host_that_is_killed_at_any_instant_leaves_nothing_behind(
+    fake_vmm: Path, fake_home: Path, make_host: HostFactory, after_ms: int
+) -> None:
+    """SIGKILL after so many milliseconds of work: the next host finds whole instances only, and can use and remove them."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HOST_PROCESS, str(fake_vmm), str(fake_home)),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.readline(), 30) == b"begin\n"
+    await asyncio.sleep(after_ms / 1000)
+    process.kill()
+    await process.wait()
+    async with make_host() as host:
+        instances = await host.ls()
+        await assert_tidy(host, *(vm.name for vm in instances))
+        for vm in reversed(instances):
+            if vm.state is State.STANDBY:
+                await host.restore(vm)
+                assert await ask(host, vm, "hostname") == vm.name
+            await host.rm(vm)
+        await assert_tidy(host)
+
+
+# What nothing owns
+
+
+async def leave_behind(host: AsyncHost) -> list[str]:
+    """All that gc is for; returns the names that it should report."""
+    layout = host.rooms.layout
+    forgotten = await boot(host, "forgotten")
+    bare = make_instance()
+    (layout.instances / bare.id).mkdir()
+    (layout.instances / bare.id / "file").write_bytes(b"x" * 8192)
+    half = layout.instances / f".{make_instance().id}.removed"
+    half.mkdir()
+    only_lock = layout.lock(make_instance().id)
+    only_lock.touch()
+    old = layout.overlays / ".ext4.raw.0123456789ab.tmp"
+    old.write_bytes(b"x" * 4096)
+    os.utime(old, (time.time() - 7200,) * 2)
+    young = layout.overlays / ".ext4.raw.ba9876543210.tmp"
+    young.touch()
+    host.rooms.store.forget(forgotten.id)
+    assert forgotten.vmm is not None
+    paths = (
+        layout.instances / forgotten.id,
+        layout.lock(forgotten.id),
+        layout.instances / bare.id,
+        half,
+        only_lock,
+        old,
+    )
+    return [f"process {forgotten.vmm.pid}", *(str(path.relative_to(layout.home)) for path in paths)]
+
+
+async def test_gc_removes_what_nothing_owns_and_only_that(fake_host: AsyncHost) -> None:
+    """Each thing by its name, with the bytes; twice finds nothing; what is in use is as before."""
+    source = await make(fake_host, State.TEMPLATE)
+    await fake_host.fork("oak", names=["elm"])
+    kept = {path: found for path, found in snapshot(fake_host)[0].items() if source.id in path}
+    expected = await leave_behind(fake_host)
+    report = await fake_host.gc()
+    assert sorted(report.removed) == sorted(expected)
+    assert report.bytes_freed >= 8192
+    young = [path.name for path in fake_host.rooms.layout.overlays.iterdir() if path.name.endswith(".tmp")]
+    assert young == [".ext4.raw.ba9876543210.tmp"]
+    await assert_tidy(fake_host, "oak", "elm")
+    assert {path: found for path, found in snapshot(fake_host)[0].items() if source.id in path} == kept
+    assert await ask(fake_host, "elm", "hostname") == "elm"
+    assert (await fake_host.gc()).removed == ()
+
+
+async def test_a_dry_run_says_the_same_and_removes_nothing(fake_host: AsyncHost) -> None:
+    """Not even a lock file comes or goes."""
+    expected = await leave_behind(fake_host)
+    before = snapshot(fake_host)
+    report = await fake_host.gc(dry_run=True)
+    assert report.dry_run
+    assert sorted(report.removed) == sorted(expected)
+    assert snapshot(fake_host) == before
+    assert sorted((await fake_host.gc()).removed) == sorted(expected)
+
+
+async def test_gc_leaves_alone_what_is_being_made(
+    fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver
+) -> None:
+    """At each step of a run and of a fork another host collects garbage: the instance becomes whole all the same."""
+    work: list[tuple[str, Callable[[], asyncio.Task[object]]]] = [
+        ("boot", lambda: asyncio.create_task(boot(fake_host, "a"))),
+        ("identity", lambda: asyncio.create_task(boot(fake_host, "b"))),
+        ("manifest", lambda: asyncio.create_task(fake_host.fork("oak", names=["c"]))),
+        ("restored", lambda: asyncio.create_task(fake_host.fork("oak", names=["d"]))),
+    ]
+    await make(fake_host, State.TEMPLATE)
+    async with make_host() as other:
+        for step, begin in work:
+            gate = driver.faults.hold_at(step)
+            task = begin()
+            await asyncio.wait_for(gate.reached.wait(), 10)
+            assert (await other.gc()).removed == ()
+            gate.release.set()
+            await task
+    await assert_tidy(fake_host, "oak", "a", "b", "c", "d")
+    for name in ("a", "b", "c", "d"):
+        assert await ask(fake_host, name, "hostname") == name
+
+
+async def test_memory_is_freed_with_its_last_link(fake_host: AsyncHost) -> None:
+    """The file system's link count is the garbage collector: gc reports no bytes for a file that others still share."""
+    source = await make(fake_host, State.STANDBY)
+    (elm,) = (await fake_host.fork("oak", names=["elm"], target=State.STANDBY)).instances
+    memory = memory_of(fake_host, elm)
+    assert memory.stat().st_nlink == 2
+    fake_host.rooms.store.forget(source.id)
+    report = await fake_host.gc()
+    assert f"instances/{source.id}" in report.removed
+    assert report.bytes_freed < memory.stat().st_blocks * 512
+    assert memory.stat().st_nlink == 1
+    await fake_host.restore("elm")
