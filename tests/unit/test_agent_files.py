@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agent_process import BUILDS, agent_session, running_agent
 from coppice.errors import GuestError, GuestRefused
 from coppice.guest.channel import Channel
-from coppice.guest.protocol import FrameType, encode_fields, encode_frame, encode_request
+from coppice.guest.protocol import FrameType, encode_fields, encode_request, encode_stream
 from coppice.guest.session import Session
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices take root")
@@ -124,7 +124,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(build: str, tmp_path: Pa
     async with running_agent(build) as agent:
         channel = await Channel.over(agent.sock, 20.0)
         request = encode_request(FrameType.FILE_WRITE, encode_fields([(1, str(tmp_path / "file"))]))
-        await channel.begin(request + encode_frame(FrameType.DATA, bytes(16384)) * 2)
+        await channel.begin(request + encode_stream(FrameType.DATA, bytes(32768)))
         assert (await channel.receive()).type == FrameType.WINDOW  # it has begun to write
         await channel.close()
     assert os.listdir(tmp_path) == ["file"]

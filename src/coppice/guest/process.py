@@ -13,7 +13,6 @@ from typing import Literal
 from coppice.errors import GuestError, GuestRefused, GuestTimeout, UsageError
 from coppice.guest.channel import Channel, deadline, unexpected
 from coppice.guest.protocol import (
-    HOST_PAYLOAD_MAX,
     WINDOW_SIZE,
     Fields,
     Frame,
@@ -21,6 +20,7 @@ from coppice.guest.protocol import (
     encode_fields,
     encode_frame,
     encode_request,
+    encode_stream,
     integer32,
     pack32,
 )
@@ -144,9 +144,10 @@ class ExecSession:
             while self._window == 0 and not self._ended:
                 self._window_opened.clear()
                 await self._window_opened.wait()
-            size = min(len(view), self._window, HOST_PAYLOAD_MAX)
+            size = min(len(view), self._window)
             self._window -= size
-            await self._send(FrameType.STDIN, bytes(view[:size]))
+            if not self._ended:
+                await self._channel.send(encode_stream(FrameType.STDIN, view[:size]))
             view = view[size:]
 
     async def eof(self) -> None:

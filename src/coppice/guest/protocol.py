@@ -17,12 +17,13 @@ from coppice.errors import GuestProtocolError, UsageError
 MAGIC: Final = b"COPPICE1"
 NONCE_SIZE: Final = 16
 END_BYTE: Final = 0xA5
-HOST_PAYLOAD_MAX: Final = 16384
+HOST_FRAME_MAX: Final = 4096  # what a virtio port yields to the agent at once
+HOST_PAYLOAD_MAX: Final = HOST_FRAME_MAX - 6
 GUEST_PAYLOAD_MAX: Final = 65536
 REQUEST_MAX: Final = 4 << 20
 WINDOW_SIZE: Final = 65536
 # Completes any frame that an earlier host left half-sent, and makes it invalid.
-PADDING: Final = bytes(HOST_PAYLOAD_MAX + 6)
+PADDING: Final = bytes(HOST_FRAME_MAX)
 
 _HEADER = struct.Struct("<BI")
 _U32 = struct.Struct("<I")
@@ -88,10 +89,14 @@ def encode_request(frame_type: FrameType, payload: bytes = b"") -> bytes:
             f"the request is {len(payload)} bytes, and an agent takes {REQUEST_MAX}",
             hint="pass large data as a file or on standard input",
         )
-    cut = range(0, len(payload), HOST_PAYLOAD_MAX)
-    chunks = [payload[start : start + HOST_PAYLOAD_MAX] for start in cut] or [b""]
-    parts = [encode_frame(FrameType.PART, chunk) for chunk in chunks[:-1]]
-    return b"".join((*parts, encode_frame(frame_type, chunks[-1])))
+    last = max(0, len(payload) - 1) // HOST_PAYLOAD_MAX * HOST_PAYLOAD_MAX
+    return encode_stream(FrameType.PART, payload[:last]) + encode_frame(frame_type, payload[last:])
+
+
+def encode_stream(frame_type: FrameType, data: bytes | memoryview) -> bytes:
+    """Data of any size as frames; none for no data."""
+    cuts = range(0, len(data), HOST_PAYLOAD_MAX)
+    return b"".join(encode_frame(frame_type, bytes(data[start : start + HOST_PAYLOAD_MAX])) for start in cuts)
 
 
 def encode_hello(nonce: bytes) -> bytes:

@@ -14,13 +14,13 @@ from coppice.guest import process
 from coppice.guest.channel import Channel, unexpected
 from coppice.guest.process import MAX_COLLECTED, Command, ExecSession, OutputSink, Source, TerminalSize, chunks_of
 from coppice.guest.protocol import (
-    HOST_PAYLOAD_MAX,
     WINDOW_SIZE,
     Fields,
     FrameType,
     encode_fields,
     encode_frame,
     encode_request,
+    encode_stream,
     integer32,
 )
 from coppice.model import ExecResult, FileStat, Record
@@ -222,8 +222,8 @@ class Session:
             while view:
                 while window == 0:
                     window += await self._credit()
-                size = min(len(view), window, HOST_PAYLOAD_MAX)
-                await self._channel.send(encode_frame(FrameType.DATA, bytes(view[:size])))
+                size = min(len(view), window)
+                await self._channel.send(encode_stream(FrameType.DATA, view[:size]))
                 window -= size
                 view = view[size:]
         await self._channel.send(encode_frame(FrameType.DATA_EOF))

@@ -37,7 +37,8 @@ enum frame_type {
 };
 
 #define FRAME_OVERHEAD 6              /* type, length, end byte */
-#define HOST_PAYLOAD_MAX 16384        /* of one frame from the host */
+#define HOST_FRAME_MAX 4096           /* from the host: what a virtio port yields at once, and a page here */
+#define HOST_PAYLOAD_MAX (HOST_FRAME_MAX - FRAME_OVERHEAD)
 #define REQUEST_MAX (4u << 20)        /* of a request with its PART frames */
 #define CHUNK (32768 - FRAME_OVERHEAD) /* payload of a full frame to the host: the kernel's port writes at most 32 KiB at once */
 #define WINDOW_SIZE 65536
@@ -61,11 +62,12 @@ struct wire {
     bool closed;             /* a socket without a listener that has ended: nothing can come any more */
     bool over;               /* there is no session; cleared when a HELLO is answered */
     bool hello;              /* a HELLO was taken and has not been answered yet */
+    int64_t hang_up_at;      /* the port reads as ended; when to believe it, 0: it does not */
     uint8_t nonce[NONCE_SIZE];
     size_t in_start, in_end, out_start, out_end;
     uint8_t *parts; /* PART frames of the request that is coming */
     size_t parts_size;
-    uint8_t in[HOST_PAYLOAD_MAX + FRAME_OVERHEAD];
+    uint8_t in[HOST_FRAME_MAX] __attribute__((aligned(HOST_FRAME_MAX)));
     uint8_t out[2 * 32768 + 4096];
 };
 

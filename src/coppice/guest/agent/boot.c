@@ -194,6 +194,9 @@ static void furnish(void)
 int boot(void)
 {
     mount_kernel_filesystems();
+    /* An identity has no IPv6 address: one that the kernel makes from the first MAC would be the same in every fork. It is taken over by
+     * the cards that the modules bring. */
+    sys_write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
     load_modules("/modules");
     int overlay = mount_root();
     switch_root();

@@ -1,8 +1,9 @@
 /* Frames over one port: a bounded buffer each way, and one place where the agent waits.
  *
  * A virtio port that no host is connected to is readable (at its end) and hung up all the time, so it is watched edge-triggered:
- * the agent sleeps until something changes. A hang-up may be missed when a host is quickly followed by another; the in-band HELLO
- * is what really ends a session.
+ * the agent sleeps until something changes. The kernel learns of connections by another queue than that of the data: when a host is
+ * quickly followed by another, the hang-up may be missed, or be seen only after the new one's HELLO. So HELLO is what really ends a
+ * session, and a hang-up counts only if it lasts.
  */
 #define _GNU_SOURCE
 #include "agent.h"
@@ -19,7 +20,7 @@
 #include <unistd.h>
 
 #define END_BYTE 0xA5
-#define READ_SIZE 4096 /* what a virtio port yields at once; and the first page of the buffer is touched again and again */
+#define HANG_UP_MS 100 /* how long a hang-up must last */
 
 static const uint8_t magic[8] = {'C', 'O', 'P', 'P', 'I', 'C', 'E', '1'};
 
@@ -54,6 +55,7 @@ bool wire_open(struct wire *w, int fd, int listener, bool is_port, int end_signa
 static void hang_up(struct wire *w)
 {
     w->over = true;
+    w->hang_up_at = 0;
     w->readable = false;
     w->in_start = w->in_end = 0; /* the rest of a frame will not come from another host */
     if (!w->is_port)
@@ -99,24 +101,29 @@ static bool fill(struct wire *w)
 {
     if (!w->readable || w->fd < 0)
         return false;
-    if (w->in_start > 0 && sizeof w->in - w->in_end < READ_SIZE) {
+    if (w->in_start > 0) {
         memmove(w->in, w->in + w->in_start, w->in_end - w->in_start);
         w->in_end -= w->in_start;
         w->in_start = 0;
     }
-    size_t space = sizeof w->in - w->in_end;
-    ssize_t n = read(w->fd, w->in + w->in_end, space < READ_SIZE ? space : READ_SIZE);
-    if (n > 0) {
-        w->in_end += (size_t)n;
-        return true;
-    }
+    ssize_t n = read(w->fd, w->in + w->in_end, sizeof w->in - w->in_end);
     if (n < 0 && errno == EINTR)
         return true;
-    if (n < 0 && errno == EAGAIN)
+    if (n == 0 && w->is_port && (w->over || !w->hang_up_at || now_ms() < w->hang_up_at)) {
         w->readable = false;
-    else
+        if (!w->over && !w->hang_up_at)
+            w->hang_up_at = now_ms() + HANG_UP_MS;
+        return false;
+    }
+    if (n == 0 || (n < 0 && errno != EAGAIN)) {
         hang_up(w);
-    return false;
+        return false;
+    }
+    w->hang_up_at = 0;
+    w->readable = n > 0;
+    if (n > 0)
+        w->in_end += (size_t)n;
+    return n > 0;
 }
 
 static bool is_hello(struct wire *w, const struct frame *f)
@@ -172,6 +179,7 @@ bool wire_open_session(struct wire *w)
     while (w->end_signal >= 0 && read(w->end_signal, &ignored, sizeof ignored) > 0) {
     }
     w->hello = w->over = false;
+    w->hang_up_at = 0;
     w->out_start = w->out_end = 0;
     drop_parts(w);
     struct reply r = {0};
@@ -343,6 +351,8 @@ void wire_wait(struct wire *w, struct pollfd *extra, nfds_t count, int64_t deadl
     int64_t kill_at = dying_tick();
     if (kill_at && (!deadline || kill_at < deadline))
         deadline = kill_at;
+    if (w->hang_up_at && (!deadline || w->hang_up_at < deadline))
+        deadline = w->hang_up_at;
     int timeout = -1;
     if (deadline) {
         int64_t left = deadline - now_ms();
@@ -362,4 +372,5 @@ void wire_wait(struct wire *w, struct pollfd *extra, nfds_t count, int64_t deadl
     }
     for (int i = 0; i < ready; i++)
         note(w, &events[i]);
+    w->readable |= w->hang_up_at && now_ms() >= w->hang_up_at; /* look again, for the last time */
 }
