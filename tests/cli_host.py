@@ -105,10 +105,12 @@ class FakeHost:
         return method
 
     async def logs(self, reference: str, **options: Any) -> AsyncIterator[bytes]:
-        """The lines that were put in."""
+        """The lines that were put in; then, followed, silence."""
         self.calls.append(("logs", (reference,), options))
         for line in self.answers["logs"]:
             yield line
+        if options["follow"]:
+            await asyncio.Event().wait()
 
     @contextlib.asynccontextmanager
     async def open_exec(self, reference: str, argv: Sequence[str], **options: Any) -> AsyncIterator[LocalSession]:

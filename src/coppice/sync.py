@@ -210,6 +210,7 @@ class Host:
         atomic: bool = False,
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
+        from_running: bool = False,
         progress: ProgressSink = no_progress,
     ) -> ForkReport:
         return self._portal.call(
@@ -221,6 +222,7 @@ class Host:
                 atomic=atomic,
                 tags=tags,
                 publish=publish,
+                from_running=from_running,
                 progress=progress,
             )
         )

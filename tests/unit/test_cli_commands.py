@@ -226,7 +226,7 @@ def _fork_report(*results: ForkResult) -> ForkReport:
 def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None:
     """Count, names, target, atomicity, tags and ports are the user's."""
     host = FakeHost(fork=_fork_report(_fork_result("a")))
-    output_of(capsys, host, "fork", "vm", "--count", "2", "--name", "a", "--name", "b", "--target", "standby", "--atomic",
+    output_of(capsys, host, "fork", "vm", "--count", "2", "--name", "a", "--name", "b", "--target", "standby", "--atomic", "--from-running",
               "--tag", "k=v", "--publish", "1:2")  # fmt: skip
     asked = host.asked("fork")
     assert asked.pop("progress") is not None
@@ -236,6 +236,7 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
         "names": ("a", "b"),
         "target": State.STANDBY,
         "atomic": True,
+        "from_running": True,
         "tags": {"k": "v"},
         "publish": (Publish(host_port=1, guest_port=2),),
     }
@@ -252,6 +253,13 @@ def test_fork_shows_stages_sharing_and_memory(capsys: pytest.CaptureFixture[str]
     assert summary == "2 of 2 forks of vm in 260 ms, 2.0 MiB of memory of their own"
     assert output_of(capsys, host, "fork", "vm", "-q") == "a\nb\n"
     assert document(capsys, host, "fork", "vm")["results"][1]["name"] == "b"
+
+
+def test_fork_of_a_running_instance_tells_its_pause(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who forks a live guest wants to know for how long it stood still."""
+    report = msgspec.structs.replace(_fork_report(_fork_result("a")), source_pause_ms=12.3)
+    last = output_of(capsys, FakeHost(fork=report), "fork", "vm", "--from-running").splitlines()[-1]
+    assert last == "vm was paused for 12 ms, and runs on"
 
 
 def test_a_failed_fork_is_named_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,10 +127,11 @@ def test_a_third_signal_ends_the_session() -> None:
         assert child.wait(30) == 130
 
 
-def test_a_reader_that_goes_away_ends_the_session() -> None:
-    """`coppice exec vm -- yes | head -1` ends, quietly."""
+@pytest.mark.parametrize("script", ["exec yes", "echo y; exec sleep 60"])
+def test_a_reader_that_goes_away_ends_the_session(script: str) -> None:
+    """`coppice exec vm -- ... | head -1` ends, quietly, whether or not the command prints any more."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    with started("exec", "vm", "--", "yes", **options) as child:
+    with started("exec", "vm", "--", "sh", "-c", script, **options) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         assert child.stdout.readline() == b"y\n"

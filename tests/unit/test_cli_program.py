@@ -216,11 +216,12 @@ def test_a_closed_standard_output_is_quiet() -> None:
     assert ended.returncode == 141
 
 
-def test_a_closed_standard_output_ends_following_a_log() -> None:
-    """`coppice logs -f vm | grep -m1 ready` ends well when grep has what it wants."""
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_closed_standard_output_ends_following_a_log(lines: int) -> None:
+    """`coppice logs -f vm | grep -m1 ready` ends with grep, even if the guest never prints another line."""
     program = (
         f"import sys; sys.path[:0] = [{str(PROGRAM.parent)!r}]; from cli_host import *; "
-        "sys.exit(main(host_factory=FakeHost(logs=[b'x'] * 100000).factory))"
+        f"sys.exit(main(host_factory=FakeHost(logs=[b'x'] * {lines}).factory))"
     )
     reader, writer = os.pipe()
     env = {**os.environ, "PYTHONPATH": str(SOURCE)}
@@ -233,6 +234,26 @@ def test_a_closed_standard_output_ends_following_a_log() -> None:
         _, err = child.communicate(timeout=30)
     assert err == b""
     assert child.returncode == 0
+
+
+def test_tracebacks_of_asyncio_are_for_debug() -> None:
+    """What the event loop has to complain of is no business of users."""
+    program = (
+        f"import sys; sys.path[:0] = [{str(PROGRAM.parent)!r}]; from cli_host import *\n"
+        "async def fail(): raise LookupError('lost')\n"
+        "async def start(name, **_):\n"
+        "    asyncio.ensure_future(fail()); await asyncio.sleep(0)\n"
+        "    return instance(name)\n"
+        "sys.exit(main(host_factory=FakeHost(start=start).factory))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+
+    def told(*words: str) -> bytes:
+        command = [sys.executable, "-c", program, *words, "start", "vm"]
+        return subprocess.run(command, env=env, capture_output=True, check=True, timeout=30).stderr
+
+    assert told() == b""
+    assert b"LookupError: lost" in told("--debug")
 
 
 def test_help_answers_at_once() -> None:

@@ -71,6 +71,8 @@ def options(
         level=logging.DEBUG if debug else logging.WARNING,
         format="coppice: %(name)s: %(message)s" if debug else "coppice: %(message)s",
     )
+    if not debug:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it speaks in tracebacks
     if ctx.invoked_subcommand is None:
         output.line(ctx.get_help())
 

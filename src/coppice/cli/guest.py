@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from coppice.guest.process import Exit
     from coppice.host import AsyncHost
 
+_STDOUT = 1
 _TIMED_OUT = 124  # as timeout(1) has it
 
 
@@ -136,12 +137,14 @@ def logs(
     vmm: Annotated[bool, typer.Option("--vmm", help="The VMM's own log instead of the guest's console.")] = False,
 ) -> None:
     """Print the console of a guest. On a terminal, control characters are made visible."""
+    from coppice.cli import terminal
+
     cli = Cli.of(ctx)
     if follow and cli.json:
         raise UsageError("a log that is followed is no one document", hint="leave out -f or --json")
     collected: list[str] = []
 
-    async def work(host: AsyncHost) -> None:
+    async def read(host: AsyncHost) -> None:
         on_terminal = sys.stdout.isatty()
         async for line in host.logs(name, source="vmm" if vmm else "console", tail=lines, follow=follow):
             if cli.json:
@@ -151,7 +154,7 @@ def logs(
                 output.write((output.harmless(line.removesuffix(b"\r")) if on_terminal else line) + b"\n")
 
     try:
-        cli.call(work)
+        cli.call(lambda host: terminal.while_read(_STDOUT, read(host)))
     except OutputClosed:
         if not follow:
             raise

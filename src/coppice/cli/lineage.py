@@ -34,6 +34,12 @@ def fork(
         Literal["running", "standby", "stopped"], typer.Option("--target", help="What the forks become.")
     ] = "running",
     atomic: Annotated[bool, typer.Option("--atomic", help="All or none: one failure undoes all.")] = False,
+    from_running: Annotated[
+        bool,
+        typer.Option(
+            "--from-running", help="Fork a Running instance: it is paused for some milliseconds, and runs on."
+        ),
+    ] = False,
     tag: options.Tags = None,
     publish: options.Published = None,
     quiet: options.Quiet = False,
@@ -55,6 +61,7 @@ def fork(
                 names=tuple(name or ()),
                 target=State(target.capitalize()),
                 atomic=atomic,
+                from_running=from_running,
                 tags=tags,
                 publish=ports,
                 progress=progress,
@@ -88,6 +95,8 @@ def _print_report(report: ForkReport) -> None:
     cost = f", {format.size(unique)} of memory of their own" if any(result.memory for result in grown) else ""
     done = f"{report.succeeded} of {format.count(report.count, 'fork')} of {report.source_name}"
     output.line(f"{done} in {format.duration(report.wall_ms)}{cost}")
+    if report.source_pause_ms is not None:
+        output.line(f"{report.source_name} was paused for {format.duration(report.source_pause_ms)}, and runs on")
     for reason in dict.fromkeys(result.sharing_reason for result in grown if result.sharing_reason):
         output.complain(f"memory was copied, not shared: {reason}")
     _complain(report)

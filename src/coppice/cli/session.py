@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coppice.cli import output, terminal
-from coppice.cli.ending import Interrupted
+from coppice.cli.ending import Interrupted, OutputClosed
 from coppice.cli.interrupt import signals_to
 from coppice.errors import GuestError
 from coppice.model import MIB
@@ -52,6 +52,7 @@ async def attach(session: ExecSession, *, stdin: bool, raw: bool, forward: bool,
     SIGINT and SIGTERM on to the command; who sends a third one ends the session.
 
     :raises Interrupted: the user left, or a signal ended the session
+    :raises OutputClosed: nobody reads our output any more
     """
     over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     actions: asyncio.Queue[_Action] = asyncio.Queue()
@@ -62,6 +63,7 @@ async def attach(session: ExecSession, *, stdin: bool, raw: bool, forward: bool,
             if raw:
                 stack.enter_context(terminal.raw_mode(_STDIN))
                 stack.enter_context(_following_size(session, actions))
+            stack.enter_context(terminal.watched(_STDOUT, lambda: _end(over, OutputClosed())))
             if forward:
                 stack.enter_context(signals_to(_forwarder(session, actions)))
             if stdin:
@@ -76,6 +78,11 @@ async def attach(session: ExecSession, *, stdin: bool, raw: bool, forward: bool,
         for task in (pump, *others):
             task.cancel()
         await asyncio.gather(pump, *others, return_exceptions=True)
+
+
+def _end(over: asyncio.Future[None], reason: Exception) -> None:
+    if not over.done():
+        over.set_exception(reason)
 
 
 async def _pump(session: ExecSession, captured: Captured | None) -> Exit:
@@ -93,8 +100,8 @@ async def _feed(session: ExecSession, over: asyncio.Future[None], *, escapes: bo
     while data := await terminal.read(_STDIN):
         wanted, leave = escape.feed(data) if escape else (data, False)
         await session.send_stdin(wanted)
-        if leave and not over.done():
-            over.set_exception(Interrupted(signal.SIGHUP))
+        if leave:
+            _end(over, Interrupted(signal.SIGHUP))
             return
     await session.eof()
 

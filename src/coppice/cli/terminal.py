@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import os
 import select
+import stat
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 from coppice.cli.ending import OutputClosed
 from coppice.cli.output import discard
@@ -79,6 +81,52 @@ def _write_all(descriptor: int, data: bytes) -> None:
             rest = rest[os.write(descriptor, rest) :]
         except BlockingIOError:  # someone else made the terminal non-blocking
             select.select([], [descriptor], [])
+
+
+@contextlib.contextmanager
+def watched(descriptor: int, gone: Callable[[], None]) -> Iterator[None]:
+    """For the length of a block, call `gone` when nobody reads a pipe any more, even if nothing is written to it.
+
+    So `coppice logs -f vm | grep -m1 ready` ends with grep, not with the next line.
+    """
+    loop = asyncio.get_running_loop()
+
+    def closed() -> None:
+        loop.remove_reader(descriptor)
+        gone()
+
+    is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+    if is_pipe:
+        loop.add_reader(
+            descriptor, closed
+        )  # the writing end is never readable; epoll always tells of an error, which this is
+    try:
+        yield
+    finally:
+        if is_pipe:
+            loop.remove_reader(descriptor)
+
+
+async def while_read(descriptor: int, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work for as long as anybody reads the descriptor, where it is a pipe.
+
+    :raises OutputClosed: nobody reads it any more
+    """
+    task = asyncio.create_task(work)
+    unread: list[bool] = []
+
+    def stop() -> None:
+        unread.append(True)
+        task.cancel()
+
+    with watched(descriptor, stop):
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not unread:
+                raise
+            discard()
+            raise OutputClosed from None
 
 
 class Escape:
