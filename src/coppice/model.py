@@ -170,6 +170,7 @@ class Instance(Record, frozen=True, kw_only=True):
     captured_at: float | None = None
     disk_stamp: str = ""  # the overlay disk as it was at the capture; memory and disk are of one instant or of no use
     open_ports: tuple[int, ...] = ()  # agent ports that had a session at the capture: half open in whatever is restored from it
+    frozen: bool = False  # whether the disk's file system was frozen at the capture, and is to be thawed after the restore
     exit_reason: str | None = None
     identity_serial: int = 0  # of the latest identity message in its memory's history; each must be larger than the one before
     identified: bool = False  # whether it has been made a machine of its own: machine-id, boot-id, host keys
@@ -235,7 +236,8 @@ class ForkReport(Record, frozen=True, kw_only=True):
     succeeded: int
     wall_ms: float
     results: tuple[ForkResult, ...]
-    source_pause_ms: float | None = None
+    source_pause_ms: float | None = None  # of a source that ran, and runs on
+    capture: CaptureReport | None = None
 
     @property
     def instances(self) -> tuple[Instance, ...]:

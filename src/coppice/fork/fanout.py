@@ -24,15 +24,18 @@ _log = logging.getLogger(__name__)
 _PARALLEL_PER_CPU = 2
 
 
-async def fan_out(rooms: Rooms, source: Instance, request: ForkRequest, progress: ProgressSink) -> ForkReport:
+async def fan_out(
+    rooms: Rooms, source: Instance, request: ForkRequest, progress: ProgressSink, *, parent: Instance | None = None
+) -> ForkReport:
     """Grow all children of `source`, which the caller holds locked (shared). Every child that fails is undone.
 
+    `parent` is whom the children are forks of, where that is not `source`: a running machine, of which `source` is the capture.
     With `atomic`, one failure undoes all, and is raised.
 
     :raises CoppiceError: the plan is refused, or a child failed and the request is atomic
     """
     stages = Stages()
-    children = plan(source, request)
+    children = plan(source, request, parent or source)
     try:
         await in_thread(rooms.store.create, children, OPERATION)
     except asyncio.CancelledError:
@@ -67,8 +70,8 @@ async def fan_out(rooms: Rooms, source: Instance, request: ForkRequest, progress
         for instance, outcome in zip(children, outcomes, strict=True)
     )
     return ForkReport(
-        source=source.id,
-        source_name=source.name,
+        source=(parent or source).id,
+        source_name=(parent or source).name,
         count=len(results),
         succeeded=sum(result.ok for result in results),
         wall_ms=stages.total_ms,

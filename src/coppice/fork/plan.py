@@ -69,7 +69,7 @@ def takes_memory(source: Instance, target: State) -> bool:
     return source.state is not State.STOPPED and target is not State.STOPPED
 
 
-def plan(source: Instance, request: ForkRequest) -> list[Instance]:
+def plan(source: Instance, request: ForkRequest, parent: Instance) -> list[Instance]:
     """The children's records. A child is its source's machine and disk under its own id and name.
 
     :raises IllegalTransition: the source cannot be forked in its state, or not to that target
@@ -79,7 +79,7 @@ def plan(source: Instance, request: ForkRequest) -> list[Instance]:
         raise IllegalTransition(
             f"{source.name} is Stopped: it has no memory to fork to Standby", hint="fork it to Stopped or Running"
         )
-    names = request.names or tuple(new_name(source.name) for _ in range(request.count))
+    names = request.names or tuple(new_name(parent.name) for _ in range(request.count))
     now = time.time()
     return [
         Instance(
@@ -95,11 +95,12 @@ def plan(source: Instance, request: ForkRequest) -> list[Instance]:
             hostname=name,
             tags=dict(request.tags),
             publish=request.publish,
-            parent=source.id,
-            parent_name=source.name,
+            parent=parent.id,
+            parent_name=parent.name,
             manifest=source.manifest,
             identity_serial=source.identity_serial,
             open_ports=source.open_ports,
+            frozen=source.frozen,
             captured_at=source.captured_at if takes_memory(source, request.target) else None,
             owner=source.owner,
         )

@@ -12,9 +12,10 @@ import msgspec
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, UsageError
 from coppice.fork.fanout import fan_out
-from coppice.fork.plan import make_request
+from coppice.fork.plan import OPERATION as FORK
+from coppice.fork.plan import ForkRequest, make_request
 from coppice.host.base import HostBase, Reference
-from coppice.instance import activate, capture, destroy, recovery
+from coppice.instance import activate, capture, destroy, live, recovery
 from coppice.instance import directory as directories
 from coppice.lifecycle import Operation
 from coppice.model import (
@@ -228,21 +229,46 @@ class Lifecycle(HostBase):
         atomic: bool = False,
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
+        from_running: bool = False,
         progress: ProgressSink = no_progress,
     ) -> ForkReport:
         """Grow `count` forks from a Template, a Standby or a Stopped instance, in parallel. Each has its own result.
 
         A fork of captured memory shares the source's mem-file by hard link. A failed child is undone and does not touch its siblings;
         with `atomic`, one failure undoes all and is raised. Running means: the fork's agent answered, as itself.
+        With `from_running` the source is a Running instance: it is paused for some milliseconds, said in the report, and runs on.
 
         :raises IllegalTransition: the source cannot be forked now
         :raises UsageError: count, names or target can never be
         """
         request = make_request(
-            count=count, names=names, target=target, atomic=atomic, tags=tags or {}, publish=publish, from_running=False
+            count=count,
+            names=names,
+            target=target,
+            atomic=atomic,
+            tags=tags or {},
+            publish=publish,
+            from_running=from_running,
         )
+        if request.from_running:
+            return await self._fork_running(reference, request, progress)
         async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
             return await fan_out(self.rooms, source, request, progress)
+
+    async def _fork_running(self, reference: Reference, request: ForkRequest, progress: ProgressSink) -> ForkReport:
+        async with self._hold(reference, Operation.FORK_RUNNING) as (source, _):
+            stem = live.new_stem(source)
+            await in_thread(self.rooms.store.create, [stem], FORK)
+            try:
+                captured, report = await live.capture_running(self.rooms, source, stem)
+            except BaseException:
+                await live.remove_stem(self.rooms, stem)
+                raise
+        try:
+            forked = await fan_out(self.rooms, captured, request, progress, parent=source)
+        finally:
+            await live.remove_stem(self.rooms, stem)
+        return msgspec.structs.replace(forked, source_pause_ms=report.pause_ms, capture=report)
 
     async def rm(self, reference: Reference) -> None:
         """Remove an instance in any state: its VMM, its directory, its record. Forks keep what they share with it.

@@ -106,7 +106,12 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, *, booted: bool
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             await unless_vmm_dies(rooms, instance, _introduce(rooms, instance, booted=booted, deadline_s=deadline_s))
         instance = msgspec.structs.replace(
-            instance, state=State.RUNNING, identity_serial=instance.identity_serial + 1, identified=True, open_ports=()
+            instance,
+            state=State.RUNNING,
+            identity_serial=instance.identity_serial + 1,
+            identified=True,
+            open_ports=(),
+            frozen=False,
         )
         with stages.stage("record"):
             await in_thread(rooms.store.save, instance, done=True)

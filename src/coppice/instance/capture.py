@@ -14,16 +14,19 @@ from pathlib import Path
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import CoppiceError
+from coppice.errors import Busy, CoppiceError, GuestError, VmmDied
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.memory import memfile
 from coppice.memory.capture import PrivateCapture
+from coppice.memory.maps import identify, read_maps
 from coppice.model import CaptureReport, Instance, MemFile, Sharing, State
 from coppice.timing import Stages
 from coppice.vmm import driver as files
 
 NEW_MEMORY = "memory.new"
+FREEZE_S = 30.0  # the guest thaws by itself after so long
+_FREEZE_DEADLINE_S = 5.0
 OPERATION = "standby"  # journal: until the commit, the guest is to run on
 COMMITTED = "standby-commit"  # journal: the capture is whole, and is only to be put into place
 
@@ -37,15 +40,19 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
     :raises NoSpace: the disk is full
     """
     directory = rooms.directory(instance.id)
-    if instance.vmm is None:
+    vmm = instance.vmm
+    if vmm is None:
         raise AssertionError("a running instance has a VMM")
     stages = Stages()
     capture = None
+    instance = await with_true_base(rooms, instance)
     if instance.mem_file is not None:  # it runs on a private mapping of that file
         capture = PrivateCapture(directory / files.MEMORY, instance.mem_file, directory / NEW_MEMORY)
     written = dirty = 0
     try:
         await in_thread(rooms.store.begin, instance, OPERATION)
+        with stages.stage("freeze"):
+            instance = await freeze_disk(rooms, instance)
         if capture is not None:
             with stages.stage("prepare"):
                 await in_thread(capture.prepare)
@@ -56,7 +63,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
             await rooms.driver.save_devices(directory)
         if capture is not None:
             with stages.stage("collect"):
-                await in_thread(capture.collect, instance.vmm.pid)
+                await in_thread(capture.collect, vmm.pid)
             with stages.stage("finish"):
                 _, stats = await in_thread(capture.finish)
             written, dirty = stats.written_bytes, stats.dirty_bytes
@@ -77,6 +84,60 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
     return captured, report
 
 
+async def freeze_disk(rooms: Rooms, instance: Instance) -> Instance:
+    """Freeze the guest's file system, so that its disk is clean at the capture; return the record that says so.
+
+    A guest that does not answer is captured without: its disk then needs its journal replayed, as after a power cut.
+    """
+    frozen = False
+    if instance.state is State.RUNNING:
+        with contextlib.suppress(GuestError, VmmDied, Busy):
+            async with rooms.ports(instance.id).control(_FREEZE_DEADLINE_S) as control:
+                await control.freeze(FREEZE_S)
+            frozen = True
+    return msgspec.structs.replace(instance, frozen=frozen)
+
+
+async def thaw_disk(rooms: Rooms, instance: Instance) -> None:
+    """Let the guest write again. It does so by itself after `FREEZE_S`, should this not reach it."""
+    if instance.frozen:
+        with contextlib.suppress(GuestError, VmmDied, Busy):
+            async with rooms.ports(instance.id).control(_FREEZE_DEADLINE_S) as control:
+                await control.thaw()
+
+
+async def with_true_base(rooms: Rooms, instance: Instance) -> Instance:
+    """The record as the VMM's mappings have it: RAM is taken to be in a file only where the kernel says that it is written there.
+
+    A host that was killed while it made a mapping private leaves a record that says otherwise; to freeze that file would lose every page
+    that the guest has written since.
+    """
+    directory = rooms.directory(instance.id)
+    if (
+        instance.mem_file is None
+        and instance.vmm is not None
+        and await in_thread(_runs_privately, directory, instance.vmm.pid)
+    ):
+        instance = msgspec.structs.replace(instance, mem_file=await in_thread(adopt, directory))
+        await in_thread(rooms.store.save, instance)
+    return instance
+
+
+def _runs_privately(directory: Path, pid: int) -> bool:
+    found = [path for path in (directory / files.LIVE_MEMORY, directory / files.MEMORY) if path.exists()]
+    return any(vma.file == identify(path) and vma.private for path in found for vma in read_maps(pid))
+
+
+def adopt(directory: Path) -> MemFile:
+    """Make the file that a first boot wrote into an immutable mem-file, now that nobody writes into it. Idempotent; not synced."""
+    live, memory = directory / files.LIVE_MEMORY, directory / files.MEMORY
+    if live.exists():
+        live.chmod(0o444)
+        live.rename(memory)
+    status = memory.stat()
+    return MemFile(inode=status.st_ino, device=status.st_dev, size_bytes=status.st_size, sharing=Sharing.OWN)
+
+
 async def undo(rooms: Rooms, instance: Instance, capture: PrivateCapture | None = None) -> None:
     """Let the guest run on as if nothing had been asked. Idempotent."""
     directory = rooms.directory(instance.id)
@@ -85,10 +146,12 @@ async def undo(rooms: Rooms, instance: Instance, capture: PrivateCapture | None 
     # A VMM that is gone has nothing to resume; its end is seen when it is looked at.
     with contextlib.suppress(CoppiceError):
         await rooms.driver.resume(directory)
+        instance = await with_true_base(rooms, instance)
+    await thaw_disk(rooms, instance)
     for name in (files.VMSTATE_NEW, NEW_MEMORY):
         (directory / name).unlink(missing_ok=True)
     await in_thread(directories.clear_temporaries, directory)
-    await in_thread(rooms.store.save, msgspec.structs.replace(instance, state=State.RUNNING), done=True)
+    await in_thread(rooms.store.save, msgspec.structs.replace(instance, state=State.RUNNING, frozen=False), done=True)
 
 
 async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
@@ -125,5 +188,4 @@ def _into_place(directory: Path) -> MemFile:
     for name in (NEW_MEMORY, files.LIVE_MEMORY):
         if (directory / name).exists():
             return memfile.freeze(directory / name, directory / files.MEMORY)
-    status = (directory / files.MEMORY).stat()
-    return MemFile(inode=status.st_ino, device=status.st_dev, size_bytes=status.st_size, sharing=Sharing.OWN)
+    return adopt(directory)

@@ -11,7 +11,6 @@ import time
 import uuid
 
 from coppice.guest.client import Identity
-
 from coppice.model import Instance
 
 ENTROPY_BYTES = 64
@@ -53,7 +52,7 @@ def identity_message(instance: Instance, *, booted: bool) -> Identity:
         gateway=USER_MODE_GATEWAY,
         dns=USER_MODE_DNS,
         end_sessions=not booted,
-        thaw=not booted,
+        thaw=instance.frozen,
         start_process=booted,
         argv=process.argv if booted else (),
         env=process.env if booted else {},

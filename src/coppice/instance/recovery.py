@@ -12,7 +12,7 @@ import msgspec
 
 from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NotFound
-from coppice.instance import capture, destroy
+from coppice.instance import capture, destroy, live
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance, State
@@ -71,7 +71,7 @@ async def _resolve(rooms: Rooms, entry: JournalEntry) -> str:
         case capture.COMMITTED:
             await capture.finish(rooms, instance, Stages())
             return f"{what}: finished"
-        case capture.OPERATION if instance.vmm is not None and rooms.driver.alive(instance.vmm):
+        case capture.OPERATION | live.OPERATION if instance.vmm is not None and rooms.driver.alive(instance.vmm):
             await capture.undo(rooms, instance)
             return f"{what}: the guest runs on"
         case _:

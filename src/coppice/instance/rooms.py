@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coppice.guest.client import AgentPorts
-from coppice.guest.kernel import Kernel, KernelStore
-
 from coppice.disk.overlay import OverlayStore
 from coppice.guest import initramfs
+from coppice.guest.client import AgentPorts
+from coppice.guest.kernel import Kernel, KernelStore
 from coppice.images.catalog import ImageCatalog
 from coppice.store.layout import Layout
 from coppice.store.store import Store
