@@ -33,10 +33,10 @@ class FanOutPlan(Record, frozen=True, kw_only=True):
     memory_bytes: tuple[int, ...] = (256 * MIB, GIB, 4 * GIB)
     methods: tuple[Method, ...] = tuple(Method)
     caches: tuple[Cache, ...] = tuple(Cache)
-    samples: int = 16  # machines per case, at least
-    min_rounds: int = 3
+    samples: int = 8  # machines per case, at least
+    min_rounds: int = 2
     workload_bytes: int = 16 * MIB
-    copy_limit_bytes: int = 16 * GIB  # a round of full copies that would write more is skipped
+    copy_limit_bytes: int = 4 * GIB  # a round of full copies that would write more is skipped
 
     def rounds(self, count: int) -> int:
         """How many rounds of `count` machines give enough samples."""
