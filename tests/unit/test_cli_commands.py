@@ -242,6 +242,16 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "count"), [([], 1), (["--name", "a"], 1), (["--name", "a", "--name", "b"], 2), (["-n", "3"], 3)]
+)
+def test_fork_counts_names(words: list[str], count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two names are two forks; the number need not be said twice."""
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    output_of(capsys, host, "fork", "vm", *words)
+    assert host.asked("fork")["count"] == count
+
+
 def test_fork_shows_stages_sharing_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     """The table says where the time went, how memory is shared and what each fork costs."""
     host = FakeHost(fork=_fork_report(_fork_result("a"), _fork_result("b")))

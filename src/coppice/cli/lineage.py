@@ -25,7 +25,9 @@ def fork(
             metavar="SOURCE", help="A Template, Standby or Stopped instance.", autocompletion=complete.instances
         ),
     ],
-    count: Annotated[int, typer.Option("--count", "-n", help="How many forks to grow, in parallel.")] = 1,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", help="How many forks to grow, in parallel; as many as names, or one.")
+    ] = None,
     name: Annotated[
         list[str] | None,
         typer.Option("--name", help="Name of a fork, repeatable; one name for several forks is numbered."),
@@ -57,7 +59,7 @@ def fork(
         with cli.progress() as progress:
             return await host.fork(
                 source,
-                count=count,
+                count=count if count is not None else max(1, len(name or ())),
                 names=tuple(name or ()),
                 target=State(target.capitalize()),
                 atomic=atomic,
