@@ -5,8 +5,11 @@ At the end of a test nothing may be left: no process, no guest, and the database
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -28,19 +31,27 @@ def fake_vmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-async def seed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory with an image, never opened by a host: every test starts from a copy."""
-    home = tmp_path_factory.mktemp("seed") / "home"
-    await make_seed(home)
-    return home
+async def seed_home() -> AsyncIterator[Path]:
+    """A data directory with an image, never opened by a host: every test starts from a copy.
+
+    In memory where that can be: thousands of small files are synced here, and what a real disk does to them is for other tests.
+    """
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(
+        prefix="coppice-", dir=memory if os.access(memory, os.W_OK) else None
+    ) as directory:
+        home = Path(directory) / "seed"
+        await make_seed(home)
+        yield home
 
 
 @pytest.fixture
-def fake_home(seed_home: Path, tmp_path: Path) -> Path:
-    """A data directory for one test."""
-    home = tmp_path / "home"
+def fake_home(seed_home: Path) -> Iterator[Path]:
+    """A data directory for one test, beside the seed: links must reach."""
+    home = Path(tempfile.mkdtemp(prefix="home-", dir=seed_home.parent)) / "home"
     plant(seed_home, home)
-    return home
+    yield home
+    shutil.rmtree(home.parent)
 
 
 @pytest.fixture
