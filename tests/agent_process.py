@@ -41,8 +41,13 @@ def agent_binary(build: str) -> Path:
     binary = _directory() / f"coppice-agent-{build}"
     sources = sorted(str(path) for path in SOURCE.glob("*.c"))
     flags = _STATIC if build == "static" else _SANITIZED
-    subprocess.run([compiler, *flags, "-Wall", "-Wextra", "-Werror", "-o", str(binary), *sources], check=True)  # noqa: S603
+    subprocess.run([compiler, *flags, "-Wall", "-Wextra", "-Werror", "-o", str(binary), *sources], check=True)
     return binary
+
+
+def names(directory: Path | str) -> list[str]:
+    """What is in a directory, sorted."""
+    return sorted(path.name for path in Path(directory).iterdir())
 
 
 class Agent:

@@ -150,7 +150,9 @@ def test_a_request_that_no_agent_takes_is_refused() -> None:
         encode_request(FrameType.IDENTITY, bytes(REQUEST_MAX + 1))
 
 
-values = st.one_of(st.integers(0, 2**64 - 1), st.binary(max_size=50), st.text(st.characters(exclude_characters="\0", codec="utf-8")))
+values = st.one_of(
+    st.integers(0, 2**64 - 1), st.binary(max_size=50), st.text(st.characters(exclude_characters="\0", codec="utf-8"))
+)
 
 
 @given(fields=st.lists(st.tuples(st.integers(0, 255), values), max_size=10))

@@ -12,7 +12,7 @@ import fcntl
 import os
 import random
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -44,12 +44,14 @@ VSOCK_BASE: Final = 1024  # where the agent listens for port 0, if the VMM has v
 DEADLINE_S: Final = 30.0  # for a port to be free
 PATIENCE_S: Final = 60.0  # for each wait within a session
 
-PortConnector = Callable[[int, int], socket.socket]
-"""Connects to a port by its number, given an open descriptor of the instance's directory. Raises BlockingIOError, ConnectionError or
-FileNotFoundError where it is not there yet."""
+PortConnector = Callable[[int, int], Awaitable[socket.socket]]
+"""Connects to a port by its number, given an open descriptor of the instance's directory. Raises BlockingIOError, ConnectionError,
+TimeoutError or FileNotFoundError where it is not there yet."""
+
+_NOT_YET = (BlockingIOError, ConnectionError, TimeoutError, FileNotFoundError)
 
 
-def unix_ports(directory: int, port: int) -> socket.socket:
+async def unix_ports(directory: int, port: int) -> socket.socket:
     """The ports of a VMM with virtio-serial: a socket each."""
     return _connect(directory, f"port{port}.sock")
 
@@ -57,22 +59,11 @@ def unix_ports(directory: int, port: int) -> socket.socket:
 def vsock_ports(name: str = "vsock.sock") -> PortConnector:
     """The ports of a VMM with a vsock device on the unix socket `name` (Firecracker's way: a CONNECT line first)."""
 
-    def connect(directory: int, port: int) -> socket.socket:
+    async def connect(directory: int, port: int) -> socket.socket:
         connected = _connect(directory, name)
         try:
-            connected.settimeout(1.0)
-            connected.sendall(f"CONNECT {VSOCK_BASE + port}\n".encode())
-            answer = b""
-            while not answer.endswith(b"\n") and len(answer) < 32:
-                byte = connected.recv(1)  # no more than the line: what follows is the guest's
-                if not byte:
-                    raise ConnectionRefusedError("nobody listens in the guest")
-                answer += byte
-            if not answer.startswith(b"OK "):
-                raise ConnectionRefusedError("the VMM refused the connection")
-        except TimeoutError as error:
-            connected.close()
-            raise ConnectionRefusedError("the VMM did not answer") from error
+            async with asyncio.timeout(1.0):
+                await _ask_for(connected, VSOCK_BASE + port)
         except BaseException:
             connected.close()
             raise
@@ -81,13 +72,24 @@ def vsock_ports(name: str = "vsock.sock") -> PortConnector:
     return connect
 
 
+async def _ask_for(connected: socket.socket, port: int) -> None:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(connected, f"CONNECT {port}\n".encode())
+    answer = b""
+    while not answer.endswith(b"\n") and len(answer) < 32:
+        byte = await loop.sock_recv(connected, 1)  # no more than the line: what follows is the guest's
+        if not byte:
+            raise ConnectionRefusedError("nobody listens in the guest")
+        answer += byte
+    if not answer.startswith(b"OK "):
+        raise ConnectionRefusedError("the VMM refused the connection")
+
+
 def _connect(directory: int, name: str) -> socket.socket:
-    connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
-        connecting.setblocking(False)
         # By the descriptor: the path of the directory may be longer than the 108 bytes of an address.
         connecting.connect(f"/proc/self/fd/{directory}/{name}")
-        connecting.setblocking(True)
     except BaseException:
         connecting.close()
         raise
@@ -179,8 +181,8 @@ class AgentPorts:
             if held is None:
                 held = _lock_first(directory, ports, stack)
             if held is not None:
-                with contextlib.suppress(BlockingIOError, ConnectionError, FileNotFoundError):
-                    return self._connect(directory, held)
+                with contextlib.suppress(*_NOT_YET):
+                    return await self._connect(directory, held)
             if loop.time() >= end:
                 raise _not_acquired(held, deadline_s)
             # Neither flock nor a socket that is not there yet has an event to wait for with a deadline.

@@ -206,7 +206,7 @@ bool ports_find(struct port ports[PORT_COUNT]); /* false: there is no control po
 int port_open(const struct port *port);
 void sys_write(const char *path, const char *value);
 
-/* ---- control.c, identity.c, network.c, power.c: the control port ---- */
+/* ---- control.c, identity.c, etc.c, network.c, power.c: the control port ---- */
 
 struct machine {
     struct wire wire;
@@ -234,6 +234,11 @@ int freeze(struct machine *m, uint64_t timeout_ms);
 int thaw(struct machine *m);
 bool identity(struct machine *m, const struct frame *request); /* answers by itself */
 void power_off(struct machine *m, uint64_t grace_ms);
+
+int put_file(const char *path, const char *data, size_t size, mode_t mode); /* 0 or an errno, all four */
+int put_line(const char *path, const char *text, mode_t mode);
+int put_hosts(const char *hostname);
+int remove_file(const char *path); /* which may not be there */
 
 struct network {
     const uint8_t *mac; /* 6 bytes, or NULL */

@@ -198,7 +198,7 @@ static const char *earlier_name(struct archive *a, const struct stat *s, const c
 
 /* ---- members ---- */
 
-static int put_file(struct archive *a, int directory, const char *base, const char *name, const struct stat *s)
+static int put_regular(struct archive *a, int directory, const char *base, const char *name, const struct stat *s)
 {
     int fd = openat(directory, base, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOATIME);
     if (fd < 0 && errno == EPERM)
@@ -241,7 +241,7 @@ static int put_leaf(struct archive *a, int directory, const char *base, const ch
         return 0;
     }
     if (S_ISREG(s->st_mode))
-        return put_file(a, directory, base, name, s);
+        return put_regular(a, directory, base, name, s);
     char link[PATH_MAX];
     if (S_ISLNK(s->st_mode)) {
         ssize_t n = readlinkat(directory, base, link, sizeof link - 1);

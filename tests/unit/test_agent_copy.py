@@ -1,0 +1,228 @@
+"""Copies between host and guest: named as cp names them, and never a byte outside of the destination, whatever the guest sends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+import tarfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent_process import agent_session, names
+from coppice.errors import CoppiceError, GuestProtocolError, GuestRefused, HostCannot, NoSpace, NotFound, UnsafePath
+from coppice.guest.client import copy_in, copy_out
+from coppice.guest.session import Session
+from coppice.guest.unpack import unpack
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[Session]:
+    async with agent_session() as session:
+        yield session
+
+
+def archive(*members: tuple[str, bytes, dict[str, object]], format_: int = tarfile.PAX_FORMAT) -> bytes:
+    """A tar archive of (name, type, fields); a field `data` is the contents."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=format_) as tar:
+        for name, kind, fields in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            data = fields.pop("data", b"")
+            assert isinstance(data, bytes)
+            info.size = len(data)
+            for field, value in fields.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def plant(root: Path) -> None:
+    """A tree with links of all harmless kinds."""
+    (root / "a" / "b").mkdir(parents=True)
+    (root / "a" / "file").write_bytes(os.urandom(300_000))
+    (root / "a" / "file").chmod(0o754)
+    (root / "a" / "b" / ("long" * 50)).write_bytes(b"long")
+    (root / "a" / "soft").symlink_to("file")
+    (root / "a" / "b" / "up").symlink_to("../file")
+    os.link(root / "a" / "file", root / "hard")
+    (root / "empty").mkdir()
+
+
+def describe(root: Path) -> dict[str, tuple[int, object]]:
+    """Names, modes and contents, to be compared."""
+    return {
+        str(path.relative_to(root)): (
+            stat.S_IMODE(path.lstat().st_mode),
+            str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None,
+        )
+        for path in sorted(root.rglob("*"))
+    }
+
+
+async def test_a_tree_goes_in_and_comes_out(session: Session, tmp_path: Path) -> None:
+    """What was copied in is what comes out: names, contents, modes, links."""
+    plant(tmp_path / "tree")
+    (tmp_path / "guest").mkdir()
+    result = await copy_in(session, tmp_path / "tree", str(tmp_path / "guest"))
+    assert describe(tmp_path / "guest" / "tree") == describe(tmp_path / "tree")
+    assert result.content_bytes == 300_004
+    (tmp_path / "host").mkdir()
+    assert await copy_out(session, str(tmp_path / "guest" / "tree"), tmp_path / "host") == 300_004
+    assert describe(tmp_path / "host" / "tree") == describe(tmp_path / "tree")
+    assert (tmp_path / "host/tree/hard").stat().st_nlink == 2
+
+
+async def test_names_are_those_of_cp(session: Session, tmp_path: Path) -> None:
+    """Into a directory that is there under the old name, else under the new one."""
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "guest").mkdir()
+    guest = str(tmp_path / "guest")
+    await copy_in(session, tmp_path / "file", guest)
+    await copy_in(session, tmp_path / "file", guest + "/renamed")
+    assert names(guest) == ["file", "renamed"]
+    (tmp_path / "host").mkdir()
+    await copy_out(session, guest + "/renamed", tmp_path / "host")
+    await copy_out(session, guest + "/renamed", tmp_path / "host" / "again")
+    await copy_out(session, guest, tmp_path / "host" / "tree")
+    assert names(tmp_path / "host") == ["again", "renamed", "tree"]
+    assert (tmp_path / "host/tree/file").read_bytes() == b"x"
+    await copy_out(session, guest + "/file", tmp_path / "host" / "again")  # a file that is there is replaced
+    assert (tmp_path / "host/again").read_bytes() == b"x"
+
+
+async def test_what_is_not_there(session: Session, tmp_path: Path) -> None:
+    """A missing source or directory is told, on either side, and nothing is left."""
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(NotFound):
+        await copy_in(session, tmp_path / "missing", "/tmp")
+    with pytest.raises(GuestRefused):
+        await copy_in(session, tmp_path / "file", str(tmp_path / "no" / "such" / "file"))
+    with pytest.raises(GuestRefused):
+        await copy_out(session, str(tmp_path / "missing"), tmp_path / "new")
+    with pytest.raises(NotFound):
+        await copy_out(session, str(tmp_path / "file"), tmp_path / "no" / "such" / "directory")
+    assert names(tmp_path) == ["file"]
+    assert (await session.exec(["true"])).exit_code == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a device")
+async def test_a_device_of_the_guest_is_refused(session: Session, tmp_path: Path) -> None:
+    """The guest's own error is not hidden by ours, nor ours by the guest's."""
+    os.mknod(tmp_path / "device", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    with pytest.raises(UnsafePath):
+        await copy_out(session, str(tmp_path / "device"), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+async def test_more_than_allowed(session: Session, tmp_path: Path) -> None:
+    """A guest cannot fill the disk beyond the bound."""
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    with pytest.raises(NoSpace):
+        await copy_out(session, str(tmp_path / "file"), tmp_path / "copy", max_bytes=99_999)
+    assert await copy_out(session, str(tmp_path / "file"), tmp_path / "copy", max_bytes=100_000) == 100_000
+
+
+async def test_a_source_that_cannot_be_read(session: Session, tmp_path: Path) -> None:
+    """An error of this machine's is told as such, and not as the guest's of a broken archive."""
+    shrunk = Path("/sys/kernel/uevent_seqnum")  # says that it is a page long, and is not
+    with pytest.raises(HostCannot):
+        await copy_in(session, shrunk, str(tmp_path / "copy"))
+
+
+REFUSED: dict[str, list[tuple[str, bytes, dict[str, object]]]] = {
+    "absolute": [("/escaped", tarfile.REGTYPE, {})],
+    "parent": [("top/../../escaped", tarfile.REGTYPE, {})],
+    "device": [("top", tarfile.CHRTYPE, {})],
+    "pipe": [("top/pipe", tarfile.FIFOTYPE, {})],
+    "absolute link": [("top/link", tarfile.SYMTYPE, {"linkname": "/etc/passwd"})],
+    "link up and out": [("top/link", tarfile.SYMTYPE, {"linkname": "../outside"})],
+    "top is a link": [("top", tarfile.SYMTYPE, {"linkname": "outside"})],
+    "down and up": [
+        ("top/a/b", tarfile.DIRTYPE, {}),
+        ("top/a/b/c", tarfile.SYMTYPE, {"linkname": "../.."}),
+        ("top/link", tarfile.SYMTYPE, {"linkname": "a/b/c/../.."}),
+    ],
+    "through a link": [("top/d", tarfile.SYMTYPE, {"linkname": "e"}), ("top/d/file", tarfile.REGTYPE, {})],
+    "hard link out": [("top/hard", tarfile.LNKTYPE, {"linkname": "outside"})],
+    "hard link up": [("top/hard", tarfile.LNKTYPE, {"linkname": "top/../outside"})],
+    "hard link to the top": [("top/hard", tarfile.LNKTYPE, {"linkname": "top"})],
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_hostile_archives_are_refused(tmp_path: Path, case: str) -> None:
+    """What leads out of the copy is refused, and nothing outside of it has changed."""
+    (tmp_path / "outside").write_bytes(b"secret")
+    members = [(name, kind, dict(fields)) for name, kind, fields in REFUSED[case]]
+    with pytest.raises(UnsafePath):
+        unpack(io.BytesIO(archive(*members)), tmp_path, "copy")
+    assert set(names(tmp_path)) <= {"outside", "copy"}
+    assert (tmp_path / "outside").read_bytes() == b"secret"
+    assert (tmp_path / "outside").stat().st_nlink == 1
+
+
+def test_a_file_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """A member that has the name of a link replaces the link, of this archive or of before."""
+    (tmp_path / "outside").write_bytes(b"secret")
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "old").symlink_to(tmp_path / "outside")
+    members: list[tuple[str, bytes, dict[str, object]]] = [
+        ("top/old", tarfile.REGTYPE, {"data": b"new"}),
+        ("top/twice", tarfile.SYMTYPE, {"linkname": "old"}),
+        ("top/twice", tarfile.REGTYPE, {"data": b"mine"}),
+    ]
+    unpack(io.BytesIO(archive(*members)), tmp_path, "copy")
+    assert (tmp_path / "outside").read_bytes() == b"secret"
+    assert (tmp_path / "copy" / "old").read_bytes() == b"new"
+    assert (tmp_path / "copy" / "twice").read_bytes() == b"mine"
+
+
+def test_modes_are_made_harmless(tmp_path: Path) -> None:
+    """No set-id bits, nothing that others may write."""
+    unpack(io.BytesIO(archive(("top", tarfile.REGTYPE, {"mode": 0o6777, "data": b"x"}))), tmp_path, "copy")
+    assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o755
+
+
+def test_a_header_that_promises_too_much_is_not_believed(tmp_path: Path) -> None:
+    """An extended header of terabytes is refused before it is read."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 40
+    with pytest.raises(GuestProtocolError):
+        unpack(io.BytesIO(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096)), tmp_path, "copy")
+
+
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), max_size=8),
+    fix=st.booleans(),
+    size=st.integers(0, 8000),
+)
+def test_damaged_archives_raise_only_our_errors(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], fix: bool, size: int
+) -> None:
+    """Any bytes are unpacked below the destination or refused with an error of ours."""
+    parent = tmp_path_factory.mktemp("damaged")
+    data = bytearray(
+        archive(
+            ("top", tarfile.DIRTYPE, {}),
+            ("top/" + "n" * 120, tarfile.REGTYPE, {"data": b"contents"}),
+            ("top/link", tarfile.SYMTYPE, {"linkname": "n"}),
+        )
+    )
+    for at, value in edits:
+        if at < len(data):
+            data[at] = value
+    if fix:  # headers with a right checksum get further
+        for start in range(0, len(data), 512):
+            if data[start + 257 : start + 262] == b"ustar":
+                data[start + 148 : start + 156] = b" " * 8
+                data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    with contextlib.suppress(CoppiceError, OSError):
+        unpack(io.BytesIO(data[: size or len(data)]), parent, "copy")
+    assert set(names(parent)) <= {"copy"}

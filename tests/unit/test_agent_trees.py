@@ -1,0 +1,278 @@
+"""Trees through the real agent: what is packed is what is unpacked, and no member leaves its directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import io
+import os
+import stat
+import tarfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agent_process import BUILDS, agent_session, names
+from coppice.errors import GuestRefused
+from coppice.guest.session import Session
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices take root")
+
+
+@pytest.fixture(params=BUILDS)
+async def session(request: pytest.FixtureRequest) -> AsyncIterator[Session]:
+    async with agent_session(request.param) as session:
+        yield session
+
+
+def archive(*members: tuple[tarfile.TarInfo, bytes], format_: int = tarfile.PAX_FORMAT) -> bytes:
+    """A tar archive of these members."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=format_) as tar:
+        for info, data in members:
+            info.size = len(data) or info.size
+            tar.addfile(info, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, **fields: object) -> tarfile.TarInfo:
+    """A header with these fields, owned by whoever runs the tests."""
+    info = tarfile.TarInfo(name)
+    info.type, info.mode, info.uid, info.gid = kind, 0o644, os.geteuid(), os.getegid()
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+async def collected(stream: AsyncIterator[bytes]) -> bytes:
+    """All of a stream."""
+    return b"".join([chunk async for chunk in stream])
+
+
+def plant(root: Path) -> None:
+    """A tree with everything that a tree has."""
+    long = root / ("d" * 200) / ("e" * 200)
+    long.mkdir(parents=True)
+    (long / "file").write_bytes(b"deep")
+    (root / "empty").mkdir(mode=0o700)
+    (root / "binary").write_bytes(os.urandom(200_000))
+    (root / "binary").chmod(0o4711)
+    (root / "name ü\n").write_bytes(b"odd")
+    os.link(root / "binary", root / "hard")
+    (root / "soft").symlink_to("binary")
+    (root / "dangling").symlink_to("/nowhere/" + "x" * 150)
+    os.mkfifo(root / "pipe", 0o600)
+    os.utime(root / "binary", (1_000_000_000, 1_000_000_000))
+    os.utime(root / "empty", (1_100_000_000, 1_100_000_000))
+
+
+def describe(root: Path) -> dict[str, tuple[object, ...]]:
+    """What a tree is, to be compared."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        contents: object = None
+        if path.is_symlink():
+            contents = str(path.readlink())
+        elif path.is_file():
+            contents = path.read_bytes()
+        mtime = 0 if path.is_symlink() else int(status.st_mtime)
+        found[str(path.relative_to(root))] = (status.st_mode, status.st_uid, status.st_nlink, mtime, contents)
+    return found
+
+
+async def test_a_tree_comes_back_as_it_was(session: Session, tmp_path: Path) -> None:
+    """Packed by the agent and unpacked by it: names, modes, owners, times, links and pipes are the same."""
+    plant(tmp_path / "tree")
+    packed = await collected(session.tar_out(str(tmp_path / "tree")))
+    (tmp_path / "copy").mkdir()
+    result = await session.tar_in(str(tmp_path / "copy"), packed)
+    assert describe(tmp_path / "copy" / "tree") == describe(tmp_path / "tree")
+    assert result.members == len(describe(tmp_path / "tree")) + 1
+
+
+async def test_the_archive_is_one_that_others_read(session: Session, tmp_path: Path) -> None:
+    """Python's reader finds the same members."""
+    plant(tmp_path / "tree")
+    packed = await collected(session.tar_out(str(tmp_path / "tree"), contents=True))
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        members = {info.name for info in tar}
+        inside = tar.extractfile("binary" if tar.getmember("binary").isreg() else "hard")
+        assert inside is not None
+        assert inside.read() == (tmp_path / "tree" / "binary").read_bytes()
+    assert members == set(describe(tmp_path / "tree"))
+
+
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+async def test_archives_of_others_are_read(session: Session, tmp_path: Path, format_: int) -> None:
+    """The formats that Python and GNU tar write are unpacked, with long names as each has them."""
+    long = "d" * 90 + "/" + "n" * 60
+    members = [
+        (member("dir", tarfile.DIRTYPE, mode=0o750, mtime=1_000_000_000), b""),
+        (member("dir/file", mode=0o600, mtime=1_200_000_000), b"data" * 1000),
+        (member(long), b"long"),
+        (member("dir/link", tarfile.SYMTYPE, linkname="file"), b""),
+        (member("dir/hard", tarfile.LNKTYPE, linkname="dir/file"), b""),
+    ]
+    await session.tar_in(str(tmp_path), archive(*members, format_=format_))
+    assert (tmp_path / "dir/file").read_bytes() == b"data" * 1000
+    assert (tmp_path / long).read_bytes() == b"long"
+    assert (tmp_path / "dir/link").readlink() == Path("file")
+    assert (tmp_path / "dir/hard").stat().st_ino == (tmp_path / "dir/file").stat().st_ino
+    assert (tmp_path / "dir/file").stat().st_mtime == 1_200_000_000
+    assert (tmp_path / "dir").stat().st_mtime == 1_000_000_000
+    assert stat.S_IMODE((tmp_path / "dir").stat().st_mode) == 0o750
+
+
+@as_root
+async def test_owners_and_devices(session: Session, tmp_path: Path) -> None:
+    """Owners are set, beyond what ustar's octal fields hold too; devices are made."""
+    info = member("zero", tarfile.CHRTYPE, devmajor=1, devminor=5, mode=0o620)
+    await session.tar_in(str(tmp_path), archive((info, b""), (member("file", uid=3_000_000, gid=7), b"x")))
+    status = (tmp_path / "file").stat()
+    assert (status.st_uid, status.st_gid) == (3_000_000, 7)
+    device = (tmp_path / "zero").stat()
+    assert (device.st_rdev, stat.S_IMODE(device.st_mode)) == (os.makedev(1, 5), 0o620)
+    packed = await collected(session.tar_out(str(tmp_path), contents=True))
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        assert tar.getmember("file").uid == 3_000_000
+        assert tar.getmember("zero").devminor == 5
+
+
+ESCAPES = {
+    "parent": [(member("../escaped"), b"x")],
+    "parent inside": [(member("a/../../escaped"), b"x")],
+    "link then file": [(member("out", tarfile.SYMTYPE, linkname=".."), b""), (member("out/escaped"), b"x")],
+    "absolute link": [(member("out", tarfile.SYMTYPE, linkname="{outside}"), b""), (member("out/escaped"), b"x")],
+    "absolute name": [(member("{outside}/escaped"), b"x")],
+    "hard link": [(member("hard", tarfile.LNKTYPE, linkname="../secret"), b"")],
+    "hard link by link": [
+        (member("out", tarfile.SYMTYPE, linkname=".."), b""),
+        (member("hard", tarfile.LNKTYPE, linkname="out/secret"), b""),
+    ],
+    "write through a link": [
+        (member("file", tarfile.SYMTYPE, linkname="../secret"), b""),
+        (member("file"), b"overwritten"),
+    ],
+    "directory over a link": [
+        (member("sub", tarfile.SYMTYPE, linkname="../other"), b""),
+        (member("sub", tarfile.DIRTYPE, mode=0o777), b""),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", list(ESCAPES))
+async def test_members_never_leave_the_directory(session: Session, tmp_path: Path, name: str) -> None:
+    """Whatever the names and links of an archive say, nothing outside of the directory is made, changed or linked to."""
+    outside, inside = tmp_path, tmp_path / "in"
+    inside.mkdir()
+    (outside / "other").mkdir(mode=0o700)
+    (outside / "secret").write_bytes(b"secret")
+    members = []
+    for info, data in ESCAPES[name]:
+        copy = member(info.name.format(outside=outside), info.type, mode=info.mode)
+        copy.linkname = info.linkname.format(outside=outside)
+        members.append((copy, data))
+    with contextlib.suppress(GuestRefused):  # refused, or resolved as if the directory were the root
+        await session.tar_in(str(inside), archive(*members))
+    assert names(outside) == ["in", "other", "secret"]
+    assert (outside / "secret").read_bytes() == b"secret"
+    assert (outside / "secret").stat().st_nlink == 1
+    assert stat.S_IMODE((outside / "other").stat().st_mode) == 0o700
+
+
+async def test_a_directory_that_is_a_link_stays_one(session: Session, tmp_path: Path) -> None:
+    """/lib -> usr/lib and the like survive an archive with a directory of that name; its members land behind the link."""
+    (tmp_path / "usr/lib").mkdir(parents=True)
+    (tmp_path / "lib").symlink_to("usr/lib")
+    await session.tar_in(
+        str(tmp_path), archive((member("lib", tarfile.DIRTYPE, mode=0o755), b""), (member("lib/x"), b"x"))
+    )
+    assert (tmp_path / "lib").is_symlink()
+    assert (tmp_path / "usr/lib/x").read_bytes() == b"x"
+
+
+async def test_a_truncated_archive_is_refused(session: Session, tmp_path: Path) -> None:
+    """An archive without its end is an error, wherever it was cut."""
+    whole = archive((member("file"), b"x" * 5000))
+    for size in (0, 100, 512, 700, 5000, 512 + 5120):
+        with pytest.raises(GuestRefused):
+            await session.tar_in(str(tmp_path), whole[:size])
+
+
+async def test_no_archive_at_all(session: Session, tmp_path: Path) -> None:
+    """Bytes that are no archive are refused at once, however many are to come."""
+    with pytest.raises(GuestRefused) as caught:
+        await session.tar_in(str(tmp_path), os.urandom(1 << 20))
+    assert caught.value.errno == errno.EINVAL
+    assert names(tmp_path) == []
+
+
+async def test_a_missing_directory_is_made_only_when_asked(session: Session, tmp_path: Path) -> None:
+    """`make` makes it; without it is refused."""
+    packed = archive((member("file"), b"x"))
+    with pytest.raises(GuestRefused):
+        await session.tar_in(str(tmp_path / "new"), packed)
+    await session.tar_in(str(tmp_path / "new"), packed, make=True)
+    assert (tmp_path / "new" / "file").read_bytes() == b"x"
+
+
+async def test_a_tree_deeper_than_the_bound_is_an_error(session: Session, tmp_path: Path) -> None:
+    """The walk's memory is bounded: a tree without end is refused, not followed."""
+    (tmp_path / "/".join(["d"] * 200)).mkdir(parents=True)
+    with pytest.raises(GuestRefused) as caught:
+        await collected(session.tar_out(str(tmp_path)))
+    assert caught.value.errno == errno.ELOOP
+
+
+async def test_a_large_tree_with_many_files(session: Session, tmp_path: Path) -> None:
+    """Thousands of members in both directions, with the directory's order and the windows as they come."""
+    for n in range(2000):
+        (tmp_path / "tree" / str(n % 40)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / str(n % 40) / str(n)).write_bytes(b"%d" % n * (n % 50))
+    packed = await collected(session.tar_out(str(tmp_path / "tree"), contents=True))
+    await session.tar_in(str(tmp_path / "copy"), packed, make=True)
+    assert describe(tmp_path / "copy") == describe(tmp_path / "tree")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), max_size=6),
+    fix=st.booleans(),
+    size=st.integers(0, 6000),
+)
+def test_a_damaged_archive_never_harms_the_agent(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], fix: bool, size: int
+) -> None:
+    """Any bytes in a header give members or an error: no crash (the sanitizers watch), nothing outside."""
+    outside = tmp_path_factory.mktemp("damaged")
+    (outside / "in").mkdir()
+    name = "n" * 120
+    data = bytearray(
+        archive(
+            (member("dir", tarfile.DIRTYPE), b""),
+            (member(name), b"contents"),
+            (member("l", tarfile.SYMTYPE, linkname="dir"), b""),
+        )
+    )
+    for at, value in edits:
+        if at < len(data):
+            data[at] = value
+    if fix:  # headers with a right checksum get further
+        for start in range(0, len(data), 512):
+            if data[start + 257 : start + 262] == b"ustar":
+                data[start + 148 : start + 156] = b" " * 8
+                data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+
+    async def unpack() -> None:
+        async with agent_session("sanitized") as session:
+            with contextlib.suppress(GuestRefused):
+                await session.tar_in(str(outside / "in"), bytes(data[: size or len(data)]))
+            assert (await session.stat("/")).kind == "d"
+
+    asyncio.run(unpack())
+    assert names(outside) == ["in"]
