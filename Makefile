@@ -25,7 +25,7 @@ check: setup-dev lint
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy src tests demo/demo.py tools
 
 bench: setup-dev
 	$(BIN)/coppice --home $(BENCH_HOME) image inspect debian >/dev/null 2>&1 || $(BIN)/coppice --home $(BENCH_HOME) image build debian
