@@ -152,6 +152,15 @@ async def test_users(session: Session, user: str, expected: str) -> None:
     assert result.stdout.decode().strip() == expected
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+async def test_another_user_may_open_its_streams_anew(session: Session) -> None:
+    """Programs that are told to write to /dev/stdout, or to read /dev/stdin, can, also when they are not root."""
+    result = await session.exec(
+        shell("cat /dev/stdin > /dev/stdout; echo err > /dev/stderr"), user="daemon", stdin=b"x"
+    )
+    assert (result.stdout, result.stderr) == (b"x", b"err\n")
+
+
 async def test_working_directory(session: Session) -> None:
     """The command starts where it was asked to."""
     assert (await session.exec(["pwd"], cwd="/usr/lib")).stdout == b"/usr/lib\n"

@@ -103,6 +103,10 @@ static bool open_pipes(struct request *r, struct spawn *s, struct command *c)
     bool opened = pipe2(out, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0;
     s->in = in[0], s->out = out[1], s->err = err[1];
     c->in = in[1], c->out = out[0], c->err = err[0];
+    /* The user may open /dev/stdin and the like anew, which takes the right to. /dev/null is everybody's already. */
+    if (opened && r->account.uid != geteuid())
+        opened = (in[1] < 0 || fchown(in[0], r->account.uid, (gid_t)-1) == 0) && fchown(out[1], r->account.uid, (gid_t)-1) == 0 &&
+                 fchown(err[1], r->account.uid, (gid_t)-1) == 0;
     return opened;
 }
 

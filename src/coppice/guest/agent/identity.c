@@ -305,6 +305,8 @@ static int step_process(struct machine *m, struct identity *i)
     char defaults[6][320];
     if (!env_defaults(&i->env, &account, NULL, defaults))
         return ENOMEM;
+    if (fchown(STDERR_FILENO, account.uid, (gid_t)-1) < 0) /* for a process that opens /dev/stdout anew */
+        say("the console keeps its owner: %s", strerror(errno));
     int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
     struct spawn s = {
         .argv = i->argv.items, .env = i->env.items, .cwd = *m->shared->cwd ? m->shared->cwd : "/", .account = &account,
