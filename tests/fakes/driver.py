@@ -1,6 +1,6 @@
 """A stateful VMM driver for whole lifecycles in milliseconds: real processes that map real mem-files, a guest in the test's own loop.
 
-What it keeps is in the instance's directory, in the VMM process (its RAM, and whether it is stopped), and nowhere else; so hosts in
+What it keeps is in the instance's directory, in the VMM process (its RAM, and whether it is paused), and nowhere else; so hosts in
 several processes can work on one machine. Only the guest's voice needs the process that started it.
 """
 
@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from coppice.completion import in_thread
+from coppice.completion import complete, in_thread
 from coppice.errors import VmmDied
 from coppice.model import MachineSpec, Manifest, Record, VmmProcess
 from coppice.vmm import driver as files
@@ -23,7 +23,7 @@ from coppice.vmm import process as processes
 from coppice.vmm.driver import Capabilities, Launch, VmmDriver
 from fakes.faults import Faults
 from fakes.guest import FakeGuest
-from fakes.pids import is_stopped
+from fakes.pids import is_paused
 from fakes.ram import GuestState, Ram, make_ram
 
 PROGRAM = "fake-vmm"
@@ -148,19 +148,21 @@ class FakeDriver(VmmDriver):
 
     async def pause(self, directory: Path) -> None:
         process = (await self._reach("pause", directory)).process
-        os.kill(process.pid, signal.SIGSTOP)
-        while self.alive(process) and not is_stopped(process.pid):  # noqa: ASYNC110 - a stop has no event
-            await asyncio.sleep(0)
+        await complete(self._turn(process, signal.SIGUSR1, paused=True))
 
     async def resume(self, directory: Path) -> None:
         process = (await self._reach("resume", directory)).process
-        os.kill(process.pid, signal.SIGCONT)
-        while is_stopped(process.pid):  # noqa: ASYNC110 - see pause
+        await complete(self._turn(process, signal.SIGUSR2, paused=False))
+
+    async def _turn(self, process: VmmProcess, order: signal.Signals, *, paused: bool) -> None:
+        """Give the order and see it obeyed: two orders at once could overtake each other."""
+        os.kill(process.pid, order)
+        while self.alive(process) and is_paused(process.pid) != paused:  # noqa: ASYNC110 - its name has no event
             await asyncio.sleep(0)
 
     async def save_devices(self, directory: Path) -> None:
         started = await self._reach("save_devices", directory)
-        if not is_stopped(started.process.pid):
+        if not is_paused(started.process.pid):
             raise AssertionError("the devices of a machine that runs were to be saved")
         state = DeviceState(
             machine=started.machine, mac=started.mac, generation=Ram(started.process.pid).state.generation
@@ -168,7 +170,7 @@ class FakeDriver(VmmDriver):
         (directory / files.VMSTATE_NEW).write_bytes(msgspec.json.encode(state))
 
     async def is_paused(self, directory: Path) -> bool:
-        return is_stopped((await self._reach("is_paused", directory)).process.pid)
+        return is_paused((await self._reach("is_paused", directory)).process.pid)
 
     async def quit(self, directory: Path, process: VmmProcess) -> None:
         await self.faults.reach("quit", process)

@@ -3,17 +3,25 @@
  *   fake-vmm shared|private|anonymous FILE SIZE READY_FD
  *
  * `anonymous` copies the file into memory of its own: a driver that shares nothing and says nothing of it. The mapping is at
- * RAM_ADDRESS, so that whoever plays the guest can read and write it through /proc/PID/mem, as a vCPU would.
+ * RAM_ADDRESS, so that whoever plays the guest can read and write it through /proc/PID/mem, as a vCPU would. SIGUSR1 pauses the
+ * machine and SIGUSR2 lets it run: the process's own name says which, to everyone.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #define RAM_ADDRESS ((void *)0x200000000UL)
+
+static void turn(int number)
+{
+	prctl(PR_SET_NAME, number == SIGUSR1 ? "fake-paused" : "fake-running");
+}
 
 static void fail(const char *what)
 {
@@ -28,6 +36,8 @@ int main(int argc, char **argv)
 		return 2;
 	}
 	int shared = strcmp(argv[1], "shared") == 0, anonymous = strcmp(argv[1], "anonymous") == 0;
+	signal(SIGUSR1, turn);
+	signal(SIGUSR2, turn);
 	size_t size = strtoull(argv[3], NULL, 10);
 	int ready = atoi(argv[4]);
 	int file = open(argv[2], shared ? O_RDWR : O_RDONLY);
@@ -39,8 +49,8 @@ int main(int argc, char **argv)
 		fail("fake-vmm: cannot map the memory");
 	if (anonymous && pread(file, ram, size, 0) != (ssize_t)size)
 		fail("fake-vmm: cannot read the memory");
-	close(file);
-	/* A guest touches some of its memory when it runs: these pages are shared with the file until they are written. */
+	/* The file stays open, as a VMM's does: its memory may be made to map the file anew. A guest touches some of its memory
+	 * when it runs: these pages are shared with the file until they are written. */
 	volatile char touched = *(volatile char *)ram;
 	(void)touched;
 	if (write(ready, "", 1) != 1)

@@ -1,6 +1,6 @@
 """The guest of a fake VMM: it speaks the agent protocol on the machine's sockets and keeps all that it knows in the machine's RAM.
 
-It lives in the test's event loop, ends when its VMM process ends, and answers nothing while that process is stopped.
+It lives in the test's event loop, ends when its VMM process ends, and answers nothing while that process is paused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from coppice.guest.protocol import Fields, Frame, FrameType, Value, encode_field
 from coppice.model import PAGE_SIZE, VmmProcess
 from coppice.vmm import driver as files
 from fakes.faults import Faults
-from fakes.pids import ended, is_stopped
+from fakes.pids import ended, is_paused
 from fakes.ram import Ram
 from fakes.wire import Fault, Peer
 
@@ -70,8 +70,8 @@ class FakeGuest:
                         return  # the machine went away under the request
 
     async def _while_paused(self) -> None:
-        # Any process may have stopped it, and any may let it run.
-        while is_stopped(self._process.pid):  # noqa: ASYNC110 - so there is no event
+        # Any process may have paused it, and any may let it run.
+        while is_paused(self._process.pid):  # noqa: ASYNC110 - so there is no event
             await asyncio.sleep(0.001)
 
     # Control

@@ -1,4 +1,4 @@
-"""Processes as the fakes look at them: stopped or not, ended or not."""
+"""Processes as the fakes look at them: paused or not, ended or not."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 from coppice.model import VmmProcess
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether the process has been stopped by SIGSTOP."""
+def is_paused(pid: int) -> bool:
+    """Whether the machine of a fake VMM is paused."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        return Path(f"/proc/{pid}/comm").read_text() == "fake-paused\n"
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return text.rpartition(")")[2].split()[0] == "T"
 
 
 async def ended(process: VmmProcess) -> None:

@@ -257,17 +257,26 @@ class Lifecycle(HostBase):
 
     async def _fork_running(self, reference: Reference, request: ForkRequest, progress: ProgressSink) -> ForkReport:
         async with self._hold(reference, Operation.FORK_RUNNING) as (source, _):
+            await asyncio.to_thread(
+                self.rooms.store.require_free, request.names
+            )  # before the source is paused for nothing
             stem = live.new_stem(source)
-            await in_thread(self.rooms.store.create, [stem], FORK)
             try:
+                await in_thread(self.rooms.store.create, [stem], FORK)
                 captured, report = await live.capture_running(self.rooms, source, stem)
             except BaseException:
                 await live.remove_stem(self.rooms, stem)
                 raise
         try:
             forked = await fan_out(self.rooms, captured, request, progress, parent=source)
-        finally:
+        except BaseException:
             await live.remove_stem(self.rooms, stem)
+            raise
+        try:
+            await live.remove_stem(self.rooms, stem)
+        except asyncio.CancelledError:  # nobody will learn of the forks
+            await complete(self._remove_all(forked.instances))
+            raise
         return msgspec.structs.replace(forked, source_pause_ms=report.pause_ms, capture=report)
 
     async def rm(self, reference: Reference) -> None:

@@ -147,7 +147,7 @@ async def undo(rooms: Rooms, instance: Instance, capture: PrivateCapture | None 
     with contextlib.suppress(CoppiceError):
         await rooms.driver.resume(directory)
         instance = await with_true_base(rooms, instance)
-    await thaw_disk(rooms, instance)
+        await thaw_disk(rooms, instance)
     for name in (files.VMSTATE_NEW, NEW_MEMORY):
         (directory / name).unlink(missing_ok=True)
     await in_thread(directories.clear_temporaries, directory)

@@ -63,9 +63,9 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
         raise AssertionError("a running instance has a VMM")
     directory, target = rooms.directory(source.id), rooms.directory(stem.id)
     stages = Stages()
-    await in_thread(rooms.store.begin, source, OPERATION)
     private = None
     try:
+        await in_thread(rooms.store.begin, source, OPERATION)
         await in_thread(directories.create, target)
         source = await capture.with_true_base(rooms, source)
         if source.mem_file is not None:

@@ -109,11 +109,18 @@ class Store:
                         ),
                     )  # fmt: skip
                 except sqlite3.IntegrityError as error:
-                    raise NameTaken(
-                        f"the name {instance.name!r} is taken",
-                        hint="choose another, or remove its holder with `coppice rm`",
-                    ) from error
+                    raise _taken(instance.name) from error
                 self._journal(connection, instance.id, operation)
+
+    def require_free(self, names: Iterable[str]) -> None:
+        """Look whether names are free now. Only `create` takes them: another process may be quicker.
+
+        :raises NameTaken: one is not; the message says which
+        """
+        with self._db.read() as connection:
+            for name in names:
+                if connection.execute("SELECT 1 FROM instances WHERE name = ?", (name,)).fetchone():
+                    raise _taken(name)
 
     def save(self, instance: Instance, *, done: bool = False) -> None:
         """Write a changed record. `done` also ends the operation that the journal has for it, in the same transaction.
@@ -186,6 +193,10 @@ class Store:
             "INSERT OR REPLACE INTO journal (instance, operation, owner_pid, owner_ticks, started_at) VALUES (?, ?, ?, ?, ?)",
             (instance_id, operation, *self._owner, time.time()),
         )
+
+
+def _taken(name: str) -> NameTaken:
+    return NameTaken(f"the name {name!r} is taken", hint="choose another, or remove its holder with `coppice rm`")
 
 
 def _refuse_with_forks(connection: sqlite3.Connection, instance: Instance, verb: str) -> None:

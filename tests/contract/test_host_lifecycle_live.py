@@ -1,0 +1,220 @@
+"""Forks of a machine that runs: it is paused for a moment and runs on; the forks are of one instant; nothing else remains of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from conftest import HostFactory
+from coppice.errors import CoppiceError, HostCannot, IllegalTransition, NameTaken, VmmDied, VmmError
+from coppice.host import AsyncHost
+from coppice.instance import live
+from coppice.model import PAGE_SIZE, Sharing, State
+from coppice.store.store import Store
+from fakes.driver import FakeDriver
+from fakes.hosting import ask, assert_tidy, boot, cancelled_at, fingerprint, make, memory_of, snapshot
+
+_MOST_WAITS = 400
+
+
+async def warm(host: AsyncHost, *, private: bool) -> None:
+    """A Running machine that knows something; on a private mapping, or still in the file of its first boot."""
+    await boot(host)
+    if private:
+        await host.standby("oak")
+        await host.restore("oak")
+    await ask(host, "oak", "remember", "lesson", "learned")
+
+
+@pytest.fixture(params=[False, True], ids=["first boot", "private mapping"])
+def private(request: pytest.FixtureRequest) -> bool:
+    """Both kinds of memory that a running source can have."""
+    return bool(request.param)
+
+
+async def test_the_source_runs_on_and_the_forks_know_what_it_knew(fake_host: AsyncHost, private: bool) -> None:
+    """Round after round: each fork is of the instant of its own call, shares by hard link, and what the source does later is its own."""
+    host = fake_host
+    await warm(host, private=private)
+    for number in (1, 2):
+        await ask(host, "oak", "remember", "round", str(number))
+        report = await host.fork("oak", names=[f"elm-{number}", f"fir-{number}"], count=2, from_running=True)
+        assert report.succeeded == 2
+        assert report.source_pause_ms is not None
+        assert (await host.get("oak")).state is State.RUNNING
+        await ask(host, "oak", "remember", "round", "later")
+        first, second = report.instances
+        assert memory_of(host, first).stat().st_ino == memory_of(host, second).stat().st_ino
+        for fork in report.instances:
+            assert (fork.parent_name, fork.state) == ("oak", State.RUNNING)
+            assert await ask(host, fork, "hostname") == fork.name
+            assert await ask(host, fork, "recall", "lesson") == "learned"
+            assert await ask(host, fork, "recall", "round") == str(number)
+        assert {result.sharing for result in report.results} == {Sharing.HARDLINK}
+    await assert_tidy(host, "oak", "elm-1", "fir-1", "elm-2", "fir-2")
+    assert (await host.inspect("oak")).fork_count == 4
+
+
+async def test_what_the_source_writes_later_never_reaches_a_fork(fake_host: AsyncHost, private: bool) -> None:
+    """The forks' mem-file is immutable from the instant of the fork on, though the source goes on writing."""
+    await warm(fake_host, private=private)
+    (elm,) = (await fake_host.fork("oak", names=["elm"], target=State.STANDBY, from_running=True)).instances
+    before = fingerprint(memory_of(fake_host, elm))
+    assert before[1] & 0o222 == 0
+    await ask(fake_host, "oak", "dirty", "200")
+    await ask(fake_host, "oak", "remember", "lesson", "revised")
+    assert (await fake_host.stats())["oak"].unique_bytes >= 200 * PAGE_SIZE
+    assert fingerprint(memory_of(fake_host, elm)) == before
+    await fake_host.restore("elm")
+    assert await ask(fake_host, "elm", "recall", "lesson") == "learned"
+
+
+async def test_the_source_can_go_any_way_afterwards(fake_host: AsyncHost, private: bool) -> None:
+    """Standby, restore, stop and start keep what they should: its memory is complete, though part of it is private pages now."""
+    await warm(fake_host, private=private)
+    await fake_host.fork("oak", names=["elm"], from_running=True)
+    await ask(fake_host, "oak", "remember", "lesson", "revised")
+    await fake_host.standby("oak")
+    await fake_host.restore("oak")
+    assert await ask(fake_host, "oak", "recall", "lesson") == "revised"
+    await fake_host.stop("oak")
+    await fake_host.start("oak")
+    await fake_host.rm("oak")
+    assert await ask(fake_host, "elm", "recall", "lesson") == "learned"
+    await assert_tidy(fake_host, "elm")
+
+
+@pytest.mark.parametrize("state", [state for state in State if state is not State.RUNNING])
+async def test_only_what_runs_is_forked_so(fake_host: AsyncHost, state: State) -> None:
+    """Anything else is refused before it is touched; and what runs is not forked without being told to."""
+    await make(fake_host, state)
+    before = snapshot(fake_host)
+    with pytest.raises(IllegalTransition):
+        await fake_host.fork("oak", from_running=True)
+    assert snapshot(fake_host) == before
+
+
+async def test_a_taken_name_does_not_even_pause_the_source(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """Names come first."""
+    await boot(fake_host)
+    await boot(fake_host, "elm", start=False)
+    before = snapshot(fake_host)
+    with pytest.raises(NameTaken):
+        await fake_host.fork("oak", names=["elm"], from_running=True)
+    assert snapshot(fake_host) == before
+    assert driver.faults.reached["pause"] == 0
+
+
+FAULTS: dict[str, tuple[Callable[[FakeDriver], None], type[CoppiceError], State]] = {
+    "no pause": (lambda driver: driver.faults.fail_at("pause"), VmmError, State.RUNNING),
+    "no devices": (lambda driver: driver.faults.fail_at("save_devices"), VmmError, State.RUNNING),
+    "no resume at first": (lambda driver: driver.faults.fail_at("resume"), VmmError, State.RUNNING),
+    "death at the pause": (lambda driver: driver.faults.die_at("pause"), VmmDied, State.STOPPED),
+    "death at the devices": (lambda driver: driver.faults.die_at("save_devices"), VmmDied, State.STOPPED),
+    "death at the resume": (lambda driver: driver.faults.die_at("resume"), VmmDied, State.STOPPED),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_capture_that_fails_leaves_the_source_running(
+    fake_host: AsyncHost, driver: FakeDriver, private: bool, fault: str
+) -> None:
+    """It knows all that it knew, and no fork and no stem is left; where its VMM died it is Stopped."""
+    await warm(fake_host, private=private)
+    plan, error, outcome = FAULTS[fault]
+    plan(driver)
+    with pytest.raises(error):
+        await fake_host.fork("oak", count=2, from_running=True)
+    oak = await fake_host.get("oak")
+    assert oak.state is outcome
+    await assert_tidy(fake_host, "oak")
+    if outcome is State.RUNNING:
+        assert await ask(fake_host, "oak", "recall", "lesson") == "learned"
+        assert (await fake_host.fork("oak", count=2, from_running=True)).succeeded == 2
+        await fake_host.standby("oak")
+        await fake_host.restore("oak")
+        assert await ask(fake_host, "oak", "recall", "lesson") == "learned"
+
+
+async def test_forks_that_fail_do_not_touch_the_source(fake_host: AsyncHost, driver: FakeDriver, private: bool) -> None:
+    """All of them, and with all or nothing: the source runs on, and the stem is gone."""
+    await warm(fake_host, private=private)
+    for atomic in (False, True):
+        driver.faults.fail_at("restore")
+        driver.faults.fail_at("restore", nth=2)
+        if atomic:
+            with pytest.raises(VmmError):
+                await fake_host.fork("oak", count=2, from_running=True, atomic=True)
+        else:
+            assert (await fake_host.fork("oak", count=2, from_running=True)).succeeded == 0
+        await assert_tidy(fake_host, "oak")
+        assert await ask(fake_host, "oak", "recall", "lesson") == "learned"
+
+
+async def test_a_mapping_that_cannot_be_changed_is_copied(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where ptrace is forbidden the memory is copied while the source is paused, which is logged; nothing else is different."""
+
+    def forbidden(*_: object) -> int:
+        raise HostCannot("ptrace is not permitted", hint="allow it")
+
+    monkeypatch.setattr(live, "make_private", forbidden)
+    await warm(fake_host, private=False)
+    report = await fake_host.fork("oak", names=["elm"], from_running=True)
+    assert report.succeeded == 1
+    assert any("ptrace is not permitted" in record.getMessage() for record in caplog.records)
+    await ask(fake_host, "oak", "remember", "lesson", "revised")
+    assert await ask(fake_host, "elm", "recall", "lesson") == "learned"
+    await fake_host.standby("oak")
+    await assert_tidy(fake_host, "oak", "elm")
+
+
+async def test_a_cancelled_fork_of_a_running_machine_leaves_it_running(
+    fake_host: AsyncHost, driver: FakeDriver, private: bool
+) -> None:
+    """At every wait: no fork, no stem, no half capture; the guest answers, and its memory is complete."""
+    await warm(fake_host, private=private)
+    for nth in range(1, _MOST_WAITS):
+        came = await cancelled_at(fake_host.fork("oak", names=["elm"], from_running=True), nth)
+        if not came:
+            break
+        (oak,) = await assert_tidy(fake_host, "oak")
+        assert oak.state is State.RUNNING
+        assert not await driver.is_paused(fake_host.rooms.directory(oak.id))
+        assert await ask(fake_host, "oak", "recall", "lesson") == "learned"
+    else:
+        pytest.fail("it waits more often than this test cancels")
+    assert nth > 10
+    await assert_tidy(fake_host, "oak", "elm")
+    await fake_host.standby("oak")
+    await fake_host.restore("oak")
+    assert await ask(fake_host, "oak", "recall", "lesson") == "learned"
+
+
+@pytest.fixture
+def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
+    """The database as a process that is dead now had it open; no process has this start time."""
+    store = Store(fake_host.rooms.layout.database, (1, 1))
+    yield store
+    store.close()
+
+
+async def test_a_fork_of_a_running_machine_whose_host_was_killed(
+    fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver, dead_store: Store, private: bool
+) -> None:
+    """Stem and children go, the source is resumed and runs on, with what it knew."""
+    await warm(fake_host, private=private)
+    oak = await fake_host.get("oak")
+    stem = live.new_stem(oak)
+    dead_store.create([stem], "fork")
+    fake_host.rooms.directory(stem.id).mkdir()
+    dead_store.begin(oak, live.OPERATION)
+    await driver.pause(fake_host.rooms.directory(oak.id))
+    await driver.save_devices(fake_host.rooms.directory(oak.id))
+    async with make_host() as next_host:
+        await assert_tidy(next_host, "oak")
+        async with asyncio.timeout(10):
+            assert await ask(next_host, "oak", "recall", "lesson") == "learned"
