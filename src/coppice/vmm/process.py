@@ -156,18 +156,19 @@ def by_working_directory(below: Path, executables: Iterable[str]) -> dict[Path, 
     found: dict[Path, list[VmmProcess]] = {}
     names = set(executables)
     parent = str(below.resolve())
-    for entry in Path("/proc").iterdir():
+    # Plain strings: this reads a link of every process of the host, and with pathlib takes three times as long.
+    for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         try:
-            directory = Path(str((entry / "cwd").readlink()).removesuffix(" (deleted)"))
-            if str(directory.parent) != parent:
+            directory = os.readlink(f"{entry.path}/cwd").removesuffix(" (deleted)")  # noqa: PTH115
+            if directory.rpartition("/")[0] != parent:
                 continue
-            executable = str((entry / "exe").readlink()).removesuffix(" (deleted)")
+            executable = os.readlink(f"{entry.path}/exe").removesuffix(" (deleted)")  # noqa: PTH115
         except OSError:
             continue
         ticks = start_ticks(int(entry.name))
-        if ticks is not None and Path(executable).name in names:
+        if ticks is not None and executable.rpartition("/")[2] in names:
             process = VmmProcess(pid=int(entry.name), start_ticks=ticks, executable=executable)
-            found.setdefault(directory, []).append(process)
+            found.setdefault(Path(directory), []).append(process)
     return found
