@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import Busy, CoppiceError, GuestError, VmmDied
+from coppice.errors import Busy, CoppiceError, GuestError, IntegrityError, VmmDied
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.memory import memfile
@@ -51,11 +51,11 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
     written = dirty = 0
     try:
         await in_thread(rooms.store.begin, instance, OPERATION)
+        if capture is not None:
+            with stages.stage("prepare"):  # before the freeze: a clone may take longer than the guest stays frozen
+                await in_thread(capture.prepare)
         with stages.stage("freeze"):
             instance = await freeze_disk(rooms, instance)
-        if capture is not None:
-            with stages.stage("prepare"):
-                await in_thread(capture.prepare)
         with stages.stage("pause"):
             await rooms.driver.pause(directory)
         open_ports = rooms.ports(instance.id).sessions_open()
@@ -71,7 +71,12 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
             instance = msgspec.structs.replace(instance, open_ports=open_ports)
             await in_thread(rooms.store.begin, instance, COMMITTED)
     except BaseException:
-        await complete(undo(rooms, instance, capture))
+        if await complete(
+            _committed(rooms, instance)
+        ):  # cancelled as it was committed: the guest must not run on, it would change the disk
+            await complete(finish(rooms, instance, stages))
+        else:
+            await complete(undo(rooms, instance, capture))
         raise
     captured = await complete(finish(rooms, instance, stages))
     report = CaptureReport(
@@ -82,6 +87,11 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
         stages=stages.ms,
     )
     return captured, report
+
+
+async def _committed(rooms: Rooms, instance: Instance) -> bool:
+    entry = await in_thread(rooms.store.journal_entry, instance.id)
+    return entry is not None and entry.operation == COMMITTED
 
 
 async def freeze_disk(rooms: Rooms, instance: Instance) -> Instance:
@@ -139,19 +149,21 @@ def adopt(directory: Path) -> MemFile:
 
 
 async def undo(rooms: Rooms, instance: Instance, capture: PrivateCapture | None = None) -> None:
-    """Let the guest run on as if nothing had been asked. Idempotent."""
+    """Let the guest run on as if nothing had been asked; one that cannot be resumed is recorded as Paused. Idempotent."""
     directory = rooms.directory(instance.id)
     if capture is not None:
         await in_thread(capture.abort)
+    state = State.PAUSED
     # A VMM that is gone has nothing to resume; its end is seen when it is looked at.
     with contextlib.suppress(CoppiceError):
         await rooms.driver.resume(directory)
+        state = State.RUNNING
         instance = await with_true_base(rooms, instance)
         await thaw_disk(rooms, instance)
     for name in (files.VMSTATE_NEW, NEW_MEMORY):
         (directory / name).unlink(missing_ok=True)
     await in_thread(directories.clear_temporaries, directory)
-    await in_thread(rooms.store.save, msgspec.structs.replace(instance, state=State.RUNNING, frozen=False), done=True)
+    await in_thread(rooms.store.save, msgspec.structs.replace(instance, state=state, frozen=False), done=True)
 
 
 async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
@@ -178,13 +190,17 @@ async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
 
 
 def _into_place(directory: Path) -> MemFile:
-    """Give the new files their final names; each step may have been done before."""
+    """Give the new files their final names, and have the disk survive what they survive; each step may have been done before."""
+    with (directory / files.OVERLAY_DISK).open("rb") as disk:
+        os.fsync(disk.fileno())  # memory without the disk of the same instant is of no use after a power cut
     vmstate_new, vmstate = directory / files.VMSTATE_NEW, directory / files.VMSTATE
     if vmstate_new.exists():
         vmstate_new.chmod(0o444)
         with vmstate_new.open("rb") as stream:
             os.fsync(stream.fileno())
         vmstate_new.rename(vmstate)
+    elif not vmstate.exists():
+        raise IntegrityError(f"the device state {vmstate} is gone", hint="start the machine anew from its disk")
     for name in (NEW_MEMORY, files.LIVE_MEMORY):
         if (directory / name).exists():
             return memfile.freeze(directory / name, directory / files.MEMORY)
