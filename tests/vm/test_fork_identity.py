@@ -46,13 +46,28 @@ async def test_mac_addresses_differ(host: AsyncHost, template: Instance) -> None
 
 
 async def test_the_clock_is_stepped(host: AsyncHost, vm: Instance) -> None:
-    """The wall clock of a restored machine is the host's, however long ago it was captured."""
-    parked, _ = await host.standby(vm)
-    await asyncio.sleep(3)
-    await host.restore(parked)
-    before = time.time()
-    guest = float(await told(host, vm, "date", "+%s.%N"))
-    assert before - 1 < guest < time.time() + 1
+    """The wall clock of a fork is the host's before its first command, however long ago its source was captured: here an hour."""
+    await told(host, vm, "date", "-s", f"@{int(time.time()) - 3600}")
+    await host.standby(vm)
+    async with host.forks(vm, 1) as (fork,):
+        before = time.time()
+        guest = float(await told(host, fork, "date", "+%s.%N"))
+        assert before - 1 < guest < time.time() + 1
+
+
+async def test_keys_and_seeds_on_the_disk_are_not_inherited(host: AsyncHost, vm: Instance) -> None:
+    """ssh host keys and the saved random seed of the source are gone in its forks; they stay where they are in the source."""
+    inherited = ["/etc/ssh/ssh_host_ed25519_key", "/etc/ssh/ssh_host_ed25519_key.pub", "/var/lib/systemd/random-seed"]
+    for path in inherited:
+        await host.write_file(vm, path, b"the source's")
+    await host.write_file(vm, "/etc/ssh/ssh_config", b"not a key")
+    await host.standby(vm)
+    async with host.forks(vm, 1) as (fork,):
+        assert await told(
+            host, fork, "sh", "-c", f"ls {' '.join(inherited)} /etc/ssh/ssh_config 2>/dev/null; true"
+        ) == ("/etc/ssh/ssh_config")
+    await host.restore(vm)
+    assert (await told(host, vm, "sh", "-c", f"ls {' '.join(inherited)}")).split() == sorted(inherited)
 
 
 async def test_a_restored_machine_stays_itself(host: AsyncHost, vm: Instance) -> None:

@@ -7,13 +7,13 @@ from coppice.guest.channel import Channel
 from coppice.guest.protocol import Fields, FrameType, Value, encode_fields, encode_request
 from coppice.model import Record
 
-_END_SESSIONS, _THAW, _START_PROCESS = 1, 2, 4
+_END_SESSIONS, _THAW, _START_PROCESS, _NEW_MACHINE = 1, 2, 4, 8
 
 
 class Identity(Record, frozen=True, kw_only=True):
     """One message that makes a machine itself. What is None is left as it is.
 
-    `machine_id` says that this is a new machine: only then are saved random seeds removed, ssh host keys made anew, and the image's
+    `new_machine` says that it never was this machine before: only then are saved random seeds removed, ssh host keys made anew, and the image's
     /etc/coppice/on-fork run (which is not, where the same message starts the image's process).
     """
 
@@ -29,6 +29,7 @@ class Identity(Record, frozen=True, kw_only=True):
     dns: tuple[str, ...] = ()
     mtu: int | None = None
     payload: bytes | None = None  # becomes /run/coppice/payload
+    new_machine: bool = False
     end_sessions: bool = False  # those that the source had open
     thaw: bool = False
     start_process: bool = False
@@ -118,6 +119,7 @@ def encode_identity(identity: Identity) -> bytes:
         (_END_SESSIONS if identity.end_sessions else 0)
         | (_THAW if identity.thaw else 0)
         | (_START_PROCESS if identity.start_process else 0)
+        | (_NEW_MACHINE if identity.new_machine else 0)
     )
     fields: list[tuple[int, Value | None]] = [
         (1, identity.serial),

@@ -43,7 +43,8 @@ def identity_message(instance: Instance, *, booted: bool) -> Identity:
         entropy=secrets.token_bytes(ENTROPY_BYTES),
         clock_ns=time.time_ns(),
         hostname=instance.hostname,
-        machine_id=_derived(instance.id, "machine-id").hex()[:32] if first else None,
+        machine_id=_derived(instance.id, "machine-id").hex()[:32],
+        new_machine=first,
         boot_id=str(uuid.UUID(bytes=_derived(instance.id, "boot-id")[:16], version=4))
         if first and not booted
         else None,

@@ -224,7 +224,6 @@ struct machine {
     pid_t process; /* the image's */
     bool process_ended;
     int process_status;
-    bool boot_id_bound;
 };
 
 void control_serve(struct machine *m) __attribute__((noreturn));
@@ -235,6 +234,8 @@ int thaw(struct machine *m);
 bool identity(struct machine *m, const struct frame *request); /* answers by itself */
 void power_off(struct machine *m, uint64_t grace_ms);
 
+extern const char boot_id_path[];
+void mount_own_files(void);
 int put_file(const char *path, const char *data, size_t size, mode_t mode); /* 0 or an errno, all four */
 int put_line(const char *path, const char *text, mode_t mode);
 int put_hosts(const char *hostname);

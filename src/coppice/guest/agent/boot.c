@@ -189,6 +189,7 @@ static void furnish(void)
     struct rlimit files = {.rlim_cur = 1024, .rlim_max = 524288}; /* what init systems give */
     setrlimit(RLIMIT_NOFILE, &files);
     link_up_loopback();
+    mount_own_files();
 }
 
 int boot(void)

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -42,6 +43,50 @@ int put_line(const char *path, const char *text, mode_t mode)
 int remove_file(const char *path)
 {
     return unlink(path) < 0 && errno != ENOENT && errno != ENOTDIR ? errno : 0;
+}
+
+/* Programs find these files in /etc, but they are in memory, mounted over those of the image, as container runtimes do it. Each fork writes them
+ * anew: on the disk that would be its first write, and under emulation the way through two file systems and a journal costs tens of milliseconds. */
+static void mount_over(const char *own, const char *visible)
+{
+    if (mount(own, visible, NULL, MS_BIND, NULL) < 0)
+        say("%s cannot be changed: %s", visible, strerror(errno));
+}
+
+/* Programs read the boot-id from /proc, where the kernel does not let it be set. */
+const char boot_id_path[] = "/run/coppice/boot_id";
+
+static void mount_boot_id(void)
+{
+    static const char visible[] = "/proc/sys/kernel/random/boot_id";
+    char text[64];
+    ssize_t size = read_file(visible, text, sizeof text);
+    if (size > 0 && put_file(boot_id_path, text, (size_t)size, 0444) == 0)
+        mount_over(boot_id_path, visible);
+}
+
+void mount_own_files(void)
+{
+    static const char *const names[] = {"hostname", "hosts", "machine-id", "resolv.conf"};
+    static char text[65536];
+    mkdir("/run/coppice/etc", 0755);
+    for (size_t n = 0; n < sizeof names / sizeof *names; n++) {
+        char visible[32], own[48];
+        snprintf(visible, sizeof visible, "/etc/%s", names[n]);
+        snprintf(own, sizeof own, "/run/coppice/etc/%s", names[n]);
+        ssize_t size = read_file(visible, text, sizeof text);
+        int error = put_file(own, text, size > 0 ? (size_t)size : 0, strcmp(names[n], "machine-id") == 0 ? 0444 : 0644);
+        int fd = open(visible, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+        if (fd < 0) { /* there is none, or a symbolic link to what another program would manage */
+            unlink(visible);
+            fd = open(visible, O_RDONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+        }
+        if (fd >= 0)
+            close(fd);
+        if (!error && fd >= 0)
+            mount_over(own, visible);
+    }
+    mount_boot_id();
 }
 
 /* The line of the own name is replaced; all others stay as they are. */

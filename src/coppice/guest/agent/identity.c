@@ -29,9 +29,9 @@
 #define NOTHING_TO_DO (-1)
 #define HEX "0123456789abcdef"
 
-enum { END_SESSIONS = 1, THAW_FIRST = 2, START_PROCESS = 4 };
+enum { END_SESSIONS = 1, THAW_FIRST = 2, START_PROCESS = 4, NEW_MACHINE = 8 };
 
-static const char hook[] = "/etc/coppice/on-fork", payload_path[] = "/run/coppice/payload", boot_id_path[] = "/run/coppice/boot_id";
+static const char hook[] = "/etc/coppice/on-fork", payload_path[] = "/run/coppice/payload";
 
 struct identity {
     uint64_t serial, clock_ns, flags;
@@ -170,24 +170,16 @@ static int step_machine_id(struct machine *m, struct identity *i)
     return i->machine_id ? put_line("/etc/machine-id", i->machine_id, 0444) : NOTHING_TO_DO;
 }
 
-/* Programs read the boot-id from /proc, where the kernel does not let it be set: a file of our own is mounted over it. */
 static int step_boot_id(struct machine *m, struct identity *i)
 {
-    if (!i->boot_id)
-        return NOTHING_TO_DO;
-    int error = put_line(boot_id_path, i->boot_id, 0444);
-    if (!error && !m->boot_id_bound) {
-        if (mount(boot_id_path, "/proc/sys/kernel/random/boot_id", NULL, MS_BIND, NULL) < 0)
-            return errno;
-        m->boot_id_bound = true;
-    }
-    return error;
+    (void)m;
+    return i->boot_id ? put_line(boot_id_path, i->boot_id, 0444) : NOTHING_TO_DO;
 }
 
 static int step_random_seed(struct machine *m, struct identity *i)
 {
     (void)m;
-    if (!i->machine_id)
+    if (!(i->flags & NEW_MACHINE))
         return NOTHING_TO_DO;
     int error = remove_file("/var/lib/systemd/random-seed");
     return error ? error : remove_file("/var/lib/urandom/random-seed");
@@ -203,7 +195,7 @@ static bool is_host_key(const char *name)
 static int step_ssh_host_keys(struct machine *m, struct identity *i)
 {
     (void)m;
-    DIR *directory = i->machine_id ? opendir("/etc/ssh") : NULL;
+    DIR *directory = i->flags & NEW_MACHINE ? opendir("/etc/ssh") : NULL;
     if (!directory)
         return NOTHING_TO_DO;
     int error = 0;
@@ -240,7 +232,7 @@ static int step_network(struct machine *m, struct identity *i)
 static int step_payload(struct machine *m, struct identity *i)
 {
     (void)m;
-    int error = i->payload || i->machine_id ? remove_file(payload_path) : 0; /* the source's is not ours */
+    int error = i->payload || i->flags & NEW_MACHINE ? remove_file(payload_path) : 0; /* the source's is not ours */
     if (!i->payload)
         return error ? error : NOTHING_TO_DO;
     return error ? error : put_file(payload_path, (const char *)i->payload, i->payload_size, 0600);
@@ -250,7 +242,7 @@ static int step_payload(struct machine *m, struct identity *i)
 static int step_hook(struct machine *m, struct identity *i)
 {
     (void)m;
-    if (!i->machine_id || i->flags & START_PROCESS || access(hook, X_OK) < 0)
+    if (!(i->flags & NEW_MACHINE) || i->flags & START_PROCESS || access(hook, X_OK) < 0)
         return NOTHING_TO_DO;
     char *argv[] = {(char *)hook, NULL};
     char *env[] = {"PATH=" DEFAULT_PATH, "HOME=/root", i->payload ? "COPPICE_PAYLOAD=/run/coppice/payload" : NULL, NULL};

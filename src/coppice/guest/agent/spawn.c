@@ -93,7 +93,8 @@ static int execute(char **argv, char **env)
         size_t size = strcspn(at, ":");
         int written = snprintf(candidate, sizeof candidate, "%.*s/%s", size ? (int)size : 1, size ? at : ".", argv[0]);
         if (*argv[0] && written > 0 && written < (int)sizeof candidate) {
-            execve(candidate, argv, env);
+            if (access(candidate, F_OK) == 0) /* much cheaper than an execve that fails */
+                execve(candidate, argv, env);
             if (errno == EACCES)
                 error = EACCES;
             else if (errno != ENOENT && errno != ENOTDIR)
