@@ -53,10 +53,14 @@ def own_process() -> tuple[int, int]:
     return os.getpid(), start_ticks(os.getpid()) or 0
 
 
-def spawn(argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Iterable[int] = ()) -> VmmProcess:
+def spawn(
+    argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Iterable[int] = (), becomes: str | None = None
+) -> VmmProcess:
     """Start a detached process in `cwd` with stdout and stderr appended to `log`. Blocks for about a millisecond per 10 MiB of this process.
 
     No preexec_fn: it would turn vfork into fork, and copy the page tables of a large host process for each VMM.
+
+    `becomes` is the program that the first one replaces itself with, where it is a launcher.
 
     :raises MissingTool: there is no such program
     """
@@ -77,7 +81,7 @@ def spawn(argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Iterable[int] 
             ) from error
     ticks = start_ticks(child.pid) or 0
     try:
-        executable = str(Path(f"/proc/{child.pid}/exe").readlink())
+        executable = becomes or str(Path(f"/proc/{child.pid}/exe").readlink())
     except OSError:  # it has ended already
         executable, ticks = argv[0], 0
     _children[child.pid, ticks] = child
@@ -113,7 +117,8 @@ async def wait_exit(process: VmmProcess) -> int | None:
     except ProcessLookupError:
         return reap(process)
     try:
-        if is_alive(process):
+        # A child is waited for in any case: between its last instruction and its end it has no executable any more.
+        if (process.pid, process.start_ticks) in _children or is_alive(process):
             loop = asyncio.get_running_loop()
             ended: asyncio.Future[None] = loop.create_future()
             loop.add_reader(pidfd, _settle, ended)

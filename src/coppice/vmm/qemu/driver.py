@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ from coppice.vmm.qemu import command, host
 from coppice.vmm.qemu.monitor import monitor
 
 _LOG_TAIL = 2000
+# QEMU before 8.2 opens a mem-file for writing even where it maps it privately, and mode 0444 forbids that to everybody but root. In a user namespace of
+# its own it is root of its own files, and of nothing else.
+_ROOT_OF_ITS_OWN = ("unshare", "--user", "--map-root-user")
 _NOBODY = 65534
 _FIRST_USER = 0x40000000  # far above what distributions, containers and systemd hand out
 
@@ -94,11 +98,14 @@ class QemuDriver(VmmDriver):
                 socket_fds=sockets,
                 run_as=_unprivileged_user(launch.directory.name),
             )
+            launcher = [] if os.geteuid() == 0 else list(_ROOT_OF_ITS_OWN)
+            program = shutil.which(host.PROGRAM)
             return processes.spawn(
-                argv + arguments,
+                [*launcher, *argv, *arguments],
                 cwd=launch.directory,
                 log=launch.directory / files.VMM_LOG,
                 pass_fds=(*sockets.values(), *inherit),
+                becomes=str(Path(program).resolve()) if program and launcher else None,
             )
 
     async def _settle(self, directory: Path, process: VmmProcess) -> VmmProcess:
