@@ -23,7 +23,7 @@ from coppice.vmm import process as processes
 from coppice.vmm.driver import Capabilities, Launch, VmmDriver
 from fakes.faults import Faults
 from fakes.guest import FakeGuest
-from fakes.pids import is_paused
+from fakes.pids import ended, is_paused
 from fakes.ram import GuestState, Ram, make_ram
 
 PROGRAM = "fake-vmm"
@@ -106,7 +106,7 @@ class FakeDriver(VmmDriver):
     async def _started(self, step: str, process: VmmProcess, restored: Launch | None = None) -> VmmProcess:
         try:
             if restored:
-                _load_devices(restored, process)
+                await _load_devices(restored, process)
             await self.faults.reach(step, process)
         except BaseException:
             await processes.kill(process)
@@ -217,7 +217,7 @@ class FakeDriver(VmmDriver):
         await asyncio.gather(*self._guests.values())
 
 
-def _load_devices(launch: Launch, process: VmmProcess) -> None:
+async def _load_devices(launch: Launch, process: VmmProcess) -> None:
     """A vmstate that does not belong to this machine and to this very memory ends the VMM, as a real one would."""
     saved = msgspec.json.decode((launch.directory / files.VMSTATE).read_bytes(), type=DeviceState)
     instant = Ram(process.pid).state.generation
@@ -225,6 +225,7 @@ def _load_devices(launch: Launch, process: VmmProcess) -> None:
         with (launch.directory / files.VMM_LOG).open("a") as log:
             log.write(f"cannot load the vmstate: it is of {saved}, the memory is of generation {instant}\n")
         os.kill(process.pid, signal.SIGKILL)
+        await ended(process)  # before its guest could answer
 
 
 def _listeners(directory: Path) -> list[socket.socket]:
