@@ -184,7 +184,7 @@ class MemoryReport(Record, frozen=True, kw_only=True):
     mapped_bytes: int  # size of the guest RAM
     shared_bytes: int  # resident pages that are the mem-file's own
     unique_bytes: int  # pages that only this instance has: anonymous plus swapped, or its own file's blocks
-    vmm_overhead_bytes: int  # private memory of the VMM process outside of guest RAM
+    vmm_overhead_bytes: int  # anonymous memory of the VMM process outside of guest RAM, swapped or not
     inode: int | None
     link_count: int
     sharing: Sharing | None

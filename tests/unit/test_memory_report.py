@@ -127,7 +127,7 @@ def test_what_cannot_be_reported_is_an_error(fork: tuple[Path, MemFile]) -> None
 
 
 def usage(start: int, length: int, permissions: str, inode: int, rss: int) -> VmaUsage:
-    return VmaUsage(Vma(start, start + length, permissions, 0, FileIdentity("00:10", inode)), rss, rss, 0, rss)
+    return VmaUsage(Vma(start, start + length, permissions, 0, FileIdentity("00:10", inode)), rss, rss, 0)
 
 
 def test_translation_cache_is_not_guest_ram() -> None:

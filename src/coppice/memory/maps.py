@@ -57,7 +57,6 @@ class VmaUsage(NamedTuple):
     rss_bytes: int
     anonymous_bytes: int
     swap_bytes: int
-    private_bytes: int  # Private_Clean + Private_Dirty: resident, and mapped by this process only
 
 
 def parse_maps(text: bytes) -> list[Vma]:
@@ -78,7 +77,6 @@ def _usage(header: re.Match[bytes], block: bytes) -> VmaUsage:
         rss_bytes=_field(block, b"\nRss:"),
         anonymous_bytes=_field(block, b"\nAnonymous:"),
         swap_bytes=_field(block, b"\nSwap:"),
-        private_bytes=_field(block, b"\nPrivate_Clean:") + _field(block, b"\nPrivate_Dirty:"),
     )
 
 

@@ -108,7 +108,8 @@ def memory_report(pid: int | None, mem: MemFile | None, path: Path, *, memory_by
         mapped_bytes=sum(usage.vma.length for usage in found.ram),
         shared_bytes=shared,
         unique_bytes=unique,
-        vmm_overhead_bytes=sum(usage.private_bytes + usage.swap_bytes for usage in found.rest),
+        # Not Private_Clean: a page of QEMU's program that only one process happens to map is page cache all the same.
+        vmm_overhead_bytes=sum(usage.anonymous_bytes + usage.swap_bytes for usage in found.rest),
         inode=inode,
         link_count=links,
         sharing=None if found.backing is Backing.NONE else sharing,
