@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import subprocess
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
-from coppice.errors import VmmTimeout
+from conftest import HostFactory
+from coppice.errors import IntegrityError, NoSpace, VmmError, VmmTimeout
 from coppice.host import AsyncHost
-from coppice.instance import capture
-from coppice.memory.capture import PrivateCapture
+from coppice.instance import capture, destroy, recovery
+from coppice.instance.rooms import Rooms
 from coppice.model import Instance, State
+from coppice.store.store import Store
 from coppice.vmm import driver as files
+from coppice.vmm.driver import Launch
+from coppice.vmm.process import start_ticks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make
+from fakes.rooms import DEADLINES, open_rooms
 
 # Captures
 
@@ -39,25 +50,6 @@ async def test_a_commit_that_is_cancelled_is_a_commit(
     assert driver.faults.reached["resume"] == 0
     (oak,) = await assert_tidy(fake_host, "oak")
     assert oak.state is State.STANDBY
-
-
-async def test_the_disk_is_not_frozen_while_memory_is_cloned(
-    fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clone without reflinks takes its time, and a guest thaws by itself: frozen first, it would be captured with a dirty disk."""
-    oak = await make(fake_host, State.STANDBY)
-    await fake_host.restore("oak")
-    frozen: list[bool] = []
-    prepare = PrivateCapture.prepare
-
-    def looked_at(self: PrivateCapture) -> None:
-        frozen.append(driver.guest_state(fake_host.rooms.directory(oak.id)).frozen)
-        prepare(self)
-
-    monkeypatch.setattr(PrivateCapture, "prepare", looked_at)
-    oak, _ = await fake_host.standby("oak")
-    assert frozen == [False]
-    assert oak.frozen
 
 
 async def test_the_disk_of_a_capture_survives_a_power_cut(
@@ -91,3 +83,169 @@ async def test_a_guest_that_cannot_be_resumed_is_said_to_be_paused(fake_host: As
     await fake_host.standby("oak")
     await fake_host.restore("oak")
     assert await ask(fake_host, "oak", "recall", "key") == "value"
+
+
+# Errors of the operating system
+
+
+def no_room() -> OSError:
+    """What a full disk says where nobody has translated it yet."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def test_a_full_disk_takes_one_fork_and_not_its_siblings(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """A log, a socket, a lock: any of them may find no room. That is a child's own failure, with the error that says so."""
+    await make(fake_host, State.TEMPLATE)
+    driver.faults.fail_at("restore", nth=2, error=no_room)
+    report = await fake_host.fork("oak", names=["elm", "fir", "yew"], count=3)
+    assert sorted(result.error_code or "" for result in report.results) == ["", "", NoSpace.code]
+    await assert_tidy(fake_host, "oak", *(instance.name for instance in report.instances))
+
+
+@pytest.mark.parametrize("operation", ["run", "restore", "standby"])
+async def test_a_full_disk_is_said_to_be_one(fake_host: AsyncHost, driver: FakeDriver, operation: str) -> None:
+    """Exit code 5 and what to do, not a traceback."""
+    failing: Coroutine[Any, Any, object]
+    match operation:
+        case "run":
+            driver.faults.fail_at("boot", error=no_room)
+            failing = boot(fake_host)
+        case "restore":
+            await make(fake_host, State.STANDBY)
+            driver.faults.fail_at("restore", error=no_room)
+            failing = fake_host.restore("oak")
+        case _:
+            await boot(fake_host)
+            driver.faults.fail_at("save_devices", error=no_room)
+            failing = fake_host.standby("oak")
+    with pytest.raises(NoSpace) as failure:
+        await failing
+    assert failure.value.hint
+    await assert_tidy(fake_host, *([] if operation == "run" else ["oak"]))
+
+
+def store_of_the_dead(host: AsyncHost) -> Store:
+    """The database as a process that is dead now had it open."""
+    process = subprocess.Popen(["sleep", "100"])
+    store = Store(host.rooms.layout.database, (process.pid, start_ticks(process.pid) or 0))
+    process.kill()
+    process.wait()
+    return store
+
+
+@pytest.mark.parametrize("gone", [files.MEMORY, files.VMSTATE, files.OVERLAY_DISK])
+async def test_files_that_somebody_removed_do_not_bar_the_data_directory(
+    fake_host: AsyncHost, make_host: HostFactory, gone: str
+) -> None:
+    """A committed capture that can never be finished: the others are served, this one is Stopped and can be removed."""
+    oak = await make(fake_host, State.STANDBY)
+    directory = fake_host.rooms.directory(oak.id)
+    store = await asyncio.to_thread(store_of_the_dead, fake_host)
+    store.begin(msgspec.structs.replace(oak, state=State.RUNNING), capture.COMMITTED)
+    store.close()
+    (directory / gone).unlink()
+    async with make_host() as host:
+        assert [found.state for found in await host.ls()] == [State.STOPPED]
+        await host.rm("oak")
+        await assert_tidy(host)
+
+
+async def test_a_run_is_recorded_before_its_lock_is_made(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record first, act second: a host that dies between the two leaves no lock file that only `gc` finds."""
+    create = fake_host.rooms.store.create
+
+    def looked_at(instances: list[Instance], operation: str) -> None:
+        assert list(fake_host.rooms.layout.locks.iterdir()) == []
+        create(instances, operation)
+
+    monkeypatch.setattr(fake_host.rooms.store, "create", looked_at)
+    await boot(fake_host, start=False)
+
+
+async def test_a_host_that_cannot_be_opened_is_closed(
+    fake_home: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`async with` does not close what it could not open: no database stays open."""
+
+    async def fails(*_: object, **__: object) -> list[str]:
+        raise no_room()
+
+    monkeypatch.setattr(recovery, "recover", fails)
+    host = AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms)
+    with pytest.raises(OSError, match="No space"):
+        await host.open()
+    with pytest.raises(RuntimeError, match="open the host first"):
+        _ = host.rooms
+
+
+# Memory and disk of one instant
+
+
+@pytest.mark.parametrize("operation", ["restore", "fork", "fork to standby"])
+async def test_memory_is_not_used_with_a_disk_that_has_moved_on(fake_host: AsyncHost, operation: str) -> None:
+    """Somebody mounted it, or a VMM that nobody knows of ran on it: the guest would find another file system than it remembers."""
+    oak = await make(fake_host, State.STANDBY)
+    disk = fake_host.rooms.directory(oak.id) / files.OVERLAY_DISK
+    with disk.open("r+b") as stream:
+        stream.write(b"somebody was here")
+    if operation == "restore":
+        with pytest.raises(IntegrityError, match="not of one instant"):
+            await fake_host.restore("oak")
+    else:
+        target = State.RUNNING if operation == "fork" else State.STANDBY
+        (result,) = (await fake_host.fork("oak", target=target)).results
+        assert result.error_code == IntegrityError.code
+    await assert_tidy(fake_host, "oak")
+
+
+async def test_a_fork_resolves_what_was_interrupted_on_its_source(
+    fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver
+) -> None:
+    """Another host died while it restored the source, after this one was opened: its VMM is not left to write to the disk that is cloned."""
+    oak = await make(fake_host, State.STANDBY)
+    store = await asyncio.to_thread(store_of_the_dead, fake_host)
+    store.begin(oak, "restore")
+    store.close()
+    launch = Launch(
+        directory=fake_host.rooms.directory(oak.id),
+        machine=oak.machine,
+        mac="02:00:00:00:00:01",
+        manifest=await driver.manifest(oak.machine),
+    )
+    started = await driver.restore(launch)
+    report = await fake_host.fork("oak", names=["elm"])
+    assert report.succeeded == 1
+    assert not driver.alive(started)
+    await assert_tidy(fake_host, "oak", "elm")
+
+
+# All or nothing
+
+
+async def test_an_undone_fan_out_is_undone_by_the_next_host_too(
+    fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host that undoes it may die as well: the journal names also the forks that were whole already."""
+    await make(fake_host, State.TEMPLATE)
+    journalled: set[str] = set()
+    destroyed = destroy.destroy
+
+    async def looked_at(rooms: Rooms, instance: Instance) -> None:
+        entry = rooms.store.journal_entry(instance.id)
+        if any(found.id == instance.id for found in rooms.store.instances()):
+            journalled.add(entry.operation if entry else "nothing")
+        await destroyed(rooms, instance)
+
+    monkeypatch.setattr(destroy, "destroy", looked_at)
+    gate = driver.faults.hold_at("restore", nth=2)
+    driver.faults.fail_at("restore", nth=2)
+    task = asyncio.create_task(fake_host.fork("oak", names=["elm", "fir"], count=2, atomic=True))
+    await asyncio.wait_for(gate.reached.wait(), 10)
+    async with asyncio.timeout(10):
+        while not [vm for vm in await fake_host.ls() if vm.parent and vm.state is State.RUNNING]:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0.01)
+    gate.release.set()
+    with pytest.raises(VmmError):
+        await task
+    assert "nothing" not in journalled
+    await assert_tidy(fake_host, "oak")

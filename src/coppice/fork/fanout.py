@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import CoppiceError
+from coppice.disk.atomic import os_errors
+from coppice.errors import CoppiceError, HostCannot
 from coppice.fork.plan import OPERATION, ForkRequest, plan, takes_memory
 from coppice.instance import activate, destroy
 from coppice.instance import directory as directories
@@ -48,8 +50,9 @@ async def fan_out(
         nonlocal settled
         async with slots:
             try:
-                async with locks.hold(rooms.layout.lock(instance.id), what=instance.name):
-                    result: ForkResult | CoppiceError = await _grow(rooms, source, instance, request.target)
+                with os_errors(f"fork {instance.name}"):  # not a bug: it must not take the siblings with it
+                    async with locks.hold(rooms.layout.lock(instance.id), what=instance.name):
+                        result: ForkResult | CoppiceError = await _grow(rooms, source, instance, request.target)
             except CoppiceError as error:
                 result = error
         settled += 1
@@ -120,12 +123,15 @@ async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State) 
 
 def _place(rooms: Rooms, source: Instance, child: Instance, target: State) -> directories.Placed:
     directory = rooms.directory(child.id)
+    with_memory = takes_memory(source, target)
+    if with_memory:
+        directories.require_current(rooms.directory(source.id), source)
     directories.create(directory)
     return directories.place_fork(
         rooms.directory(source.id),
         directory,
         source,
-        with_memory=takes_memory(source, target),
+        with_memory=with_memory,
         shareable=rooms.driver.capabilities.maps_mem_file_privately,
     )
 
@@ -144,4 +150,7 @@ async def _abandon(
 
 
 async def _destroy_all(rooms: Rooms, children: list[Instance]) -> None:
+    # Also those that are whole, whose journal rows are gone: a host that dies now must not leave some of them, or half of one.
+    with contextlib.suppress(HostCannot):  # no room for the journal: they go all the same
+        await in_thread(rooms.store.begin_removal, children)
     await asyncio.gather(*(destroy.destroy(rooms, child) for child in children))

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from coppice.completion import in_thread
+from coppice.disk.atomic import os_errors
 from coppice.disk.overlay import OverlayStore
 from coppice.errors import NotFound
 from coppice.guest.agent import agent_binary
@@ -89,14 +91,18 @@ class HostBase:
     async def open(self) -> Self:
         """Open the data directory, making it where it is not there, and recover what was interrupted."""
         if self._opened is None:
-            self._opened = await asyncio.to_thread(self._open)
-            await recovery.recover(self._opened)
+            try:
+                await in_thread(self._open)
+                await recovery.recover(self.rooms)
+            except BaseException:
+                await self.close()
+                raise
         return self
 
-    def _open(self) -> Rooms:
+    def _open(self) -> None:
         layout = Layout(self._home.absolute())
         layout.create()
-        return self._open_rooms(layout, self._driver, self._deadlines)
+        self._opened = self._open_rooms(layout, self._driver, self._deadlines)
 
     async def close(self) -> None:
         """Close the data directory. Instances live on. Idempotent."""
@@ -125,15 +131,19 @@ class HostBase:
 
         :raises IllegalTransition: the operation is not legal now
         :raises Busy: another operation holds it for too long
+        :raises NoSpace: the disk is full
         """
         instance = await recovery.look(self.rooms, await self._get(reference))
+        if shared:
+            await recovery.recover(self.rooms, only=instance.id)
         lock = self.rooms.layout.lock(instance.id)
-        async with locks.hold(lock, shared=shared, deadline_s=self.rooms.deadlines.lock, what=instance.name):
-            try:
-                instance = await self._get(instance.id)
-                if not shared:
-                    instance = await recovery.look(self.rooms, instance, locked=True)
-            except NotFound:
-                lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
-                raise
-            yield instance, require(operation, instance)
+        with os_errors(f"{operation} {instance.name}"):
+            async with locks.hold(lock, shared=shared, deadline_s=self.rooms.deadlines.lock, what=instance.name):
+                try:
+                    instance = await self._get(instance.id)
+                    if not shared:
+                        instance = await recovery.look(self.rooms, instance, locked=True)
+                except NotFound:
+                    lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+                    raise
+                yield instance, require(operation, instance)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import msgspec
 
 from coppice.completion import complete, in_thread
+from coppice.disk.atomic import os_errors
 from coppice.errors import CoppiceError, UsageError
 from coppice.fork.fanout import fan_out
 from coppice.fork.plan import OPERATION as FORK
@@ -99,20 +100,25 @@ class Lifecycle(HostBase):
             tags=check_tags(tags or {}),
             publish=tuple(publish),
         )
-        stages = Stages()
-        async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
-            try:
-                await in_thread(self.rooms.store.create, [instance], "run")
+        with os_errors(f"run {instance.name}"):
+            return await self._make(instance, start=start, progress=progress)
+
+    async def _make(self, instance: Instance, *, start: bool, progress: ProgressSink) -> Instance:
+        try:
+            await in_thread(
+                self.rooms.store.create, [instance], "run"
+            )  # first: a lock file without a record is nobody's
+            async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
                 await in_thread(self._place_new, instance)
                 if start:
                     progress(Progress(stage="boot"))
-                    return await activate.boot(self.rooms, instance, stages)
+                    return await activate.boot(self.rooms, instance, Stages())
                 stopped = msgspec.structs.replace(instance, state=State.STOPPED)
                 await in_thread(self.rooms.store.save, stopped, done=True)
                 return stopped
-            except BaseException:
-                await complete(destroy.destroy(self.rooms, instance))
-                raise
+        except BaseException:
+            await complete(destroy.destroy(self.rooms, instance))
+            raise
 
     async def _kernel(self, key: str | None, progress: ProgressSink) -> str:
         if key is not None:

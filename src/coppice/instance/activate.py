@@ -77,6 +77,7 @@ async def restore(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
     with stages.stage("check"):
         require_same_host(instance.manifest, await rooms.driver.manifest(instance.machine), instance.name)
         await in_thread(memfile.check, directory / files.MEMORY, instance.mem_file)
+        await in_thread(directories.require_current, directory, instance)
         kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
         stub = await in_thread(rooms.kernels.stub, kernel)
         await in_thread(directories.place_kernel, directory, *stub)

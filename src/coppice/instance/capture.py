@@ -53,7 +53,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
     try:
         await in_thread(rooms.store.begin, instance, OPERATION)
         if capture is not None:
-            with stages.stage("prepare"):  # before the freeze: a clone may take longer than the guest stays frozen
+            with stages.stage("prepare"):  # before the sync: a clone may take long, and the guest writes on
                 await in_thread(capture.prepare)
         with stages.stage("sync"):
             await sync_disk(rooms, instance)
@@ -74,7 +74,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
     except BaseException:
         if await complete(
             _committed(rooms, instance)
-        ):  # cancelled as it was committed: the guest must not run on, it would change the disk
+        ):  # it was cancelled too late: if the guest ran on, it would change the disk
             await complete(finish(rooms, instance, stages))
         else:
             await complete(undo(rooms, instance, capture))

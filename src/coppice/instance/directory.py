@@ -17,7 +17,7 @@ from coppice.disk.atomic import is_temporary
 from coppice.disk.clone import clone_file
 from coppice.disk.link import link_or_copy
 from coppice.disk.overlay import OverlayStore
-from coppice.errors import NoSpace
+from coppice.errors import IntegrityError, NoSpace
 from coppice.memory import memfile
 from coppice.model import Instance, MemFile, Sharing
 from coppice.vmm import driver as files
@@ -130,6 +130,18 @@ def capture_is_current(directory: Path, stamp: str) -> bool:
     if not all((directory / name).exists() for name in (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK)):
         return False
     return disk_stamp(directory) == stamp
+
+
+def require_current(directory: Path, instance: Instance) -> None:
+    """Refuse a capture whose disk has moved on: its memory knows another file system than it would find.
+
+    :raises IntegrityError: memory, vmstate or disk is missing, or the disk was written to since the capture
+    """
+    if not capture_is_current(directory, instance.disk_stamp):
+        raise IntegrityError(
+            f"the memory and the disk of {instance.name} are not of one instant: a file is gone, or the disk was written to",
+            hint="something else has worked in its directory; remove it, and capture its source again",
+        )
 
 
 def _link(source: Path, destination: Path) -> None:

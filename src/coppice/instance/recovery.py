@@ -11,7 +11,8 @@ import logging
 import msgspec
 
 from coppice.completion import in_thread
-from coppice.errors import CoppiceError, NotFound
+from coppice.disk.atomic import os_errors
+from coppice.errors import CoppiceError, IntegrityError, NotFound
 from coppice.instance import capture, destroy, live
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
@@ -27,11 +28,14 @@ _HAS_RUN = frozenset({State.RUNNING, State.PAUSED, State.SHUTDOWN})
 _WITH_VMM = frozenset({State.INITIALIZING, State.RUNNING, State.PAUSED, State.SHUTDOWN})
 
 
-async def recover(rooms: Rooms) -> list[str]:
-    """Resolve every interrupted operation; return what was done, a line each. What another process resolves meanwhile is left to it."""
+async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
+    """Resolve every interrupted operation, or that of the instance `only`; return what was done, a line each.
+
+    What another process resolves meanwhile is left to it, and what cannot be resolved keeps nobody from the rest.
+    """
     done: list[str] = []
     for entry in await in_thread(rooms.store.journal):
-        if not _interrupted(entry):
+        if only not in (None, entry.instance) or not _interrupted(entry):
             continue
         lock = rooms.layout.lock(entry.instance)
         descriptor = locks.try_lock(lock)
@@ -64,12 +68,22 @@ def _interrupted(entry: JournalEntry) -> bool:
 async def _resolve(rooms: Rooms, entry: JournalEntry) -> str:
     instance = await in_thread(rooms.store.get, entry.instance)
     what = f"{entry.operation} of {instance.name} was interrupted"
+    with os_errors(f"resolve that {what}"):
+        return await _resolved(rooms, entry, instance, what)
+
+
+async def _resolved(rooms: Rooms, entry: JournalEntry, instance: Instance, what: str) -> str:
     match entry.operation:
         case "run" | "fork" | "rm":
             await destroy.destroy(rooms, instance)
             return f"{what}: removed"
         case capture.COMMITTED:
-            await capture.finish(rooms, instance, Stages())
+            try:
+                with os_errors(f"finish the capture of {instance.name}"):
+                    await capture.finish(rooms, instance, Stages())
+            except IntegrityError as error:  # its files are gone: somebody else has removed them
+                settled = await settle(rooms, instance, error.message)
+                return f"{what}: {settled.state}"
             return f"{what}: finished"
         case capture.OPERATION | live.OPERATION if instance.vmm is not None and rooms.driver.alive(instance.vmm):
             await capture.undo(rooms, instance)
@@ -87,7 +101,8 @@ async def settle(rooms: Rooms, instance: Instance, reason: str) -> Instance:
     """
     directory = rooms.directory(instance.id)
     await destroy.end_vmm(rooms, instance)
-    await in_thread(directories.clear_runtime, directory)
+    with os_errors(f"bring {instance.name} to rest"):
+        await in_thread(directories.clear_runtime, directory)
     whole = (
         instance.mem_file is not None
         and instance.state not in _HAS_RUN

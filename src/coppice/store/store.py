@@ -167,6 +167,13 @@ class Store:
                 (instance.state, _encode(instance), instance.id),
             )
 
+    def begin_removal(self, instances: Iterable[Instance]) -> None:
+        """Record that instances are to be removed, whatever they are now; those that are not there are left out."""
+        with self._db.write() as connection:
+            for instance in instances:
+                if connection.execute("SELECT 1 FROM instances WHERE id = ?", (instance.id,)).fetchone():
+                    self._journal(connection, instance.id, "rm")
+
     def forget(self, instance_id: str) -> None:
         """Remove the record and the journal row of an instance whose directory is gone. Idempotent."""
         with self._db.write() as connection:
