@@ -112,11 +112,13 @@ class Channel:
     async def reply(self) -> Fields:
         """The final reply to a request that has one.
 
+        :raises GuestTimeout: it did not come in time, whatever else came
         :raises GuestRefused: the agent answered with an error
         """
-        frame = await self.receive()
-        while frame.type == FrameType.WINDOW:  # what the agent had still to say of data that it has taken
-            frame = await self.receive()
+        async with deadline(self.patience_s, "no reply"):  # one for all: a guest that talks on and on has not answered
+            frame = await self.receive(patience_s=None)
+            while frame.type == FrameType.WINDOW:  # what the agent had still to say of data that it has taken
+                frame = await self.receive(patience_s=None)
         return self.final(frame)
 
     def final(self, frame: Frame, expected: FrameType = FrameType.OK) -> Fields:

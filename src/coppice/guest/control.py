@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from coppice.errors import GuestProtocolError, UsageError
 from coppice.guest.channel import Channel
 from coppice.guest.protocol import Fields, FrameType, Value, encode_fields, encode_request
 from coppice.model import Record
 
+_MICROSECONDS = re.compile(r"[0-9]{1,12}")  # a guest that means harm sends numbers that no float holds
 _END_SESSIONS, _THAW, _START_PROCESS, _NEW_MACHINE = 1, 2, 4, 8
 
 
@@ -78,7 +81,7 @@ class Control:
                 hint="something in the guest answers for its agent: do not use this machine",
             )
         steps = (line.partition("=") for line in reply.texts(2))
-        return {name: int(us) / 1000 for name, _, us in steps if us.isascii() and us.isdigit()}
+        return {name: int(us) / 1000 for name, _, us in steps if _MICROSECONDS.fullmatch(us)}
 
     async def health(self) -> Health:
         """Ask PID 1 how it is."""

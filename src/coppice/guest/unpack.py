@@ -133,7 +133,7 @@ def _stays_inside(target: str, depth: int) -> bool:
     """
     parts = [part for part in target.split("/") if part not in ("", ".")]
     up = next((index for index, part in enumerate(parts) if part != ".."), len(parts))
-    return not target.startswith("/") and up < depth and ".." not in parts[up:]
+    return not target.startswith("/") and "\0" not in target and up < depth and ".." not in parts[up:]
 
 
 def _write(stream: BinaryIO, directory: int, base: str, member: tarfile.TarInfo, budget: Budget) -> None:
@@ -183,17 +183,17 @@ def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
             continue
         member.name = records.get("path", member.name)
         member.linkname = records.get("linkpath", member.linkname)
-        member.size = _number(records.get("size"), member.size) if member.isreg() else 0
-        member.mtime = _number(records.get("mtime"), int(member.mtime))
+        member.size = _number(records.get("size"), member.size, signed=False) if member.isreg() else 0
+        member.mtime = _number(records.get("mtime"), int(member.mtime), signed=True)
         records = {}
         yield member
 
 
-def _number(text: str | None, default: int) -> int:
+def _number(text: str | None, default: int, *, signed: bool) -> int:
     number = default
     if text is not None and re.fullmatch(r"-?\d{1,18}(\.\d*)?", text, re.ASCII):
         number = int(text.partition(".")[0])
-    if abs(number) >= 1 << 62:
+    if abs(number) >= 1 << 62 or (number < 0 and not signed):
         raise GuestProtocolError("the guest sent a header with a number that makes no sense", hint="try again")
     return number
 
