@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from ipaddress import ip_address
 
 from coppice.errors import InvalidName, UsageError
-from coppice.model import GIB, MIB
+from coppice.model import GIB, MIB, Publish
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _ID = re.compile(r"[a-z][a-z0-9]{23}")
@@ -89,6 +90,30 @@ def check_env(env: Mapping[str, str]) -> dict[str, str]:
                 f"{key!r} is not a valid environment variable", hint="use KEY=VALUE, KEY of letters, digits and _"
             )
     return dict(env)
+
+
+def check_publish(ports: Sequence[Publish]) -> tuple[Publish, ...]:
+    """Return valid forwarded ports as a tuple. They become options of the VMM: an address is an address and nothing else.
+
+    :raises UsageError: a port is out of range, or an address is none
+    """
+    for port in ports:
+        if not (1 <= port.host_port <= 65535 and 1 <= port.guest_port <= 65535 and port.protocol in ("tcp", "udp")):
+            raise UsageError(
+                f"{port.host_port}:{port.guest_port}/{port.protocol} cannot be published",
+                hint="ports are 1 to 65535, protocols tcp and udp",
+            )
+        if not _is_address(port.host_address):
+            raise UsageError(f"{port.host_address!r} is not an IP address", hint="write one such as 127.0.0.1")
+    return tuple(ports)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text  # the zone of an IPv6 address may be any text
 
 
 def check_machine(cpus: int, memory_bytes: int, overlay_bytes: int) -> None:

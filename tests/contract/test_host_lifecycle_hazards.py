@@ -14,11 +14,11 @@ import msgspec
 import pytest
 
 from conftest import HostFactory
-from coppice.errors import IntegrityError, NoSpace, VmmError, VmmTimeout
+from coppice.errors import IntegrityError, NoSpace, UsageError, VmmError, VmmTimeout
 from coppice.host import AsyncHost
 from coppice.instance import capture, destroy, recovery
 from coppice.instance.rooms import Rooms
-from coppice.model import Instance, State
+from coppice.model import Instance, Publish, State
 from coppice.store.store import Store
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
@@ -248,4 +248,14 @@ async def test_an_undone_fan_out_is_undone_by_the_next_host_too(
     with pytest.raises(VmmError):
         await task
     assert "nothing" not in journalled
+    await assert_tidy(fake_host, "oak")
+
+
+@pytest.mark.parametrize("operation", ["run", "fork"])
+async def test_a_port_that_is_no_port_is_refused_before_anything_is_made(fake_host: AsyncHost, operation: str) -> None:
+    """The library is a boundary as much as the command line is."""
+    await make(fake_host, State.STANDBY)
+    ports = [Publish(host_port=8080, guest_port=80, host_address="0.0.0.0,restrict=off")]
+    with pytest.raises(UsageError):
+        await (fake_host.fork("oak", publish=ports) if operation == "fork" else boot(fake_host, "elm", publish=ports))
     await assert_tidy(fake_host, "oak")

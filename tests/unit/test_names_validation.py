@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coppice.errors import InvalidName, UsageError
-from coppice.model import GIB, MIB
+from coppice.model import GIB, MIB, Publish
 from coppice.names import (
     MAX_CPUS,
     MAX_FORKS,
@@ -20,6 +20,7 @@ from coppice.names import (
     check_env,
     check_machine,
     check_name,
+    check_publish,
     check_reference,
     check_tags,
     is_id,
@@ -188,3 +189,26 @@ def test_impossible_counts_are_refused(count: int) -> None:
     with pytest.raises(UsageError):
         check_count(count)
     assert check_count(MAX_FORKS) == MAX_FORKS
+
+
+@pytest.mark.parametrize(
+    "port",
+    [
+        Publish(host_port=0, guest_port=80),
+        Publish(host_port=80, guest_port=65536),
+        Publish(host_port=80, guest_port=80, host_address="localhost"),
+        Publish(host_port=80, guest_port=80, host_address=""),
+        Publish(host_port=80, guest_port=80, host_address="127.0.0.1,guestfwd=tcp:10.0.2.9:1-cmd:reboot"),
+        Publish(host_port=80, guest_port=80, host_address="fe80::1%,guestfwd=tcp:10.0.2.9:1-cmd:reboot"),
+    ],
+)
+def test_what_is_no_port_cannot_be_published(port: Publish) -> None:
+    """It becomes an option of the VMM: whatever else is in it would be one too."""
+    with pytest.raises(UsageError):
+        check_publish([port])
+
+
+def test_ports_of_either_family_are_published() -> None:
+    """As they are."""
+    ports = (Publish(host_port=1, guest_port=65535), Publish(host_port=80, guest_port=80, host_address="::1"))
+    assert check_publish(ports) == ports

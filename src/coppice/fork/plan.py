@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from coppice.errors import IllegalTransition, UsageError
 from coppice.lifecycle import Operation, require
 from coppice.model import Instance, Publish, Record, State
-from coppice.names import check_count, check_name, check_tags, new_id, new_name
+from coppice.names import check_count, check_name, check_publish, check_tags, new_id, new_name
 
 OPERATION = "fork"  # journal: a child that is not whole yet
 
@@ -59,7 +59,7 @@ def make_request(
         target=target,
         atomic=atomic,
         tags=check_tags(tags),
-        publish=tuple(publish),
+        publish=check_publish(publish),
         from_running=from_running,
     )
 

@@ -33,7 +33,7 @@ from coppice.model import (
     State,
     no_progress,
 )
-from coppice.names import check_env, check_machine, check_name, check_tags, new_id, new_name
+from coppice.names import check_env, check_machine, check_name, check_publish, check_tags, new_id, new_name
 from coppice.store import locks
 from coppice.timing import Stages
 
@@ -98,7 +98,7 @@ class Lifecycle(HostBase):
             ),
             hostname=check_name(hostname) if hostname is not None else chosen_name,
             tags=check_tags(tags or {}),
-            publish=tuple(publish),
+            publish=check_publish(publish),
         )
         with os_errors(f"run {instance.name}"):
             return await self._make(instance, start=start, progress=progress)
