@@ -135,6 +135,41 @@ def test_names_in_proc_do_not_confuse_it(tmp_path: Path) -> None:
             odd.kill()
 
 
+async def test_no_file_grows_beyond_its_limit(tmp_path: Path) -> None:
+    """A guest writes to its console as it likes: the log has an end, and the VMM lives on there."""
+    go, tell = os.pipe()
+    script = f"read word </proc/self/fd/{go}; head -c 3000000 /dev/zero; exec sleep 1000"
+    process = spawn(["sh", "-c", script], cwd=tmp_path, log=tmp_path / "log", pass_fds=[go], largest_file=1 << 20)
+    os.close(go)
+    os.write(tell, b"now\n")
+    os.close(tell)
+    async with asyncio.timeout(10):
+        while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":  # noqa: ASYNC110 - an exec has no event
+            await asyncio.sleep(0.01)
+    assert (tmp_path / "log").stat().st_size == 1 << 20
+    await kill(msgspec.structs.replace(process, executable=str(Path(f"/proc/{process.pid}/exe").readlink())))
+
+
+async def test_a_launcher_is_known_by_what_it_becomes(tmp_path: Path) -> None:
+    """Before that it would be taken for dead: a wait for its end would return at once, and a kill would leave it."""
+    program = os.path.realpath(shutil.which("sleep") or "")
+    slow = ["sh", "-c", f"i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exec {program} 1000"]
+    process = spawn(slow, cwd=tmp_path, log=tmp_path / "log", becomes=program)
+    assert is_alive(process)
+    await kill(process)
+    assert not Path(f"/proc/{process.pid}").exists()
+
+
+async def test_a_launcher_that_fails_is_a_process_that_ended(tmp_path: Path) -> None:
+    """It never becomes anything: that is no reason to wait for it."""
+    async with asyncio.timeout(5):
+        process = await asyncio.to_thread(
+            spawn, ["sh", "-c", "exit 3"], cwd=tmp_path, log=tmp_path / "log", becomes="/usr/bin/sleep"
+        )
+        assert not process.start_ticks
+        assert await wait_exit(process) == 3
+
+
 def test_a_missing_program_is_said_so(tmp_path: Path) -> None:
     """With the way to its cure."""
     with pytest.raises(MissingTool, match="no-such-vmm") as refusal:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ParamSpec
@@ -54,13 +56,20 @@ def own_process() -> tuple[int, int]:
 
 
 def spawn(
-    argv: Sequence[str], *, cwd: Path, log: Path, pass_fds: Iterable[int] = (), becomes: str | None = None
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    log: Path,
+    pass_fds: Iterable[int] = (),
+    becomes: str | None = None,
+    largest_file: int | None = None,
 ) -> VmmProcess:
     """Start a detached process in `cwd` with stdout and stderr appended to `log`. Blocks for about a millisecond per 10 MiB of this process.
 
     No preexec_fn: it would turn vfork into fork, and copy the page tables of a large host process for each VMM.
 
-    `becomes` is the program that the first one replaces itself with, where it is a launcher.
+    `becomes` is the program that the first one replaces itself with, where it is a launcher. No file can grow beyond `largest_file` bytes by
+    the process: to write more fails (EFBIG) and does not end it.
 
     :raises MissingTool: there is no such program
     """
@@ -74,18 +83,39 @@ def spawn(
                 stderr=output,
                 start_new_session=True,
                 pass_fds=tuple(pass_fds),
+                restore_signals=False,  # Python ignores SIGXFSZ, and so must the process: by default it would be ended at the limit
             )
         except FileNotFoundError as error:
             raise MissingTool(
                 f"the program {argv[0]} is not installed", hint="run `coppice doctor` for the cure"
             ) from error
+    if largest_file is not None:
+        _limit_files(child.pid, largest_file)
     ticks = start_ticks(child.pid) or 0
     try:
-        executable = becomes or str(Path(f"/proc/{child.pid}/exe").readlink())
+        executable = _executable_once(child, becomes)
     except OSError:  # it has ended already
         executable, ticks = argv[0], 0
     _children[child.pid, ticks] = child
     return VmmProcess(pid=child.pid, start_ticks=ticks, executable=executable)
+
+
+def _limit_files(pid: int, largest: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        limit = largest if hard == resource.RLIM_INFINITY else min(largest, hard)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def _executable_once(child: subprocess.Popen[bytes], becomes: str | None) -> str:
+    """The program that a process runs; of a launcher, once it runs what it `becomes`: until then nobody would know it for alive, nor end it."""
+    link = Path(f"/proc/{child.pid}/exe")
+    executable = str(link.readlink())
+    end = time.monotonic() + _EXIT_DEADLINE_S
+    while becomes is not None and executable != becomes and time.monotonic() < end:
+        time.sleep(0.0005)  # an exec has no event
+        executable = str(link.readlink())  # raises when it has ended: a zombie has no program
+    return executable
 
 
 async def start_in_thread(start: Callable[P, VmmProcess], *args: P.args, **kwargs: P.kwargs) -> VmmProcess:
@@ -117,8 +147,7 @@ async def wait_exit(process: VmmProcess) -> int | None:
     except ProcessLookupError:
         return reap(process)
     try:
-        # A child is waited for in any case: between its last instruction and its end it has no executable any more.
-        if (process.pid, process.start_ticks) in _children or is_alive(process):
+        if is_alive(process) or _is_ending(process):
             loop = asyncio.get_running_loop()
             ended: asyncio.Future[None] = loop.create_future()
             loop.add_reader(pidfd, _settle, ended)
@@ -129,6 +158,17 @@ async def wait_exit(process: VmmProcess) -> int | None:
         return reap(process)
     finally:
         os.close(pidfd)
+
+
+def _is_ending(process: VmmProcess) -> bool:
+    """Whether it is a child between its last instruction and its end: it has no executable any more, and is not gone yet."""
+    if (process.pid, process.start_ticks) not in _children:
+        return False
+    try:
+        Path(f"/proc/{process.pid}/exe").readlink()
+    except OSError:
+        return True
+    return False
 
 
 def _settle(future: asyncio.Future[None]) -> None:

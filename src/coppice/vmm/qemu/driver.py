@@ -106,6 +106,8 @@ class QemuDriver(VmmDriver):
                 log=launch.directory / files.VMM_LOG,
                 pass_fds=(*sockets.values(), *inherit),
                 becomes=str(Path(program).resolve()) if program and launcher else None,
+                # The guest's disk and RAM, which it was granted, and what it writes to its console, which would have no end else.
+                largest_file=max(launch.machine.overlay_bytes, launch.machine.memory_bytes),
             )
 
     async def _settle(self, directory: Path, process: VmmProcess) -> VmmProcess:
