@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coppice.disk.atomic import is_temporary
-from coppice.disk.clone import clone_file
+from coppice.disk.clone import clone_directory
 from coppice.disk.link import link_or_copy
 from coppice.disk.overlay import OverlayStore
 from coppice.errors import IntegrityError, NoSpace
@@ -22,6 +22,7 @@ from coppice.memory import memfile
 from coppice.model import Instance, MemFile, Sharing
 from coppice.vmm import driver as files
 
+_LINKED = (files.MEMORY, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD)
 _RUNTIME = (
     files.LIVE_MEMORY,
     files.VMSTATE_NEW,
@@ -67,24 +68,24 @@ def place_kernel(directory: Path, kernel: Path, initrd: Path) -> None:
 
 
 def place_fork(source: Path, directory: Path, instance: Instance, *, with_memory: bool, shareable: bool) -> Placed:
-    """Fill a fork's directory from its source's: its own link to the mem-file, its own clone of the disk.
+    """Fill a fork's directory, which is empty, from its source's: links to what never changes, clones of what does.
 
     `shareable` is the driver's word that a restore maps the mem-file privately; without it the file is copied.
 
     :raises IntegrityError: the source's mem-file is not what was captured
     :raises NoSpace: the disk is full
     """
-    written = 0
+    # What is written to is cloned: the overlay disk, and whatever else an instance may have of its own some day.
+    written = clone_directory(source, directory, skip=(*_LINKED, *_RUNTIME), sync=False).bytes_written
     mem_file: MemFile | None = None
     _link(source / files.ROOT_DISK, directory / files.ROOT_DISK)
     if with_memory and instance.mem_file is not None:
         if shareable:
-            mem_file, written = memfile.link(source / files.MEMORY, directory / files.MEMORY, instance.mem_file)
+            mem_file, copied = memfile.link(source / files.MEMORY, directory / files.MEMORY, instance.mem_file)
         else:
             reason = "the driver does not map mem-files privately"
-            mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
-        written += link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
-    written += clone_file(source / files.OVERLAY_DISK, directory / files.OVERLAY_DISK, sync=False).bytes_written
+            mem_file, copied = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
+        written += copied + link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
     return Placed(mem_file, written)
 
 
