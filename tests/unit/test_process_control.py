@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,21 @@ async def test_a_process_of_another_parent_is_awaited_too(tmp_path: Path) -> Non
     await kill(process)
     assert not is_alive(process)
     assert foreign.wait(5) == -signal.SIGKILL
+
+
+async def test_children_that_others_ended_do_not_stay_for_ever(tmp_path: Path) -> None:
+    """Another process may end the VMMs that this one started: their pids are free again when more are started."""
+    pids = []
+    for _ in range(150):
+        process = sleeper(tmp_path)
+        pidfd = os.pidfd_open(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        assert (await asyncio.to_thread(select.select, [pidfd], [], [], 10))[0]
+        os.close(pidfd)
+        pids.append(process.pid)
+    zombies = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert len(zombies) <= 64
+    assert reap(process) == -signal.SIGKILL
 
 
 def test_a_zombie_is_not_alive() -> None:

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ _children: dict[
     tuple[int, int], subprocess.Popen[bytes]
 ] = {}  # kept so that their ends can be collected: a zombie keeps its pid
 _ended: dict[tuple[int, int], int] = {}  # exit statuses, oldest first
+_reaping = threading.Lock()
+_FEW = 32
+_many = _FEW  # so many children, and those that have ended are looked for
 
 
 def start_ticks(pid: int) -> int | None:
@@ -73,6 +77,7 @@ def spawn(
 
     :raises MissingTool: there is no such program
     """
+    _reap_ended()
     with log.open("ab") as output:
         try:
             child = subprocess.Popen(
@@ -132,12 +137,30 @@ async def start_in_thread(start: Callable[P, VmmProcess], *args: P.args, **kwarg
 def reap(process: VmmProcess) -> int | None:
     """The exit status of a process that was started here and has ended; None otherwise. May be asked again soon after."""
     key = (process.pid, process.start_ticks)
-    child = _children.get(key)
-    if child is not None and child.poll() is not None:
-        _ended[key] = _children.pop(key).returncode
-        while len(_ended) > _REMEMBERED:
-            del _ended[next(iter(_ended))]
+    _reap(key)
     return _ended.get(key)
+
+
+def _reap(key: tuple[int, int]) -> None:
+    with _reaping:
+        child = _children.get(key)
+        if child is not None and child.poll() is not None:
+            _ended[key] = _children.pop(key).returncode
+            while len(_ended) > _REMEMBERED:
+                del _ended[next(iter(_ended))]
+
+
+def _reap_ended() -> None:
+    """Collect the children that nobody waited for, since other processes ended them: each would keep its pid as long as this process lives.
+
+    Not at each start, since it looks at all of them. Only a zombie is asked for its status: a wait could take a stop from under ptrace(2).
+    """
+    global _many
+    if len(_children) >= _many:
+        for key in list(_children):
+            if start_ticks(key[0]) is None:
+                _reap(key)
+        _many = 2 * len(_children) + _FEW
 
 
 async def wait_exit(process: VmmProcess) -> int | None:
