@@ -11,10 +11,16 @@ import pytest
 from coppice.host import AsyncHost
 from coppice.model import State
 from fakes.driver import FakeDriver
-from fakes.hosting import ask, assert_tidy, boot, cancelled_at, make
+from fakes.hosting import ask, assert_tidy, boot, cancelled_at, late_to_thread, make
 from fakes.rooms import IMAGE
 
 _MOST_WAITS = 400
+
+
+@pytest.fixture(autouse=True)
+def _late_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread cannot be cancelled: here it goes on for longer than a cleanup that does not wait for it."""
+    monkeypatch.setattr(asyncio, "to_thread", late_to_thread)
 
 
 async def test_a_cancelled_run_leaves_nothing(fake_host: AsyncHost) -> None:

@@ -14,7 +14,7 @@ from coppice.instance import live
 from coppice.model import PAGE_SIZE, Sharing, State
 from coppice.store.store import Store
 from fakes.driver import FakeDriver
-from fakes.hosting import ask, assert_tidy, boot, cancelled_at, fingerprint, make, memory_of, snapshot
+from fakes.hosting import ask, assert_tidy, boot, cancelled_at, fingerprint, late_to_thread, make, memory_of, snapshot
 
 _MOST_WAITS = 400
 
@@ -173,10 +173,11 @@ async def test_a_mapping_that_cannot_be_changed_is_copied(
 
 
 async def test_a_cancelled_fork_of_a_running_machine_leaves_it_running(
-    fake_host: AsyncHost, driver: FakeDriver, private: bool
+    fake_host: AsyncHost, driver: FakeDriver, private: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every wait: no fork, no stem, no half capture; the guest answers, and its memory is complete."""
     await warm(fake_host, private=private)
+    monkeypatch.setattr(asyncio, "to_thread", late_to_thread)
     for nth in range(1, _MOST_WAITS):
         came = await cancelled_at(fake_host.fork("oak", names=["elm"], from_running=True), nth)
         if not came:

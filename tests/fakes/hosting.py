@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Coroutine, Generator
+import threading
+import time
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,6 +20,8 @@ from coppice.store import locks
 from coppice.vmm import driver as files
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
+
+T = TypeVar("T")
 
 
 async def boot(host: AsyncHost, name: str = "oak", **options: Any) -> Instance:
@@ -105,6 +109,27 @@ async def assert_tidy(host: AsyncHost, *names: str) -> list[Instance]:
     return instances
 
 
+_cancelled = threading.Event()  # since the latest `cancelled_at` began
+
+
+async def late_to_thread(function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """asyncio.to_thread, but what is at work in a thread when its task is cancelled does its work later than any quick cleanup."""
+
+    begun = threading.Event()
+
+    def run() -> T:
+        began_before = not _cancelled.is_set()
+        begun.set()
+        time.sleep(0.0005)
+        if began_before and _cancelled.is_set():
+            time.sleep(0.02)
+        return function(*args, **kwargs)
+
+    running = asyncio.get_running_loop().run_in_executor(None, run)
+    begun.wait(0.05)  # what has not begun can be cancelled after all
+    return await running
+
+
 class CancelledAt(Coroutine[Any, Any, Any]):
     """A coroutine whose task is cancelled at the `nth` time that it waits for anything."""
 
@@ -122,6 +147,7 @@ class CancelledAt(Coroutine[Any, Any, Any]):
         if self._left == 0:
             task = asyncio.current_task()
             assert task is not None
+            _cancelled.set()
             task.cancel()
         return waits_for
 
@@ -140,6 +166,7 @@ class CancelledAt(Coroutine[Any, Any, Any]):
 
 async def cancelled_at(work: Coroutine[Any, Any, Any], nth: int) -> bool:
     """Run work, cancelled at its `nth` wait; tell whether it came so far."""
+    _cancelled.clear()
     counted = CancelledAt(work, nth)
     outcome = (await asyncio.gather(asyncio.ensure_future(counted), return_exceptions=True))[0]
     if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
