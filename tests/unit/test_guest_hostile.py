@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import os
 import socket
 import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,9 @@ import pytest
 from coppice.errors import GuestProtocolError, GuestTimeout, UnsafePath
 from coppice.guest.channel import Channel
 from coppice.guest.control import Control, Identity
+from coppice.guest.copy import copy_out
 from coppice.guest.protocol import Frame, FrameType, encode_fields
+from coppice.guest.session import Session
 from coppice.guest.unpack import unpack
 from fakes.wire import Peer
 
@@ -86,3 +89,25 @@ def test_a_link_with_a_zero_byte_is_unsafe(tmp_path: Path) -> None:
     data = extended.tobuf() + (b"%d " % length + record).ljust(512, b"\0") + link.tobuf() + bytes(1024)
     with pytest.raises(UnsafePath):
         unpack(io.BytesIO(data), tmp_path, "copy")
+
+
+async def test_copies_that_hang_leave_the_threads_to_others(tmp_path: Path) -> None:
+    """An event loop has a handful of threads for all its work: guests that send nothing must not be able to take them all."""
+    started = asyncio.Event()
+
+    async def hang(peer: Peer, _: Frame) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    async with contextlib.AsyncExitStack() as stack:
+        copies = []
+        for number in range((os.cpu_count() or 1) + 4):
+            started.clear()
+            channel = await stack.enter_async_context(talking_to(hang, 100))
+            copies.append(asyncio.create_task(copy_out(Session(channel), "/etc", tmp_path / f"{number}")))
+            await started.wait()
+        async with asyncio.timeout(5):
+            assert await asyncio.to_thread(tmp_path.exists)
+        for copy in copies:
+            copy.cancel()
+        await asyncio.gather(*copies, return_exceptions=True)

@@ -10,6 +10,7 @@ import posixpath
 import socket
 import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -125,7 +126,9 @@ async def _with_thread(
                 raise
 
     reader, writer = await asyncio.open_unix_connection(sock=ours)
-    thread = asyncio.create_task(asyncio.to_thread(run))
+    # A thread of its own: it lasts as long as the guest likes, and the loop's few are for everybody.
+    executor = ThreadPoolExecutor(1, "copy")
+    thread = asyncio.get_running_loop().run_in_executor(executor, run)
     try:
         talked = await talk(reader, writer)
         worked = await asyncio.shield(thread)
@@ -133,10 +136,12 @@ async def _with_thread(
         first = failed[0] if failed and isinstance(error, Exception) else error
         writer.transport.abort()
         await asyncio.wait({thread})
+        thread.exception()  # seen: else the loop would complain of it once more
         if isinstance(first, OSError):
             raise _host_error(first) from error
         raise first from None
     finally:
+        executor.shutdown(wait=False)
         writer.transport.abort()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
