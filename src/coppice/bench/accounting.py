@@ -19,6 +19,9 @@ from coppice.model import MachineSpec
 
 _TICK_MS = 1000 / os.sysconf("SC_CLK_TCK")
 _CHUNK = 1 << 20
+_DROPPED = 0.01  # part of a file that may stay: a page or two
+_DROP_DEADLINE_S = 5.0
+_DROP_PAUSE_S = 0.05  # there is no event for a page that becomes droppable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
@@ -69,10 +72,18 @@ def written_bytes(pid: int) -> int:
 
 
 def drop_from_cache(*paths: Path) -> None:
-    """Let the page cache forget these files. Pages that are mapped or not yet written back stay: see `cached_part`."""
-    for path in paths:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Let the page cache forget these files; asks again for a while, for pages that a VMM had mapped until just now go late.
+
+    Pages that are still mapped or not yet written back stay: `cached_part` tells.
+    """
+    give_up = time.monotonic() + _DROP_DEADLINE_S
+    while True:
+        for path in paths:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if time.monotonic() > give_up or all(cached_part(path) < _DROPPED for path in paths):
+            return
+        time.sleep(_DROP_PAUSE_S)
 
 
 def read_into_cache(*paths: Path) -> None:
