@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -39,3 +39,10 @@ async def complete(work: Awaitable[T]) -> T:
             task.exception()  # seen, though the cancellation goes first
         raise cancelled
     return task.result()
+
+
+async def all_of(works: Iterable[Awaitable[object]]) -> None:
+    """Await all, side by side, each to its own end; then raise the first error. (`asyncio.gather` returns with the first, while others still work.)"""
+    for outcome in await asyncio.gather(*works, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome

@@ -25,6 +25,7 @@ MIN_OVERLAY = 16 * MIB
 MAX_OVERLAY = 16 * 1024 * GIB
 MAX_CPUS = 64
 MAX_FORKS = 4096
+MAX_SECONDS = 366 * 86400.0
 
 
 def check_name(name: str) -> str:
@@ -143,6 +144,16 @@ def check_count(count: int) -> int:
     if not 1 <= count <= MAX_FORKS:
         raise UsageError(f"{count} forks cannot be made in one call", hint=f"ask for 1 to {MAX_FORKS}")
     return count
+
+
+def check_timeout(seconds: float | None) -> float | None:
+    """Return a valid time limit, or None for none, unchanged.
+
+    :raises UsageError: it is not above 0, or is no number of seconds
+    """
+    if seconds is not None and not 0 < seconds <= MAX_SECONDS:
+        raise UsageError(f"{seconds:g} s is no time limit", hint="give a number of seconds above 0, or none")
+    return seconds
 
 
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import subprocess
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +259,48 @@ async def test_a_port_that_is_no_port_is_refused_before_anything_is_made(fake_ho
     with pytest.raises(UsageError):
         await (fake_host.fork("oak", publish=ports) if operation == "fork" else boot(fake_host, "elm", publish=ports))
     await assert_tidy(fake_host, "oak")
+
+
+# A disk without room for the journal
+
+
+@pytest.fixture
+def full_journal(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called on, no operation can be begun."""
+
+    def full(*_: object) -> None:
+        raise NoSpace("no space for the database", hint="free some")
+
+    return lambda: monkeypatch.setattr(fake_host.rooms.store, "begin", full)
+
+
+async def test_a_stop_that_cannot_be_begun_is_none(fake_host: AsyncHost, full_journal: Callable[[], None]) -> None:
+    """The guest is not switched off without having been asked to write out what it holds."""
+    await boot(fake_host)
+    full_journal()
+    with pytest.raises(NoSpace):
+        await fake_host.stop("oak")
+    (oak,) = await assert_tidy(fake_host, "oak")
+    assert oak.state is State.RUNNING
+    assert await ask(fake_host, "oak", "hostname") == "oak"
+
+
+async def test_a_full_disk_does_not_keep_from_making_room(
+    fake_host: AsyncHost, full_journal: Callable[[], None]
+) -> None:
+    """To remove what fills it is the cure that every error of a full disk names."""
+    await boot(fake_host)
+    full_journal()
+    await fake_host.rm("oak")
+    await assert_tidy(fake_host)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan"), 1e30])
+async def test_a_time_limit_is_a_number_of_seconds(fake_host: AsyncHost, seconds: float) -> None:
+    """What cannot be sent to the guest is refused here, with the exit code of a wrong request."""
+    await boot(fake_host)
+    with pytest.raises(UsageError):
+        await fake_host.exec("oak", ["echo"], timeout_s=seconds)
+    if seconds:
+        with pytest.raises(UsageError):
+            await fake_host.stop("oak", grace_s=seconds)

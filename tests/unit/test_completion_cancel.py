@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from coppice.completion import complete, in_thread
+from coppice.completion import all_of, complete, in_thread
 
 
 async def test_the_result_comes_through() -> None:
@@ -127,3 +127,19 @@ async def test_a_thread_returns_and_raises() -> None:
     assert await in_thread(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
         await in_thread(divmod, 7, 0)
+
+
+async def test_all_of_them_end_before_an_error_is_raised() -> None:
+    """A cleanup that fails must not leave the others at work behind the back of whoever goes on."""
+    ended: list[int] = []
+
+    async def work(number: int) -> None:
+        for _ in range(number):
+            await asyncio.sleep(0)
+        ended.append(number)
+        if number != 2:
+            raise ValueError(number)
+
+    with pytest.raises(ValueError, match="1"):
+        await all_of(work(number) for number in (1, 2, 3))
+    assert ended == [1, 2, 3]

@@ -9,7 +9,7 @@ import os
 
 import msgspec
 
-from coppice.completion import complete, in_thread
+from coppice.completion import all_of, complete, in_thread
 from coppice.disk.atomic import os_errors
 from coppice.errors import CoppiceError, HostCannot
 from coppice.fork.plan import OPERATION, ForkRequest, plan, takes_memory
@@ -153,4 +153,4 @@ async def _destroy_all(rooms: Rooms, children: list[Instance]) -> None:
     # Also those that are whole, whose journal rows are gone: a host that dies now must not leave some of them, or half of one.
     with contextlib.suppress(HostCannot):  # no room for the journal: they go all the same
         await in_thread(rooms.store.begin_removal, children)
-    await asyncio.gather(*(destroy.destroy(rooms, child) for child in children))
+    await all_of(destroy.destroy(rooms, child) for child in children)

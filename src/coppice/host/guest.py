@@ -15,7 +15,7 @@ from coppice.instance import recovery
 from coppice.instance.follow import follow_file
 from coppice.lifecycle import Operation, require
 from coppice.model import MIB, ExecResult, FileStat, Instance
-from coppice.names import check_env
+from coppice.names import check_env, check_timeout
 from coppice.vmm import driver as files
 
 LogSource = Literal["console", "vmm"]
@@ -54,7 +54,7 @@ class Guest(HostBase):
                 cwd=workdir,
                 user=user,
                 stdin=stdin,
-                timeout_s=timeout_s,
+                timeout_s=check_timeout(timeout_s),
                 max_output_bytes=max_output_bytes,
             )
 
@@ -88,7 +88,7 @@ class Guest(HostBase):
                 size=size or _DEFAULT_SIZE,
                 term=term,
                 has_stdin=stdin,
-                timeout_s=timeout_s,
+                timeout_s=check_timeout(timeout_s),
             ) as running,
         ):
             yield running

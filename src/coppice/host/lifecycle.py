@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 import msgspec
 
-from coppice.completion import complete, in_thread
+from coppice.completion import all_of, complete, in_thread
 from coppice.disk.atomic import os_errors
-from coppice.errors import CoppiceError, UsageError
+from coppice.errors import CoppiceError, NoSpace, UsageError
 from coppice.fork.fanout import fan_out
 from coppice.fork.plan import OPERATION as FORK
 from coppice.fork.plan import ForkRequest, make_request
@@ -33,7 +33,7 @@ from coppice.model import (
     State,
     no_progress,
 )
-from coppice.names import check_env, check_machine, check_name, check_publish, check_tags, new_id, new_name
+from coppice.names import MAX_SECONDS, check_env, check_machine, check_name, check_publish, check_tags, new_id, new_name
 from coppice.store import locks
 from coppice.timing import Stages
 
@@ -164,8 +164,8 @@ class Lifecycle(HostBase):
     async def stop(self, reference: Reference, *, grace_s: float | None = None) -> Instance:
         """Power a guest off: gracefully, then, after `grace_s` seconds (default 30; 0: at once), hard. Its memory is gone, its disk stays."""
         grace = self.rooms.deadlines.stop if grace_s is None else grace_s
-        if grace < 0:
-            raise UsageError("a grace period cannot be negative", hint="use 0 to stop at once")
+        if not 0 <= grace <= MAX_SECONDS:
+            raise UsageError(f"a grace period cannot be {grace:g} s", hint="use 0 to stop at once")
         async with self._hold(reference, Operation.STOP) as (instance, target):
             if instance.state is target:
                 return instance
@@ -173,6 +173,10 @@ class Lifecycle(HostBase):
             reason = "stopped hard"
             try:
                 await in_thread(self.rooms.store.begin, stopping, "stop")
+            except asyncio.CancelledError:
+                await complete(self._stopped(stopping, reason))
+                raise  # any other error: it was not begun, and the guest runs on
+            try:
                 if grace and instance.state is State.RUNNING and await self._power_off(instance, grace):
                     reason = "powered off"
             finally:
@@ -294,7 +298,8 @@ class Lifecycle(HostBase):
             await complete(self._remove(instance))
 
     async def _remove(self, instance: Instance) -> None:
-        await in_thread(self.rooms.store.begin, instance, "rm")
+        with contextlib.suppress(NoSpace):  # a full disk must not keep anybody from making room
+            await in_thread(self.rooms.store.begin, instance, "rm")
         await destroy.destroy(self.rooms, instance)
 
     @contextlib.asynccontextmanager
@@ -318,7 +323,7 @@ class Lifecycle(HostBase):
             await complete(self._remove_all(report.instances))
 
     async def _remove_all(self, instances: Sequence[Instance]) -> None:
-        await asyncio.gather(*(self.rm(instance) for instance in instances))
+        await all_of(self.rm(instance) for instance in instances)
 
 
 def _stem(image_name: str) -> str:
