@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from coppice.errors import (
     VmmError,
 )
 from coppice.host import AsyncHost
+from coppice.instance import directory
 from coppice.instance.rooms import Deadlines
 from coppice.model import State
 from coppice.vmm import driver as files
@@ -224,14 +226,19 @@ async def test_a_crash_during_an_exec_is_an_error_and_then_a_stop(fake_host: Asy
 
 
 async def test_no_room_for_the_files_leaves_nothing(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full when the overlay is made, or when a fork's is cloned: the error says so, and what was made is gone."""
+    """A disk that is full when the overlay is made, or when the files of a fork are placed: the error says so, and what was made is gone."""
 
     def full(*_: object, **__: object) -> None:
         raise NoSpace("the disk is full", hint="free some")
 
+    def place_and_be_full(*arguments: Any, **options: Any) -> None:
+        place_fork(*arguments, **options)
+        full()
+
     await make(fake_host, State.TEMPLATE)
+    place_fork = directory.place_fork
     monkeypatch.setattr("coppice.disk.overlay.clone_file", full)
-    monkeypatch.setattr("coppice.instance.directory.clone_file", full)
+    monkeypatch.setattr(directory, "place_fork", place_and_be_full)
     with pytest.raises(NoSpace):
         await boot(fake_host, "elm")
     (result,) = (await fake_host.fork("oak")).results
