@@ -124,8 +124,8 @@ static int mount_root(void)
     mkdir("/newroot", 0755);
     if (mount(d.root, "/lower", d.root_type, MS_RDONLY, NULL) < 0)
         give_up("mount the root");
-    /* noinit_itable: a lazy initialisation would write to the disk in the background, in each fork again. */
-    if (mount(d.overlay, "/overlay", "ext4", MS_NOATIME, "noinit_itable") < 0)
+    /* noinit_itable: a lazy initialisation would write to the disk in the background, in each fork again; so would the prefetch read. */
+    if (mount(d.overlay, "/overlay", "ext4", MS_NOATIME, "noinit_itable,no_prefetch_block_bitmaps") < 0)
         give_up("mount the overlay's disk");
     mkdir("/overlay/upper", 0755);
     mkdir("/overlay/work", 0755);
