@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from coppice.errors import VmmDied
+from coppice.errors import HostCannot, VmmDied
+from coppice.memory import remap
 from coppice.memory.maps import identify, read_maps
 from coppice.memory.remap import make_private
 from mapping_process import MappingProcess
@@ -57,3 +58,16 @@ def test_a_process_that_is_gone(ram: Path) -> None:
         pid = process.pid
     with pytest.raises(VmmDied):
         make_private(pid, identify(ram))
+
+
+def test_nothing_is_replaced_where_the_kernel_may_refuse(
+    ram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without overcommit a refused mapping would leave the guest without its memory: the caller copies instead."""
+    (tmp_path / "overcommit_memory").write_text("2\n")
+    monkeypatch.setattr(remap, "_OVERCOMMIT", tmp_path / "overcommit_memory")
+    with MappingProcess(ram, "shared") as process:
+        before = read_maps(process.pid)
+        with pytest.raises(HostCannot):
+            make_private(process.pid, identify(ram))
+        assert read_maps(process.pid) == before

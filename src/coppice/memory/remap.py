@@ -1,7 +1,8 @@
 """Turn a shared mapping of a running process into a private one, in place.
 
 A guest's first boot has its RAM in a file that is mapped shared. To fork it while it runs, that file must stop changing. Instead of copying hundreds of
-megabytes, the VMM, paused, is made to map the same file again at the same address with MAP_PRIVATE: the file is from then on the frozen base of all, and what the guest
+megabytes, the VMM, paused, is made to map the same file again at the same address with MAP_PRIVATE: the file is from then on the frozen
+base of all, and what the guest
 writes next goes to private pages. The page tables start empty and fill again from the page cache; no byte is copied.
 
 The system call is made in the other process by ptrace(2): stop one thread, point it at a `syscall` instruction (the vDSO has one), step once, and put its
@@ -26,6 +27,7 @@ _WALL = 0x40000000
 _SYSCALL = b"\x0f\x05"
 _MMAP = 9
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_OVERCOMMIT, _STRICT = Path("/proc/sys/vm/overcommit_memory"), "2"  # Documentation/mm/overcommit-accounting.rst
 _ERROR = (1 << 64) - 4095  # a result at or above is a negated errno
 
 
@@ -54,15 +56,21 @@ def can_remap() -> bool:
 def make_private(pid: int, identity: FileIdentity) -> int:
     """Replace every shared mapping that the process has of a file by a private one at the same place; return the bytes remapped.
 
-    The process must not touch the memory meanwhile: a VMM's vCPUs are paused and its disks drained. Blocks for a few milliseconds; all calls of ptrace must come
+    The process must not touch the memory meanwhile: a VMM's vCPUs are paused and its disks drained. Blocks for a few milliseconds; all
+    calls of ptrace must come
     from one thread, so this is one call.
 
     :raises VmmDied: there is no such process
-    :raises HostCannot: it cannot be traced from here, or this is not x86-64
-    :raises VmmError: the process refused the mapping; nothing was changed
+    :raises HostCannot: it cannot be traced from here, this is not x86-64, or memory is not overcommitted here; nothing was changed
+    :raises VmmError: the process could not map it
     """
     if not can_remap():
         raise HostCannot("mappings can be replaced on x86-64 only", hint="the memory is copied instead")
+    if _OVERCOMMIT.read_text().strip() == _STRICT:
+        # A private mapping of all of RAM is then refused where memory is not free for all of it, after the kernel has taken the old one away.
+        raise HostCannot(
+            "this host does not overcommit memory (vm.overcommit_memory=2)", hint="the memory is copied instead"
+        )
     shared = [vma for vma in read_maps(pid) if vma.file == identity and not vma.private]
     if not shared:
         return 0
@@ -82,7 +90,9 @@ def _open_descriptor(pid: int, identity: FileIdentity) -> int:
                 status = entry.stat()
                 if status.st_ino == identity.inode:
                     return int(entry.name)
-    raise VmmError("the VMM does not have its mem-file open", hint="it cannot be forked while it runs; put it into standby")
+    raise VmmError(
+        "the VMM does not have its mem-file open", hint="it cannot be forked while it runs; put it into standby"
+    )
 
 
 def _syscall_instruction(pid: int) -> int:
@@ -146,5 +156,6 @@ def _call_mmap(pid: int, saved: _Registers, entry: int, vma: Vma, descriptor: in
     _ptrace(_GETREGS, pid, 0, ctypes.byref(call))
     if call.rax != vma.start:
         number = (1 << 64) - call.rax if call.rax >= _ERROR else 0
-        raise VmmError(f"the VMM could not map its memory privately: {os.strerror(number)}", hint="the memory is copied instead")
-
+        raise VmmError(
+            f"the VMM could not map its memory privately: {os.strerror(number)}", hint="see vmm.log of the instance"
+        )
