@@ -2,8 +2,7 @@
 
 A guest's first boot has its RAM in a file that is mapped shared. To fork it while it runs, that file must stop changing. Instead of copying hundreds of
 megabytes, the VMM, paused, is made to map the same file again at the same address with MAP_PRIVATE: the file is from then on the frozen
-base of all, and what the guest
-writes next goes to private pages. The page tables start empty and fill again from the page cache; no byte is copied.
+base of all, and what the guest writes next goes to private pages. The page tables start empty and fill again from the page cache; no byte is copied.
 
 The system call is made in the other process by ptrace(2): stop one thread, point it at a `syscall` instruction (the vDSO has one), step once, and put its
 registers back. The interrupted system call of that thread is restarted by the kernel as after any signal. x86-64 only; elsewhere the caller copies.
@@ -57,8 +56,7 @@ def make_private(pid: int, identity: FileIdentity) -> int:
     """Replace every shared mapping that the process has of a file by a private one at the same place; return the bytes remapped.
 
     The process must not touch the memory meanwhile: a VMM's vCPUs are paused and its disks drained. Blocks for a few milliseconds; all
-    calls of ptrace must come
-    from one thread, so this is one call.
+    calls of ptrace must come from one thread, so this is one call.
 
     :raises VmmDied: there is no such process
     :raises HostCannot: it cannot be traced from here, this is not x86-64, or memory is not overcommitted here; nothing was changed
