@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Coroutine
 from typing import Any
 
@@ -13,37 +11,15 @@ from coppice.errors import HostCannot, IllegalTransition, InUse, InvalidName, Na
 from coppice.host import AsyncHost
 from coppice.instance import live
 from coppice.memory.maps import FileIdentity
-from coppice.memory.remap import make_private
 from coppice.model import Instance, SnapshotKind, State
 from coppice.vmm import driver as files
-from coppice.vmm.process import start_ticks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, cancelled_at, fingerprint, make, memory_of, snapshot
-from fakes.pids import is_stopped
 from fakes.rooms import IMAGE
 
 KEPT = "kept"
 _MOST_WAITS = 400
 STANDBY, STOPPED = SnapshotKind.STANDBY, SnapshotKind.STOPPED
-
-
-def remap_stopped(pid: int, identity: FileIdentity) -> int:
-    """Make the mapping private of a fake VMM, whose pause is a SIGSTOP, under which no system call can be made: it runs meanwhile, and touches nothing."""
-    os.kill(pid, signal.SIGCONT)
-    while is_stopped(pid):
-        pass
-    try:
-        return make_private(pid, identity)
-    finally:
-        os.kill(pid, signal.SIGSTOP)
-        while start_ticks(pid) is not None and not is_stopped(pid):
-            pass
-
-
-@pytest.fixture(autouse=True)
-def remapping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First boots are captured in place, as with QEMU."""
-    monkeypatch.setattr(live, "make_private", remap_stopped)
 
 
 async def warm(host: AsyncHost, state: State, *, private: bool = False) -> Instance:

@@ -67,7 +67,8 @@ async def test_what_is_sound_passes_and_is_recorded_once(fake_host: AsyncHost) -
     first = await fake_host.verify(progress=seen.append)
     assert (first.mem_files, first.disks, first.recorded) == (1, 4, 4)  # three of memory, one of the snapshot's disk
     assert first.bytes_hashed == MEMORY_BYTES + OVERLAY_BYTES
-    assert first.differences == first.skipped == ()
+    assert first.differences == ()
+    assert first.skipped == ()
     assert {"hash", "disks"} == {progress.stage for progress in seen}
     before = snapshot(fake_host)
     second = await fake_host.verify()
