@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 from coppice.completion import complete, in_thread
 from coppice.disk.atomic import os_errors
-from coppice.errors import Busy, NotFound
+from coppice.errors import Busy, NoSpace, NotFound
 from coppice.fork.fanout import fan_out
 from coppice.fork.plan import make_request
 from coppice.host.base import Reference
@@ -183,7 +183,8 @@ class Snapshots(Lifecycle):
             await complete(self._remove_snapshot(found))
 
     async def _remove_snapshot(self, found: Snapshot) -> None:
-        await in_thread(self.rooms.store.snapshots.begin, found, snapshot.REMOVAL)
+        with contextlib.suppress(NoSpace):  # a full disk must not keep anybody from making room
+            await in_thread(self.rooms.store.snapshots.begin, found, snapshot.REMOVAL)
         await snapshot.remove(self.rooms, found.id)
 
     async def verify(self, *, progress: ProgressSink = no_progress) -> VerifyReport:
