@@ -44,11 +44,12 @@ if TYPE_CHECKING:
     from coppice.guest.control import Health
     from coppice.guest.kernel import Kernel
     from coppice.guest.process import Exit
-    from coppice.host import AsyncHost, Inspection
+    from coppice.host import AsyncHost, Inspection, SnapshotInspection
     from coppice.instance.rooms import Deadlines
     from coppice.model import (
         CaptureReport,
         Check,
+        Difference,
         ExecResult,
         FileStat,
         ForkReport,
@@ -66,9 +67,12 @@ if TYPE_CHECKING:
         ProgressSink,
         Publish,
         Sharing,
+        Snapshot,
+        SnapshotKind,
         StageTimings,
         State,
         TreeNode,
+        VerifyReport,
         VmmProcess,
     )
     from coppice.sync import Host
@@ -81,9 +85,9 @@ _ERRORS = (
     "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError", "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
-    "CaptureReport", "Check", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image", "ImageConfig", "Instance",
+    "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image", "ImageConfig", "Instance",
     "MachineSpec", "Manifest", "MemFile", "MemoryReport", "ProcessSpec", "Progress", "ProgressSink", "Publish", "Sharing",
-    "StageTimings", "State", "TreeNode", "VmmProcess",
+    "Snapshot", "SnapshotKind", "StageTimings", "State", "TreeNode", "VerifyReport", "VmmProcess",
 )  # fmt: skip
 _HOME = {
     "Host": "coppice.sync",
@@ -92,6 +96,7 @@ _HOME = {
     "Exit": "coppice.guest.process",
     "Health": "coppice.guest.control",
     "Inspection": "coppice.host",
+    "SnapshotInspection": "coppice.host",
     "Kernel": "coppice.guest.kernel",
     **dict.fromkeys(_ERRORS, "coppice.errors"),
     **dict.fromkeys(_MODEL, "coppice.model"),
@@ -104,6 +109,7 @@ __all__ = [
     "Check",
     "CoppiceError",
     "Deadlines",
+    "Difference",
     "DigestMismatch",
     "ExecResult",
     "Exit",
@@ -143,11 +149,15 @@ __all__ = [
     "Publish",
     "Refused",
     "Sharing",
+    "Snapshot",
+    "SnapshotInspection",
+    "SnapshotKind",
     "StageTimings",
     "State",
     "TreeNode",
     "UnsafePath",
     "UsageError",
+    "VerifyReport",
     "VmmDied",
     "VmmError",
     "VmmProcess",

@@ -9,13 +9,13 @@ from __future__ import annotations
 from coppice.host.base import Reference
 from coppice.host.guest import Guest, LogSource
 from coppice.host.images import Images
-from coppice.host.lifecycle import Lifecycle
+from coppice.host.snapshots import SnapshotInspection, SnapshotReference, Snapshots
 from coppice.host.view import Inspection, View
 
-__all__ = ["AsyncHost", "Inspection", "LogSource", "Reference"]
+__all__ = ["AsyncHost", "Inspection", "LogSource", "Reference", "SnapshotInspection", "SnapshotReference"]
 
 
-class AsyncHost(Lifecycle, Guest, View, Images):
+class AsyncHost(Snapshots, Guest, View, Images):
     """One data directory and what can be done in it, for asyncio.
 
     async with AsyncHost() as host:
