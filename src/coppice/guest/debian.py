@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
+from coppice.completion import complete
 from coppice.errors import CoppiceError, HostCannot, MissingTool
 from coppice.model import Progress, ProgressSink
 
@@ -108,16 +109,26 @@ async def _run(program: str, *arguments: str, cwd: Path | None = None, deadline_
             f"{program} is not installed, and Debian's kernel is fetched with it",
             hint="add a kernel of your own instead",
         )
-    process = await asyncio.create_subprocess_exec(
-        path,
-        *arguments,
-        cwd=cwd,
-        env=_ENVIRONMENT | {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            path,
+            *arguments,
+            cwd=cwd,
+            env=_ENVIRONMENT | {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
     )
+    try:
+        await complete(starting)
+    except asyncio.CancelledError:
+        # asyncio would kill the program alone, and then wait for its children to close their ends of the pipes.
+        if not starting.cancelled() and starting.exception() is None:
+            await complete(_end(starting.result()))
+        raise
+    process = starting.result()
     try:
         output, errors = await asyncio.wait_for(process.communicate(), deadline_s)
     except TimeoutError as error:
@@ -125,13 +136,18 @@ async def _run(program: str, *arguments: str, cwd: Path | None = None, deadline_
             f"{program} did not end within {deadline_s:.0f} s", hint="see whether the network works"
         ) from error
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        await _end(process)
     if process.returncode != 0:
         raise _failure(program, errors.decode("utf-8", "replace"))
     return output.decode("utf-8", "replace")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End a program and its children, where it runs."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 def _failure(program: str, errors: str) -> CoppiceError:
