@@ -211,6 +211,8 @@ class Host:
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
         from_running: bool = False,
+        payload: bytes | None = None,
+        payloads: Sequence[bytes] = (),
         progress: ProgressSink = no_progress,
     ) -> ForkReport:
         return self._portal.call(
@@ -223,6 +225,8 @@ class Host:
                 tags=tags,
                 publish=publish,
                 from_running=from_running,
+                payload=payload,
+                payloads=payloads,
                 progress=progress,
             )
         )

@@ -46,20 +46,23 @@ async def fan_out(
     slots = asyncio.Semaphore(_PARALLEL_PER_CPU * (os.cpu_count() or 1))
     settled = 0
 
-    async def child(instance: Instance) -> ForkResult | CoppiceError:
+    async def child(instance: Instance, payload: bytes | None) -> ForkResult | CoppiceError:
         nonlocal settled
         async with slots:
             try:
                 with os_errors(f"fork {instance.name}"):  # not a bug: it must not take the siblings with it
                     async with locks.hold(rooms.layout.lock(instance.id), what=instance.name):
-                        result: ForkResult | CoppiceError = await _grow(rooms, source, instance, request.target)
+                        result: ForkResult | CoppiceError = await _grow(
+                            rooms, source, instance, request.target, payload
+                        )
             except CoppiceError as error:
                 result = error
         settled += 1
         progress(Progress(stage="fork", done=settled, total=len(children)))
         return result
 
-    tasks = [asyncio.create_task(child(instance)) for instance in children]
+    payloads = request.payloads or (None,) * len(children)
+    tasks = [asyncio.create_task(child(*each)) for each in zip(children, payloads, strict=True)]
     try:
         outcomes = await asyncio.gather(*tasks)
         failure = next((outcome for outcome in outcomes if isinstance(outcome, CoppiceError)), None)
@@ -82,7 +85,7 @@ async def fan_out(
     )
 
 
-async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State) -> ForkResult:
+async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State, payload: bytes | None) -> ForkResult:
     """One child: directory, links, disk; then, if it is to run, VMM, identity, verification. Undone if it fails."""
     stages = Stages()
     try:
@@ -98,7 +101,7 @@ async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State) 
             _log.warning("%s: the mem-file was copied, not linked: %s", child.name, placed.mem_file.reason)
         memory = None
         if target is State.RUNNING:
-            child = await (activate.restore if with_memory else activate.boot)(rooms, child, stages)
+            child = await (activate.restore if with_memory else activate.boot)(rooms, child, stages, payload)
             with stages.stage("verify"):
                 memory = await activate.verify_sharing(rooms, child)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from coppice.errors import IllegalTransition, UsageError
 from coppice.lifecycle import Operation, require
 from coppice.model import Instance, Publish, Record, State
-from coppice.names import check_count, check_name, check_publish, check_tags, new_id, new_name
+from coppice.names import check_count, check_name, check_payloads, check_publish, check_tags, new_id, new_name
 
 OPERATION = "fork"  # journal: a child that is not whole yet
 
@@ -23,6 +23,11 @@ class ForkRequest(Record, frozen=True, kw_only=True):
     tags: dict[str, str] = {}
     publish: tuple[Publish, ...] = ()
     from_running: bool = False
+    payloads: tuple[bytes | None, ...] = ()
+
+    def __repr__(self) -> str:
+        """Without the payloads: they may be secrets, and a log is not the place for them."""
+        return f"ForkRequest(count={self.count}, names={self.names}, target={self.target})"
 
 
 def make_request(
@@ -34,14 +39,22 @@ def make_request(
     tags: Mapping[str, str],
     publish: Sequence[Publish],
     from_running: bool,
+    payload: bytes | None = None,
+    payloads: Sequence[bytes] = (),
 ) -> ForkRequest:
     """Validate what came from outside.
 
-    :raises UsageError: a count, name, tag or target that can never be
+    :raises UsageError: a count, name, tag, target or payload that can never be
     """
     check_count(count)
     if target not in (State.STOPPED, State.STANDBY, State.RUNNING):
         raise UsageError(f"a fork cannot be made {target}", hint="the target is Stopped, Standby or Running")
+    each = check_payloads(payload, payloads, count)
+    if target is not State.RUNNING and any(data is not None for data in each):
+        raise UsageError(
+            f"a fork that is made {target} cannot have a payload: it is handed over when the guest starts, and kept nowhere",
+            hint="fork it to Running, or without a payload",
+        )
     if publish and count > 1:
         raise UsageError(
             "several forks cannot publish the same host port", hint="fork one at a time, or without --publish"
@@ -61,6 +74,7 @@ def make_request(
         tags=check_tags(tags),
         publish=check_publish(publish),
         from_running=from_running,
+        payloads=each,
     )
 
 

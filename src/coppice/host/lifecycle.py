@@ -240,6 +240,8 @@ class Lifecycle(HostBase):
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
         from_running: bool = False,
+        payload: bytes | None = None,
+        payloads: Sequence[bytes] = (),
         progress: ProgressSink = no_progress,
     ) -> ForkReport:
         """Grow `count` forks from a Template, a Standby or a Stopped instance, in parallel. Each has its own result.
@@ -247,9 +249,11 @@ class Lifecycle(HostBase):
         A fork of captured memory shares the source's mem-file by hard link. A failed child is undone and does not touch its siblings;
         with `atomic`, one failure undoes all and is raised. Running means: the fork's agent answered, as itself.
         With `from_running` the source is a Running instance: it is paused for some milliseconds, said in the report, and runs on.
+        `payload`, for all, or `payloads`, one for each, is what a fork finds in /run/coppice/payload before the image's /etc/coppice/on-fork
+        is run; 1 MiB at most, and kept nowhere else. A hook that fails, or takes longer than 30 s, keeps that fork out of Running.
 
         :raises IllegalTransition: the source cannot be forked now
-        :raises UsageError: count, names or target can never be
+        :raises UsageError: count, names, target or payloads can never be
         """
         request = make_request(
             count=count,
@@ -259,6 +263,8 @@ class Lifecycle(HostBase):
             tags=tags or {},
             publish=publish,
             from_running=from_running,
+            payload=payload,
+            payloads=payloads,
         )
         if request.from_running:
             return await self._fork_running(reference, request, progress)
