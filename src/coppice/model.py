@@ -81,7 +81,8 @@ class Image(Record, frozen=True, kw_only=True):
     config: ImageConfig
     source: str  # how it was made, for people
     created_at: float
-    owner: str | None = None
+    owner: str | None = None  # None: the operator's
+    public: bool = False  # whether other owners may run it
     tags: dict[str, str] = {}
 
 
@@ -169,13 +170,19 @@ class Instance(Record, frozen=True, kw_only=True):
     started_at: float | None = None
     captured_at: float | None = None
     disk_stamp: str = ""  # the overlay disk as it was at the capture; memory and disk are of one instant or of no use
-    open_ports: tuple[int, ...] = ()  # agent ports that had a session at the capture: half open in whatever is restored from it
-    frozen: bool = False  # whether the disk's file system was frozen at the capture, and is to be thawed after the restore
+    open_ports: tuple[
+        int, ...
+    ] = ()  # agent ports that had a session at the capture: half open in whatever is restored from it
+    frozen: bool = (
+        False  # whether the disk's file system was frozen at the capture, and is to be thawed after the restore
+    )
     exit_reason: str | None = None
-    identity_serial: int = 0  # of the latest identity message in its memory's history; each must be larger than the one before
+    identity_serial: int = (
+        0  # of the latest identity message in its memory's history; each must be larger than the one before
+    )
     identified: bool = False  # whether it has been made a machine of its own: machine-id, boot-id, host keys
-    owner: str | None = None
-    public: bool = False
+    owner: str | None = None  # None: the operator's
+    public: bool = False  # whether other owners may fork it: a Template's
 
 
 class MemoryReport(Record, frozen=True, kw_only=True):

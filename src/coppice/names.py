@@ -43,6 +43,14 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_owner(owner: str | None) -> str | None:
+    """Return a valid owner, or None for the operator, unchanged.
+
+    :raises InvalidName: it is not a name
+    """
+    return owner if owner is None else check_name(owner)
+
+
 def check_reference(reference: str) -> str:
     """Return what can be a name or an id unchanged; an id is also a valid name.
 

@@ -110,16 +110,23 @@ class Host:
         home: Path | str | None = None,
         *,
         accel: str = "auto",
+        owner: str | None = None,
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
-        self._host = AsyncHost(home, accel=accel, driver=driver, deadlines=deadlines, open_rooms=open_rooms)
+        self._host = AsyncHost(
+            home, accel=accel, owner=owner, driver=driver, deadlines=deadlines, open_rooms=open_rooms
+        )
         self._portal = Portal()
 
     @property
     def home(self) -> Path:
         return self._host.home
+
+    @property
+    def owner(self) -> str | None:
+        return self._host.owner
 
     def open(self) -> Self:
         self._portal.call(self._host.open())
@@ -194,8 +201,8 @@ class Host:
     def standby(self, reference: Reference) -> tuple[Instance, CaptureReport]:
         return self._portal.call(self._host.standby(reference))
 
-    def promote(self, reference: Reference) -> Instance:
-        return self._portal.call(self._host.promote(reference))
+    def promote(self, reference: Reference, *, public: bool | None = None) -> Instance:
+        return self._portal.call(self._host.promote(reference, public=public))
 
     def demote(self, reference: Reference) -> Instance:
         return self._portal.call(self._host.demote(reference))
@@ -350,12 +357,22 @@ class Host:
     # What machines are made of
 
     def image_build(
-        self, name: str, *, suite: str = "bookworm", include: Sequence[str] = (), progress: ProgressSink = no_progress
+        self,
+        name: str,
+        *,
+        suite: str = "bookworm",
+        include: Sequence[str] = (),
+        public: bool = False,
+        progress: ProgressSink = no_progress,
     ) -> Image:
-        return self._portal.call(self._host.image_build(name, suite=suite, include=include, progress=progress))
+        return self._portal.call(
+            self._host.image_build(name, suite=suite, include=include, public=public, progress=progress)
+        )
 
-    def image_import(self, name: str, path: Path | str, *, progress: ProgressSink = no_progress) -> Image:
-        return self._portal.call(self._host.image_import(name, path, progress=progress))
+    def image_import(
+        self, name: str, path: Path | str, *, public: bool = False, progress: ProgressSink = no_progress
+    ) -> Image:
+        return self._portal.call(self._host.image_import(name, path, public=public, progress=progress))
 
     def image_ls(self) -> list[Image]:
         return self._portal.call(self._host.image_ls())
@@ -363,8 +380,8 @@ class Host:
     def image_inspect(self, reference: str) -> Image:
         return self._portal.call(self._host.image_inspect(reference))
 
-    def image_tag(self, reference: str, name: str) -> Image:
-        return self._portal.call(self._host.image_tag(reference, name))
+    def image_tag(self, reference: str, name: str, *, public: bool = False) -> Image:
+        return self._portal.call(self._host.image_tag(reference, name, public=public))
 
     def image_rm(self, reference: str) -> None:
         self._portal.call(self._host.image_rm(reference))

@@ -237,6 +237,8 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
         "target": State.STANDBY,
         "atomic": True,
         "from_running": True,
+        "payload": None,
+        "payloads": [],
         "tags": {"k": "v"},
         "publish": (Publish(host_port=1, guest_port=2),),
     }
@@ -410,7 +412,7 @@ def test_image_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of(capsys, host, "image", "import", "debian", "a.tar") == line
     assert host.asked("image_import")["1"] == Path("a.tar")
     assert output_of(capsys, host, "image", "tag", "debian", "other") == line
-    assert host.asked("image_tag") == {"0": "debian", "1": "other"}
+    assert host.asked("image_tag") == {"0": "debian", "1": "other", "public": False}
     assert "bookworm minbase" in output_of(capsys, host, "image", "ls")
     assert output_of(capsys, host, "image", "ls", "-q") == "debian\n"
     assert "PATH=/bin" in output_of(capsys, host, "image", "inspect", "debian")

@@ -131,6 +131,8 @@ def _details(found: Inspection) -> list[tuple[str, str | Text]]:
         ("Host name", instance.hostname),
         ("Tags", _tags(instance.tags) if instance.tags else None),
         ("Ports", _ports(instance.publish) if instance.publish else None),
+        ("Owner", instance.owner),
+        ("Public", "other owners may fork it" if instance.public else None),
         ("Parent", instance.parent_name),
         ("Forks", f"{found.fork_count} ({', '.join(found.forks)})" if found.forks else None),
         ("Memory", _memory(memory) if memory else None),

@@ -27,17 +27,24 @@ _PARALLEL_PER_CPU = 2
 
 
 async def fan_out(
-    rooms: Rooms, source: Instance, request: ForkRequest, progress: ProgressSink, *, parent: Instance | None = None
+    rooms: Rooms,
+    source: Instance,
+    request: ForkRequest,
+    progress: ProgressSink,
+    *,
+    owner: str | None,
+    parent: Instance | None = None,
 ) -> ForkReport:
     """Grow all children of `source`, which the caller holds locked (shared). Every child that fails is undone.
 
-    `parent` is whom the children are forks of, where that is not `source`: a running machine, of which `source` is the capture.
+    The children are `owner`'s, or where the operator forks, the source's. `parent` is whom they are forks of, where that is not `source`: a
+    running machine, of which `source` is the capture.
     With `atomic`, one failure undoes all, and is raised.
 
     :raises CoppiceError: the plan is refused, or a child failed and the request is atomic
     """
     stages = Stages()
-    children = plan(source, request, parent or source)
+    children = plan(source, request, parent or source, owner)
     try:
         await in_thread(rooms.store.create, children, OPERATION)
     except asyncio.CancelledError:

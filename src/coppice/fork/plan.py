@@ -83,7 +83,7 @@ def takes_memory(source: Instance, target: State) -> bool:
     return source.state is not State.STOPPED and target is not State.STOPPED
 
 
-def plan(source: Instance, request: ForkRequest, parent: Instance) -> list[Instance]:
+def plan(source: Instance, request: ForkRequest, parent: Instance, owner: str | None) -> list[Instance]:
     """The children's records. A child is its source's machine and disk under its own id and name.
 
     :raises IllegalTransition: the source cannot be forked in its state, or not to that target
@@ -116,7 +116,7 @@ def plan(source: Instance, request: ForkRequest, parent: Instance) -> list[Insta
             open_ports=source.open_ports,
             frozen=source.frozen,
             captured_at=source.captured_at if takes_memory(source, request.target) else None,
-            owner=source.owner,
+            owner=source.owner if owner is None else owner,
         )
         for name in names
     ]

@@ -71,7 +71,7 @@ class Lifecycle(HostBase):
         :raises GuestTimeout: it did not answer in time
         """
         check_machine(cpus, memory_bytes, overlay_bytes)
-        found = await in_thread(self.rooms.images.get, image)
+        found = await in_thread(self.rooms.images.get, image, self._usable)
         chosen_name = check_name(name) if name is not None else new_name(_stem(found.name))
         environment = check_env(env or {})
         chosen_kernel = await self._kernel(kernel, progress)
@@ -99,6 +99,7 @@ class Lifecycle(HostBase):
             hostname=check_name(hostname) if hostname is not None else chosen_name,
             tags=check_tags(tags or {}),
             publish=check_publish(publish),
+            owner=self.owner,
         )
         with os_errors(f"run {instance.name}"):
             return await self._make(instance, start=start, progress=progress)
@@ -210,9 +211,12 @@ class Lifecycle(HostBase):
                 return instance, CaptureReport(pause_ms=0, total_ms=0, ram_bytes_written=0, dirty_bytes=0)
             return await capture.standby(self.rooms, instance)
 
-    async def promote(self, reference: Reference) -> Instance:
-        """Make a Standby instance a Template: fork-only, until it is demoted. A Template is left as it is."""
-        return await self._change(reference, Operation.PROMOTE)
+    async def promote(self, reference: Reference, *, public: bool | None = None) -> Instance:
+        """Make a Standby instance a Template: fork-only, until it is demoted. A Template stays one.
+
+        With `public` other owners may fork it too, and so share its memory; with False no longer, though forks that there are live on.
+        """
+        return await self._change(reference, Operation.PROMOTE, public)
 
     async def demote(self, reference: Reference) -> Instance:
         """Make a Template a Standby instance again.
@@ -221,11 +225,11 @@ class Lifecycle(HostBase):
         """
         return await self._change(reference, Operation.DEMOTE)
 
-    async def _change(self, reference: Reference, operation: Operation) -> Instance:
+    async def _change(self, reference: Reference, operation: Operation, public: bool | None = None) -> Instance:
         async with self._hold(reference, operation) as (instance, target):
-            if instance.state is target:
+            if instance.state is target and public in (None, instance.public):
                 return instance
-            changed = await in_thread(self.rooms.store.promote, instance, target)
+            changed = await in_thread(self.rooms.store.promote, instance, target, public=bool(public))
             await in_thread(self.rooms.store.sync)
             return changed
 
@@ -269,7 +273,7 @@ class Lifecycle(HostBase):
         if request.from_running:
             return await self._fork_running(reference, request, progress)
         async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
-            return await fan_out(self.rooms, source, request, progress)
+            return await fan_out(self.rooms, source, request, progress, owner=self.owner)
 
     async def _fork_running(self, reference: Reference, request: ForkRequest, progress: ProgressSink) -> ForkReport:
         async with self._hold(reference, Operation.FORK_RUNNING) as (source, _):
@@ -284,7 +288,7 @@ class Lifecycle(HostBase):
                 await live.remove_stem(self.rooms, stem)
                 raise
         try:
-            forked = await fan_out(self.rooms, captured, request, progress, parent=source)
+            forked = await fan_out(self.rooms, captured, request, progress, owner=self.owner, parent=source)
         except BaseException:
             await live.remove_stem(self.rooms, stem)
             raise

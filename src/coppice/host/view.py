@@ -16,6 +16,7 @@ from coppice.instance import activate, recovery
 from coppice.instance import directory as directories
 from coppice.model import GcReport, Instance, MemoryReport, Record, State, TreeNode
 from coppice.names import is_id
+from coppice.ownership import owns, require_operator
 from coppice.store import locks
 
 _log = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ class View(HostBase):
         return await recovery.look(self.rooms, await self._get(reference))
 
     async def ls(self, *, state: State | None = None, tags: Mapping[str, str] | None = None) -> list[Instance]:
-        """All instances, oldest first, or those in `state` that have all of `tags`."""
+        """The owner's instances, oldest first, or those in `state` that have all of `tags`. The operator sees all."""
         recorded = await asyncio.to_thread(self.rooms.store.instances)
+        recorded = [instance for instance in recorded if owns(self.owner, instance)]
         found: list[Instance] = []
         for instance in recorded:
             try:
@@ -116,7 +118,10 @@ class View(HostBase):
         """Remove what nothing owns: directories and lock files without a record, VMMs without an instance, leftovers of builds that died.
 
         With `dry_run` only says what it would remove. What is in use, or may be about to be, is never touched.
+
+        :raises Refused: the host has an owner: what is left behind is nobody's
         """
+        require_operator(self.owner, "gc")
         await recovery.recover(self.rooms)
         found: list[tuple[str, int]] = []
         for path in await in_thread(self._leftovers):

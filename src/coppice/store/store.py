@@ -15,6 +15,7 @@ import msgspec
 
 from coppice.errors import InUse, NameTaken, NotFound
 from coppice.model import Instance, Record, State
+from coppice.ownership import no_instance
 from coppice.store.database import Database
 
 _encode = msgspec.json.Encoder().encode
@@ -59,7 +60,7 @@ class Store:
                 "SELECT record FROM instances WHERE id = ?1 OR name = ?1 ORDER BY id = ?1 DESC", (reference,)
             ).fetchone()
         if row is None:
-            raise NotFound(f"there is no instance {reference!r}", hint="`coppice ls` shows those there are")
+            raise no_instance(reference)
         return _decode(row[0])
 
     def instances(self) -> list[Instance]:
@@ -137,12 +138,12 @@ class Store:
             if done:
                 connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))
 
-    def promote(self, instance: Instance, state: State) -> Instance:
-        """Change between Standby and Template.
+    def promote(self, instance: Instance, state: State, *, public: bool = False) -> Instance:
+        """Change between Standby and Template, and whether the template is public.
 
         :raises InUse: it is to become Standby while it has forks; the message names them
         """
-        changed = msgspec.structs.replace(instance, state=state)
+        changed = msgspec.structs.replace(instance, state=state, public=public and state is State.TEMPLATE)
         with self._db.write() as connection:
             if state is State.STANDBY:
                 _refuse_with_forks(connection, instance, "demoted")
