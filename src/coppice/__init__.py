@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from coppice.host import AsyncHost, Inspection
     from coppice.instance.rooms import Deadlines
     from coppice.model import (
+        Budgets,
+        BudgetUse,
         CaptureReport,
         Check,
         ExecResult,
@@ -81,7 +83,7 @@ _ERRORS = (
     "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError", "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
-    "CaptureReport", "Check", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image", "ImageConfig", "Instance",
+    "BudgetUse", "Budgets", "CaptureReport", "Check", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image", "ImageConfig", "Instance",
     "MachineSpec", "Manifest", "MemFile", "MemoryReport", "ProcessSpec", "Progress", "ProgressSink", "Publish", "Sharing",
     "StageTimings", "State", "TreeNode", "VmmProcess",
 )  # fmt: skip
@@ -99,6 +101,8 @@ _HOME = {
 
 __all__ = [
     "AsyncHost",
+    "BudgetUse",
+    "Budgets",
     "Busy",
     "CaptureReport",
     "Check",

@@ -283,6 +283,28 @@ class TreeNode(Record, frozen=True, kw_only=True):
     children: tuple[TreeNode, ...] = ()
 
 
+class Budgets(Record, frozen=True, kw_only=True):
+    """How much of the host a data directory may take. What would go beyond is refused before it begins."""
+
+    max_instances: int  # in any state
+    memory_bytes: int  # for all that run: of each its RAM / memory_overcommit, and 32 MiB for its VMM
+    memory_overcommit: float  # 1: no sharing is counted on
+    disk_floor_bytes: int  # what is to stay free on the file system
+
+
+class BudgetUse(Record, frozen=True, kw_only=True):
+    """The budgets, and how much of them is in use."""
+
+    instances: int
+    max_instances: int
+    running: int
+    memory_bytes: int  # the worst case of all that run, as it is counted
+    memory_limit_bytes: int
+    memory_overcommit: float
+    disk_free_bytes: int
+    disk_floor_bytes: int
+
+
 class Check(Record, frozen=True, kw_only=True):
     """One line of `coppice doctor`."""
 

@@ -21,6 +21,8 @@ from coppice.instance.rooms import Deadlines
 from coppice.model import (
     GIB,
     MIB,
+    Budgets,
+    BudgetUse,
     CaptureReport,
     Check,
     ExecResult,
@@ -113,10 +115,17 @@ class Host:
         owner: str | None = None,
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
+        budgets: Budgets | None = None,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
         self._host = AsyncHost(
-            home, accel=accel, owner=owner, driver=driver, deadlines=deadlines, open_rooms=open_rooms
+            home,
+            accel=accel,
+            owner=owner,
+            driver=driver,
+            deadlines=deadlines,
+            budgets=budgets,
+            open_rooms=open_rooms,
         )
         self._portal = Portal()
 
@@ -127,6 +136,10 @@ class Host:
     @property
     def owner(self) -> str | None:
         return self._host.owner
+
+    @property
+    def budgets(self) -> Budgets:
+        return self._host.budgets
 
     def open(self) -> Self:
         self._portal.call(self._host.open())
@@ -347,6 +360,9 @@ class Host:
 
     def stats(self, reference: Reference | None = None) -> dict[str, MemoryReport]:
         return self._portal.call(self._host.stats(reference))
+
+    def budget(self) -> BudgetUse:
+        return self._portal.call(self._host.budget())
 
     def tree(self, reference: Reference | None = None) -> list[TreeNode]:
         return self._portal.call(self._host.tree(reference))

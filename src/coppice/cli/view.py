@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from coppice.host import AsyncHost, Inspection
-    from coppice.model import Instance, MemoryReport, Publish
+    from coppice.model import BudgetUse, Instance, MemoryReport, Publish
 
 
 def ls(
@@ -173,12 +173,19 @@ def stats(
         str | None,
         typer.Argument(metavar="NAME", help="One instance; otherwise all.", autocompletion=complete.instances),
     ] = None,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Show how much of the budgets of this data directory is in use instead.")
+    ] = False,
 ) -> None:
     """Show the memory of instances, as the kernel accounts it.
 
     SHARED: resident pages of the mem-file itself. UNIQUE: what this instance alone costs. OVERHEAD: the VMM process beside guest RAM.
     """
     cli = Cli.of(ctx)
+    if budget:
+        use = cli.call(lambda host: host.budget())
+        cli.show(use, lambda: output.fields(_budget(use)))
+        return
     reports = cli.call(lambda host: host.stats(name))
 
     def human() -> None:
@@ -212,6 +219,17 @@ def stats(
         )  # fmt: skip
 
     cli.show(reports, human)
+
+
+def _budget(use: BudgetUse) -> list[tuple[str, str | Text]]:
+    return [
+        ("Instances", f"{use.instances} of {use.max_instances}, {use.running} running"),
+        (
+            "Memory",
+            f"{format.size(use.memory_bytes)} of {format.size(use.memory_limit_bytes)}, at {use.memory_overcommit:g} times over-commit",
+        ),
+        ("Disk", f"{format.size(use.disk_free_bytes)} free, of which {format.size(use.disk_floor_bytes)} are kept"),
+    ]
 
 
 def gc(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 
 import msgspec
 
@@ -33,12 +34,14 @@ async def fan_out(
     progress: ProgressSink,
     *,
     owner: str | None,
+    admit: Callable[[], None],
     parent: Instance | None = None,
 ) -> ForkReport:
     """Grow all children of `source`, which the caller holds locked (shared). Every child that fails is undone.
 
-    The children are `owner`'s, or where the operator forks, the source's. `parent` is whom they are forks of, where that is not `source`: a
-    running machine, of which `source` is the capture.
+    `admit` refuses, inside of the transaction that records them, what the host has no room for. The children are `owner`'s, or where the
+    operator forks, the source's. `parent` is whom they are forks of, where that is not `source`: a running machine, of which `source` is the
+    capture.
     With `atomic`, one failure undoes all, and is raised.
 
     :raises CoppiceError: the plan is refused, or a child failed and the request is atomic
@@ -46,7 +49,7 @@ async def fan_out(
     stages = Stages()
     children = plan(source, request, parent or source, owner)
     try:
-        await in_thread(rooms.store.create, children, OPERATION)
+        await in_thread(rooms.store.create, children, OPERATION, admit)
     except asyncio.CancelledError:
         await complete(_destroy_all(rooms, children))
         raise

@@ -19,10 +19,11 @@ from coppice.images.catalog import ImageCatalog
 from coppice.instance import recovery
 from coppice.instance.rooms import Deadlines, Rooms
 from coppice.lifecycle import Operation, require
-from coppice.model import Image, Instance, State
+from coppice.model import Budgets, Image, Instance, State
 from coppice.names import check_owner, check_reference
 from coppice.ownership import may_use_image, require_instance
 from coppice.store import locks
+from coppice.store.budgets import load_budgets
 from coppice.store.layout import Layout, default_home
 from coppice.store.store import Store
 from coppice.vmm.driver import VmmDriver
@@ -63,12 +64,14 @@ class HostBase:
         owner: str | None = None,
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
+        budgets: Budgets | None = None,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
         """Prepare to use the data directory `home` (default: COPPICE_HOME and so on, see `default_home`).
 
         `owner` is whose things are made, seen and used; without one the host is the operator's, who may use all (see `coppice.ownership`).
         `accel` is `auto`, `kvm` or `tcg`; `driver` replaces QEMU altogether, and `open_rooms` everything that works in the data directory.
+        `budgets` are used instead of those that config.toml and the environment say (see `coppice.store.budgets`).
 
         :raises InvalidName: the owner is not a name
         """
@@ -76,6 +79,7 @@ class HostBase:
         self._owner = check_owner(owner)
         self._driver = driver or QemuDriver(accel)
         self._deadlines = deadlines or Deadlines()
+        self._budgets = budgets
         self._open_rooms = open_rooms or default_rooms
         self._opened: Rooms | None = None
 
@@ -99,8 +103,22 @@ class HostBase:
             raise RuntimeError("open the host first: `async with AsyncHost() as host:`")
         return self._opened
 
+    @property
+    def budgets(self) -> Budgets:
+        """How much of the host the data directory may take.
+
+        :raises RuntimeError: the host is used outside of its `with` block
+        """
+        if self._opened is None or self._budgets is None:
+            raise RuntimeError("open the host first: `async with AsyncHost() as host:`")
+        return self._budgets
+
     async def open(self) -> Self:
-        """Open the data directory, making it where it is not there, and recover what was interrupted."""
+        """Open the data directory, making it where it is not there, and recover what was interrupted.
+
+        :raises HostCannot: it cannot be used
+        :raises UsageError: its config.toml, or a variable of the environment, cannot be understood
+        """
         if self._opened is None:
             try:
                 await in_thread(self._open)
@@ -113,6 +131,8 @@ class HostBase:
     def _open(self) -> None:
         layout = Layout(self._home.absolute())
         layout.create()
+        if self._budgets is None:
+            self._budgets = load_budgets(layout.home)
         self._opened = self._open_rooms(layout, self._driver, self._deadlines)
 
     async def close(self) -> None:

@@ -32,6 +32,23 @@ class JournalEntry(Record, frozen=True, kw_only=True):
     started_at: float
 
 
+class Load(Record, frozen=True, kw_only=True):
+    """What is recorded, counted."""
+
+    instances: int
+    running: int  # that have a VMM, or are being made or started
+    ram_bytes: int  # of those
+
+
+# A record that is new counts as running: what is being made is mostly to run, and too much is safer than too little.
+LOAD = """
+    SELECT count(*), coalesce(sum(runs), 0),
+           coalesce(sum(CASE WHEN runs THEN json_extract(CAST(record AS TEXT), '$.machine.memory_bytes') END), 0)
+    FROM (SELECT record, state NOT IN ('Stopped', 'Standby', 'Template')
+                 OR id IN (SELECT instance FROM journal WHERE operation IN ('start', 'restore')) AS runs FROM instances)
+"""
+
+
 class Store:
     """All blocking; see `Database`."""
 
@@ -76,6 +93,12 @@ class Store:
                 "SELECT record FROM instances WHERE parent = ? ORDER BY created_at, rowid", (instance_id,)
             ).fetchall()
         return [_decode(row[0]) for row in rows]
+
+    def load(self) -> Load:
+        """How much there is and runs; inside of a transaction's check, as of that transaction."""
+        with self._db.read() as connection:
+            instances, running, ram_bytes = connection.execute(LOAD).fetchone()
+        return Load(instances=instances, running=running, ram_bytes=ram_bytes)
 
     def fork_counts(self) -> dict[str, int]:
         """Fork count by id, of all that have forks."""
@@ -154,12 +177,14 @@ class Store:
 
     # Journal
 
-    def begin(self, instance: Instance, operation: str) -> None:
-        """Record that an operation starts on this instance, together with the record as given.
+    def begin(self, instance: Instance, operation: str, check: Callable[[], None] | None = None) -> None:
+        """Record that an operation starts on this instance, together with the record as given. `check` runs inside of the transaction.
 
         :raises InUse: the operation is a removal and the instance is a template with forks
         """
         with self._db.write() as connection:
+            if check is not None:
+                check()
             if operation == "rm" and instance.state is State.TEMPLATE:
                 _refuse_with_forks(connection, instance, "removed")
             self._journal(connection, instance.id, operation)
