@@ -367,8 +367,8 @@ class Host:
     def tree(self, reference: Reference | None = None) -> list[TreeNode]:
         return self._portal.call(self._host.tree(reference))
 
-    def gc(self, *, dry_run: bool = False) -> GcReport:
-        return self._portal.call(self._host.gc(dry_run=dry_run))
+    def gc(self, *, dry_run: bool = False, caches: bool = False) -> GcReport:
+        return self._portal.call(self._host.gc(dry_run=dry_run, caches=caches))
 
     # What machines are made of
 

@@ -395,7 +395,7 @@ def test_rm_goes_on_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_gc_tells_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
     """--dry-run reaches the host, and the words say that nothing was removed."""
-    host = FakeHost(gc=lambda dry_run: GcReport(removed=("instances/x",), bytes_freed=MIB, dry_run=dry_run))
+    host = FakeHost(gc=lambda dry_run, caches: GcReport(removed=("instances/x",), bytes_freed=MIB, dry_run=dry_run))
     assert output_of(capsys, host, "gc") == "instances/x\n1 leftover, 1.0 MiB freed\n"
     assert output_of(capsys, host, "gc", "--dry-run") == "instances/x\n1 leftover, 1.0 MiB would be freed\n"
 

@@ -235,13 +235,20 @@ def _budget(use: BudgetUse) -> list[tuple[str, str | Text]]:
 def gc(
     ctx: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    caches: Annotated[
+        bool,
+        typer.Option(
+            "--caches",
+            help="Also what no instance uses and can be had again: fetched kernels, empty disks, unnamed images.",
+        ),
+    ] = False,
 ) -> None:
     """Remove what nothing owns: leftovers of killed processes.
 
     What is in use is never touched.
     """
     cli = Cli.of(ctx)
-    report = cli.call(lambda host: host.gc(dry_run=dry_run))
+    report = cli.call(lambda host: host.gc(dry_run=dry_run, caches=caches))
 
     def human() -> None:
         for path in report.removed:
