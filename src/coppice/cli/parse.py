@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -161,7 +162,7 @@ def _check_json(data: bytes, what: str) -> None:
 
 def _content(path: str, most: int) -> bytes:
     try:
-        with sys.stdin.buffer if path == "-" else Path(path).open("rb") as file:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
             data = file.read(most + 1)
     except OSError as error:
         raise UsageError(f"the file {path} cannot be read: {error.strerror}", hint="give another path") from error
