@@ -126,7 +126,7 @@ class FakeGuest:
             "sessions_ended": state.sessions_ended + (flags & 1),
             "frozen": state.frozen and not flags & 2,
         }
-        if (payload := fields.raw(11)) is not None or fields.raw(5):
+        if (payload := fields.raw(11)) is not None or flags & 8:
             changes |= {"payload": payload and payload[:256], "payload_size": len(payload or b"")}
         if flags & 4:
             changes |= {"argv": tuple(fields.texts(20)), "env": tuple(fields.texts(21))}
