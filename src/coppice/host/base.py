@@ -79,7 +79,8 @@ class HostBase:
         self._owner = check_owner(owner)
         self._driver = driver or QemuDriver(accel)
         self._deadlines = deadlines or Deadlines()
-        self._budgets = budgets
+        self._given_budgets = budgets
+        self._budgets: Budgets | None = None
         self._open_rooms = open_rooms or default_rooms
         self._opened: Rooms | None = None
 
@@ -131,8 +132,7 @@ class HostBase:
     def _open(self) -> None:
         layout = Layout(self._home.absolute())
         layout.create()
-        if self._budgets is None:
-            self._budgets = load_budgets(layout.home)
+        self._budgets = self._given_budgets or load_budgets(layout.home)
         self._opened = self._open_rooms(layout, self._driver, self._deadlines)
 
     async def close(self) -> None:
