@@ -440,6 +440,14 @@ def test_fork_hands_payloads_over(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert (asked["count"], asked["payload"], asked["payloads"]) == (2, None, [b'{"job": 1}', b'{"job": 2}'])
 
 
+def test_ls_shows_owners_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    """The operator sees whose an instance is; nobody else is bothered with it."""
+    assert "OWNER" not in output_of(capsys, FakeHost(ls=[VM]), "ls")
+    lines = output_of(capsys, FakeHost(ls=[VM, instance("theirs", owner="alice")]), "ls").splitlines()
+    assert "OWNER" in lines[0]
+    assert lines[2].split()[-1] == "alice"
+
+
 def test_sharing_with_others_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     """--public and --private reach the host; without either a template stays as it is."""
     for words, wanted in (((), None), (("--public",), True), (("--private",), False)):

@@ -46,6 +46,9 @@ def ls(
             ("PARENT", "left"),
         ]  # fmt: skip
         with_ports, with_tags = any(i.publish for i in instances), any(i.tags for i in instances)
+        with_owners = any(i.owner for i in instances)
+        if with_owners:
+            columns.append(("OWNER", "left"))
         if with_ports:
             columns.append(("PORTS", "left"))
         if with_tags:
@@ -61,6 +64,7 @@ def ls(
                     format.size(instance.machine.memory_bytes),
                     format.age(instance.created_at),
                     instance.parent_name or "-",
+                    *([instance.owner or "-"] if with_owners else []),
                     *([_ports(instance.publish)] if with_ports else []),
                     *([_tags(instance.tags)] if with_tags else []),
                 ]
