@@ -173,9 +173,7 @@ class Instance(Record, frozen=True, kw_only=True):
     open_ports: tuple[
         int, ...
     ] = ()  # agent ports that had a session at the capture: half open in whatever is restored from it
-    frozen: bool = (
-        False  # whether the disk's file system was frozen at the capture, and is to be thawed after the restore
-    )
+    frozen: bool = False  # whether the file system was frozen at the capture, and is to be thawed after the restore
     exit_reason: str | None = None
     identity_serial: int = (
         0  # of the latest identity message in its memory's history; each must be larger than the one before
