@@ -133,7 +133,15 @@ def _default(value: object) -> str:
 
 def _data_types() -> list[type]:
     ours = [kind for kind in vars(model).values() if isinstance(kind, type) and kind.__module__ == model.__name__]
-    return [*(kind for kind in ours if kind is not model.Record), host.Inspection, Health, Exit, Kernel, Deadlines]
+    return [
+        *(kind for kind in ours if kind is not model.Record),
+        host.Inspection,
+        host.SnapshotInspection,
+        Health,
+        Exit,
+        Kernel,
+        Deadlines,
+    ]
 
 
 def _record(kind: type) -> Iterator[str]:

@@ -44,13 +44,14 @@ if TYPE_CHECKING:
     from coppice.guest.control import Health
     from coppice.guest.kernel import Kernel
     from coppice.guest.process import Exit
-    from coppice.host import AsyncHost, Inspection
+    from coppice.host import AsyncHost, Inspection, SnapshotInspection
     from coppice.instance.rooms import Deadlines
     from coppice.model import (
         Budgets,
         BudgetUse,
         CaptureReport,
         Check,
+        Difference,
         ExecResult,
         FileStat,
         ForkReport,
@@ -68,9 +69,12 @@ if TYPE_CHECKING:
         ProgressSink,
         Publish,
         Sharing,
+        Snapshot,
+        SnapshotKind,
         StageTimings,
         State,
         TreeNode,
+        VerifyReport,
         VmmProcess,
     )
     from coppice.sync import Host
@@ -83,9 +87,10 @@ _ERRORS = (
     "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError", "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
-    "BudgetUse", "Budgets", "CaptureReport", "Check", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image", "ImageConfig", "Instance",
+    "BudgetUse", "Budgets", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image",
+    "ImageConfig", "Instance",
     "MachineSpec", "Manifest", "MemFile", "MemoryReport", "ProcessSpec", "Progress", "ProgressSink", "Publish", "Sharing",
-    "StageTimings", "State", "TreeNode", "VmmProcess",
+    "Snapshot", "SnapshotKind", "StageTimings", "State", "TreeNode", "VerifyReport", "VmmProcess",
 )  # fmt: skip
 _HOME = {
     "Host": "coppice.sync",
@@ -94,6 +99,7 @@ _HOME = {
     "Exit": "coppice.guest.process",
     "Health": "coppice.guest.control",
     "Inspection": "coppice.host",
+    "SnapshotInspection": "coppice.host",
     "Kernel": "coppice.guest.kernel",
     **dict.fromkeys(_ERRORS, "coppice.errors"),
     **dict.fromkeys(_MODEL, "coppice.model"),
@@ -108,6 +114,7 @@ __all__ = [
     "Check",
     "CoppiceError",
     "Deadlines",
+    "Difference",
     "DigestMismatch",
     "ExecResult",
     "Exit",
@@ -147,11 +154,15 @@ __all__ = [
     "Publish",
     "Refused",
     "Sharing",
+    "Snapshot",
+    "SnapshotInspection",
+    "SnapshotKind",
     "StageTimings",
     "State",
     "TreeNode",
     "UnsafePath",
     "UsageError",
+    "VerifyReport",
     "VmmDied",
     "VmmError",
     "VmmProcess",

@@ -24,6 +24,8 @@ class Operation(StrEnum):
     FORK = "fork"
     FORK_RUNNING = "fork --from-running"
     EXEC = "exec"
+    SNAPSHOT = "snapshot create"
+    SNAPSHOT_RESTORE = "snapshot restore"
     REMOVE = "rm"
 
 
@@ -45,6 +47,13 @@ _LEGAL: dict[Operation, dict[State, State]] = {
     Operation.FORK: {_S.STOPPED: _S.STOPPED, _S.STANDBY: _S.STANDBY, _S.TEMPLATE: _S.TEMPLATE},
     Operation.FORK_RUNNING: {_S.RUNNING: _S.RUNNING},
     Operation.EXEC: {_S.RUNNING: _S.RUNNING},
+    Operation.SNAPSHOT: {state: state for state in (_S.RUNNING, _S.STANDBY, _S.TEMPLATE, _S.STOPPED)},
+    Operation.SNAPSHOT_RESTORE: {  # of memory; of a disk alone it leads to Stopped
+        _S.RUNNING: _S.STANDBY,
+        _S.PAUSED: _S.STANDBY,
+        _S.STANDBY: _S.STANDBY,
+        _S.STOPPED: _S.STANDBY,
+    },
     Operation.REMOVE: {state: state for state in State},
 }
 

@@ -35,6 +35,13 @@ class State(StrEnum):
     UNKNOWN = "Unknown"
 
 
+class SnapshotKind(StrEnum):
+    """What a snapshot holds."""
+
+    STANDBY = "Standby"  # memory and disk of one instant
+    STOPPED = "Stopped"  # the disk alone
+
+
 class Sharing(StrEnum):
     """How an instance came by the mem-file it maps."""
 
@@ -164,23 +171,51 @@ class Instance(Record, frozen=True, kw_only=True):
     publish: tuple[Publish, ...] = ()
     parent: str | None = None  # id of the instance it was forked from
     parent_name: str | None = None  # kept for people: the parent may be gone
+    snapshot: str | None = None  # id of the snapshot that it was forked from, or taken back to
     mem_file: MemFile | None = None
     manifest: Manifest | None = None
     vmm: VmmProcess | None = None
     started_at: float | None = None
     captured_at: float | None = None
     disk_stamp: str = ""  # the overlay disk as it was at the capture; memory and disk are of one instant or of no use
-    open_ports: tuple[
-        int, ...
-    ] = ()  # agent ports that had a session at the capture: half open in whatever is restored from it
-    frozen: bool = False  # whether the file system was frozen at the capture, and is to be thawed after the restore
+    open_ports: tuple[int, ...] = ()  # agent ports with a session at the capture: half open in what is restored
+    frozen: bool = False  # the file system was frozen at the capture, and is to be thawed after the restore
     exit_reason: str | None = None
-    identity_serial: int = (
-        0  # of the latest identity message in its memory's history; each must be larger than the one before
-    )
+    identity_serial: int = 0  # of the latest identity message in its memory's history; the next is larger
     identified: bool = False  # whether it has been made a machine of its own: machine-id, boot-id, host keys
     owner: str | None = None  # None: the operator's
     public: bool = False  # whether other owners may fork it: a Template's
+
+
+class Snapshot(Record, frozen=True, kw_only=True):
+    """A named moment of an instance. It never changes, and needs neither its source nor its forks."""
+
+    id: str
+    name: str
+    kind: SnapshotKind
+    source: str  # id of the instance that it was made of
+    source_name: str  # kept for people: the source may be gone
+    created_at: float
+    driver: str
+    image: str  # digest
+    image_name: str
+    machine: MachineSpec
+    process: ProcessSpec
+    tags: dict[str, str] = {}
+    mem_file: MemFile | None = None
+    vmstate_sha256: str | None = None
+    manifest: Manifest | None = None
+    captured_at: float | None = None
+    disk_stamp: str = ""
+    disk_sha256: str | None = None
+    size_bytes: int = 0  # allocated by its files, also where others have links to them
+    pause_ms: float = 0.0  # a source that ran did not run for so long
+    open_ports: tuple[int, ...] = ()
+    frozen: bool = False
+    identity_serial: int = 0
+    identified: bool = False
+    owner: str | None = None
+    public: bool = False
 
 
 class MemoryReport(Record, frozen=True, kw_only=True):
@@ -318,6 +353,27 @@ class GcReport(Record, frozen=True, kw_only=True):
     removed: tuple[str, ...] = ()
     bytes_freed: int = 0
     dry_run: bool = False
+
+
+class Difference(Record, frozen=True, kw_only=True):
+    """One captured file that is not what was captured."""
+
+    holder: Literal["instance", "snapshot"]
+    id: str
+    name: str
+    file: str
+    detail: str
+
+
+class VerifyReport(Record, frozen=True, kw_only=True):
+    """What `coppice verify` looked at, and what it found."""
+
+    mem_files: int = 0  # each file once, however many instances have a link to it
+    disks: int = 0
+    bytes_hashed: int = 0
+    recorded: int = 0  # SHA-256 sums that were not known before
+    skipped: tuple[str, ...] = ()  # whose disks are in use, so that they cannot be checked
+    differences: tuple[Difference, ...] = ()
 
 
 def to_json(value: object) -> bytes:

@@ -11,10 +11,10 @@ Names are unique in a data directory, whoever's they are: they are no secret.
 from __future__ import annotations
 
 from coppice.errors import NotFound, Refused
-from coppice.model import Image, Instance, State
+from coppice.model import Image, Instance, Snapshot, State
 
 
-def owns(owner: str | None, thing: Instance | Image) -> bool:
+def owns(owner: str | None, thing: Instance | Image | Snapshot) -> bool:
     """Whether a host with this owner may do everything with the thing: it is its own, or the host is the operator's."""
     return owner is None or thing.owner == owner
 
@@ -45,6 +45,11 @@ def require_instance(owner: str | None, instance: Instance, reference: str, *, t
 def no_instance(reference: str) -> NotFound:
     """The error for a name that nothing goes by, as far as the asker may know."""
     return NotFound(f"there is no instance {reference!r}", hint="`coppice ls` shows those there are")
+
+
+def no_snapshot(reference: str) -> NotFound:
+    """The same for snapshots, which are always their owner's alone."""
+    return NotFound(f"there is no snapshot {reference!r}", hint="`coppice snapshot ls` shows those there are")
 
 
 def require_operator(owner: str | None, what: str) -> None:

@@ -15,7 +15,7 @@ from coppice.guest.control import Health
 from coppice.guest.kernel import Kernel
 from coppice.guest.process import ExecSession as AsyncExecSession
 from coppice.guest.process import Exit, Stream
-from coppice.host import AsyncHost, Inspection, LogSource, Reference
+from coppice.host import AsyncHost, Inspection, LogSource, Reference, SnapshotInspection, SnapshotReference
 from coppice.host.base import RoomsOpener
 from coppice.instance.rooms import Deadlines
 from coppice.model import (
@@ -34,8 +34,11 @@ from coppice.model import (
     MemoryReport,
     ProgressSink,
     Publish,
+    Snapshot,
+    SnapshotKind,
     State,
     TreeNode,
+    VerifyReport,
     no_progress,
 )
 from coppice.portal import Portal
@@ -264,6 +267,59 @@ class Host:
         with self._portal.within(self._host.forks(reference, count)) as instances:
             yield instances
 
+    # Snapshots
+
+    def snapshot_create(
+        self,
+        reference: Reference,
+        *,
+        name: str | None = None,
+        kind: SnapshotKind | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Snapshot:
+        return self._portal.call(self._host.snapshot_create(reference, name=name, kind=kind, tags=tags))
+
+    def snapshot_ls(self, *, source: Reference | None = None, tags: Mapping[str, str] | None = None) -> list[Snapshot]:
+        return self._portal.call(self._host.snapshot_ls(source=source, tags=tags))
+
+    def snapshot_inspect(self, reference: SnapshotReference) -> SnapshotInspection:
+        return self._portal.call(self._host.snapshot_inspect(reference))
+
+    def snapshot_restore(self, reference: SnapshotReference, *, start: bool = False) -> Instance:
+        return self._portal.call(self._host.snapshot_restore(reference, start=start))
+
+    def snapshot_fork(
+        self,
+        reference: SnapshotReference,
+        *,
+        count: int = 1,
+        names: Sequence[str] = (),
+        target: State = State.RUNNING,
+        atomic: bool = False,
+        tags: Mapping[str, str] | None = None,
+        publish: Sequence[Publish] = (),
+        payload: bytes | None = None,
+        payloads: Sequence[bytes] = (),
+        progress: ProgressSink = no_progress,
+    ) -> ForkReport:
+        return self._portal.call(
+            self._host.snapshot_fork(
+                reference,
+                count=count,
+                names=names,
+                target=target,
+                atomic=atomic,
+                tags=tags,
+                publish=publish,
+                payload=payload,
+                payloads=payloads,
+                progress=progress,
+            )
+        )
+
+    def snapshot_rm(self, reference: SnapshotReference) -> None:
+        self._portal.call(self._host.snapshot_rm(reference))
+
     # Inside of a guest
 
     def exec(
@@ -366,6 +422,9 @@ class Host:
 
     def tree(self, reference: Reference | None = None) -> list[TreeNode]:
         return self._portal.call(self._host.tree(reference))
+
+    def verify(self, *, progress: ProgressSink = no_progress) -> VerifyReport:
+        return self._portal.call(self._host.verify(progress=progress))
 
     def gc(self, *, dry_run: bool = False, caches: bool = False) -> GcReport:
         return self._portal.call(self._host.gc(dry_run=dry_run, caches=caches))

@@ -81,6 +81,20 @@ async def test_too_much_memory(opened: Opener) -> None:
     await assert_tidy(host, "oak", "ash", "elm", "fir")
 
 
+async def test_snapshots_are_asked_for_too(opened: Opener, fake_home: Path) -> None:
+    """Forks of a snapshot count as any; keeping a running fork may write all of its RAM, taking one back to run needs its memory."""
+    host = await opened(memory_bytes=2 * ONE, max_instances=4)
+    await make(host, State.STANDBY)
+    await host.snapshot_create("oak", name="noon")
+    await refused(host, host.snapshot_fork("noon", count=4, target=State.STANDBY), "5 instances")
+    await refused(host, host.snapshot_fork("noon", count=3), "memory")
+    assert (await host.snapshot_fork("noon", count=2, names=["elm", "ash"])).succeeded == 2
+    await refused(host, host.snapshot_restore("noon", start=True), "memory")
+    disk = os.statvfs(fake_home)
+    host = await opened(disk_floor_bytes=disk.f_bavail * disk.f_frsize - MEMORY_BYTES // 2)
+    await refused(host, host.snapshot_create("elm"), "floor")
+
+
 async def test_over_commit_is_counted_on(opened: Opener) -> None:
     """A fork is taken to need its RAM divided by the factor, and its VMM's own memory."""
     one = MEMORY_BYTES // 16 + 32 * MIB

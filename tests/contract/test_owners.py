@@ -170,10 +170,30 @@ async def test_removing_an_image_leaves_the_names_of_others(hosts: Hosts) -> Non
     assert await operator.image_ls() == []
 
 
-async def test_gc_is_the_operators(hosts: Hosts) -> None:
-    """What is left behind belongs to nobody."""
-    with pytest.raises(Refused, match="operator"):
-        await hosts["alice"].gc()
+async def test_a_snapshot_is_its_owners_alone(hosts: Hosts) -> None:
+    """Of an instance of the same owner, also where that is a public template; for others it is not there."""
+    alice, bob = hosts["alice"], hosts["bob"]
+    await make(alice, State.TEMPLATE)
+    await alice.promote("oak", public=True)
+    kept = await alice.snapshot_create("oak", name="noon")
+    assert kept.owner == "alice"
+    assert await bob.snapshot_ls() == []
+    for reference in ("noon", kept.id, kept):
+        for use in (bob.snapshot_inspect, bob.snapshot_restore, bob.snapshot_fork, bob.snapshot_rm):
+            with pytest.raises(NotFound, match="no snapshot"):
+                await use(reference)
+    with pytest.raises(Refused):
+        await bob.snapshot_create("oak")
+    (fork,) = (await alice.snapshot_fork("noon", payload=b"for alice", atomic=True)).instances
+    assert fork.owner == "alice"
+    assert await ask(alice, fork, "payload") == "for alice"
+
+
+async def test_gc_and_verify_are_the_operators(hosts: Hosts) -> None:
+    """What is left behind belongs to nobody, and a check of everything is not for everybody."""
+    for work in (hosts["alice"].gc(), hosts["alice"].verify()):
+        with pytest.raises(Refused, match="operator"):
+            await work
     assert (await hosts[""].gc()).removed == ()
 
 

@@ -85,7 +85,12 @@ async def assert_tidy(host: AsyncHost, *names: str) -> list[Instance]:
     assert store.journal() == []
     ids = {instance.id for instance in instances}
     assert {path.name for path in layout.instances.iterdir()} == ids
-    assert {path.stem for path in layout.locks.iterdir()} <= ids
+    assert {path.stem for path in layout.locks.iterdir()} <= ids | store.snapshots.ids()
+    assert {path.name for path in layout.snapshots.iterdir()} == store.snapshots.ids()
+    for kept in store.snapshots.snapshots():
+        with_memory = [files.MEMORY, files.VMSTATE] if kept.mem_file is not None else []
+        expected = [files.OVERLAY_DISK, files.ROOT_DISK, *with_memory]
+        assert sorted(path.name for path in layout.snapshot(kept.id).iterdir()) == sorted(expected)
     orphans = await asyncio.to_thread(driver.find_orphans, layout.instances)
     running = {layout.instance(instance.id): instance.vmm for instance in instances if instance.vmm is not None}
     assert {directory: [vmm] for directory, vmm in running.items()} == orphans

@@ -34,6 +34,18 @@ ALLOWED: dict[Operation, dict[State, State]] = {
     },
     Operation.FORK_RUNNING: {State.RUNNING: State.RUNNING},
     Operation.EXEC: {State.RUNNING: State.RUNNING},
+    Operation.SNAPSHOT: {
+        State.RUNNING: State.RUNNING,
+        State.STANDBY: State.STANDBY,
+        State.TEMPLATE: State.TEMPLATE,
+        State.STOPPED: State.STOPPED,
+    },
+    Operation.SNAPSHOT_RESTORE: {
+        State.RUNNING: State.STANDBY,
+        State.PAUSED: State.STANDBY,
+        State.STANDBY: State.STANDBY,
+        State.STOPPED: State.STANDBY,
+    },
     Operation.REMOVE: {state: state for state in State},
 }
 EVERY_PAIR = [(operation, state) for operation in Operation for state in State]
@@ -60,7 +72,7 @@ def test_each_pair_is_decided(operation: Operation, state: State) -> None:
     assert refusal.value.hint
 
 
-def test_a_template_is_only_forked_demoted_or_removed() -> None:
+def test_a_template_is_only_forked_kept_demoted_or_removed() -> None:
     """A template never runs: a second VM on its mem-file's own disk would break every fork to come."""
     legal = {operation for operation in Operation if State.TEMPLATE in legal_states(operation)}
-    assert legal == {Operation.PROMOTE, Operation.DEMOTE, Operation.FORK, Operation.REMOVE}
+    assert legal == {Operation.PROMOTE, Operation.DEMOTE, Operation.FORK, Operation.SNAPSHOT, Operation.REMOVE}

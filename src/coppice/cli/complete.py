@@ -18,6 +18,11 @@ def templates(ctx: typer.Context, incomplete: str) -> list[str]:
     return _instances(ctx, incomplete, "Template")
 
 
+def snapshots(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of snapshots that begin so."""
+    return _names(ctx, "SELECT name FROM snapshots WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name", incomplete)
+
+
 def paths(ctx: typer.Context, incomplete: str) -> list[str]:
     """`NAME:` for an end of `cp`; the shell completes local paths."""
     return [f"{name}:" for name in _instances(ctx, incomplete, "Running")]
@@ -43,20 +48,24 @@ def states(incomplete: str) -> list[str]:
     return [state for state in known if state.startswith(incomplete)]
 
 
-def _instances(ctx: typer.Context, incomplete: str, *states: str) -> list[str]:
-    import sqlite3
-
-    database = _home(ctx) / "coppice.db"
+def _instances(ctx: typer.Context, incomplete: str, state: str = "") -> list[str]:
     query = (
         "SELECT name FROM instances WHERE substr(name, 1, length(?1)) = ?1 AND (?2 = '' OR state = ?2) ORDER BY name"
     )
+    return _names(ctx, query, incomplete, state)
+
+
+def _names(ctx: typer.Context, query: str, *parameters: str) -> list[str]:
+    import sqlite3
+
+    database = _home(ctx) / "coppice.db"
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(
             sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True, timeout=0.5)
         ) as connection,
     ):
-        return [name for (name,) in connection.execute(query, (incomplete, states[0] if states else ""))]
+        return [name for (name,) in connection.execute(query, parameters)]
     return []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -222,7 +222,11 @@ def rm(
                     failed[instance.name] = outcome
         return removed, failed
 
-    removed, failed = cli.call(work)
+    show_removal(cli, *cli.call(work))
+
+
+def show_removal(cli: Cli, removed: Sequence[str], failed: Mapping[str, CoppiceError]) -> None:
+    """Print what was removed and what could not be; the program ends with the first failure's status."""
     first = next(iter(failed.values()), None)
     if cli.json:
         failures = [output.error_fields(failure) | {"name": name} for name, failure in failed.items()]

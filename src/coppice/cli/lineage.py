@@ -95,7 +95,11 @@ def fork(
                 progress=progress,
             )
 
-    report = cli.call(work)
+    show(cli, cli.call(work), quiet=quiet)
+
+
+def show(cli: Cli, report: ForkReport, *, quiet: bool) -> None:
+    """Print what became of a fan-out; the program ends with 1 where a fork failed."""
     cli.show(report, lambda: _print_names(report) if quiet else _print_report(report))
     if report.succeeded < report.count:
         raise typer.Exit(1)

@@ -7,17 +7,18 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
 from coppice.completion import all_of, complete, in_thread
 from coppice.disk.atomic import os_errors
 from coppice.errors import CoppiceError, HostCannot
-from coppice.fork.plan import OPERATION, ForkRequest, plan, takes_memory
+from coppice.fork.plan import OPERATION, ForkRequest, grown_from, plan, takes_memory
 from coppice.instance import activate, destroy
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
-from coppice.model import ForkReport, ForkResult, Instance, Progress, ProgressSink, Sharing, State
+from coppice.model import ForkReport, ForkResult, Instance, Progress, ProgressSink, Sharing, Snapshot, State
 from coppice.store import locks
 from coppice.timing import Stages
 
@@ -36,18 +37,24 @@ async def fan_out(
     owner: str | None,
     admit: Callable[[], None],
     parent: Instance | None = None,
+    snapshot: Snapshot | None = None,
 ) -> ForkReport:
     """Grow all children of `source`, which the caller holds locked (shared). Every child that fails is undone.
 
     `admit` refuses, inside of the transaction that records them, what the host has no room for. The children are `owner`'s, or where the
     operator forks, the source's. `parent` is whom they are forks of, where that is not `source`: a running machine, of which `source` is the
-    capture.
+    capture. With a `snapshot`, which `source` stands for, they are grown from its files, and `parent` is the instance that it was made of, if
+    that still lives.
     With `atomic`, one failure undoes all, and is raised.
 
     :raises CoppiceError: the plan is refused, or a child failed and the request is atomic
     """
     stages = Stages()
-    children = plan(source, request, parent or source, owner)
+    named = source if snapshot else parent or source
+    origin = rooms.layout.snapshot(snapshot.id) if snapshot else rooms.directory(source.id)
+    children = plan(source, request, named, owner)
+    if snapshot is not None:
+        children = [grown_from(snapshot, child, parent) for child in children]
     try:
         await in_thread(rooms.store.create, children, OPERATION, admit)
     except asyncio.CancelledError:
@@ -63,7 +70,7 @@ async def fan_out(
                 with os_errors(f"fork {instance.name}"):  # not a bug: it must not take the siblings with it
                     async with locks.hold(rooms.layout.lock(instance.id), what=instance.name):
                         result: ForkResult | CoppiceError = await _grow(
-                            rooms, source, instance, request.target, payload
+                            rooms, origin, source, instance, request.target, payload
                         )
             except CoppiceError as error:
                 result = error
@@ -86,8 +93,8 @@ async def fan_out(
         for instance, outcome in zip(children, outcomes, strict=True)
     )
     return ForkReport(
-        source=(parent or source).id,
-        source_name=(parent or source).name,
+        source=named.id,
+        source_name=named.name,
         count=len(results),
         succeeded=sum(result.ok for result in results),
         wall_ms=stages.total_ms,
@@ -95,12 +102,14 @@ async def fan_out(
     )
 
 
-async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State, payload: bytes | None) -> ForkResult:
+async def _grow(
+    rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State, payload: bytes | None
+) -> ForkResult:
     """One child: directory, links, disk; then, if it is to run, VMM, identity, verification. Undone if it fails."""
     stages = Stages()
     try:
         with stages.stage("place"):
-            placed = await in_thread(_place, rooms, source, child, target)
+            placed = await in_thread(_place, rooms, origin, source, child, target)
         with_memory = placed.mem_file is not None
         child = msgspec.structs.replace(
             child,
@@ -134,14 +143,14 @@ async def _grow(rooms: Rooms, source: Instance, child: Instance, target: State, 
     )
 
 
-def _place(rooms: Rooms, source: Instance, child: Instance, target: State) -> directories.Placed:
+def _place(rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State) -> directories.Placed:
     directory = rooms.directory(child.id)
     with_memory = takes_memory(source, target)
     if with_memory:
-        directories.require_current(rooms.directory(source.id), source)
+        directories.require_current(origin, source)
     directories.create(directory)
     return directories.place_fork(
-        rooms.directory(source.id),
+        origin,
         directory,
         source,
         with_memory=with_memory,

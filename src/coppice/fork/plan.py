@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from coppice.errors import IllegalTransition, UsageError
 from coppice.lifecycle import Operation, require
-from coppice.model import Instance, Publish, Record, State
+from coppice.model import Instance, Publish, Record, Snapshot, State
 from coppice.names import check_count, check_name, check_payloads, check_publish, check_tags, new_id, new_name
 
 OPERATION = "fork"  # journal: a child that is not whole yet
@@ -120,3 +122,10 @@ def plan(source: Instance, request: ForkRequest, parent: Instance, owner: str | 
         )
         for name in names
     ]
+
+
+def grown_from(snapshot: Snapshot, child: Instance, parent: Instance | None) -> Instance:
+    """A child's record with its lineage: the snapshot, and the instance that it was made of, if that still lives."""
+    return msgspec.structs.replace(
+        child, snapshot=snapshot.id, parent=parent.id if parent else None, parent_name=snapshot.source_name
+    )

@@ -14,6 +14,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from coppice.completion import in_thread
 from coppice.disk.atomic import temporary_beside
@@ -135,9 +136,19 @@ def demand_of_capture(instance: Instance) -> Demand:
     return Demand(what=f"standby of {instance.name}", disk_bytes=instance.machine.memory_bytes if private else 0)
 
 
-def demand_of_forks(rooms: Rooms, source: Instance, request: ForkRequest) -> Demand:
-    """Of a fan-out; with the capture between, where the source runs on. Blocks."""
-    directory, ram_bytes = rooms.directory(source.id), source.machine.memory_bytes
+def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:
+    """Of keeping an instance as it is: the capture of one that runs, and a clone of the disk. Blocks."""
+    private = source.state is State.RUNNING and source.mem_file is not None
+    return Demand(
+        what=f"the snapshot of {source.name}",
+        disk_bytes=source.machine.memory_bytes if private else 0,
+        clone_bytes=directories.overlay_bytes(rooms.directory(source.id)),
+    )
+
+
+def demand_of_forks(rooms: Rooms, source: Instance, request: ForkRequest, origin: Path | None = None) -> Demand:
+    """Of a fan-out, from the files of a snapshot where `origin` is its directory; with the capture between, where the source runs on. Blocks."""
+    directory, ram_bytes = origin or rooms.directory(source.id), source.machine.memory_bytes
     with_memory = request.from_running or takes_memory(source, request.target)
     running = request.count if request.target is State.RUNNING else 0
     captured = 1 if request.from_running else 0  # an instance while the forks are made

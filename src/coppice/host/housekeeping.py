@@ -70,7 +70,8 @@ class Housekeeping(HostBase):
     def _leftovers(self) -> list[Path]:
         """What only a process that died can have left: it has a name that nothing is ever found by."""
         layout, rooms = self.rooms.layout, self.rooms
-        half_removed = [path for path in layout.instances.iterdir() if not is_id(path.name)]
+        holders = (*layout.instances.iterdir(), *layout.snapshots.iterdir())
+        half_removed = [path for path in holders if not is_id(path.name)]
         caches = (layout.overlays, layout.initramfs, layout.kernels, layout.images)
         half_removed += [path for cache in caches for path in cache.iterdir() if directories.is_half_removed(path)]
         written = [
@@ -85,6 +86,7 @@ class Housekeeping(HostBase):
         """Caches by content that no instance has a link to, or was made with."""
         layout, rooms = self.rooms.layout, self.rooms
         machines = [instance.machine for instance in rooms.store.instances()]
+        machines += [snapshot.machine for snapshot in rooms.store.snapshots.snapshots()]
         disks = {rooms.overlays.path(machine.overlay_bytes).name for machine in machines}
         return sorted(
             [
@@ -115,12 +117,14 @@ class Housekeeping(HostBase):
         """Ids that have a directory, a lock file or a VMM, but no record."""
         # Records last: an instance that is made meanwhile has its record before its directory.
         layout = self.rooms.layout
-        present = {path.name for path in layout.instances.iterdir()} | {path.stem for path in layout.locks.iterdir()}
+        present = {path.name for path in (*layout.instances.iterdir(), *layout.snapshots.iterdir())}
+        present |= {path.stem for path in layout.locks.iterdir()}
         present |= {directory.name for directory in self.rooms.driver.find_orphans(layout.instances)}
-        return {name for name in present if is_id(name)} - {instance.id for instance in self.rooms.store.instances()}
+        known = {instance.id for instance in self.rooms.store.instances()} | self.rooms.store.snapshots.ids()
+        return {name for name in present if is_id(name)} - known
 
     async def _collect(self, key: str, *, dry_run: bool) -> list[tuple[str, int]]:
-        """Remove what is left of an instance without a record, unless somebody holds it; return names and bytes."""
+        """Remove what is left of an instance or snapshot without a record, unless somebody holds it; return names and bytes."""
         lock, directory = self.rooms.layout.lock(key), self.rooms.directory(key)
         locked_before = lock.exists()
         descriptor = locks.try_lock(lock)
@@ -130,14 +134,16 @@ class Housekeeping(HostBase):
             orphans = await in_thread(self.rooms.driver.find_orphans, self.rooms.layout.instances)
             processes = orphans.get(directory.resolve(), [])
             found = [(f"process {process.pid}", 0) for process in processes]
-            if directory.exists():
-                found.append((self._shown(directory), await in_thread(directories.allocated_bytes, directory)))
+            placed = [path for path in (directory, self.rooms.layout.snapshot(key)) if path.exists()]
+            for path in placed:
+                found.append((self._shown(path), await in_thread(directories.allocated_bytes, path)))
             if locked_before:
                 found.append((self._shown(lock), 0))
             if not dry_run:
                 for process in processes:
                     await self.rooms.driver.quit(directory, process)
-                await in_thread(directories.remove, directory)
+                for path in placed:
+                    await in_thread(directories.remove, path)
             return found
         finally:
             if not (dry_run and locked_before):

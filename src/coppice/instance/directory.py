@@ -71,23 +71,32 @@ def place_kernel(directory: Path, kernel: Path, initrd: Path) -> None:
 def place_fork(source: Path, directory: Path, instance: Instance, *, with_memory: bool, shareable: bool) -> Placed:
     """Fill a fork's directory, which is empty, from its source's: links to what never changes, clones of what does.
 
+    Parameters and errors are those of `place_capture`.
+    """
+    # What is written to is cloned: the overlay disk, and whatever else an instance may have of its own some day.
+    written = clone_directory(source, directory, skip=(*_LINKED, *_RUNTIME), sync=False).bytes_written
+    (directory / files.OVERLAY_DISK).chmod(0o600)  # that of a snapshot is read-only
+    placed = place_capture(source, directory, instance, with_memory=with_memory, shareable=shareable)
+    return Placed(placed.mem_file, written + placed.bytes_written)
+
+
+def place_capture(source: Path, directory: Path, instance: Instance, *, with_memory: bool, shareable: bool) -> Placed:
+    """Link what never changes of a source's files: the root, and `with_memory` the mem-file and vmstate.
+
     `shareable` is the driver's word that a restore maps the mem-file privately; without it the file is copied.
 
     :raises IntegrityError: the source's mem-file is not what was captured
     :raises NoSpace: the disk is full
     """
-    # What is written to is cloned: the overlay disk, and whatever else an instance may have of its own some day.
-    written = clone_directory(source, directory, skip=(*_LINKED, *_RUNTIME), sync=False).bytes_written
-    mem_file: MemFile | None = None
     _link(source / files.ROOT_DISK, directory / files.ROOT_DISK)
-    if with_memory and instance.mem_file is not None:
-        if shareable:
-            mem_file, copied = memfile.link(source / files.MEMORY, directory / files.MEMORY, instance.mem_file)
-        else:
-            reason = "the driver does not map mem-files privately"
-            mem_file, copied = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
-        written += copied + link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
-    return Placed(mem_file, written)
+    if not with_memory or instance.mem_file is None:
+        return Placed(None, 0)
+    if shareable:
+        mem_file, written = memfile.link(source / files.MEMORY, directory / files.MEMORY, instance.mem_file)
+    else:
+        reason = "the driver does not map mem-files privately"
+        mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
+    return Placed(mem_file, written + link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written)
 
 
 def clear_runtime(directory: Path) -> None:

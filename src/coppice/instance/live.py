@@ -1,4 +1,4 @@
-"""Capture of a machine that runs on: the source of `fork --from-running`.
+"""Capture of a machine that runs on: for `fork --from-running` and for snapshots.
 
 The source is paused only while its devices are saved, its disk is cloned and its memory is made safe; it is resumed in every path. What is captured goes into a
 directory of its own, the *stem*: a Standby instance that exists only while the forks take their links from it.
@@ -34,6 +34,7 @@ from coppice.vmm import driver as files
 _log = logging.getLogger(__name__)
 
 OPERATION = "fork-running"  # journal of the source: it is to run on, whatever happens
+MAKING = "fork"  # journal of the stem: it is not to outlive the process that makes it
 
 
 def new_stem(source: Instance) -> Instance:
@@ -50,6 +51,31 @@ def new_stem(source: Instance) -> Instance:
         parent=None,
         parent_name=None,
     )
+
+
+async def copy_disk(rooms: Rooms, source: Instance, target: Path) -> float:
+    """Clone the disk of a Running source, its file system frozen, into the directory `target`; return how long the source was paused, in ms.
+
+    :raises VmmError: the VMM refused; the source runs on
+    :raises NoSpace: the disk is full; the source runs on
+    """
+    directory = rooms.directory(source.id)
+    try:
+        await in_thread(rooms.store.begin, source, OPERATION)
+        source = await capture.freeze_disk(rooms, source)
+        begin = time.perf_counter()
+        try:
+            await rooms.driver.pause(directory)
+            await in_thread(_clone_disk, directory, target)
+        finally:
+            await complete(rooms.driver.resume(directory))
+        pause_ms = (time.perf_counter() - begin) * 1000
+        await capture.thaw_disk(rooms, source)
+        await in_thread(rooms.store.save, msgspec.structs.replace(source, frozen=False), done=True)
+    except BaseException:
+        await complete(capture.undo(rooms, source))
+        raise
+    return pause_ms
 
 
 async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tuple[Instance, CaptureReport]:

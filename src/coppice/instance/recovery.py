@@ -13,7 +13,7 @@ import msgspec
 from coppice.completion import in_thread
 from coppice.disk.atomic import os_errors
 from coppice.errors import CoppiceError, IntegrityError, NotFound
-from coppice.instance import capture, destroy, live
+from coppice.instance import capture, destroy, live, rollback, snapshot
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance, State
@@ -25,6 +25,7 @@ from coppice.vmm.process import start_ticks
 _log = logging.getLogger(__name__)
 
 _HAS_RUN = frozenset({State.RUNNING, State.PAUSED, State.SHUTDOWN})
+_OF_SNAPSHOTS = frozenset({snapshot.OPERATION, snapshot.REMOVAL})
 _WITH_VMM = frozenset({State.INITIALIZING, State.RUNNING, State.PAUSED, State.SHUTDOWN})
 
 
@@ -43,7 +44,11 @@ async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
             continue
         try:
             # Again, now that it is locked: another process may have resolved it, and begun something new.
-            await in_thread(rooms.store.get, entry.instance)
+            if entry.operation in _OF_SNAPSHOTS:
+                if entry.instance not in await in_thread(rooms.store.snapshots.ids):
+                    raise NotFound(f"the snapshot {entry.instance} is gone")
+            else:
+                await in_thread(rooms.store.get, entry.instance)
             current = await in_thread(rooms.store.journal_entry, entry.instance)
             if current is not None and _interrupted(current):
                 done.append(await _resolve(rooms, current))
@@ -66,6 +71,9 @@ def _interrupted(entry: JournalEntry) -> bool:
 
 
 async def _resolve(rooms: Rooms, entry: JournalEntry) -> str:
+    if entry.operation in _OF_SNAPSHOTS:
+        await snapshot.remove(rooms, entry.instance)
+        return f"{entry.operation} of {entry.instance} was interrupted: removed"
     instance = await in_thread(rooms.store.get, entry.instance)
     what = f"{entry.operation} of {instance.name} was interrupted"
     with os_errors(f"resolve that {what}"):
@@ -85,6 +93,12 @@ async def _resolved(rooms: Rooms, entry: JournalEntry, instance: Instance, what:
                 settled = await settle(rooms, instance, error.message)
                 return f"{what}: {settled.state}"
             return f"{what}: finished"
+        case rollback.COMMITTED:
+            await rollback.finish(rooms, instance)
+            return f"{what}: finished"
+        case rollback.OPERATION:
+            await rollback.undo(rooms, instance)
+            return f"{what}: it is as it was"
         case capture.OPERATION | live.OPERATION if instance.vmm is not None and rooms.driver.alive(instance.vmm):
             await capture.undo(rooms, instance)
             return f"{what}: the guest runs on"

@@ -40,6 +40,18 @@ MIGRATIONS: tuple[str, ...] = (
         started_at  REAL NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE snapshots (
+        id         TEXT PRIMARY KEY,
+        name       TEXT NOT NULL UNIQUE,
+        source     TEXT NOT NULL,
+        image      TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        record     BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX snapshots_source ON snapshots (source);
+    CREATE INDEX snapshots_image ON snapshots (image)
+    """,
 )
 
 

@@ -50,6 +50,10 @@ class Layout:
         return self.home / "instances"
 
     @property
+    def snapshots(self) -> Path:
+        return self.home / "snapshots"
+
+    @property
     def locks(self) -> Path:
         return self.home / "locks"
 
@@ -59,8 +63,14 @@ class Layout:
             raise ValueError(f"not an id: {instance_id!r}")
         return self.instances / instance_id
 
+    def snapshot(self, snapshot_id: str) -> Path:
+        """The directory of one snapshot."""
+        if not is_id(snapshot_id):
+            raise ValueError(f"not an id: {snapshot_id!r}")
+        return self.snapshots / snapshot_id
+
     def lock(self, instance_id: str) -> Path:
-        """The lock file of one instance: outside of its directory, which comes and goes under the lock."""
+        """The lock file of one instance or snapshot: outside of its directory, which comes and goes under the lock."""
         if not is_id(instance_id):
             raise ValueError(f"not an id: {instance_id!r}")
         return self.locks / f"{instance_id}.lock"
@@ -78,6 +88,7 @@ class Layout:
                 self.initramfs,
                 self.overlays,
                 self.instances,
+                self.snapshots,
                 self.locks,
             ):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)

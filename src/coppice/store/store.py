@@ -1,6 +1,6 @@
 """Records of instances, their lineage, and the journal of operations under way.
 
-The journal has at most one row per instance: the operation that is changing it, and the process that does. The row is committed before the
+The journal has at most one row per instance or snapshot: the operation that is changing it, and the process that does. The row is committed before the
 first side effect and removed in the same transaction that commits the outcome. A row whose process is dead is what recovery works on.
 """
 
@@ -17,6 +17,7 @@ from coppice.errors import InUse, NameTaken, NotFound
 from coppice.model import Instance, Record, State
 from coppice.ownership import no_instance
 from coppice.store.database import Database
+from coppice.store.snapshots import SnapshotStore
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Instance).decode
@@ -56,6 +57,7 @@ class Store:
         """`owner` is the pid and start ticks that the journal names for operations of this process."""
         self._db = Database(path)
         self._owner = owner
+        self.snapshots = SnapshotStore(self._db, self._journal)
 
     def close(self) -> None:
         """Close the database. Idempotent."""
@@ -110,9 +112,12 @@ class Store:
             )
 
     def users_of_image(self, digest: str) -> list[str]:
-        """Names of the instances whose root is this image."""
+        """Names of the instances and snapshots whose root is this image."""
         with self._db.read() as connection:
-            rows = connection.execute("SELECT name FROM instances WHERE image = ? ORDER BY name", (digest,)).fetchall()
+            rows = connection.execute(
+                "SELECT name FROM instances WHERE image = ?1 UNION SELECT name FROM snapshots WHERE image = ?1 ORDER BY name",
+                (digest,),
+            ).fetchall()
         return [row[0] for row in rows]
 
     def create(self, instances: Iterable[Instance], operation: str, check: Callable[[], None] | None = None) -> None:
@@ -160,6 +165,18 @@ class Store:
                 raise NotFound(f"the instance {instance.name!r} is gone", hint="another process removed it")
             if done:
                 connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))
+
+    def record_sha256(self, instance_id: str, inode: int, sha256: str) -> bool:
+        """Record the hash of an instance's mem-file, unless it has another one by now; tell whether it was recorded. The caller holds the instance."""
+        with self._db.write() as connection:
+            row = connection.execute("SELECT record FROM instances WHERE id = ?", (instance_id,)).fetchone()
+            instance = _decode(row[0]) if row else None
+            if instance is None or instance.mem_file is None or instance.mem_file.inode != inode:
+                return False
+            mem_file = msgspec.structs.replace(instance.mem_file, sha256=sha256)
+            changed = _encode(msgspec.structs.replace(instance, mem_file=mem_file))
+            connection.execute("UPDATE instances SET record = ? WHERE id = ?", (changed, instance_id))
+            return True
 
     def promote(self, instance: Instance, state: State, *, public: bool = False) -> Instance:
         """Change between Standby and Template, and whether the template is public.

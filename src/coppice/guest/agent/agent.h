@@ -63,6 +63,7 @@ struct wire {
     bool over;               /* there is no session; cleared when a HELLO is answered */
     bool hello;              /* a HELLO was taken and has not been answered yet */
     int64_t hang_up_at;      /* the port reads as ended; when to believe it, 0: it does not */
+    bool seen; /* the host of this session, connected */
     uint8_t nonce[NONCE_SIZE];
     size_t in_start, in_end, out_start, out_end;
     uint8_t *parts; /* PART frames of the request that is coming */

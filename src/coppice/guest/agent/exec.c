@@ -34,6 +34,7 @@ struct command {
     struct wire *wire;
     pid_t pid;
     int pidfd, in, out, err; /* -1: closed */
+    int terminal;            /* kept to the end: who closes a terminal hangs up on a command that has closed its own side and is about to end */
     bool tty, exited, timed_out, in_eof;
     int64_t quiet_at, timeout_at, kill_at; /* 0: never */
     uint32_t window, owed;
@@ -91,6 +92,7 @@ static bool open_terminal(struct request *r, struct spawn *s, struct command *c)
     s->out = s->err = s->in;
     s->tty = c->tty = true;
     c->out = master;
+    c->terminal = fcntl(master, F_DUPFD_CLOEXEC, 3);
     c->in = r->flags & WITH_STDIN ? fcntl(master, F_DUPFD_CLOEXEC, 3) : -1;
     return true;
 }
@@ -195,9 +197,9 @@ static bool obey(struct command *c, const struct frame *f)
     case RESIZE:
         if (f->size != 8)
             return false;
-        if (c->tty && c->out >= 0) {
+        if (c->terminal >= 0) {
             struct winsize size = {.ws_row = (unsigned short)load_u32(f->payload), .ws_col = (unsigned short)load_u32(f->payload + 4)};
-            ioctl(c->out, TIOCSWINSZ, &size);
+            ioctl(c->terminal, TIOCSWINSZ, &size);
         }
         return true;
     default:
@@ -350,7 +352,7 @@ static void serve(struct command *c)
 void exec_run(struct wire *w, const struct frame *frame, struct shared *shared)
 {
     struct request r = {0};
-    struct command c = {.wire = w, .pidfd = -1, .in = -1, .out = -1, .err = -1, .window = WINDOW_SIZE};
+    struct command c = {.wire = w, .pidfd = -1, .in = -1, .out = -1, .err = -1, .terminal = -1, .window = WINDOW_SIZE};
     const char *failed = "request";
     int error = read_request(&r, frame, shared);
     if (!error)
@@ -365,6 +367,7 @@ void exec_run(struct wire *w, const struct frame *frame, struct shared *shared)
     shut(&c.in);
     shut(&c.out);
     shut(&c.err);
+    shut(&c.terminal);
     shut(&c.pidfd);
     free(r.argv.items);
     free(r.env.items);

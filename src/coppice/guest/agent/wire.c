@@ -20,7 +20,9 @@
 #include <unistd.h>
 
 #define END_BYTE 0xA5
-#define HANG_UP_MS 100 /* how long a hang-up must last */
+#define HANG_UP_MS 1000 /* how long a hang-up must last */
+#define UNSEEN_MS 10000 /* the same before this session's host was seen connected: the kernel may learn of it after its first bytes, by another
+                         * queue, and the vCPU of an emulated guest may stand still in between while its clock goes on */
 
 static const uint8_t magic[8] = {'C', 'O', 'P', 'P', 'I', 'C', 'E', '1'};
 
@@ -112,7 +114,7 @@ static bool fill(struct wire *w)
     if (n == 0 && w->is_port && (w->over || !w->hang_up_at || now_ms() < w->hang_up_at)) {
         w->readable = false;
         if (!w->over && !w->hang_up_at)
-            w->hang_up_at = now_ms() + HANG_UP_MS;
+            w->hang_up_at = now_ms() + (w->seen ? HANG_UP_MS : UNSEEN_MS);
         return false;
     }
     if (n == 0 || (n < 0 && errno != EAGAIN)) {
@@ -120,6 +122,7 @@ static bool fill(struct wire *w)
         return false;
     }
     w->hang_up_at = 0;
+    w->seen |= n < 0; /* nothing to read, and not at its end: there is a host */
     w->readable = n > 0;
     if (n > 0)
         w->in_end += (size_t)n;
@@ -178,7 +181,7 @@ bool wire_open_session(struct wire *w)
     struct signalfd_siginfo ignored;
     while (w->end_signal >= 0 && read(w->end_signal, &ignored, sizeof ignored) > 0) {
     }
-    w->hello = w->over = false;
+    w->hello = w->over = w->seen = false;
     w->hang_up_at = 0;
     w->out_start = w->out_end = 0;
     drop_parts(w);
@@ -259,6 +262,7 @@ void wire_flush(struct wire *w)
 {
     while (w->out_start < w->out_end && w->writable && w->fd >= 0 && !w->closed) {
         ssize_t n = write(w->fd, w->out + w->out_start, w->out_end - w->out_start);
+        w->seen |= n > 0;
         if (n > 0)
             w->out_start += (size_t)n;
         else if (n < 0 && errno == EAGAIN)

@@ -1,0 +1,264 @@
+"""Are captured files still what was captured? Mem-files by SHA-256, size, inode and mode; disks by e2fsck, and by SHA-256 where they never change.
+
+A SHA-256 that is not known yet is computed and recorded: there is no daemon that could do so in the background of a capture. A mem-file is read once,
+however many instances have a link to it, and nothing is locked meanwhile: who has another mem-file or is gone by the end is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coppice.completion import in_thread
+from coppice.disk.overlay import fsck
+from coppice.errors import Busy, HostCannot, IntegrityError, MissingTool, NoSpace, NotFound
+from coppice.instance import directory as directories
+from coppice.instance.rooms import Rooms
+from coppice.memory import memfile
+from coppice.model import Difference, Instance, MemFile, Progress, ProgressSink, Snapshot, VerifyReport, no_progress
+from coppice.store import locks
+from coppice.vmm import driver as files
+
+_RECORD_WITHIN_S = 5.0  # a hash that cannot be recorded now is computed again the next time
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """An instance or snapshot with captured files."""
+
+    record: Instance | Snapshot
+    directory: Path
+
+    @property
+    def mem_file(self) -> MemFile | None:
+        return self.record.mem_file
+
+    def differs(self, file: str, detail: str) -> Difference:
+        return Difference(
+            holder="snapshot" if isinstance(self.record, Snapshot) else "instance",
+            id=self.record.id,
+            name=self.record.name,
+            file=file,
+            detail=detail,
+        )
+
+
+@dataclass
+class _Findings:
+    """What has been found so far."""
+
+    mem_files: int = 0
+    disks: int = 0
+    bytes_hashed: int = 0
+    recorded: int = 0
+    skipped: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+
+
+async def verify(rooms: Rooms, progress: ProgressSink) -> VerifyReport:
+    """Check every captured file of the data directory, and every disk that no machine runs on.
+
+    :raises MissingTool: e2fsck is not installed
+    """
+    holders = await in_thread(_holders, rooms)
+    found = _Findings()
+    sound: dict[tuple[int, int], list[_Holder]] = {}
+    for holder in holders:
+        if holder.mem_file is not None and (inode := await _in_order(rooms, holder, holder.mem_file, found)):
+            sound.setdefault(inode, []).append(holder)
+    for links in sound.values():
+        await _check_memory(rooms, links, found, progress)
+    for done, holder in enumerate(holders, 1):
+        progress(Progress(stage="disks", done=done, total=len(holders)))
+        if isinstance(holder.record, Snapshot):
+            await _check_snapshot_disk(rooms, holder, holder.record, found)
+        else:
+            await _check_disk(rooms, holder, found)
+    return VerifyReport(
+        mem_files=found.mem_files,
+        disks=found.disks,
+        bytes_hashed=found.bytes_hashed,
+        recorded=found.recorded,
+        skipped=tuple(found.skipped),
+        differences=tuple(found.differences),
+    )
+
+
+def _holders(rooms: Rooms) -> list[_Holder]:
+    """All instances and snapshots that no operation is at work on."""
+    busy = {entry.instance for entry in rooms.store.journal()}
+    return [
+        *(_Holder(each, rooms.directory(each.id)) for each in rooms.store.instances() if each.id not in busy),
+        *(_Holder(each, rooms.layout.snapshot(each.id)) for each in rooms.store.snapshots.snapshots()),
+    ]
+
+
+async def _still_there(rooms: Rooms, record: Instance | Snapshot) -> bool:
+    """Whether the holder has the same mem-file as when it was listed: else what was found is not about it."""
+    now: Instance | Snapshot
+    try:
+        if isinstance(record, Snapshot):
+            now = await in_thread(rooms.store.snapshots.get, record.id)
+        else:
+            now = await in_thread(rooms.store.get, record.id)
+    except NotFound:
+        return False
+    return (now.mem_file and now.mem_file.inode) == (record.mem_file and record.mem_file.inode)
+
+
+async def _report(rooms: Rooms, holder: _Holder, found: _Findings, file: str, detail: str) -> None:
+    if await _still_there(rooms, holder.record):
+        found.differences.append(holder.differs(file, detail))
+
+
+async def _in_order(rooms: Rooms, holder: _Holder, expected: MemFile, found: _Findings) -> tuple[int, int] | None:
+    """Device and inode of the mem-file, if it is the one that was recorded; the device state beside it is checked on the way."""
+    vmstate, memory = holder.directory / files.VMSTATE, holder.directory / files.MEMORY
+    try:
+        if not vmstate.is_file():
+            # A machine that runs on after it was captured has none: only its mapping was made private.
+            if isinstance(holder.record, Snapshot) or holder.record.vmm is None:
+                await _report(rooms, holder, found, files.VMSTATE, "it is missing")
+        elif isinstance(holder.record, Snapshot):
+            digest = hashlib.sha256(await in_thread(vmstate.read_bytes)).hexdigest()
+            if digest != holder.record.vmstate_sha256:
+                await _report(rooms, holder, found, files.VMSTATE, _hashes(digest, holder.record.vmstate_sha256))
+        await in_thread(memfile.check, memory, expected)
+        status = memory.stat()
+    except IntegrityError as error:
+        await _report(rooms, holder, found, files.MEMORY, error.message.partition("captured: ")[2] or error.message)
+        return None
+    except FileNotFoundError:
+        await _report(rooms, holder, found, files.MEMORY, "it is missing")
+        return None
+    return status.st_dev, status.st_ino
+
+
+async def _check_memory(rooms: Rooms, links: list[_Holder], found: _Findings, progress: ProgressSink) -> None:
+    """Hash one mem-file, and compare it with what each holder of a link to it has recorded, or any other of them."""
+    digest = None
+    for holder in links:
+        try:
+            digest = await _sha256(holder.directory / files.MEMORY, progress)
+            break
+        except IntegrityError as error:
+            await _report(rooms, holder, found, files.MEMORY, error.message)
+    if digest is None:
+        return
+    sums = [(holder, holder.mem_file) for holder in links if holder.mem_file is not None]
+    known = next((mem_file.sha256 for _, mem_file in sums if mem_file.sha256 is not None), None)
+    found.mem_files += 1
+    found.bytes_hashed += sums[0][1].size_bytes
+    for holder, mem_file in sums:
+        expected = mem_file.sha256 or known
+        if expected is not None and expected != digest:
+            await _report(rooms, holder, found, files.MEMORY, _hashes(digest, expected))
+        elif mem_file.sha256 is None:
+            found.recorded += await _record(rooms, holder.record, mem_file, digest)
+
+
+async def _sha256(path: Path, progress: ProgressSink) -> str:
+    stop = threading.Event()
+    try:
+        digest = await asyncio.to_thread(memfile.sha256, path, progress=progress, cancelled=stop.is_set)
+    finally:
+        stop.set()  # a thread cannot be cancelled, but asks
+    if digest is None:
+        raise AssertionError("it was not asked to stop")
+    return digest
+
+
+def _hashes(digest: str, expected: str | None) -> str:
+    return f"its SHA-256 is {digest}, not {expected}"
+
+
+async def _record(rooms: Rooms, record: Instance | Snapshot, mem_file: MemFile, digest: str) -> bool:
+    """Record the hash while nobody changes the holder; tell whether that could be."""
+    lock = rooms.layout.lock(record.id)
+    try:
+        async with locks.hold(lock, shared=True, deadline_s=_RECORD_WITHIN_S, what=record.name):
+            if isinstance(record, Snapshot):
+                recorded = await in_thread(rooms.store.snapshots.record_sha256, record.id, memory=digest)
+            else:
+                recorded = await in_thread(rooms.store.record_sha256, record.id, mem_file.inode, digest)
+            if not recorded and not await _still_there(rooms, record):
+                lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+            return recorded
+    except Busy:
+        return False
+
+
+async def _check_disk(rooms: Rooms, holder: _Holder, found: _Findings) -> None:
+    """Check an instance's disk while it is held, so that nobody starts the machine meanwhile."""
+    record = holder.record
+    lock = rooms.layout.lock(record.id)
+    descriptor = locks.try_lock(lock, shared=True)
+    if descriptor is None:
+        found.skipped.append(record.name)
+        return
+    try:
+        current = await in_thread(rooms.store.get, record.id)
+        if current.vmm is not None or await in_thread(rooms.store.journal_entry, record.id) is not None:
+            found.skipped.append(record.name)
+            return
+        captured = current.mem_file is not None
+        if captured and not await in_thread(_has_stamp, holder.directory, current.disk_stamp):
+            found.differences.append(holder.differs(files.OVERLAY_DISK, "it was written to since the capture"))
+        await _fsck(holder, found)
+    except NotFound:
+        lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+    finally:
+        locks.release(descriptor)
+
+
+def _has_stamp(directory: Path, stamp: str) -> bool:
+    return directories.exists(directory) and directories.disk_stamp(directory) == stamp
+
+
+async def _fsck(holder: _Holder, found: _Findings) -> None:
+    disk = holder.directory / files.OVERLAY_DISK
+    if not disk.exists():
+        found.differences.append(holder.differs(files.OVERLAY_DISK, "it is missing"))
+        return
+    found.disks += 1
+    try:
+        result = await in_thread(fsck, disk)
+    except (MissingTool, NoSpace):
+        raise
+    except HostCannot as error:  # it is no file system any more
+        found.differences.append(holder.differs(files.OVERLAY_DISK, error.message))
+        return
+    if not result.clean:
+        lines = result.output.splitlines()
+        said = next((line for line in lines if line and not line.startswith(("e2fsck ", "Pass "))), "no reason given")
+        found.differences.append(holder.differs(files.OVERLAY_DISK, f"e2fsck finds errors: {said}"))
+
+
+async def _check_snapshot_disk(rooms: Rooms, holder: _Holder, record: Snapshot, found: _Findings) -> None:
+    """Check a snapshot's disk, which never changes, while it is held, so that nobody removes it."""
+    lock = rooms.layout.lock(record.id)
+    descriptor = locks.try_lock(lock, shared=True)
+    if descriptor is None:
+        found.skipped.append(record.name)
+        return
+    try:
+        current = await in_thread(rooms.store.snapshots.get, record.id)
+        before = len(found.differences)
+        if not await in_thread(_has_stamp, holder.directory, current.disk_stamp):
+            found.differences.append(holder.differs(files.OVERLAY_DISK, "it was replaced or written to"))
+        await _fsck(holder, found)
+        if len(found.differences) > before:
+            return
+        digest = await _sha256(holder.directory / files.OVERLAY_DISK, no_progress)
+        found.bytes_hashed += current.machine.overlay_bytes
+        if current.disk_sha256 is None:
+            found.recorded += await in_thread(rooms.store.snapshots.record_sha256, record.id, disk=digest)
+        elif current.disk_sha256 != digest:
+            found.differences.append(holder.differs(files.OVERLAY_DISK, _hashes(digest, current.disk_sha256)))
+    except NotFound:
+        lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+    finally:
+        locks.release(descriptor)

@@ -1,0 +1,198 @@
+"""Verify: whatever was changed of a captured file is named, with its holder; what is sound passes, and a hash once recorded is kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coppice.host import AsyncHost
+from coppice.model import Instance, Progress, Snapshot, SnapshotKind, State
+from coppice.vmm import driver as files
+from fakes.hosting import assert_tidy, boot, make, memory_of, snapshot
+from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
+
+Damage = Callable[[Path], None]
+
+
+def changed(path: Path, work: Damage) -> None:
+    """Do something to a file that may not be written to, and leave no other trace than it."""
+    mode = path.stat().st_mode
+    path.chmod(0o644)
+    work(path)
+    path.chmod(mode)
+
+
+def flip(at: int) -> Damage:
+    """One bit of one byte."""
+
+    def work(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(at)
+            (byte,) = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ 1]))
+
+    return work
+
+
+def truncate(path: Path) -> None:
+    """The last page is gone."""
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4096)
+
+
+async def findings(host: AsyncHost) -> list[tuple[str, str, str]]:
+    """Holder, file and detail of each difference."""
+    report = await host.verify()
+    return [(f"{found.holder} {found.name}", found.file, found.detail) for found in report.differences]
+
+
+async def grown(host: AsyncHost) -> tuple[Instance, Snapshot]:
+    """A template with a parked fork and a snapshot, all of one mem-file."""
+    oak = await make(host, State.TEMPLATE)
+    kept = await host.snapshot_create("oak", name="kept")
+    await host.fork("oak", names=["elm"], target=State.STANDBY)
+    return oak, kept
+
+
+async def test_what_is_sound_passes_and_is_recorded_once(fake_host: AsyncHost) -> None:
+    """One mem-file with three links is read once and recorded for each; the next run records nothing, and new forks inherit the hash."""
+    await grown(fake_host)
+    await make(fake_host, State.STOPPED, "fir")
+    seen: list[Progress] = []
+    first = await fake_host.verify(progress=seen.append)
+    assert (first.mem_files, first.disks, first.recorded) == (1, 4, 4)  # three of memory, one of the snapshot's disk
+    assert first.bytes_hashed == MEMORY_BYTES + OVERLAY_BYTES
+    assert first.differences == ()
+    assert first.skipped == ()
+    assert {"hash", "disks"} == {progress.stage for progress in seen}
+    before = snapshot(fake_host)
+    second = await fake_host.verify()
+    assert (second.recorded, second.mem_files, second.differences) == (0, 1, ())
+    assert snapshot(fake_host) == before
+    (ash,) = (await fake_host.fork("oak", names=["ash"], target=State.STANDBY)).instances
+    (yew,) = (await fake_host.snapshot_fork("kept", names=["yew"], target=State.STANDBY)).instances
+    sums = {each.mem_file.sha256 for each in (ash, yew) if each.mem_file}
+    kept = (await fake_host.snapshot_inspect("kept")).snapshot
+    assert kept.disk_sha256
+    assert sums == {kept.mem_file.sha256 if kept.mem_file else None}
+    await assert_tidy(fake_host, "oak", "elm", "fir", "ash", "yew")
+
+
+async def test_a_machine_that_runs_is_not_disturbed(fake_host: AsyncHost) -> None:
+    """Its disk is in use and left out, and said to be; the mem-file that it maps is checked as any other."""
+    await boot(fake_host, "ash")
+    await grown(fake_host)
+    await fake_host.fork("oak", names=["fir"])
+    report = await fake_host.verify()
+    assert report.skipped == ("ash", "fir")
+    assert (report.mem_files, report.disks, report.differences) == (1, 3, ())
+    assert (await fake_host.exec("fir", ["hostname"])).stdout == b"fir\n"
+    fir = await fake_host.get("fir")
+    assert fir.mem_file
+    assert fir.mem_file.sha256
+
+
+@pytest.mark.parametrize("at", [0, MEMORY_BYTES // 2, MEMORY_BYTES - 1], ids=["first", "hole", "last"])
+async def test_a_flipped_bit_in_shared_memory_is_named_for_every_holder(fake_host: AsyncHost, at: int) -> None:
+    """The template, its fork and its snapshot all have that file; also a holder that came by it after the hash was recorded."""
+    oak, _ = await grown(fake_host)
+    await fake_host.verify()
+    changed(memory_of(fake_host, oak), flip(at))
+    await fake_host.fork("oak", names=["fir"], target=State.STANDBY)
+    found = await findings(fake_host)
+    assert [(holder, file) for holder, file, _ in found] == [
+        (holder, files.MEMORY) for holder in ("instance oak", "instance elm", "instance fir", "snapshot kept")
+    ]
+    assert all("SHA-256" in detail for _, _, detail in found)
+    assert await findings(fake_host) == found  # the wrong sum was not recorded
+
+
+async def test_a_holder_without_a_hash_is_compared_with_the_others(fake_host: AsyncHost) -> None:
+    """A file that was changed before a new link to it was hashed is not taken for sound by that link."""
+    oak, _ = await grown(fake_host)
+    await fake_host.verify()
+    stored = fake_host.rooms.store.get("elm")
+    assert stored.mem_file
+    fake_host.rooms.store.save(
+        msgspec.structs.replace(stored, mem_file=msgspec.structs.replace(stored.mem_file, sha256=None))
+    )
+    changed(memory_of(fake_host, oak), flip(4096))
+    assert "instance elm" in [holder for holder, _, _ in await findings(fake_host)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: changed(path, truncate), "its size is"),
+        (lambda path: path.chmod(0o644), "its mode is 0644"),
+        (lambda path: path.unlink(), "it is missing"),
+        (lambda path: (path.rename(path.with_name("x")), path.write_bytes(b"other")), "its inode is"),
+    ],
+    ids=["truncated", "writable", "missing", "replaced"],
+)
+async def test_another_mem_file_needs_no_hash_to_be_noticed(fake_host: AsyncHost, damage: Damage, says: str) -> None:
+    """Also in the first run: what was recorded at the capture says enough."""
+    oak = await make(fake_host, State.STANDBY)
+    damage(memory_of(fake_host, oak))
+    ((holder, file, detail),) = await findings(fake_host)
+    assert (holder, file) == ("instance oak", files.MEMORY)
+    assert says in detail
+
+
+@pytest.mark.parametrize("kind", list(SnapshotKind))
+async def test_every_file_of_a_snapshot_is_watched(fake_host: AsyncHost, kind: SnapshotKind) -> None:
+    """Device state and disk too: written to, replaced, or changed in a way that only the hash shows."""
+    await make(fake_host, State.STANDBY)
+    kept = await fake_host.snapshot_create("oak", name="kept", kind=kind)
+    await fake_host.verify()
+    directory = fake_host.rooms.layout.snapshot(kept.id)
+    disk = directory / files.OVERLAY_DISK
+    status = disk.stat()
+    changed(disk, flip(OVERLAY_BYTES - 5))
+    assert [(holder, file) for holder, file, _ in await findings(fake_host)] == [("snapshot kept", files.OVERLAY_DISK)]
+    os.utime(disk, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a failing disk would: no trace but the content
+    ((_, _, detail),) = await findings(fake_host)
+    assert "SHA-256" in detail
+    changed(disk, flip(OVERLAY_BYTES - 5))
+    os.utime(disk, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert await findings(fake_host) == []
+    if kind is SnapshotKind.STANDBY:
+        changed(directory / files.VMSTATE, flip(3))
+        ((_, file, detail),) = await findings(fake_host)
+        assert (file, "SHA-256" in detail) == (files.VMSTATE, True)
+        (directory / files.VMSTATE).unlink()
+        ((_, file, detail),) = await findings(fake_host)
+        assert (file, detail) == (files.VMSTATE, "it is missing")
+
+
+@pytest.mark.parametrize(("at", "length"), [(0, 2048), (4096, 16384)], ids=["superblock", "group descriptors"])
+async def test_a_damaged_file_system_is_named(fake_host: AsyncHost, at: int, length: int) -> None:
+    """Of an instance at rest: e2fsck says so, and the other disks are checked all the same."""
+    vm = await make(fake_host, State.STOPPED)
+    await make(fake_host, State.STOPPED, "elm")
+    with (fake_host.rooms.directory(vm.id) / files.OVERLAY_DISK).open("r+b") as disk:
+        disk.seek(at)
+        disk.write(b"\xa5" * length)
+    report = await fake_host.verify()
+    assert report.disks == 2
+    assert [(found.name, found.file) for found in report.differences] == [("oak", files.OVERLAY_DISK)]
+
+
+async def test_a_disk_that_moved_on_since_the_capture_is_named(fake_host: AsyncHost) -> None:
+    """Memory and disk are of one instant or of no use."""
+    vm = await make(fake_host, State.STANDBY)
+    flip(OVERLAY_BYTES - 5)(fake_host.rooms.directory(vm.id) / files.OVERLAY_DISK)
+    ((holder, file, detail),) = await findings(fake_host)
+    assert (holder, file) == ("instance oak", files.OVERLAY_DISK)
+    assert "since the capture" in detail
+
+
+async def test_an_empty_data_directory_is_sound(fake_host: AsyncHost) -> None:
+    """Nothing to check is no difference."""
+    report = await fake_host.verify()
+    assert (report.mem_files, report.disks, report.differences) == (0, 0, ())

@@ -1,0 +1,193 @@
+"""The commands of snapshots and `verify`: what they ask of the host, what they print for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from cli_host import DIGEST, FakeHost, instance
+from coppice.cli import main
+from coppice.errors import InUse, NotFound
+from coppice.host import SnapshotInspection
+from coppice.model import (
+    MIB,
+    Difference,
+    ForkReport,
+    ForkResult,
+    MachineSpec,
+    MemFile,
+    ProcessSpec,
+    Sharing,
+    Snapshot,
+    SnapshotKind,
+    State,
+    VerifyReport,
+)
+
+VM = instance("vm", State.STANDBY)
+KEPT = Snapshot(
+    id="s" + "0" * 23,
+    name="kept",
+    kind=SnapshotKind.STANDBY,
+    source=VM.id,
+    source_name="vm",
+    created_at=1_700_000_000.0,
+    driver="qemu",
+    image=DIGEST,
+    image_name="debian",
+    machine=MachineSpec(kernel="debian-6.1"),
+    process=ProcessSpec(),
+    tags={"team": "a"},
+    mem_file=MemFile(inode=77, device=1, size_bytes=512 * MIB, sharing=Sharing.HARDLINK),
+    size_bytes=120 * MIB,
+)
+DISK = Snapshot(
+    id="t" + "0" * 23,
+    name="disk",
+    kind=SnapshotKind.STOPPED,
+    source=VM.id,
+    source_name="vm",
+    created_at=1_700_000_000.0,
+    driver="qemu",
+    image=DIGEST,
+    image_name="debian",
+    machine=MachineSpec(kernel="debian-6.1"),
+    process=ProcessSpec(),
+)
+
+
+def run(host: FakeHost, *words: str) -> int:
+    """The exit status of a command line over that host."""
+    return main(words, host_factory=host.factory)
+
+
+def output_of(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str) -> str:
+    """What a command that succeeds prints."""
+    assert run(host, *words) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return shown.out
+
+
+def document(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str, status: int = 0) -> Any:
+    """The one JSON document that a command prints, and nothing else."""
+    assert run(host, "--json", *words) == status
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.count("\n") == 1
+    return json.loads(shown.out)
+
+
+def test_create(capsys: pytest.CaptureFixture[str]) -> None:
+    """The name alone is printed, for `$(...)`; what is not given is left to the host."""
+    host = FakeHost(snapshot_create=KEPT)
+    words = ["snapshot", "create", "vm", "--name", "kept", "--kind", "stopped", "--tag", "team=a"]
+    assert output_of(capsys, host, *words) == "kept\n"
+    assert host.asked("snapshot_create") == {
+        "0": "vm", "name": "kept", "kind": SnapshotKind.STOPPED, "tags": {"team": "a"},
+    }  # fmt: skip
+    host = FakeHost(snapshot_create=KEPT)
+    assert document(capsys, host, "snapshot", "create", "vm")["source_name"] == "vm"
+    assert host.asked("snapshot_create") == {"0": "vm", "name": None, "kind": None, "tags": {}}
+
+
+def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line each, with what it is of; the filters are the host's."""
+    host = FakeHost(snapshot_ls=[KEPT, DISK])
+    lines = output_of(capsys, host, "snapshot", "ls", "--source", "vm", "--tag", "team=a").splitlines()
+    assert lines[0].split() == ["NAME", "KIND", "SOURCE", "IMAGE", "MEMORY", "SIZE", "AGE", "TAGS"]
+    assert lines[1].split()[:3] == ["kept", "Standby", "vm"]
+    assert "120.0 MiB" in lines[1]
+    assert lines[2].split()[:2] == ["disk", "Stopped"]
+    assert host.asked("snapshot_ls") == {"source": "vm", "tags": {"team": "a"}}
+    assert output_of(capsys, FakeHost(snapshot_ls=[KEPT, DISK]), "snapshot", "ls", "-q") == "kept\ndisk\n"
+    assert [each["name"] for each in document(capsys, FakeHost(snapshot_ls=[KEPT]), "snapshot", "ls")] == ["kept"]
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes, links and forks; a source that is gone is said to be."""
+    both = [
+        SnapshotInspection(
+            snapshot=each, source_lives=each is KEPT, forks=("elm",) if each is KEPT else (), directory="/d",
+            memory_bytes=100 * MIB, disk_bytes=20 * MIB, link_count=3,
+        )
+        for each in (KEPT, DISK)
+    ]  # fmt: skip
+    host = FakeHost(snapshot_inspect=lambda name: both[name == "disk"])
+    shown = output_of(capsys, host, "snapshot", "inspect", "kept", "disk")
+    first, second = shown.split("\n\n")
+    for text in (
+        "100.0 MiB allocated, inode 77, 3 links",
+        "1 (elm)",
+        "team=a",
+        "not computed yet",
+        "20.0 MiB of 2.0 GiB",
+    ):
+        assert text in first
+    assert "vm (gone)" in second
+    assert "inode" not in second
+    assert document(capsys, host, "snapshot", "inspect", "kept")[0]["link_count"] == 3
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_restore(capsys: pytest.CaptureFixture[str], start: bool) -> None:
+    """It says what the instance is then."""
+    host = FakeHost(snapshot_restore=VM)
+    assert output_of(capsys, host, "snapshot", "restore", "kept", *["--start"] * start) == "vm is Standby\n"
+    assert host.asked("snapshot_restore") == {"0": "kept", "start": start}
+
+
+def test_fork(capsys: pytest.CaptureFixture[str]) -> None:
+    """The options and the report are those of `coppice fork`; a failed fork is the exit status."""
+    result = ForkResult(name="elm", ok=True, instance=instance("elm"))
+    report = ForkReport(source=KEPT.id, source_name="kept", count=1, succeeded=1, wall_ms=5.0, results=(result,))
+    host = FakeHost(snapshot_fork=report)
+    words = ["snapshot", "fork", "kept", "--name", "elm", "--target", "standby", "--atomic", "--tag", "a=b", "-q"]
+    assert output_of(capsys, host, *words) == "elm\n"
+    asked = host.asked("snapshot_fork")
+    assert (asked["0"], asked["count"], asked["names"], asked["target"]) == ("kept", 1, ("elm",), State.STANDBY)
+    assert (asked["atomic"], asked["tags"], asked["publish"]) == (True, {"a": "b"}, ())
+    assert "1 of 1 fork of kept" in output_of(capsys, host, "snapshot", "fork", "kept")
+    failed = ForkReport(
+        source=KEPT.id, source_name="kept", count=1, succeeded=0, wall_ms=5.0,
+        results=(ForkResult(name="elm", ok=False, error="no"),),
+    )  # fmt: skip
+    assert run(FakeHost(snapshot_fork=failed), "snapshot", "fork", "kept") == 1
+
+
+def test_rm(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that cannot be removed does not keep the others; its status is the program's."""
+
+    def remove(name: str) -> None:
+        if name == "nobody":
+            raise NotFound("there is no snapshot 'nobody'", hint="look")
+        if name == "held":
+            raise InUse("held is in use", hint="wait")
+
+    assert run(FakeHost(snapshot_rm=remove), "snapshot", "rm", "nobody", "kept", "held", "kept") == 3
+    shown = capsys.readouterr()
+    assert shown.out == "kept\n"
+    assert "nobody" in shown.err
+    assert "held is in use" in shown.err
+    found = document(capsys, FakeHost(snapshot_rm=remove), "snapshot", "rm", "held", "kept", status=4)
+    assert (found["removed"], found["failed"][0]["name"]) == (["kept"], "held")
+
+
+def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is sound is counted; what differs is named on standard error, and is the exit status, for programs too."""
+    sound = VerifyReport(mem_files=1, disks=2, bytes_hashed=512 * MIB, recorded=3, skipped=("vm",))
+    shown = output_of(capsys, FakeHost(verify=sound), "verify")
+    assert shown.splitlines() == [
+        "1 mem-file and 2 disks checked, 512.0 MiB hashed, 3 new SHA-256 sums recorded",
+        "not checked, because in use: the disks of vm",
+    ]
+    difference = Difference(
+        holder="snapshot", id=KEPT.id, name="kept", file="memory", detail="its size is 1 bytes, not 2"
+    )
+    broken = VerifyReport(mem_files=1, differences=(difference,))
+    assert run(FakeHost(verify=broken), "verify") == 1
+    assert "memory of the snapshot kept: its size is 1 bytes, not 2" in capsys.readouterr().err
+    found = document(capsys, FakeHost(verify=broken), "verify", status=1)
+    assert found["differences"][0]["name"] == "kept"
