@@ -25,6 +25,8 @@ async def test_a_quick_fan_out(host: AsyncHost, image: str, tmp_path: Path) -> N
         "bench",
         "fan-out",
         "--quick",
+        "--cache",
+        "warm",
         "--image",
         image,
         "-o",
