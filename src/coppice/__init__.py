@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from coppice.host import AsyncHost, Inspection, SnapshotInspection
     from coppice.instance.rooms import Deadlines
     from coppice.model import (
+        Budgets,
+        BudgetUse,
         CaptureReport,
         Check,
         Difference,
@@ -85,7 +87,8 @@ _ERRORS = (
     "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError", "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
-    "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image", "ImageConfig", "Instance",
+    "BudgetUse", "Budgets", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image",
+    "ImageConfig", "Instance",
     "MachineSpec", "Manifest", "MemFile", "MemoryReport", "ProcessSpec", "Progress", "ProgressSink", "Publish", "Sharing",
     "Snapshot", "SnapshotKind", "StageTimings", "State", "TreeNode", "VerifyReport", "VmmProcess",
 )  # fmt: skip
@@ -104,6 +107,8 @@ _HOME = {
 
 __all__ = [
     "AsyncHost",
+    "BudgetUse",
+    "Budgets",
     "Busy",
     "CaptureReport",
     "Check",

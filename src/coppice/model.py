@@ -88,7 +88,8 @@ class Image(Record, frozen=True, kw_only=True):
     config: ImageConfig
     source: str  # how it was made, for people
     created_at: float
-    owner: str | None = None
+    owner: str | None = None  # None: the operator's
+    public: bool = False  # whether other owners may run it
     tags: dict[str, str] = {}
 
 
@@ -182,8 +183,8 @@ class Instance(Record, frozen=True, kw_only=True):
     exit_reason: str | None = None
     identity_serial: int = 0  # of the latest identity message in its memory's history; the next is larger
     identified: bool = False  # whether it has been made a machine of its own: machine-id, boot-id, host keys
-    owner: str | None = None
-    public: bool = False
+    owner: str | None = None  # None: the operator's
+    public: bool = False  # whether other owners may fork it: a Template's
 
 
 class Snapshot(Record, frozen=True, kw_only=True):
@@ -313,6 +314,28 @@ class TreeNode(Record, frozen=True, kw_only=True):
     fork_count: int
     memory: MemoryReport | None
     children: tuple[TreeNode, ...] = ()
+
+
+class Budgets(Record, frozen=True, kw_only=True):
+    """How much of the host a data directory may take. What would go beyond is refused before it begins."""
+
+    max_instances: int  # in any state
+    memory_bytes: int  # for all that run: of each its RAM / memory_overcommit, and 32 MiB for its VMM
+    memory_overcommit: float  # 1: no sharing is counted on
+    disk_floor_bytes: int  # what is to stay free on the file system
+
+
+class BudgetUse(Record, frozen=True, kw_only=True):
+    """The budgets, and how much of them is in use."""
+
+    instances: int
+    max_instances: int
+    running: int
+    memory_bytes: int  # the worst case of all that run, as it is counted
+    memory_limit_bytes: int
+    memory_overcommit: float
+    disk_free_bytes: int
+    disk_floor_bytes: int
 
 
 class Check(Record, frozen=True, kw_only=True):

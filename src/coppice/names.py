@@ -26,6 +26,7 @@ MAX_OVERLAY = 16 * 1024 * GIB
 MAX_CPUS = 64
 MAX_FORKS = 4096
 MAX_SECONDS = 366 * 86400.0
+MAX_PAYLOAD = MIB  # it lies in the guest's memory, once per fork
 
 
 def check_name(name: str) -> str:
@@ -40,6 +41,14 @@ def check_name(name: str) -> str:
             hint=f"use a-z, 0-9 and inner dashes, {NAME_MAX} characters at most",
         )
     return name
+
+
+def check_owner(owner: str | None) -> str | None:
+    """Return a valid owner, or None for the operator, unchanged.
+
+    :raises InvalidName: it is not a name
+    """
+    return owner if owner is None else check_name(owner)
 
 
 def check_reference(reference: str) -> str:
@@ -154,6 +163,27 @@ def check_timeout(seconds: float | None) -> float | None:
     if seconds is not None and not 0 < seconds <= MAX_SECONDS:
         raise UsageError(f"{seconds:g} s is no time limit", hint="give a number of seconds above 0, or none")
     return seconds
+
+
+def check_payloads(payload: bytes | None, payloads: Sequence[bytes], count: int) -> tuple[bytes | None, ...]:
+    """Return one payload, or None, for each of `count` forks. What is in a payload is never part of a message.
+
+    :raises UsageError: both are given, there are not as many as forks, or one is too large
+    """
+    if payloads and payload is not None:
+        raise UsageError(
+            "a payload for all and payloads for each cannot both be given", hint="put the common part into each"
+        )
+    if payloads and len(payloads) != count:
+        raise UsageError(f"{len(payloads)} payloads for {count} forks", hint="give one per fork, or one for all")
+    each = tuple(payloads) or (payload,) * count
+    for number, data in enumerate(each, 1):
+        if data is not None and len(data) > MAX_PAYLOAD:
+            raise UsageError(
+                f"the payload of fork {number} has {len(data)} bytes, and {MAX_PAYLOAD} are allowed",
+                hint="copy large data with `coppice cp`, or put it into the source before it is captured",
+            )
+    return each
 
 
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)

@@ -21,6 +21,8 @@ from coppice.instance.rooms import Deadlines
 from coppice.model import (
     GIB,
     MIB,
+    Budgets,
+    BudgetUse,
     CaptureReport,
     Check,
     ExecResult,
@@ -113,16 +115,34 @@ class Host:
         home: Path | str | None = None,
         *,
         accel: str = "auto",
+        owner: str | None = None,
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
+        budgets: Budgets | None = None,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
-        self._host = AsyncHost(home, accel=accel, driver=driver, deadlines=deadlines, open_rooms=open_rooms)
+        self._host = AsyncHost(
+            home,
+            accel=accel,
+            owner=owner,
+            driver=driver,
+            deadlines=deadlines,
+            budgets=budgets,
+            open_rooms=open_rooms,
+        )
         self._portal = Portal()
 
     @property
     def home(self) -> Path:
         return self._host.home
+
+    @property
+    def owner(self) -> str | None:
+        return self._host.owner
+
+    @property
+    def budgets(self) -> Budgets:
+        return self._host.budgets
 
     def open(self) -> Self:
         self._portal.call(self._host.open())
@@ -197,8 +217,8 @@ class Host:
     def standby(self, reference: Reference) -> tuple[Instance, CaptureReport]:
         return self._portal.call(self._host.standby(reference))
 
-    def promote(self, reference: Reference) -> Instance:
-        return self._portal.call(self._host.promote(reference))
+    def promote(self, reference: Reference, *, public: bool | None = None) -> Instance:
+        return self._portal.call(self._host.promote(reference, public=public))
 
     def demote(self, reference: Reference) -> Instance:
         return self._portal.call(self._host.demote(reference))
@@ -214,6 +234,8 @@ class Host:
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
         from_running: bool = False,
+        payload: bytes | None = None,
+        payloads: Sequence[bytes] = (),
         progress: ProgressSink = no_progress,
     ) -> ForkReport:
         return self._portal.call(
@@ -226,6 +248,8 @@ class Host:
                 tags=tags,
                 publish=publish,
                 from_running=from_running,
+                payload=payload,
+                payloads=payloads,
                 progress=progress,
             )
         )
@@ -274,6 +298,8 @@ class Host:
         atomic: bool = False,
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
+        payload: bytes | None = None,
+        payloads: Sequence[bytes] = (),
         progress: ProgressSink = no_progress,
     ) -> ForkReport:
         return self._portal.call(
@@ -285,6 +311,8 @@ class Host:
                 atomic=atomic,
                 tags=tags,
                 publish=publish,
+                payload=payload,
+                payloads=payloads,
                 progress=progress,
             )
         )
@@ -389,24 +417,37 @@ class Host:
     def stats(self, reference: Reference | None = None) -> dict[str, MemoryReport]:
         return self._portal.call(self._host.stats(reference))
 
+    def budget(self) -> BudgetUse:
+        return self._portal.call(self._host.budget())
+
     def tree(self, reference: Reference | None = None) -> list[TreeNode]:
         return self._portal.call(self._host.tree(reference))
 
     def verify(self, *, progress: ProgressSink = no_progress) -> VerifyReport:
         return self._portal.call(self._host.verify(progress=progress))
 
-    def gc(self, *, dry_run: bool = False) -> GcReport:
-        return self._portal.call(self._host.gc(dry_run=dry_run))
+    def gc(self, *, dry_run: bool = False, caches: bool = False) -> GcReport:
+        return self._portal.call(self._host.gc(dry_run=dry_run, caches=caches))
 
     # What machines are made of
 
     def image_build(
-        self, name: str, *, suite: str = "bookworm", include: Sequence[str] = (), progress: ProgressSink = no_progress
+        self,
+        name: str,
+        *,
+        suite: str = "bookworm",
+        include: Sequence[str] = (),
+        public: bool = False,
+        progress: ProgressSink = no_progress,
     ) -> Image:
-        return self._portal.call(self._host.image_build(name, suite=suite, include=include, progress=progress))
+        return self._portal.call(
+            self._host.image_build(name, suite=suite, include=include, public=public, progress=progress)
+        )
 
-    def image_import(self, name: str, path: Path | str, *, progress: ProgressSink = no_progress) -> Image:
-        return self._portal.call(self._host.image_import(name, path, progress=progress))
+    def image_import(
+        self, name: str, path: Path | str, *, public: bool = False, progress: ProgressSink = no_progress
+    ) -> Image:
+        return self._portal.call(self._host.image_import(name, path, public=public, progress=progress))
 
     def image_ls(self) -> list[Image]:
         return self._portal.call(self._host.image_ls())
@@ -414,8 +455,8 @@ class Host:
     def image_inspect(self, reference: str) -> Image:
         return self._portal.call(self._host.image_inspect(reference))
 
-    def image_tag(self, reference: str, name: str) -> Image:
-        return self._portal.call(self._host.image_tag(reference, name))
+    def image_tag(self, reference: str, name: str, *, public: bool = False) -> Image:
+        return self._portal.call(self._host.image_tag(reference, name, public=public))
 
     def image_rm(self, reference: str) -> None:
         self._portal.call(self._host.image_rm(reference))

@@ -29,6 +29,13 @@ async def leave_behind(host: AsyncHost) -> list[str]:
     old = layout.overlays / ".ext4.raw.0123456789ab.tmp"
     old.write_bytes(b"x" * 4096)
     os.utime(old, (time.time() - 7200,) * 2)
+    stage = layout.kernels / ".stage-0123456789abcdef"
+    stage.mkdir()
+    image_half = layout.images / ".ab.removed"
+    image_half.mkdir()
+    probe = layout.home / ".coppice-doctor-x"
+    probe.mkdir()
+    os.utime(probe, (time.time() - 7200,) * 2)
     young = layout.overlays / ".ext4.raw.ba9876543210.tmp"
     young.touch()
     host.rooms.store.forget(forgotten.id)
@@ -40,6 +47,9 @@ async def leave_behind(host: AsyncHost) -> list[str]:
         half,
         only_lock,
         old,
+        stage,
+        image_half,
+        probe,
     )
     return [f"process {forgotten.vmm.pid}", *(str(path.relative_to(layout.home)) for path in paths)]
 

@@ -126,6 +126,8 @@ class FakeGuest:
             "sessions_ended": state.sessions_ended + (flags & 1),
             "frozen": state.frozen and not flags & 2,
         }
+        if (payload := fields.raw(11)) is not None or flags & 8:
+            changes |= {"payload": payload and payload[:256], "payload_size": len(payload or b"")}
         if flags & 4:
             changes |= {"argv": tuple(fields.texts(20)), "env": tuple(fields.texts(21))}
         return self._ram.change(**changes).serial
@@ -210,6 +212,14 @@ class FakeGuest:
             text = disk.read().rstrip(b"\0").decode()
         return await self._echo(peer, [text], fields)
 
+    async def _payload(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
+        """`payload`: what /run/coppice/payload would hold, `payload size`: how large it would be."""
+        state = self._ram.state
+        if state.payload is None:
+            return 1
+        await peer.send(FrameType.STDOUT, str(state.payload_size).encode() if arguments else state.payload)
+        return 0
+
     async def _crash(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
         """`crash`: the VMM dies."""
         os.kill(self._process.pid, signal.SIGKILL)
@@ -226,6 +236,7 @@ _COMMANDS = {
     "exit": FakeGuest._exit,
     "hostname": FakeGuest._hostname,
     "load": FakeGuest._load,
+    "payload": FakeGuest._payload,
     "recall": FakeGuest._recall,
     "remember": FakeGuest._remember,
     "save": FakeGuest._save,

@@ -42,6 +42,8 @@ class GuestState(Record, frozen=True, kw_only=True):
     env: tuple[str, ...] = ()
     remembered: dict[str, str] = {}
     sessions_ended: int = 0
+    payload: bytes | None = None  # as much as there is room for
+    payload_size: int = 0
 
 
 def make_ram(path: Path, size_bytes: int) -> None:

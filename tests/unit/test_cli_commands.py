@@ -16,6 +16,7 @@ from coppice.guest.kernel import Kernel
 from coppice.host import Inspection
 from coppice.model import (
     MIB,
+    BudgetUse,
     CaptureReport,
     Check,
     ForkReport,
@@ -237,6 +238,8 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
         "target": State.STANDBY,
         "atomic": True,
         "from_running": True,
+        "payload": None,
+        "payloads": [],
         "tags": {"k": "v"},
         "publish": (Publish(host_port=1, guest_port=2),),
     }
@@ -393,9 +396,67 @@ def test_rm_goes_on_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_gc_tells_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
     """--dry-run reaches the host, and the words say that nothing was removed."""
-    host = FakeHost(gc=lambda dry_run: GcReport(removed=("instances/x",), bytes_freed=MIB, dry_run=dry_run))
+
+    def collect(*, dry_run: bool, caches: bool) -> GcReport:
+        removed = ("instances/x", "kernels/y") if caches else ("instances/x",)
+        return GcReport(removed=removed, bytes_freed=MIB, dry_run=dry_run)
+
+    host = FakeHost(gc=collect)
     assert output_of(capsys, host, "gc") == "instances/x\n1 leftover, 1.0 MiB freed\n"
     assert output_of(capsys, host, "gc", "--dry-run") == "instances/x\n1 leftover, 1.0 MiB would be freed\n"
+    assert output_of(capsys, host, "gc", "--caches").splitlines()[-1] == "2 leftovers, 1.0 MiB freed"
+
+
+def test_stats_shows_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    """How much is in use, and of how much: for people, and with exact numbers for programs."""
+    use = BudgetUse(
+        instances=5,
+        max_instances=100,
+        running=3,
+        memory_bytes=192 * MIB,
+        memory_limit_bytes=4096 * MIB,
+        memory_overcommit=16.0,
+        disk_free_bytes=2048 * MIB,
+        disk_floor_bytes=1024 * MIB,
+    )
+    host = FakeHost(budget=use)
+    shown = output_of(capsys, host, "stats", "--budget")
+    for words in ("5 of 100, 3 running", "192.0 MiB of 4.0 GiB, at 16 times over-commit", "2.0 GiB free, of which 1.0"):
+        assert words in shown
+    assert document(capsys, host, "stats", "--budget")["memory_bytes"] == 192 * MIB
+
+
+def test_fork_hands_payloads_over(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--payload is everyone's; --payloads says how many forks there are, one each."""
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    output_of(capsys, host, "fork", "vm", "--payload", '{"job": 1}')
+    asked = host.asked("fork")
+    assert (asked["count"], asked["payload"], asked["payloads"]) == (1, b'{"job": 1}', [])
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    each = tmp_path / "each.jsonl"
+    each.write_text('{"job": 1}\n{"job": 2}\n')
+    output_of(capsys, host, "fork", "vm", "--payloads", str(each))
+    asked = host.asked("fork")
+    assert (asked["count"], asked["payload"], asked["payloads"]) == (2, None, [b'{"job": 1}', b'{"job": 2}'])
+
+
+def test_ls_shows_owners_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    """The operator sees whose an instance is; nobody else is bothered with it."""
+    assert "OWNER" not in output_of(capsys, FakeHost(ls=[VM]), "ls")
+    lines = output_of(capsys, FakeHost(ls=[VM, instance("theirs", owner="alice")]), "ls").splitlines()
+    assert "OWNER" in lines[0]
+    assert lines[2].split()[-1] == "alice"
+
+
+def test_sharing_with_others_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """--public and --private reach the host; without either a template stays as it is."""
+    for words, wanted in (((), None), (("--public",), True), (("--private",), False)):
+        host = FakeHost(promote=instance("vm", State.TEMPLATE))
+        output_of(capsys, host, "promote", "vm", *words)
+        assert host.asked("promote")["public"] is wanted
+    host = FakeHost(image_tag=IMAGE)
+    output_of(capsys, host, "image", "tag", "debian", "debian", "--public")
+    assert host.asked("image_tag")["public"] is True
 
 
 def test_image_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -410,7 +471,7 @@ def test_image_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of(capsys, host, "image", "import", "debian", "a.tar") == line
     assert host.asked("image_import")["1"] == Path("a.tar")
     assert output_of(capsys, host, "image", "tag", "debian", "other") == line
-    assert host.asked("image_tag") == {"0": "debian", "1": "other"}
+    assert host.asked("image_tag") == {"0": "debian", "1": "other", "public": False}
     assert "bookworm minbase" in output_of(capsys, host, "image", "ls")
     assert output_of(capsys, host, "image", "ls", "-q") == "debian\n"
     assert "PATH=/bin" in output_of(capsys, host, "image", "inspect", "debian")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from coppice.cli import parse
 from coppice.errors import UsageError
 from coppice.model import Publish, State
+from coppice.names import MAX_PAYLOAD
 
 PORT = st.integers(1, 65535)
 ADDRESS = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))
@@ -112,3 +115,52 @@ def test_states_are_read_in_any_case() -> None:
     assert parse.states(["running", "TEMPLATE"]) == [State.RUNNING, State.TEMPLATE]
     with pytest.raises(UsageError, match="no state"):
         parse.states(["asleep"])
+
+
+def test_a_payload_is_json_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What begins as JSON is taken as it is written; anything else names a file, `-` standard input, and its bytes are not looked at."""
+    file = tmp_path / "payload"
+    file.write_bytes(b"\xff\x00 any bytes\n")
+    assert parse.payload(str(file)) == b"\xff\x00 any bytes\n"
+    for word in ('{"a":  1}', "[1]", '"text"'):
+        assert parse.payload(word) == word.encode()
+    with file.open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert parse.payload("-") == file.read_bytes()
+
+
+@pytest.mark.parametrize("word", ["{", '{"a": }', '"open', "/does/not/exist", "/", ""])
+def test_a_payload_that_is_neither_is_refused(word: str) -> None:
+    """A typing error is not handed to a guest."""
+    with pytest.raises(UsageError):
+        parse.payload(word)
+
+
+def test_a_payload_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    """A file is read no further than a payload may be long."""
+    file = tmp_path / "large"
+    file.write_bytes(bytes(MAX_PAYLOAD + 1))
+    with pytest.raises(UsageError, match="more than"):
+        parse.payload(str(file))
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
+
+
+@given(st.lists(JSON, min_size=2, max_size=5))
+def test_payloads_are_an_array_or_lines(wanted: list[object]) -> None:
+    """Either way each payload is one JSON document, in its order."""
+    with tempfile.NamedTemporaryFile() as file:
+        for text in (json.dumps(wanted), "\n\n".join(json.dumps(each) for each in wanted)):
+            Path(file.name).write_text(text)
+            assert [json.loads(each) for each in parse.payloads(file.name)] == wanted
+
+
+@pytest.mark.parametrize("text", ["", "\n", '{"a": 1}\nnot json\n', "[1,", '{"secret": 1} {"b": 2}'])
+def test_payloads_that_are_neither_are_refused(tmp_path: Path, text: str) -> None:
+    """All or none, and the message does not repeat what is in them."""
+    file = tmp_path / "payloads"
+    file.write_text(text)
+    with pytest.raises(UsageError) as refused:
+        parse.payloads(str(file))
+    assert "secret" not in str(refused.value)

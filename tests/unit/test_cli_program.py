@@ -154,15 +154,16 @@ def test_an_error_of_the_system_is_the_hosts(capsys: pytest.CaptureFixture[str])
 
 
 def test_global_options_reach_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--home and --accel, or their variables, decide where and how."""
+    """--home, --accel and --owner, or their variables, decide where and how."""
     host = FakeHost(ls=[])
-    assert run("--home", str(tmp_path), "--accel", "tcg", "ls", host=host) == 0
+    assert run("--home", str(tmp_path), "--accel", "tcg", "--owner", "alice", "ls", host=host) == 0
     assert host.options is not None
-    assert (host.options.home, host.options.accel) == (tmp_path, "tcg")
+    assert (host.options.home, host.options.accel, host.options.owner) == (tmp_path, "tcg", "alice")
     monkeypatch.setenv("COPPICE_HOME", "/elsewhere")
     monkeypatch.setenv("COPPICE_ACCEL", "kvm")
+    monkeypatch.setenv("COPPICE_OWNER", "bob")
     assert run("ls", host=host) == 0
-    assert (host.options.home, host.options.accel) == (Path("/elsewhere"), "kvm")
+    assert (host.options.home, host.options.accel, host.options.owner) == (Path("/elsewhere"), "kvm", "bob")
 
 
 def test_the_host_is_opened_and_closed() -> None:

@@ -51,6 +51,15 @@ def options(
     accel: Annotated[
         Literal["auto", "kvm", "tcg"], typer.Option("--accel", envvar="COPPICE_ACCEL", help="How guests are run.")
     ] = "auto",
+    owner: Annotated[
+        str | None,
+        typer.Option(
+            "--owner",
+            metavar="NAME",
+            envvar="COPPICE_OWNER",
+            help="Make and see only what is this owner's. Default: all.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print one JSON document, with exact numbers; errors too, on standard output."),
@@ -66,7 +75,7 @@ def options(
     """
     del version  # it has ended the program
     factory = ctx.obj
-    ctx.obj = Cli(home=home, accel=accel, json=as_json, debug=debug, host_factory=factory)
+    ctx.obj = Cli(home=home, accel=accel, owner=owner or None, json=as_json, debug=debug, host_factory=factory)
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="coppice: %(name)s: %(message)s" if debug else "coppice: %(message)s",

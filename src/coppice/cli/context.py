@@ -27,15 +27,16 @@ def open_host(cli: Cli) -> AsyncHost:
     """The real host over the data directory that the user chose."""
     from coppice.host import AsyncHost
 
-    return AsyncHost(cli.home, accel=cli.accel)
+    return AsyncHost(cli.home, accel=cli.accel, owner=cli.owner)
 
 
 @dataclass(frozen=True)
 class Cli:
-    """The global options. `home` is None for the default data directory."""
+    """The global options. `home` is None for the default data directory, `owner` for the operator."""
 
     home: Path | None = None
     accel: str = "auto"
+    owner: str | None = None
     json: bool = False
     debug: bool = False
     host_factory: HostFactory = open_host

@@ -30,6 +30,7 @@ def build(
     include: Annotated[
         list[str] | None, typer.Option("--include", metavar="PACKAGE[,...]", help="Packages to add; repeatable.")
     ] = None,
+    public: options.Public = False,
 ) -> None:
     """Build an image of a Debian suite with extra packages."""
     cli = Cli.of(ctx)
@@ -37,7 +38,7 @@ def build(
 
     async def work(host: AsyncHost) -> Image:
         with cli.progress() as progress:
-            return await host.image_build(name, suite=suite, include=packages, progress=progress)
+            return await host.image_build(name, suite=suite, include=packages, public=public, progress=progress)
 
     _made(cli, cli.call(work))
 
@@ -47,13 +48,14 @@ def import_(
     ctx: typer.Context,
     name: NewName,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A tar archive, or the directory of an OCI layout.")],
+    public: options.Public = False,
 ) -> None:
     """Make an image of a root file system tar, a `docker save` archive or an OCI layout; it is recognised."""
     cli = Cli.of(ctx)
 
     async def work(host: AsyncHost) -> Image:
         with cli.progress() as progress:
-            return await host.image_import(name, path, progress=progress)
+            return await host.image_import(name, path, public=public, progress=progress)
 
     _made(cli, cli.call(work))
 
@@ -123,15 +125,16 @@ def _details(image: Image) -> list[tuple[str, str | Text]]:
         ("Environment", ", ".join(f"{key}={value}" for key, value in config.env.items())),
         ("Labels", ", ".join(f"{key}={value}" for key, value in config.labels.items())),
         ("Tags", ", ".join(f"{key}={value}" for key, value in image.tags.items())),
+        ("Owner", f"{image.owner or ''}{', public' if image.public else ''}".removeprefix(", ")),
     ]
     return [(label, output.printable(text)) for label, text in details if text]
 
 
 @image_app.command("tag")
-def image_tag(ctx: typer.Context, image: options.ImageName, name: NewName) -> None:
-    """Give an image another name."""
+def image_tag(ctx: typer.Context, image: options.ImageName, name: NewName, public: options.Public = False) -> None:
+    """Give an image another name; its own name anew changes whether it is public."""
     cli = Cli.of(ctx)
-    _made(cli, cli.call(lambda host: host.image_tag(image, name)))
+    _made(cli, cli.call(lambda host: host.image_tag(image, name, public=public)))
 
 
 @image_app.command("rm")

@@ -147,9 +147,16 @@ def restore(ctx: typer.Context, name: options.Name) -> None:
     _change(ctx, lambda host: host.restore(name))
 
 
-def promote(ctx: typer.Context, name: options.Name) -> None:
+def promote(
+    ctx: typer.Context,
+    name: options.Name,
+    public: Annotated[
+        bool | None,
+        typer.Option("--public/--private", help="Whether other owners may fork it too, and so share its memory."),
+    ] = None,
+) -> None:
     """Make a Standby instance a Template, which can only be forked."""
-    _change(ctx, lambda host: host.promote(name))
+    _change(ctx, lambda host: host.promote(name, public=public))
 
 
 def demote(

@@ -26,7 +26,10 @@ def fork(
         ),
     ],
     count: Annotated[
-        int | None, typer.Option("--count", "-n", help="How many forks to grow, in parallel; as many as names, or one.")
+        int | None,
+        typer.Option(
+            "--count", "-n", help="How many forks to grow, in parallel; as many as names or payloads, or one."
+        ),
     ] = None,
     name: Annotated[
         list[str] | None,
@@ -42,16 +45,37 @@ def fork(
             "--from-running", help="Fork a Running instance: it is paused for some milliseconds, and runs on."
         ),
     ] = False,
+    payload: Annotated[
+        str | None,
+        typer.Option(
+            "--payload",
+            metavar="FILE|JSON",
+            help="What each fork finds in /run/coppice/payload. Secrets go into a file, or `-`: others can see the words of a command.",
+        ),
+    ] = None,
+    payloads: Annotated[
+        str | None,
+        typer.Option(
+            "--payloads",
+            metavar="FILE",
+            help="A payload for each fork: a JSON array, or one JSON document in each line.",
+        ),
+    ] = None,
     tag: options.Tags = None,
     publish: options.Published = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Grow forks that share the source's memory. Each is running when its guest has answered, as itself.
 
+    With a payload, the image's /etc/coppice/on-fork is run after it was put there, and before the fork counts as running.
     A fork that fails is undone and does not touch its siblings; the exit status is then 1.
     """
     cli = Cli.of(ctx)
     tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
+
+    shared = None if payload is None else parse.payload(payload)
+    each = [] if payloads is None else parse.payloads(payloads)
+    wanted = count if count is not None else max(1, len(each) or len(name or ()))
 
     async def work(host: AsyncHost) -> ForkReport:
         from coppice.model import State
@@ -59,11 +83,13 @@ def fork(
         with cli.progress() as progress:
             return await host.fork(
                 source,
-                count=count if count is not None else max(1, len(name or ())),
+                count=wanted,
                 names=tuple(name or ()),
                 target=State(target.capitalize()),
                 atomic=atomic,
                 from_running=from_running,
+                payload=shared,
+                payloads=each,
                 tags=tags,
                 publish=ports,
                 progress=progress,

@@ -31,4 +31,5 @@ Published = Annotated[
         help="Forward a port of this host to the guest; repeatable.",
     ),
 ]
+Public = Annotated[bool, typer.Option("--public", help="Other owners may use it too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print names only.")]

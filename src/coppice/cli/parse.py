@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 _PUBLISH = re.compile(
     r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
 )
+_MAX_PAYLOADS_FILE = 256 << 20
 _REMOTE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9-]*):(?P<path>.*)", re.DOTALL)
 
 
@@ -113,6 +116,59 @@ def states(words: Iterable[str]) -> list[State]:
         if word.lower() not in known:
             raise UsageError(f"there is no state {word!r}", hint=f"the states are {', '.join(State)}")
     return [known[word.lower()] for word in found]
+
+
+def payload(word: str) -> bytes:
+    """Read `--payload`: JSON itself, if it begins as an object, array or string does; else the bytes of a file, or of standard input for `-`.
+
+    :raises UsageError: the file cannot be read or is too large, or the JSON is malformed
+    """
+    from coppice.names import MAX_PAYLOAD
+
+    if word.startswith(("{", "[", '"')):
+        data = word.encode("utf-8", "surrogateescape")
+        _check_json(data, "the payload")
+        return data
+    return _content(word, MAX_PAYLOAD)
+
+
+def payloads(word: str) -> list[bytes]:
+    """Read `--payloads`: a file (`-`: standard input) with one JSON array, or with one JSON document in each line. Each is a payload, byte for byte.
+
+    :raises UsageError: the file cannot be read or is too large, or is neither
+    """
+    import msgspec
+
+    data = _content(word, _MAX_PAYLOADS_FILE)
+    try:
+        return [bytes(each) for each in msgspec.json.decode(data, type=list[msgspec.Raw])]
+    except msgspec.MsgspecError:
+        found = [line for line in data.splitlines() if line.strip()]
+    if not found:
+        raise UsageError(f"the file {word} has no payloads", hint="write one JSON document in each line")
+    for number, line in enumerate(found, 1):
+        _check_json(line, f"payload {number} of {word}")
+    return found
+
+
+def _check_json(data: bytes, what: str) -> None:
+    import msgspec
+
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UsageError(f"{what} is not JSON: {error}", hint="write JSON, or give the name of a file") from error
+
+
+def _content(path: str, most: int) -> bytes:
+    try:
+        with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise UsageError(f"the file {path} cannot be read: {error.strerror}", hint="give another path") from error
+    if len(data) > most:
+        raise UsageError(f"the file {path} has more than {most} bytes", hint="make the payloads smaller")
+    return data
 
 
 def copy_ends(source: str, target: str) -> tuple[str, str, bool]:

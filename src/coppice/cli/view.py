@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from coppice.host import AsyncHost, Inspection
-    from coppice.model import Instance, MemoryReport, Publish
+    from coppice.model import BudgetUse, Instance, MemoryReport, Publish
 
 
 def ls(
@@ -46,6 +46,9 @@ def ls(
             ("PARENT", "left"),
         ]  # fmt: skip
         with_ports, with_tags = any(i.publish for i in instances), any(i.tags for i in instances)
+        with_owners = any(i.owner for i in instances)
+        if with_owners:
+            columns.append(("OWNER", "left"))
         if with_ports:
             columns.append(("PORTS", "left"))
         if with_tags:
@@ -61,6 +64,7 @@ def ls(
                     format.size(instance.machine.memory_bytes),
                     format.age(instance.created_at),
                     instance.parent_name or "-",
+                    *([instance.owner or "-"] if with_owners else []),
                     *([_ports(instance.publish)] if with_ports else []),
                     *([_tags(instance.tags)] if with_tags else []),
                 ]
@@ -131,6 +135,8 @@ def _details(found: Inspection) -> list[tuple[str, str | Text]]:
         ("Host name", instance.hostname),
         ("Tags", _tags(instance.tags) if instance.tags else None),
         ("Ports", _ports(instance.publish) if instance.publish else None),
+        ("Owner", instance.owner),
+        ("Public", "other owners may fork it" if instance.public else None),
         ("Parent", instance.parent_name),
         ("Forks", f"{found.fork_count} ({', '.join(found.forks)})" if found.forks else None),
         ("Memory", _memory(memory) if memory else None),
@@ -171,12 +177,19 @@ def stats(
         str | None,
         typer.Argument(metavar="NAME", help="One instance; otherwise all.", autocompletion=complete.instances),
     ] = None,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Show how much of the budgets of this data directory is in use instead.")
+    ] = False,
 ) -> None:
     """Show the memory of instances, as the kernel accounts it.
 
     SHARED: resident pages of the mem-file itself. UNIQUE: what this instance alone costs. OVERHEAD: the VMM process beside guest RAM.
     """
     cli = Cli.of(ctx)
+    if budget:
+        use = cli.call(lambda host: host.budget())
+        cli.show(use, lambda: output.fields(_budget(use)))
+        return
     reports = cli.call(lambda host: host.stats(name))
 
     def human() -> None:
@@ -212,16 +225,34 @@ def stats(
     cli.show(reports, human)
 
 
+def _budget(use: BudgetUse) -> list[tuple[str, str | Text]]:
+    return [
+        ("Instances", f"{use.instances} of {use.max_instances}, {use.running} running"),
+        (
+            "Memory",
+            f"{format.size(use.memory_bytes)} of {format.size(use.memory_limit_bytes)}, at {use.memory_overcommit:g} times over-commit",
+        ),
+        ("Disk", f"{format.size(use.disk_free_bytes)} free, of which {format.size(use.disk_floor_bytes)} are kept"),
+    ]
+
+
 def gc(
     ctx: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    caches: Annotated[
+        bool,
+        typer.Option(
+            "--caches",
+            help="Also what no instance uses and can be had again: fetched kernels, empty disks, unnamed images.",
+        ),
+    ] = False,
 ) -> None:
     """Remove what nothing owns: leftovers of killed processes.
 
     What is in use is never touched.
     """
     cli = Cli.of(ctx)
-    report = cli.call(lambda host: host.gc(dry_run=dry_run))
+    report = cli.call(lambda host: host.gc(dry_run=dry_run, caches=caches))
 
     def human() -> None:
         for path in report.removed:

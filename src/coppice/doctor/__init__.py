@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from coppice.doctor import memory, storage, system, virtualization
+from coppice.doctor import budgets, memory, storage, system, virtualization
 from coppice.model import Check
 
 _DEADLINE_S = 20.0
@@ -31,6 +31,7 @@ async def run_checks(home: Path) -> list[Check]:
         ("hard links", _threaded(lambda: storage.hard_links(where))),
         ("reflinks", _threaded(lambda: storage.reflinks(where))),
         ("free space", _threaded(lambda: storage.free_space(where))),
+        ("budgets", _threaded(lambda: budgets.budgets(home, where))),
         ("memory", _threaded(memory.available)),
         ("vm.overcommit_memory", _threaded(memory.overcommit)),
         ("vm.max_map_count", _threaded(memory.max_map_count)),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -33,13 +34,17 @@ async def fan_out(
     request: ForkRequest,
     progress: ProgressSink,
     *,
+    owner: str | None,
+    admit: Callable[[], None],
     parent: Instance | None = None,
     snapshot: Snapshot | None = None,
 ) -> ForkReport:
     """Grow all children of `source`, which the caller holds locked (shared). Every child that fails is undone.
 
-    `parent` is whom the children are forks of, where that is not `source`: a running machine, of which `source` is the capture.
-    With a `snapshot`, which `source` stands for, they are grown from its files, and `parent` is the instance that it was made of, if that still lives.
+    `admit` refuses, inside of the transaction that records them, what the host has no room for. The children are `owner`'s, or where the
+    operator forks, the source's. `parent` is whom they are forks of, where that is not `source`: a running machine, of which `source` is the
+    capture. With a `snapshot`, which `source` stands for, they are grown from its files, and `parent` is the instance that it was made of, if
+    that still lives.
     With `atomic`, one failure undoes all, and is raised.
 
     :raises CoppiceError: the plan is refused, or a child failed and the request is atomic
@@ -47,31 +52,34 @@ async def fan_out(
     stages = Stages()
     named = source if snapshot else parent or source
     origin = rooms.layout.snapshot(snapshot.id) if snapshot else rooms.directory(source.id)
-    children = plan(source, request, named)
+    children = plan(source, request, named, owner)
     if snapshot is not None:
         children = [grown_from(snapshot, child, parent) for child in children]
     try:
-        await in_thread(rooms.store.create, children, OPERATION)
+        await in_thread(rooms.store.create, children, OPERATION, admit)
     except asyncio.CancelledError:
         await complete(_destroy_all(rooms, children))
         raise
     slots = asyncio.Semaphore(_PARALLEL_PER_CPU * (os.cpu_count() or 1))
     settled = 0
 
-    async def child(instance: Instance) -> ForkResult | CoppiceError:
+    async def child(instance: Instance, payload: bytes | None) -> ForkResult | CoppiceError:
         nonlocal settled
         async with slots:
             try:
                 with os_errors(f"fork {instance.name}"):  # not a bug: it must not take the siblings with it
                     async with locks.hold(rooms.layout.lock(instance.id), what=instance.name):
-                        result: ForkResult | CoppiceError = await _grow(rooms, origin, source, instance, request.target)
+                        result: ForkResult | CoppiceError = await _grow(
+                            rooms, origin, source, instance, request.target, payload
+                        )
             except CoppiceError as error:
                 result = error
         settled += 1
         progress(Progress(stage="fork", done=settled, total=len(children)))
         return result
 
-    tasks = [asyncio.create_task(child(instance)) for instance in children]
+    payloads = request.payloads or (None,) * len(children)
+    tasks = [asyncio.create_task(child(*each)) for each in zip(children, payloads, strict=True)]
     try:
         outcomes = await asyncio.gather(*tasks)
         failure = next((outcome for outcome in outcomes if isinstance(outcome, CoppiceError)), None)
@@ -94,7 +102,9 @@ async def fan_out(
     )
 
 
-async def _grow(rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State) -> ForkResult:
+async def _grow(
+    rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State, payload: bytes | None
+) -> ForkResult:
     """One child: directory, links, disk; then, if it is to run, VMM, identity, verification. Undone if it fails."""
     stages = Stages()
     try:
@@ -110,7 +120,7 @@ async def _grow(rooms: Rooms, origin: Path, source: Instance, child: Instance, t
             _log.warning("%s: the mem-file was copied, not linked: %s", child.name, placed.mem_file.reason)
         memory = None
         if target is State.RUNNING:
-            child = await (activate.restore if with_memory else activate.boot)(rooms, child, stages)
+            child = await (activate.restore if with_memory else activate.boot)(rooms, child, stages, payload)
             with stages.stage("verify"):
                 memory = await activate.verify_sharing(rooms, child)
         else:

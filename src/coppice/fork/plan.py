@@ -10,7 +10,7 @@ import msgspec
 from coppice.errors import IllegalTransition, UsageError
 from coppice.lifecycle import Operation, require
 from coppice.model import Instance, Publish, Record, Snapshot, State
-from coppice.names import check_count, check_name, check_publish, check_tags, new_id, new_name
+from coppice.names import check_count, check_name, check_payloads, check_publish, check_tags, new_id, new_name
 
 OPERATION = "fork"  # journal: a child that is not whole yet
 
@@ -25,6 +25,11 @@ class ForkRequest(Record, frozen=True, kw_only=True):
     tags: dict[str, str] = {}
     publish: tuple[Publish, ...] = ()
     from_running: bool = False
+    payloads: tuple[bytes | None, ...] = ()
+
+    def __repr__(self) -> str:
+        """Without the payloads: they may be secrets, and a log is not the place for them."""
+        return f"ForkRequest(count={self.count}, names={self.names}, target={self.target})"
 
 
 def make_request(
@@ -36,14 +41,22 @@ def make_request(
     tags: Mapping[str, str],
     publish: Sequence[Publish],
     from_running: bool,
+    payload: bytes | None = None,
+    payloads: Sequence[bytes] = (),
 ) -> ForkRequest:
     """Validate what came from outside.
 
-    :raises UsageError: a count, name, tag or target that can never be
+    :raises UsageError: a count, name, tag, target or payload that can never be
     """
     check_count(count)
     if target not in (State.STOPPED, State.STANDBY, State.RUNNING):
         raise UsageError(f"a fork cannot be made {target}", hint="the target is Stopped, Standby or Running")
+    each = check_payloads(payload, payloads, count)
+    if target is not State.RUNNING and any(data is not None for data in each):
+        raise UsageError(
+            f"a fork that is made {target} cannot have a payload: it is handed over when the guest starts, and kept nowhere",
+            hint="fork it to Running, or without a payload",
+        )
     if publish and count > 1:
         raise UsageError(
             "several forks cannot publish the same host port", hint="fork one at a time, or without --publish"
@@ -63,6 +76,7 @@ def make_request(
         tags=check_tags(tags),
         publish=check_publish(publish),
         from_running=from_running,
+        payloads=each,
     )
 
 
@@ -71,7 +85,7 @@ def takes_memory(source: Instance, target: State) -> bool:
     return source.state is not State.STOPPED and target is not State.STOPPED
 
 
-def plan(source: Instance, request: ForkRequest, parent: Instance) -> list[Instance]:
+def plan(source: Instance, request: ForkRequest, parent: Instance, owner: str | None) -> list[Instance]:
     """The children's records. A child is its source's machine and disk under its own id and name.
 
     :raises IllegalTransition: the source cannot be forked in its state, or not to that target
@@ -104,7 +118,7 @@ def plan(source: Instance, request: ForkRequest, parent: Instance) -> list[Insta
             open_ports=source.open_ports,
             frozen=source.frozen,
             captured_at=source.captured_at if takes_memory(source, request.target) else None,
-            owner=source.owner,
+            owner=source.owner if owner is None else owner,
         )
         for name in names
     ]

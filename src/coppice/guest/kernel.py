@@ -21,7 +21,7 @@ import re
 import secrets
 import shutil
 from asyncio import to_thread
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from coppice.disk.atomic import os_errors, publish
@@ -120,13 +120,24 @@ class KernelStore:
 
     def sweep(self) -> tuple[str, ...]:
         """Remove what killed processes left half made; returns the names. Blocks. Idempotent."""
-        removed = []
+        stale = self.stale_staging()
+        for path in stale:
+            shutil.rmtree(path, ignore_errors=True)
+        return tuple(path.name for path in stale)
+
+    def stale_staging(self) -> list[Path]:
+        """What killed processes left half made. A directory without its process never gets another one. Blocks."""
+        stale = []
         with contextlib.suppress(FileNotFoundError), _held(self.root):
             for path in sorted(self.root.glob(f"{_STAGE_PREFIX}*")):
                 with contextlib.suppress(FileNotFoundError, BlockingIOError), _held(path, wait=False):
-                    shutil.rmtree(path, ignore_errors=True)
-                    removed.append(path.name)
-        return tuple(removed)
+                    stale.append(path)
+        return stale
+
+    def fetched_except(self, keys: Collection[str]) -> list[Path]:
+        """Directories of Debian's kernels with other keys than these: they can be fetched again, as those that users added cannot. Blocks."""
+        fetched = [path for path in self.root.glob("debian-*") if _KEY.fullmatch(path.name)]
+        return sorted(path for path in fetched if path.name not in keys)
 
     def _admit_debian(self, package: debian.Package, prepared: Path) -> Kernel:
         with os_errors(f"take over the package of kernel {package.release}"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from coppice.host.base import Reference
 from coppice.host.guest import Guest, LogSource
+from coppice.host.housekeeping import Housekeeping
 from coppice.host.images import Images
 from coppice.host.snapshots import SnapshotInspection, SnapshotReference, Snapshots
 from coppice.host.view import Inspection, View
@@ -15,7 +16,7 @@ from coppice.host.view import Inspection, View
 __all__ = ["AsyncHost", "Inspection", "LogSource", "Reference", "SnapshotInspection", "SnapshotReference"]
 
 
-class AsyncHost(Snapshots, Guest, View, Images):
+class AsyncHost(Snapshots, Guest, View, Images, Housekeeping):
     """One data directory and what can be done in it, for asyncio.
 
     async with AsyncHost() as host:

@@ -19,9 +19,11 @@ from coppice.images.catalog import ImageCatalog
 from coppice.instance import recovery
 from coppice.instance.rooms import Deadlines, Rooms
 from coppice.lifecycle import Operation, require
-from coppice.model import Instance, State
-from coppice.names import check_reference
+from coppice.model import Budgets, Image, Instance, State
+from coppice.names import check_owner, check_reference
+from coppice.ownership import may_use_image, require_instance
 from coppice.store import locks
+from coppice.store.budgets import load_budgets
 from coppice.store.layout import Layout, default_home
 from coppice.store.store import Store
 from coppice.vmm.driver import VmmDriver
@@ -59,17 +61,26 @@ class HostBase:
         home: Path | str | None = None,
         *,
         accel: str = "auto",
+        owner: str | None = None,
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
+        budgets: Budgets | None = None,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
         """Prepare to use the data directory `home` (default: COPPICE_HOME and so on, see `default_home`).
 
+        `owner` is whose things are made, seen and used; without one the host is the operator's, who may use all (see `coppice.ownership`).
         `accel` is `auto`, `kvm` or `tcg`; `driver` replaces QEMU altogether, and `open_rooms` everything that works in the data directory.
+        `budgets` are used instead of those that config.toml and the environment say (see `coppice.store.budgets`).
+
+        :raises InvalidName: the owner is not a name
         """
         self._home = Path(home) if home is not None else default_home()
+        self._owner = check_owner(owner)
         self._driver = driver or QemuDriver(accel)
         self._deadlines = deadlines or Deadlines()
+        self._given_budgets = budgets
+        self._budgets: Budgets | None = None
         self._open_rooms = open_rooms or default_rooms
         self._opened: Rooms | None = None
 
@@ -77,6 +88,11 @@ class HostBase:
     def home(self) -> Path:
         """The data directory."""
         return self._home
+
+    @property
+    def owner(self) -> str | None:
+        """Whose things this host makes and sees; None: all of them."""
+        return self._owner
 
     @property
     def rooms(self) -> Rooms:
@@ -88,8 +104,22 @@ class HostBase:
             raise RuntimeError("open the host first: `async with AsyncHost() as host:`")
         return self._opened
 
+    @property
+    def budgets(self) -> Budgets:
+        """How much of the host the data directory may take.
+
+        :raises RuntimeError: the host is used outside of its `with` block
+        """
+        if self._opened is None or self._budgets is None:
+            raise RuntimeError("open the host first: `async with AsyncHost() as host:`")
+        return self._budgets
+
     async def open(self) -> Self:
-        """Open the data directory, making it where it is not there, and recover what was interrupted."""
+        """Open the data directory, making it where it is not there, and recover what was interrupted.
+
+        :raises HostCannot: it cannot be used
+        :raises UsageError: its config.toml, or a variable of the environment, cannot be understood
+        """
         if self._opened is None:
             try:
                 await in_thread(self._open)
@@ -102,6 +132,7 @@ class HostBase:
     def _open(self) -> None:
         layout = Layout(self._home.absolute())
         layout.create()
+        self._budgets = self._given_budgets or load_budgets(layout.home)
         self._opened = self._open_rooms(layout, self._driver, self._deadlines)
 
     async def close(self) -> None:
@@ -118,10 +149,15 @@ class HostBase:
     ) -> None:
         await self.close()
 
-    async def _get(self, reference: Reference) -> Instance:
-        """The instance as recorded now."""
+    async def _get(self, reference: Reference, *, to_fork: bool = False) -> Instance:
+        """The instance as recorded now, if this host's owner may use it, or with `to_fork`, fork it."""
         key = reference.id if isinstance(reference, Instance) else check_reference(reference)
-        return await asyncio.to_thread(self.rooms.store.get, key)
+        found = await asyncio.to_thread(self.rooms.store.get, key)
+        require_instance(self.owner, found, key, to_fork=to_fork)
+        return found
+
+    def _usable(self, image: Image) -> bool:
+        return may_use_image(self.owner, image)
 
     @contextlib.asynccontextmanager
     async def _hold(
@@ -133,17 +169,19 @@ class HostBase:
         :raises Busy: another operation holds it for too long
         :raises NoSpace: the disk is full
         """
-        instance = await recovery.look(self.rooms, await self._get(reference))
+        to_fork = operation is Operation.FORK
+        instance = await recovery.look(self.rooms, await self._get(reference, to_fork=to_fork))
         if shared:
             await recovery.recover(self.rooms, only=instance.id)
         lock = self.rooms.layout.lock(instance.id)
         with os_errors(f"{operation} {instance.name}"):
             async with locks.hold(lock, shared=shared, deadline_s=self.rooms.deadlines.lock, what=instance.name):
                 try:
-                    instance = await self._get(instance.id)
+                    instance = await asyncio.to_thread(self.rooms.store.get, instance.id)
                     if not shared:
                         instance = await recovery.look(self.rooms, instance, locked=True)
                 except NotFound:
                     lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
                     raise
+                require_instance(self.owner, instance, instance.name, to_fork=to_fork)  # it may be public no longer
                 yield instance, require(operation, instance)

@@ -4,55 +4,87 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from coppice.doctor import run_checks
+from coppice.errors import NotFound, Refused
 from coppice.guest.kernel import Kernel
 from coppice.host.base import HostBase
+from coppice.images.catalog import BuildOptions
 from coppice.model import Check, Image, ProgressSink, no_progress
+from coppice.ownership import owns
 
 
 class Images(HostBase):
     """What machines are made of."""
 
     async def image_build(
-        self, name: str, *, suite: str = "bookworm", include: Sequence[str] = (), progress: ProgressSink = no_progress
+        self,
+        name: str,
+        *,
+        suite: str = "bookworm",
+        include: Sequence[str] = (),
+        public: bool = False,
+        progress: ProgressSink = no_progress,
     ) -> Image:
-        """Build an image of a Debian suite with extra packages.
+        """Build an image of a Debian suite with extra packages. A `public` one may be run by other owners too.
 
         :raises MissingTool: mmdebstrap or mkfs.erofs is not installed
         :raises ImageError: the suite or a package is not to be had
         """
-        return await self.rooms.images.build_suite(name, suite=suite, include=list(include), progress=progress)
+        options = BuildOptions(owner=self.owner, public=public)
+        return await self.rooms.images.build_suite(
+            name, suite=suite, include=list(include), options=options, progress=progress
+        )
 
-    async def image_import(self, name: str, path: Path | str, *, progress: ProgressSink = no_progress) -> Image:
+    async def image_import(
+        self, name: str, path: Path | str, *, public: bool = False, progress: ProgressSink = no_progress
+    ) -> Image:
         """Make an image of a root file system tar, a `docker save` archive or an OCI layout (directory or tar); it is recognised.
+
+        A `public` one may be run by other owners too.
 
         :raises ImageError: it is corrupt, truncated or unsafe
         """
-        return await self.rooms.images.import_any(name, Path(path), progress=progress)
+        options = BuildOptions(owner=self.owner, public=public)
+        return await self.rooms.images.import_any(name, Path(path), options=options, progress=progress)
 
     async def image_ls(self) -> list[Image]:
-        """All images, by name."""
-        return await asyncio.to_thread(self.rooms.images.list)
+        """The images that this host's owner may run, its own and public ones. The operator sees all."""
+        images = await asyncio.to_thread(self.rooms.images.list)
+        return [image for image in images if self._usable(image)]
 
     async def image_inspect(self, reference: str) -> Image:
         """One image, by name, digest or unique prefix of a digest.
 
         :raises NotFound: there is none
         """
-        return await asyncio.to_thread(self.rooms.images.get, reference)
+        return await asyncio.to_thread(self.rooms.images.get, reference, self._usable)
 
-    async def image_tag(self, reference: str, name: str) -> Image:
-        """Give an image another name."""
-        return await asyncio.to_thread(self.rooms.images.tag, reference, name)
+    async def image_tag(self, reference: str, name: str, *, public: bool = False) -> Image:
+        """Give an image another name, which is this owner's and, with `public`, for others too. Its own name anew changes whether it is public.
+
+        :raises NameTaken: the name is another owner's
+        """
+        return await asyncio.to_thread(
+            self.rooms.images.tag, reference, name, owner=self.owner, public=public, allowed=self._usable
+        )
 
     async def image_rm(self, reference: str) -> None:
         """Remove an image, or one of its names.
 
         :raises InUse: instances have it as their root; the message names them
+        :raises Refused: it is another owner's public image
         """
-        await asyncio.to_thread(self.rooms.images.remove, reference, self.rooms.store.users_of_image)
+        in_use, own = self.rooms.store.users_of_image, partial(owns, self.owner)
+        try:
+            await asyncio.to_thread(self.rooms.images.remove, reference, in_use, own)
+        except NotFound:
+            await self.image_inspect(reference)
+            raise Refused(
+                f"the image {reference!r} is another owner's", hint="it is public: it can be run and tagged"
+            ) from None
 
     async def kernel_add(self, kernel: Path | str, modules: Path | str) -> Kernel:
         """Add a kernel of your own: the bzImage, and its directory of modules (`.../lib/modules/VERSION`)."""

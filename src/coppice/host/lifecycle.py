@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import msgspec
 
@@ -15,7 +15,14 @@ from coppice.errors import CoppiceError, NoSpace, UsageError
 from coppice.fork.fanout import fan_out
 from coppice.fork.plan import OPERATION as FORK
 from coppice.fork.plan import ForkRequest, make_request
-from coppice.host.base import HostBase, Reference
+from coppice.host.admission import (
+    Admission,
+    demand_of_activation,
+    demand_of_capture,
+    demand_of_forks,
+    demand_of_run,
+)
+from coppice.host.base import Reference
 from coppice.instance import activate, capture, destroy, live, recovery
 from coppice.instance import directory as directories
 from coppice.lifecycle import Operation
@@ -38,7 +45,7 @@ from coppice.store import locks
 from coppice.timing import Stages
 
 
-class Lifecycle(HostBase):
+class Lifecycle(Admission):
     """The life of an instance."""
 
     async def run(
@@ -67,13 +74,15 @@ class Lifecycle(HostBase):
 
         :raises NotFound: there is no such image or kernel
         :raises NameTaken: the name is in use
+        :raises NoSpace: a budget is spent, or the disk is full
         :raises VmmDied: the machine ended before it answered
         :raises GuestTimeout: it did not answer in time
         """
         check_machine(cpus, memory_bytes, overlay_bytes)
-        found = await in_thread(self.rooms.images.get, image)
+        found = await in_thread(self.rooms.images.get, image, self._usable)
         chosen_name = check_name(name) if name is not None else new_name(_stem(found.name))
         environment = check_env(env or {})
+        admit = await self._admit(demand_of_run(memory_bytes, start=start))
         chosen_kernel = await self._kernel(kernel, progress)
         config = found.config
         argv = (*config.entrypoint, *(command or config.cmd))
@@ -99,15 +108,17 @@ class Lifecycle(HostBase):
             hostname=check_name(hostname) if hostname is not None else chosen_name,
             tags=check_tags(tags or {}),
             publish=check_publish(publish),
+            owner=self.owner,
         )
         with os_errors(f"run {instance.name}"):
-            return await self._make(instance, start=start, progress=progress)
+            return await self._make(instance, admit, start=start, progress=progress)
 
-    async def _make(self, instance: Instance, *, start: bool, progress: ProgressSink) -> Instance:
+    async def _make(
+        self, instance: Instance, admit: Callable[[], None], *, start: bool, progress: ProgressSink
+    ) -> Instance:
         try:
-            await in_thread(
-                self.rooms.store.create, [instance], "run"
-            )  # first: a lock file without a record is nobody's
+            # First: a lock file without a record is nobody's.
+            await in_thread(self.rooms.store.create, [instance], "run", admit)
             async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
                 await in_thread(self._place_new, instance)
                 if start:
@@ -154,8 +165,9 @@ class Lifecycle(HostBase):
             return await self._activate(instance, "restore", boot=False)
 
     async def _activate(self, instance: Instance, operation: str, *, boot: bool) -> Instance:
+        admit = await self._admit(demand_of_activation(instance, boot=boot))
         try:
-            await in_thread(self.rooms.store.begin, instance, operation)
+            await in_thread(self.rooms.store.begin, instance, operation, admit)
             return await (activate.boot if boot else activate.restore)(self.rooms, instance, Stages())
         except BaseException as error:
             await complete(recovery.settle(self.rooms, instance, f"{operation} failed: {error}"))
@@ -208,11 +220,15 @@ class Lifecycle(HostBase):
         async with self._hold(reference, Operation.STANDBY) as (instance, target):
             if instance.state is target:
                 return instance, CaptureReport(pause_ms=0, total_ms=0, ram_bytes_written=0, dirty_bytes=0)
+            await self._admit(demand_of_capture(instance))
             return await capture.standby(self.rooms, instance)
 
-    async def promote(self, reference: Reference) -> Instance:
-        """Make a Standby instance a Template: fork-only, until it is demoted. A Template is left as it is."""
-        return await self._change(reference, Operation.PROMOTE)
+    async def promote(self, reference: Reference, *, public: bool | None = None) -> Instance:
+        """Make a Standby instance a Template: fork-only, until it is demoted. A Template stays one.
+
+        With `public` other owners may fork it too, and so share its memory; with False no longer, though forks that there are live on.
+        """
+        return await self._change(reference, Operation.PROMOTE, public)
 
     async def demote(self, reference: Reference) -> Instance:
         """Make a Template a Standby instance again.
@@ -221,11 +237,11 @@ class Lifecycle(HostBase):
         """
         return await self._change(reference, Operation.DEMOTE)
 
-    async def _change(self, reference: Reference, operation: Operation) -> Instance:
+    async def _change(self, reference: Reference, operation: Operation, public: bool | None = None) -> Instance:
         async with self._hold(reference, operation) as (instance, target):
-            if instance.state is target:
+            if instance.state is target and public in (None, instance.public):
                 return instance
-            changed = await in_thread(self.rooms.store.promote, instance, target)
+            changed = await in_thread(self.rooms.store.promote, instance, target, public=bool(public))
             await in_thread(self.rooms.store.sync)
             return changed
 
@@ -240,6 +256,8 @@ class Lifecycle(HostBase):
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
         from_running: bool = False,
+        payload: bytes | None = None,
+        payloads: Sequence[bytes] = (),
         progress: ProgressSink = no_progress,
     ) -> ForkReport:
         """Grow `count` forks from a Template, a Standby or a Stopped instance, in parallel. Each has its own result.
@@ -247,9 +265,12 @@ class Lifecycle(HostBase):
         A fork of captured memory shares the source's mem-file by hard link. A failed child is undone and does not touch its siblings;
         with `atomic`, one failure undoes all and is raised. Running means: the fork's agent answered, as itself.
         With `from_running` the source is a Running instance: it is paused for some milliseconds, said in the report, and runs on.
+        `payload`, for all, or `payloads`, one for each, is what a fork finds in /run/coppice/payload before the image's /etc/coppice/on-fork
+        is run; 1 MiB at most, and kept nowhere else. A hook that fails, or takes longer than 30 s, keeps that fork out of Running.
 
         :raises IllegalTransition: the source cannot be forked now
-        :raises UsageError: count, names or target can never be
+        :raises NoSpace: so many do not fit into a budget; none was made
+        :raises UsageError: count, names, target or payloads can never be
         """
         request = make_request(
             count=count,
@@ -259,26 +280,31 @@ class Lifecycle(HostBase):
             tags=tags or {},
             publish=publish,
             from_running=from_running,
+            payload=payload,
+            payloads=payloads,
         )
         if request.from_running:
             return await self._fork_running(reference, request, progress)
         async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
-            return await fan_out(self.rooms, source, request, progress)
+            admit = await self._admit(await in_thread(demand_of_forks, self.rooms, source, request))
+            return await fan_out(self.rooms, source, request, progress, owner=self.owner, admit=admit)
 
     async def _fork_running(self, reference: Reference, request: ForkRequest, progress: ProgressSink) -> ForkReport:
         async with self._hold(reference, Operation.FORK_RUNNING) as (source, _):
-            await asyncio.to_thread(
-                self.rooms.store.require_free, request.names
-            )  # before the source is paused for nothing
+            # Before the source is paused for nothing.
+            await asyncio.to_thread(self.rooms.store.require_free, request.names)
+            admit = await self._admit(await in_thread(demand_of_forks, self.rooms, source, request))
             stem = live.new_stem(source)
             try:
-                await in_thread(self.rooms.store.create, [stem], FORK)
+                await in_thread(self.rooms.store.create, [stem], FORK, admit)
                 captured, report = await live.capture_running(self.rooms, source, stem)
             except BaseException:
                 await live.remove_stem(self.rooms, stem)
                 raise
         try:
-            forked = await fan_out(self.rooms, captured, request, progress, parent=source)
+            rest = msgspec.structs.replace(request, from_running=False)
+            admit = await self._admit(await in_thread(demand_of_forks, self.rooms, captured, rest))
+            forked = await fan_out(self.rooms, captured, rest, progress, owner=self.owner, admit=admit, parent=source)
         except BaseException:
             await live.remove_stem(self.rooms, stem)
             raise

@@ -10,6 +10,7 @@ from coppice.disk.atomic import os_errors
 from coppice.errors import Busy, NoSpace, NotFound
 from coppice.fork.fanout import fan_out
 from coppice.fork.plan import make_request
+from coppice.host.admission import demand_of_activation, demand_of_forks, demand_of_snapshot
 from coppice.host.base import Reference
 from coppice.host.lifecycle import Lifecycle
 from coppice.instance import recovery, rollback, snapshot, verify
@@ -27,6 +28,7 @@ from coppice.model import (
     no_progress,
 )
 from coppice.names import check_name, check_reference, check_tags, new_name
+from coppice.ownership import no_snapshot, owns, require_operator
 from coppice.store import locks
 from coppice.vmm import driver as files
 
@@ -71,6 +73,7 @@ class Snapshots(Lifecycle):
         async with self._hold(reference, Operation.SNAPSHOT, shared=not running) as (source, _):
             if source.state is State.RUNNING and not running:
                 raise Busy(f"{source.name} was started at the same time", hint="try again")
+            await self._admit(await in_thread(demand_of_snapshot, self.rooms, source))
             made = snapshot.new_snapshot(source, chosen or new_name(source.name), kind, valid_tags)
             async with locks.hold(self.rooms.layout.lock(made.id), what=made.name):
                 try:
@@ -83,12 +86,13 @@ class Snapshots(Lifecycle):
     async def snapshot_ls(
         self, *, source: Reference | None = None, tags: Mapping[str, str] | None = None
     ) -> list[Snapshot]:
-        """All snapshots, oldest first, or those of `source` (name or id, also of an instance that is gone) that have all of `tags`."""
+        """The owner's snapshots, oldest first, or those of `source` (name or id, also of an instance that is gone) that have all of `tags`."""
         wanted = source.id if isinstance(source, Instance) else source
         return [
             each
             for each in await in_thread(self.rooms.store.snapshots.snapshots)
-            if (wanted is None or wanted in (each.source, each.source_name))
+            if owns(self.owner, each)
+            and (wanted is None or wanted in (each.source, each.source_name))
             and (tags or {}).items() <= each.tags.items()
         ]
 
@@ -133,6 +137,8 @@ class Snapshots(Lifecycle):
                     hint=f"fork it instead: `coppice snapshot fork {moment.name}`",
                 ) from error
             async with self._hold(moment.source, Operation.SNAPSHOT_RESTORE) as (instance, _):
+                if start and instance.vmm is None:
+                    await self._admit(demand_of_activation(instance, boot=moment.mem_file is None))
                 restored = await rollback.roll_back(self.rooms, instance, moment)
                 if not start:
                     return restored
@@ -149,13 +155,16 @@ class Snapshots(Lifecycle):
         atomic: bool = False,
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
+        payload: bytes | None = None,
+        payloads: Sequence[bytes] = (),
         progress: ProgressSink = no_progress,
     ) -> ForkReport:
         """Grow forks from a snapshot, as `fork` does from an instance. Their parent is the snapshot's instance, if that still lives.
 
         :raises NotFound: there is no such snapshot
         :raises IllegalTransition: a Stopped snapshot has no memory to fork to Standby
-        :raises UsageError: count, names or target can never be
+        :raises NoSpace: so many do not fit into a budget; none was made
+        :raises UsageError: count, names, target or payloads can never be
         """
         request = make_request(
             count=count,
@@ -165,13 +174,24 @@ class Snapshots(Lifecycle):
             tags=tags or {},
             publish=publish,
             from_running=False,
+            payload=payload,
+            payloads=payloads,
         )
         async with self._hold_snapshot(reference) as found:
             parent = None
             with contextlib.suppress(NotFound):
                 parent = await self._get(found.source)
+            source, origin = snapshot.as_source(found), self.rooms.layout.snapshot(found.id)
+            admit = await self._admit(await in_thread(demand_of_forks, self.rooms, source, request, origin))
             return await fan_out(
-                self.rooms, snapshot.as_source(found), request, progress, parent=parent, snapshot=found
+                self.rooms,
+                source,
+                request,
+                progress,
+                owner=self.owner,
+                admit=admit,
+                parent=parent,
+                snapshot=found,
             )
 
     async def snapshot_rm(self, reference: SnapshotReference) -> None:
@@ -194,12 +214,17 @@ class Snapshots(Lifecycle):
         the next time, so the first run after a capture is what later ones are compared with. Nothing is changed or repaired.
 
         :raises MissingTool: e2fsck is not installed
+        :raises Refused: the host has an owner: everybody's files are looked at
         """
+        require_operator(self.owner, "verify")
         return await verify.verify(self.rooms, progress)
 
     async def _snapshot(self, reference: SnapshotReference) -> Snapshot:
         key = reference.id if isinstance(reference, Snapshot) else check_reference(reference)
-        return await in_thread(self.rooms.store.snapshots.get, key)
+        found = await in_thread(self.rooms.store.snapshots.get, key)
+        if not owns(self.owner, found):
+            raise no_snapshot(key)
+        return found
 
     @contextlib.asynccontextmanager
     async def _hold_snapshot(self, reference: SnapshotReference, *, shared: bool = True) -> AsyncIterator[Snapshot]:

@@ -1,25 +1,19 @@
-"""Use cases that only look: ls, inspect, tree, stats; and the housekeeping that follows from looking: gc."""
+"""Use cases that only look: ls, inspect, tree, stats."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
-from pathlib import Path
 
-from coppice.completion import in_thread
-from coppice.disk.atomic import is_temporary
 from coppice.errors import CoppiceError, NotFound
 from coppice.host.base import HostBase, Reference
 from coppice.instance import activate, recovery
 from coppice.instance import directory as directories
-from coppice.model import GcReport, Instance, MemoryReport, Record, State, TreeNode
-from coppice.names import is_id
-from coppice.store import locks
+from coppice.model import Instance, MemoryReport, Record, State, TreeNode
+from coppice.ownership import owns
 
 _log = logging.getLogger(__name__)
-_WRITTEN_WITHIN_S = 600.0  # no temporary file is written for longer: mke2fs has a deadline of 120 s
 
 
 class Inspection(Record, frozen=True, kw_only=True):
@@ -44,8 +38,9 @@ class View(HostBase):
         return await recovery.look(self.rooms, await self._get(reference))
 
     async def ls(self, *, state: State | None = None, tags: Mapping[str, str] | None = None) -> list[Instance]:
-        """All instances, oldest first, or those in `state` that have all of `tags`."""
+        """The owner's instances, oldest first, or those in `state` that have all of `tags`. The operator sees all."""
         recorded = await asyncio.to_thread(self.rooms.store.instances)
+        recorded = [instance for instance in recorded if owns(self.owner, instance)]
         found: list[Instance] = []
         for instance in recorded:
             try:
@@ -111,71 +106,3 @@ class View(HostBase):
             return await activate.verify_sharing(self.rooms, instance)
         except CoppiceError:
             return None  # it ended between the look and the reading
-
-    async def gc(self, *, dry_run: bool = False) -> GcReport:
-        """Remove what nothing owns: directories and lock files without a record, VMMs without an instance, leftovers of builds that died.
-
-        With `dry_run` only says what it would remove. What is in use, or may be about to be, is never touched.
-        """
-        await recovery.recover(self.rooms)
-        found: list[tuple[str, int]] = []
-        for path in await in_thread(self._leftovers):
-            found.append((self._shown(path), await in_thread(directories.allocated_bytes, path)))
-            if not dry_run:
-                await in_thread(directories.remove, path)
-        for key in sorted(await in_thread(self._unowned)):
-            found += await self._collect(key, dry_run=dry_run)
-        return GcReport(
-            removed=tuple(name for name, _ in found), bytes_freed=sum(size for _, size in found), dry_run=dry_run
-        )
-
-    def _shown(self, path: Path) -> str:
-        return str(path.relative_to(self.rooms.layout.home))
-
-    def _leftovers(self) -> list[Path]:
-        """What only a process that died can have left: it has a name that nothing is ever found by."""
-        layout = self.rooms.layout
-        holders = (*layout.instances.iterdir(), *layout.snapshots.iterdir())
-        half_removed = [path for path in holders if not is_id(path.name)]
-        written = [
-            path for path in (*layout.overlays.iterdir(), *layout.initramfs.iterdir()) if is_temporary(path.name)
-        ]
-        old = [path for path in written if path.stat().st_mtime < time.time() - _WRITTEN_WITHIN_S]
-        return sorted([*half_removed, *old, *self.rooms.images.stale_staging()])
-
-    def _unowned(self) -> set[str]:
-        """Ids that have a directory, a lock file or a VMM, but no record."""
-        # Records last: an instance that is made meanwhile has its record before its directory.
-        layout = self.rooms.layout
-        present = {path.name for path in (*layout.instances.iterdir(), *layout.snapshots.iterdir())}
-        present |= {path.stem for path in layout.locks.iterdir()}
-        present |= {directory.name for directory in self.rooms.driver.find_orphans(layout.instances)}
-        known = {instance.id for instance in self.rooms.store.instances()} | self.rooms.store.snapshots.ids()
-        return {name for name in present if is_id(name)} - known
-
-    async def _collect(self, key: str, *, dry_run: bool) -> list[tuple[str, int]]:
-        """Remove what is left of an instance or snapshot without a record, unless somebody holds it; return names and bytes."""
-        lock, directory = self.rooms.layout.lock(key), self.rooms.directory(key)
-        locked_before = lock.exists()
-        descriptor = locks.try_lock(lock)
-        if descriptor is None:
-            return []
-        try:
-            orphans = await in_thread(self.rooms.driver.find_orphans, self.rooms.layout.instances)
-            processes = orphans.get(directory.resolve(), [])
-            found = [(f"process {process.pid}", 0) for process in processes]
-            placed = [path for path in (directory, self.rooms.layout.snapshot(key)) if path.exists()]
-            for path in placed:
-                found.append((self._shown(path), await in_thread(directories.allocated_bytes, path)))
-            if locked_before:
-                found.append((self._shown(lock), 0))
-            if not dry_run:
-                for process in processes:
-                    await self.rooms.driver.quit(directory, process)
-                for path in placed:
-                    await in_thread(directories.remove, path)
-            return found
-        finally:
-            if not (dry_run and locked_before):
-                lock.unlink(missing_ok=True)
-            locks.release(descriptor)

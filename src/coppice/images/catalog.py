@@ -44,6 +44,7 @@ class BuildOptions(Record, frozen=True):
     limits: Limits = Limits()
     config: ImageConfig | None = None  # instead of what the archive says
     owner: str | None = None
+    public: bool = False
     tags: dict[str, str] = msgspec.field(default_factory=dict)
 
 
@@ -55,7 +56,7 @@ class ImageCatalog(ImageStore):
     """The store, and everything that puts images into it.
 
     All builders: `name` is the image's name, and moves here if another image has it. `progress` is called from a
-    thread. They raise InvalidName, NoSpace, ImageError and its kinds for bad input; on cancellation nothing stays
+    thread. They raise InvalidName, NameTaken, NoSpace, ImageError and its kinds for bad input; on cancellation nothing stays
     behind.
     """
 
@@ -202,6 +203,7 @@ class ImageCatalog(ImageStore):
                     source=source,
                     created_at=time.time(),
                     owner=options.owner,
+                    public=options.public,
                     tags=options.tags,
                 )
                 workspace.check()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from coppice.errors import IntegrityError, InUse, NotFound
+from coppice.errors import IntegrityError, InUse, NameTaken, NotFound
 from coppice.images.reference import (
     MIN_PREFIX,
     check_name,
@@ -35,6 +35,14 @@ from coppice.model import Image, to_json
 
 ROOT_FILE = "root.img"
 IMAGE_FILE = "image.json"
+
+Allowed = Callable[[Image], bool]
+"""Whether a caller may see an image."""
+
+
+def everyone(_: Image) -> bool:
+    """All images are allowed."""
+    return True
 
 
 class ImageStore:
@@ -58,20 +66,22 @@ class ImageStore:
         unnamed = [image for image in self._stored() if image.digest not in known]
         return sorted([*named, *unnamed], key=lambda image: (image.created_at, image.name))
 
-    def get(self, reference: str) -> Image:
-        """The image by name, `sha256:<hex>`, or the beginning of the hex, six digits at least.
+    def get(self, reference: str, allowed: Allowed = everyone) -> Image:
+        """The image by name, `sha256:<hex>`, or the beginning of the hex, six digits at least, among those that are allowed.
 
         Raises NotFound, also where several images begin so; InvalidName; IntegrityError where a record is damaged.
         """
         digits = digest_hex(reference)
         if digits is None and not is_hex_digest(reference):
             named = self._read_name(check_name(reference))
-            if named is not None:
+            if named is not None and allowed(named):
                 return named
             if not is_hex_prefix(reference):
                 raise NotFound(f"there is no image {reference!r}", hint="list the images, or import one")
         digits = digits or reference
-        found = [image for image in self._stored() if image.digest.removeprefix("sha256:").startswith(digits)]
+        # One root may have names of several owners; which of them made it first does not matter.
+        known = {image.digest: image for image in self.list() if allowed(image)}
+        found = [known[digest] for digest in known if digest.removeprefix("sha256:").startswith(digits)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -80,9 +90,9 @@ class ImageStore:
             f"there is no image {reference!r}", hint=f"give a name, or at least {MIN_PREFIX} digits of a digest"
         )
 
-    def names(self, digest: str) -> builtins.list[str]:
-        """All names of the image with this digest, sorted."""
-        return sorted(image.name for image in self._named() if image.digest == digest)
+    def names(self, digest: str, allowed: Allowed = everyone) -> builtins.list[str]:
+        """All names of the image with this digest that are allowed, sorted."""
+        return sorted(image.name for image in self._named() if image.digest == digest and allowed(image))
 
     def root_file(self, image: Image) -> Path:
         """The image's read-only root file system. Raises NotFound where it has been removed."""
@@ -91,24 +101,37 @@ class ImageStore:
             raise NotFound(f"the image {image.name or image.digest!r} has been removed", hint="import it again")
         return path
 
-    def tag(self, reference: str, name: str) -> Image:
-        """Give the image one more name; a name that another image has moves here. Raises NotFound, InvalidName."""
+    def tag(
+        self,
+        reference: str,
+        name: str,
+        *,
+        owner: str | None = None,
+        public: bool = False,
+        allowed: Allowed = everyone,
+    ) -> Image:
+        """Give the image one more name, which is the owner's; a name that another image has moves here.
+
+        Raises NotFound, InvalidName, NameTaken where another owner has the name.
+        """
         check_name(name)
         with locked(self.lock_file):
-            image = msgspec.structs.replace(self.get(reference), name=name)
+            image = msgspec.structs.replace(self.get(reference, allowed), name=name, owner=owner, public=public)
             self._write_name(image)
         return image
 
-    def remove(self, reference: str, in_use: Callable[[str], builtins.list[str]]) -> None:
-        """Remove a name; with the last name, or when given by digest, the image.
+    def remove(self, reference: str, in_use: Callable[[str], builtins.list[str]], allowed: Allowed = everyone) -> None:
+        """Remove a name; with the last name, or when given by digest, the image. Names that are not allowed stay, and keep it.
 
         `in_use` answers which instances need the image with a digest. Raises InUse naming them, NotFound.
         """
         with locked(self.lock_file):
-            image = self.get(reference)
+            image = self.get(reference, allowed)
             names = self.names(image.digest)
-            if reference in names and len(names) > 1:
-                self._name_file(reference).unlink()
+            doomed = [reference] if reference in names else self.names(image.digest, allowed)
+            if len(doomed) < len(names):
+                for name in doomed:
+                    self._name_file(name).unlink()
                 return
             users = in_use(image.digest)
             if users:
@@ -137,6 +160,7 @@ class ImageStore:
         staged.chmod(0o755)
         _sync_directory(staged)
         with locked(self.lock_file):
+            self._refuse_taken(image)  # before the directory appears
             target = self._directory(image)
             if not target.exists():
                 staged.rename(target)
@@ -165,7 +189,14 @@ class ImageStore:
         except FileNotFoundError:
             return None
 
+    def _refuse_taken(self, image: Image) -> None:
+        """Raises NameTaken where the name is another owner's. The operator may take any."""
+        holder = self._read_name(image.name)
+        if holder is not None and image.owner not in (None, holder.owner):
+            raise NameTaken(f"the image name {image.name!r} is taken", hint="choose another")
+
     def _write_name(self, image: Image) -> None:
+        self._refuse_taken(image)
         target = self._name_file(image.name)
         temporary = target.with_suffix(".new")  # one writer at a time: the catalog is locked
         temporary.unlink(missing_ok=True)

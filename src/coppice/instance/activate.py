@@ -15,6 +15,7 @@ import msgspec
 
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, GuestTimeout, IntegrityError, VmmDied
+from coppice.guest.client import Identity
 from coppice.instance import directory as directories
 from coppice.instance.identity import identity_message, mac_address
 from coppice.instance.rooms import Rooms
@@ -47,8 +48,8 @@ def require_same_host(made_on: Manifest, here: Manifest, name: str) -> None:
         )
 
 
-async def boot(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
-    """Start a machine from its disks and a kernel; return the Running record, saved.
+async def boot(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None = None) -> Instance:
+    """Start a machine from its disks and a kernel; return the Running record, saved. `payload` goes with the identity message.
 
     :raises VmmDied: the machine ended before it answered
     :raises GuestTimeout: it did not answer in time
@@ -61,11 +62,11 @@ async def boot(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
         await in_thread(directories.place_kernel, directory, kernel.boot_image, initrd)
         manifest = await rooms.driver.manifest(instance.machine)
     instance = msgspec.structs.replace(instance, manifest=manifest, mem_file=None, captured_at=None)
-    return await _run(rooms, instance, stages, booted=True)
+    return await _run(rooms, instance, stages, payload, booted=True)
 
 
-async def restore(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
-    """Start a machine from its captured memory; return the Running record, saved.
+async def restore(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None = None) -> Instance:
+    """Start a machine from its captured memory; return the Running record, saved. `payload` goes with the identity message.
 
     :raises IntegrityError: the capture is not what it was, or was made on something else
     :raises VmmDied: the state could not be loaded
@@ -81,10 +82,10 @@ async def restore(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
         kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
         stub = await in_thread(rooms.kernels.stub, kernel)
         await in_thread(directories.place_kernel, directory, *stub)
-    return await _run(rooms, instance, stages, booted=False)
+    return await _run(rooms, instance, stages, payload, booted=False)
 
 
-async def _run(rooms: Rooms, instance: Instance, stages: Stages, *, booted: bool) -> Instance:
+async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None, *, booted: bool) -> Instance:
     directory = rooms.directory(instance.id)
     if instance.manifest is None:
         raise AssertionError("a machine is started with its manifest")
@@ -105,7 +106,8 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, *, booted: bool
             await in_thread(rooms.store.save, instance)
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
-            await unless_vmm_dies(rooms, instance, _introduce(rooms, instance, booted=booted, deadline_s=deadline_s))
+            message = identity_message(instance, booted=booted, payload=payload)
+            await unless_vmm_dies(rooms, instance, _introduce(rooms, instance, message, deadline_s))
         instance = msgspec.structs.replace(
             instance,
             state=State.RUNNING,
@@ -124,11 +126,11 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, *, booted: bool
         raise
 
 
-async def _introduce(rooms: Rooms, instance: Instance, *, booted: bool, deadline_s: float) -> None:
+async def _introduce(rooms: Rooms, instance: Instance, message: Identity, deadline_s: float) -> None:
     """Send the identity message and wait for its acknowledgement."""
     try:
         async with asyncio.timeout(deadline_s), rooms.ports(instance.id).control(deadline_s) as control:
-            await control.identity(identity_message(instance, booted=booted))
+            await control.identity(message)
         await rooms.ports(instance.id).hang_up(instance.open_ports, deadline_s)
     except TimeoutError as error:
         raise GuestTimeout(

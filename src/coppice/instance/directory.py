@@ -23,6 +23,7 @@ from coppice.model import Instance, MemFile, Sharing
 from coppice.vmm import driver as files
 
 _LINKED = (files.MEMORY, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD)
+_REMOVED = ".removed"
 _RUNTIME = (
     files.LIVE_MEMORY,
     files.VMSTATE_NEW,
@@ -120,13 +121,18 @@ def clear_capture(directory: Path) -> None:
 
 def remove(directory: Path) -> None:
     """Remove the directory (or file) and all in it. Idempotent; it is renamed first, so that a half-removed one never has an instance's name."""
-    doomed = directory.with_name(f".{directory.name}.removed")
+    doomed = directory if directory.name.startswith(".") else directory.with_name(f".{directory.name}{_REMOVED}")
     with contextlib.suppress(FileNotFoundError):
         directory.rename(doomed)
-    if doomed.is_dir():
+    if doomed.is_dir() and not doomed.is_symlink():
         shutil.rmtree(doomed, ignore_errors=True)
     else:
         doomed.unlink(missing_ok=True)
+
+
+def is_half_removed(path: Path) -> bool:
+    """Whether the path is what a killed `remove` left."""
+    return path.name.startswith(".") and path.name.endswith(_REMOVED)
 
 
 def disk_stamp(directory: Path) -> str:

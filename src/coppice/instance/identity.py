@@ -30,11 +30,11 @@ def mac_address(instance_id: str) -> str:
     return ":".join(f"{octet:02x}" for octet in (0x02, *_derived(instance_id, "mac")[:5]))
 
 
-def identity_message(instance: Instance, *, booted: bool) -> Identity:
+def identity_message(instance: Instance, *, booted: bool, payload: bytes | None = None) -> Identity:
     """The message that makes a machine itself, before it is called Running.
 
     A machine that has just booted also gets its process started. Machine-id, boot-id and host keys are given once in the life of an
-    instance: a later restore of the same machine is no new machine.
+    instance: a later restore of the same machine is no new machine. `payload` becomes a file that only root in the guest can read.
     """
     first = not instance.identified
     process = instance.process
@@ -52,6 +52,7 @@ def identity_message(instance: Instance, *, booted: bool) -> Identity:
         address=USER_MODE_ADDRESS,
         gateway=USER_MODE_GATEWAY,
         dns=USER_MODE_DNS,
+        payload=payload,
         end_sessions=not booted,
         thaw=instance.frozen,
         start_process=booted,

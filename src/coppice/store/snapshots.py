@@ -9,6 +9,7 @@ import msgspec
 
 from coppice.errors import NameTaken, NotFound
 from coppice.model import Snapshot
+from coppice.ownership import no_snapshot
 from coppice.store.database import Database
 
 _encode = msgspec.json.Encoder().encode
@@ -72,7 +73,7 @@ class SnapshotStore:
                 (reference,),
             ).fetchone()
         if row is None:
-            raise NotFound(f"there is no snapshot {reference!r}", hint="`coppice snapshot ls` shows those there are")
+            raise no_snapshot(reference)
         return _decode(row[0])
 
     def snapshots(self) -> list[Snapshot]:

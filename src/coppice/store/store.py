@@ -15,6 +15,7 @@ import msgspec
 
 from coppice.errors import InUse, NameTaken, NotFound
 from coppice.model import Instance, Record, State
+from coppice.ownership import no_instance
 from coppice.store.database import Database
 from coppice.store.snapshots import SnapshotStore
 
@@ -30,6 +31,23 @@ class JournalEntry(Record, frozen=True, kw_only=True):
     owner_pid: int
     owner_ticks: int
     started_at: float
+
+
+class Load(Record, frozen=True, kw_only=True):
+    """What is recorded, counted."""
+
+    instances: int
+    running: int  # that have a VMM, or are being made or started
+    ram_bytes: int  # of those
+
+
+# A record that is new counts as running: what is being made is mostly to run, and too much is safer than too little.
+LOAD = """
+    SELECT count(*), coalesce(sum(runs), 0),
+           coalesce(sum(CASE WHEN runs THEN json_extract(CAST(record AS TEXT), '$.machine.memory_bytes') END), 0)
+    FROM (SELECT record, state NOT IN ('Stopped', 'Standby', 'Template')
+                 OR id IN (SELECT instance FROM journal WHERE operation IN ('start', 'restore')) AS runs FROM instances)
+"""
 
 
 class Store:
@@ -61,7 +79,7 @@ class Store:
                 "SELECT record FROM instances WHERE id = ?1 OR name = ?1 ORDER BY id = ?1 DESC", (reference,)
             ).fetchone()
         if row is None:
-            raise NotFound(f"there is no instance {reference!r}", hint="`coppice ls` shows those there are")
+            raise no_instance(reference)
         return _decode(row[0])
 
     def instances(self) -> list[Instance]:
@@ -77,6 +95,12 @@ class Store:
                 "SELECT record FROM instances WHERE parent = ? ORDER BY created_at, rowid", (instance_id,)
             ).fetchall()
         return [_decode(row[0]) for row in rows]
+
+    def load(self) -> Load:
+        """How much there is and runs; inside of a transaction's check, as of that transaction."""
+        with self._db.read() as connection:
+            instances, running, ram_bytes = connection.execute(LOAD).fetchone()
+        return Load(instances=instances, running=running, ram_bytes=ram_bytes)
 
     def fork_counts(self) -> dict[str, int]:
         """Fork count by id, of all that have forks."""
@@ -154,12 +178,12 @@ class Store:
             connection.execute("UPDATE instances SET record = ? WHERE id = ?", (changed, instance_id))
             return True
 
-    def promote(self, instance: Instance, state: State) -> Instance:
-        """Change between Standby and Template.
+    def promote(self, instance: Instance, state: State, *, public: bool = False) -> Instance:
+        """Change between Standby and Template, and whether the template is public.
 
         :raises InUse: it is to become Standby while it has forks; the message names them
         """
-        changed = msgspec.structs.replace(instance, state=state)
+        changed = msgspec.structs.replace(instance, state=state, public=public and state is State.TEMPLATE)
         with self._db.write() as connection:
             if state is State.STANDBY:
                 _refuse_with_forks(connection, instance, "demoted")
@@ -170,12 +194,14 @@ class Store:
 
     # Journal
 
-    def begin(self, instance: Instance, operation: str) -> None:
-        """Record that an operation starts on this instance, together with the record as given.
+    def begin(self, instance: Instance, operation: str, check: Callable[[], None] | None = None) -> None:
+        """Record that an operation starts on this instance, together with the record as given. `check` runs inside of the transaction.
 
         :raises InUse: the operation is a removal and the instance is a template with forks
         """
         with self._db.write() as connection:
+            if check is not None:
+                check()
             if operation == "rm" and instance.state is State.TEMPLATE:
                 _refuse_with_forks(connection, instance, "removed")
             self._journal(connection, instance.id, operation)

@@ -1,0 +1,132 @@
+"""How much of the host a data directory may take: defaults by the size of the host, then its config.toml, then the environment.
+
+[budgets]
+max_instances = 1000          # COPPICE_MAX_INSTANCES
+memory = "24G"                # COPPICE_MEMORY_BUDGET
+memory_overcommit = 16        # COPPICE_MEMORY_OVERCOMMIT
+disk_floor = "10G"            # COPPICE_DISK_FLOOR
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from coppice.errors import CoppiceError, UsageError
+from coppice.model import GIB, MIB, Budgets, BudgetUse
+from coppice.names import parse_size
+from coppice.store.store import Load
+
+_VARIABLES = {
+    "max_instances": "COPPICE_MAX_INSTANCES",
+    "memory": "COPPICE_MEMORY_BUDGET",
+    "memory_overcommit": "COPPICE_MEMORY_OVERCOMMIT",
+    "disk_floor": "COPPICE_DISK_FLOOR",
+}
+_OVERCOMMIT = 16.0  # a fork of a warm 512 MiB guest has a few MiB of its own; this allows it 32
+_MEMORY_SHARE = 0.9
+_DISK_SHARE = 0.05
+_MOST_DISK_FLOOR = 1 * GIB
+_TASKS_PER_VMM = 8  # threads, each of which takes a number from the kernel's range of process ids
+_VMM_OVERHEAD_BYTES = 32 * MIB  # private to each VMM, and never shared
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def load_budgets(home: Path, disk: Path | None = None, environ: Mapping[str, str] = os.environ) -> Budgets:
+    """The budgets of a data directory; `disk` is a directory of its file system, where itself it does not exist. Blocks.
+
+    :raises UsageError: config.toml or a variable cannot be understood; the message says which
+    """
+    file = home / "config.toml"
+    found = {key: (f"{key} in {file}", value) for key, value in _read(file).items()}
+    for key, variable in _VARIABLES.items():
+        if environ.get(variable):
+            found[key] = (variable, environ[variable])
+    defaults = default_budgets(disk or home)
+    return Budgets(
+        max_instances=int(_number(*found["max_instances"])) if "max_instances" in found else defaults.max_instances,
+        memory_bytes=_size(*found["memory"]) if "memory" in found else defaults.memory_bytes,
+        memory_overcommit=_number(*found["memory_overcommit"])
+        if "memory_overcommit" in found
+        else defaults.memory_overcommit,
+        disk_floor_bytes=_size(*found["disk_floor"]) if "disk_floor" in found else defaults.disk_floor_bytes,
+    )
+
+
+def default_budgets(directory: Path) -> Budgets:
+    """What the size of the host suggests: 90 % of its memory (or of the container's), a disk that keeps 5 % or 1 GiB free."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _first_line(_CGROUP_LIMIT)
+    if limit.isdigit():
+        memory = min(memory, int(limit))
+    pids = _first_line(Path("/proc/sys/kernel/pid_max"))
+    disk = os.statvfs(directory)
+    return Budgets(
+        max_instances=int(pids) // _TASKS_PER_VMM if pids.isdigit() else 4096,
+        memory_bytes=int(memory * _MEMORY_SHARE),
+        memory_overcommit=_OVERCOMMIT,
+        disk_floor_bytes=min(_MOST_DISK_FLOOR, int(disk.f_blocks * disk.f_frsize * _DISK_SHARE)),
+    )
+
+
+def worst_case(budgets: Budgets, machines: int, ram_bytes: int) -> int:
+    """Bytes of memory that machines with so much RAM together are taken to need."""
+    return int(ram_bytes / budgets.memory_overcommit) + machines * _VMM_OVERHEAD_BYTES
+
+
+def use_of(budgets: Budgets, load: Load, disk_free_bytes: int) -> BudgetUse:
+    """The budgets beside what is recorded, and what is free."""
+    return BudgetUse(
+        instances=load.instances,
+        max_instances=budgets.max_instances,
+        running=load.running,
+        memory_bytes=worst_case(budgets, load.running, load.ram_bytes),
+        memory_limit_bytes=budgets.memory_bytes,
+        memory_overcommit=budgets.memory_overcommit,
+        disk_free_bytes=disk_free_bytes,
+        disk_floor_bytes=budgets.disk_floor_bytes,
+    )
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        document = tomllib.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read: {error}", hint="correct it, or remove it") from error
+    table = document.pop("budgets", {})
+    unknown = [*document, *(table.keys() - _VARIABLES if isinstance(table, dict) else ["budgets"])]
+    if unknown:
+        raise UsageError(
+            f"{file} says {sorted(unknown)[0]!r}, which means nothing",
+            hint=f"in [budgets] there are {', '.join(_VARIABLES)}",
+        )
+    return dict(table)
+
+
+def _number(where: str, value: object) -> float:
+    """A number of at least 1: so many instances, or so many times."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0.0
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < float("inf"):
+        raise UsageError(f"{where} is {value!r}", hint="give a number of at least 1")
+    return number
+
+
+def _size(where: str, value: object) -> int:
+    try:
+        return parse_size(str(value))
+    except CoppiceError as error:
+        raise UsageError(f"{where} is {value!r}, which is not a size", hint=error.hint) from error
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
