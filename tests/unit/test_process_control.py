@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import resource
 import select
 import shutil
 import signal
@@ -164,6 +166,24 @@ async def test_no_file_grows_beyond_its_limit(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
     assert (tmp_path / "log").stat().st_size == 1 << 20
     await kill(msgspec.structs.replace(process, executable=str(Path(f"/proc/{process.pid}/exe").readlink())))
+
+
+async def test_the_limit_does_not_depend_on_when_the_process_gives_up_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container root may not change the limits of another user's process, which a VMM is soon after its start: it has them from the start."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(resource, "prlimit", refused)
+    process = spawn(["sleep", "1000"], cwd=tmp_path, log=tmp_path / "log", largest_file=1 << 20)
+    try:
+        assert process.executable == os.path.realpath(shutil.which("sleep") or "")
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        assert re.search(r"Max file size +1048576 +1048576 ", limits)
+    finally:
+        await kill(process)
 
 
 async def test_a_launcher_is_known_by_what_it_becomes(tmp_path: Path) -> None:

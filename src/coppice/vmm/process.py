@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -78,6 +79,10 @@ def spawn(
     :raises MissingTool: there is no such program
     """
     _reap_ended()
+    if largest_file is not None:
+        program = shutil.which(argv[0])
+        becomes = becomes or (str(Path(program).resolve()) if program else None)
+        argv = [*_limited(largest_file), *argv] if program else argv
     with log.open("ab") as output:
         try:
             child = subprocess.Popen(
@@ -94,8 +99,6 @@ def spawn(
             raise MissingTool(
                 f"the program {argv[0]} is not installed", hint="run `coppice doctor` for the cure"
             ) from error
-    if largest_file is not None:
-        _limit_files(child.pid, largest_file)
     ticks = start_ticks(child.pid) or 0
     try:
         executable = _executable_once(child, becomes)
@@ -105,11 +108,15 @@ def spawn(
     return VmmProcess(pid=child.pid, start_ticks=ticks, executable=executable)
 
 
-def _limit_files(pid: int, largest: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        limit = largest if hard == resource.RLIM_INFINITY else min(largest, hard)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
+def _limited(largest: int) -> list[str]:
+    """The launcher that limits the files of what it becomes.
+
+    prlimit(2) from here would come too late: a VMM that has already given up root is another user's, and changing its limits takes
+    CAP_SYS_RESOURCE, which root does not have in a container.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = largest if hard == resource.RLIM_INFINITY else min(largest, hard)
+    return ["prlimit", f"--fsize={limit}:{limit}", "--"]
 
 
 def _executable_once(child: subprocess.Popen[bytes], becomes: str | None) -> str:
