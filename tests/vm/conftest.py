@@ -56,7 +56,7 @@ async def image(host: AsyncHost) -> str:
 @pytest.fixture(scope="session")
 async def template(host: AsyncHost, image: str) -> Instance:
     """A template with a warm Python: booted once, forked by nearly every test."""
-    vm = await host.run(image, ["python3", "-c", WARM_SERVER], name="warm", memory_bytes=GUEST_MEMORY)
+    vm = await host.run(image, ["python3", "-c", WARM_SERVER], name="stump", memory_bytes=GUEST_MEMORY)
     await warm_up(host, vm)
     await host.standby(vm)
     return await host.promote(vm)
