@@ -22,6 +22,8 @@ from coppice.memory.maps import (
     process_error,
     read_maps,
     read_smaps,
+    smaps_of,
+    total_anonymous,
 )
 from mapping_process import MappingProcess
 
@@ -75,18 +77,29 @@ def test_smaps_round_trip(usages: list[tuple[VmaUsage, str]]) -> None:
     assert parse_smaps("".join(block(*usage) for usage in usages).encode()) == [usage for usage, _ in usages]
 
 
+@given(st.lists(st.tuples(USAGES, NAMES)))
+def test_a_part_of_smaps_is_that_of_the_whole(usages: list[tuple[VmaUsage, str]]) -> None:
+    """What is read of one file, or summed up over all, is what reading every block gives."""
+    text = "".join(block(*usage) for usage in usages).encode()
+    for file in {usage.vma.file for usage, _ in usages}:
+        assert smaps_of(text, file) == [usage for usage, _ in usages if usage.vma.file == file]
+    assert total_anonymous(text) == sum(usage.anonymous_bytes + usage.swap_bytes for usage, _ in usages)
+
+
 @given(st.binary())
 def test_parsers_pass_over_garbage(text: bytes) -> None:
     """Lines of a future kernel do not raise."""
     parse_maps(text)
     parse_smaps(text)
+    smaps_of(text, FileIdentity("fe:00", 12))
+    total_anonymous(text)
 
 
 def test_maps_and_smaps_agree_on_a_real_process(tmp_path: Path) -> None:
     """Both files of one idle process list the same mappings."""
     (tmp_path / "ram").write_bytes(b"r" * 8192)
     with MappingProcess(tmp_path / "ram") as process:
-        assert [usage.vma for usage in read_smaps(process.pid)] == read_maps(process.pid)
+        assert [usage.vma for usage in parse_smaps(read_smaps(process.pid))] == read_maps(process.pid)
 
 
 def test_identity_is_what_another_process_shows(tmp_path: Path) -> None:

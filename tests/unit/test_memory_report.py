@@ -139,5 +139,5 @@ def test_translation_cache_is_not_guest_ram() -> None:
     )
     reserve = usage(20 * SIZE, 9 * SIZE, "---p", 0, 0)
     found = classify([cache, ram, heap, reserve], FileIdentity("00:10", 77), SIZE)
-    assert (found.backing, found.ram, found.rest) == (Backing.COPY, [ram], [cache, heap, reserve])
-    assert classify([heap, reserve], FileIdentity("00:10", 77), SIZE) == (Backing.NONE, [], [heap, reserve])
+    assert found == (Backing.COPY, [ram])
+    assert classify([heap, reserve], FileIdentity("00:10", 77), SIZE) == (Backing.NONE, [])

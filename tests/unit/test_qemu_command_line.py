@@ -14,12 +14,20 @@ MACHINE = MachineSpec(cpus=2, memory_bytes=256 * MIB, overlay_bytes=64 * MIB, ke
 SOCKETS = {command.QMP_SOCKET: 10, **{files.PORT_SOCKET.format(port): 11 + port for port in range(files.PORTS)}}
 
 
+DEBIAN_12 = (7, 2)
+
+
 def machine(
-    accel: str = "tcg", publish: tuple[Publish, ...] = (), run_as: int | None = None, spec: MachineSpec = MACHINE
+    accel: str = "tcg",
+    publish: tuple[Publish, ...] = (),
+    run_as: int | None = None,
+    spec: MachineSpec = MACHINE,
+    release: tuple[int, int] = DEBIAN_12,
 ) -> list[str]:
     """The machine's part of the command line."""
     return command.machine_arguments(
         "qemu",
+        release=release,
         accel=accel,
         cpu_model="max",
         machine=spec,
@@ -37,7 +45,7 @@ def option(arguments: list[str], name: str) -> list[str]:
 
 def test_no_path_leaves_the_directory() -> None:
     """A fork restores what its source saved in another directory: nothing on the line may name one (invariant 4)."""
-    restored = machine() + command.restore_arguments(MACHINE, 30)
+    restored = machine() + command.restore_arguments(MACHINE, 30, DEBIAN_12)
     booted = machine() + command.boot_arguments(MACHINE, command.kernel_command_line("tcg", 1))
     for arguments in (booted, restored):
         assert not [word for word in arguments[1:] if "/" in word.replace("hostfwd", "")]
@@ -47,7 +55,7 @@ def test_no_path_leaves_the_directory() -> None:
 def test_a_boot_writes_into_its_file_and_a_restore_never_does() -> None:
     """RAM of a first boot is the file itself; a restore maps the captured one privately (invariant 1)."""
     (booted,) = option(command.boot_arguments(MACHINE, ""), "-object")
-    (restored,) = option(command.restore_arguments(MACHINE, 30), "-object")
+    (restored,) = option(command.restore_arguments(MACHINE, 30, DEBIAN_12), "-object")
     assert f"mem-path={files.LIVE_MEMORY}" in booted.split(",")
     assert "share=on" in booted.split(",")
     assert f"mem-path={files.MEMORY}" in restored.split(",")
@@ -61,9 +69,9 @@ def test_a_boot_writes_into_its_file_and_a_restore_never_does() -> None:
 def test_the_machine_is_the_same_for_a_boot_and_a_restore() -> None:
     """What a vmstate is loaded into has the devices it was saved from; only RAM, kernel and the state differ."""
     different = {"-object", "-append", "-incoming", "-kernel", "-initrd"}
-    for arguments in (command.boot_arguments(MACHINE, "x"), command.restore_arguments(MACHINE, 30)):
+    for arguments in (command.boot_arguments(MACHINE, "x"), command.restore_arguments(MACHINE, 30, DEBIAN_12)):
         assert set(arguments[::2]) <= different
-    assert option(command.restore_arguments(MACHINE, 30), "-incoming") == ["fd:30"]
+    assert option(command.restore_arguments(MACHINE, 30, DEBIAN_12), "-incoming") == ["fd:30"]
 
 
 def test_every_agent_port_has_its_socket_and_its_number() -> None:
@@ -94,6 +102,22 @@ def test_qemu_is_confined(run_as: int | None) -> None:
     assert {"on", "spawn=deny", "resourcecontrol=deny", "obsolete=deny"} <= set(sandbox.split(","))
     assert option(arguments, "-runas") == ([] if run_as is None else ["1000:1000"])
     assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= set(arguments)
+
+
+def test_a_newer_qemu_gives_up_root_by_its_new_option() -> None:
+    """-runas is gone from QEMU 10: with it no machine would start."""
+    arguments = machine(run_as=1000, release=(10, 0))
+    assert option(arguments, "-run-with") == ["user=1000:1000"]
+    assert not option(arguments, "-runas")
+    assert option(machine(run_as=1000, release=(9, 0)), "-runas") == ["1000:1000"]
+
+
+def test_a_newer_qemu_opens_the_mem_file_for_reading_only() -> None:
+    """Where QEMU can, nobody who maps the mem-file holds it open for writing: a guest that broke out could not reach its siblings (invariant 1)."""
+    (newer,) = option(command.restore_arguments(MACHINE, 30, (8, 2)), "-object")
+    assert {"readonly=on", "rom=off", "share=off"} <= set(newer.split(","))
+    (older,) = option(command.restore_arguments(MACHINE, 30, (8, 1)), "-object")
+    assert "rom" not in older
 
 
 def test_disks_are_what_they_are() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -62,8 +61,7 @@ async def qemu() -> Check:
 
 def judge_qemu(version: str) -> Check:
     """`version` as QEMU says it: `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`."""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version.partition(" ")[0])[:2])
-    if numbers < OLDEST_TESTED_QEMU:
+    if host.release(version) < OLDEST_TESTED_QEMU:
         oldest = ".".join(map(str, OLDEST_TESTED_QEMU))
         return Check(
             name="qemu",

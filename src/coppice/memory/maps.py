@@ -71,6 +71,27 @@ def parse_smaps(text: bytes) -> list[VmaUsage]:
     return [_usage(header, text[header.end() : end]) for header, end in zip(headers, ends, strict=False)]
 
 
+def smaps_of(text: bytes, file: FileIdentity) -> list[VmaUsage]:
+    """The mappings of one file in the text of /proc/PID/smaps. No other is parsed: a VMM has hundreds, and this runs after each restore."""
+    found = []
+    name = f" {file.device} {file.inode} ".encode()
+    at = text.find(name)
+    while at >= 0:
+        start = text.rfind(b"\n", 0, at) + 1
+        header = _HEADER.match(text, start)
+        if header is not None:  # else it is part of another file's path
+            following = _HEADER.search(text, header.end())
+            found.append(_usage(header, text[header.end() : following.start() if following else len(text)]))
+        at = text.find(name, at + 1)
+    return [usage for usage in found if usage.vma.file == file]
+
+
+def total_anonymous(text: bytes) -> int:
+    """Anonymous and swapped bytes of all mappings in the text of /proc/PID/smaps."""
+    values = (_KILOBYTES.match(rest) for key in (b"\nAnonymous:", b"\nSwap:") for rest in text.split(key)[1:])
+    return sum(int(value[1]) * 1024 for value in values if value)
+
+
 def _usage(header: re.Match[bytes], block: bytes) -> VmaUsage:
     return VmaUsage(
         _vma(header),
@@ -81,7 +102,7 @@ def _usage(header: re.Match[bytes], block: bytes) -> VmaUsage:
 
 
 def _field(block: bytes, key: bytes) -> int:
-    """A field in bytes. Plain find: a VMM has hundreds of mappings of 25 lines, and this runs after each restore."""
+    """A field in bytes."""
     at = block.find(key)
     number = _KILOBYTES.match(block, at + len(key)) if at >= 0 else None
     return int(number[1]) * 1024 if number else 0
@@ -102,9 +123,9 @@ def read_maps(pid: int) -> list[Vma]:
     return parse_maps(_read_proc(pid, "maps"))
 
 
-def read_smaps(pid: int) -> list[VmaUsage]:
-    """The mappings of a process with their sizes; walks its page tables. Raises as `read_maps` does."""
-    return parse_smaps(_read_proc(pid, "smaps"))
+def read_smaps(pid: int) -> bytes:
+    """/proc/PID/smaps: the mappings of a process with their sizes; the kernel walks its page tables. Raises as `read_maps` does."""
+    return _read_proc(pid, "smaps")
 
 
 def _read_proc(pid: int, name: str) -> bytes:
@@ -143,6 +164,7 @@ def identify(path: Path) -> FileIdentity:
             anchor = ctypes.c_char.from_buffer(view)
             address = ctypes.addressof(anchor)
             del anchor  # the mapping cannot be closed while something points into it
-            own = parse_maps(Path("/proc/self/maps").read_bytes())
+            own = Path("/proc/self/maps").read_bytes()
     # The mapping may have been merged with a neighbour of the same file, but never moved.
-    return next(vma.file for vma in own if vma.start <= address < vma.end)
+    mappings = (_vma(match) for match in _HEADER.finditer(own))
+    return next(vma.file for vma in mappings if vma.start <= address < vma.end)

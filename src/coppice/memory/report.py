@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coppice.disk.atomic import os_errors
-from coppice.memory.maps import FileIdentity, VmaUsage, identify, read_maps, read_smaps
+from coppice.memory.maps import (
+    FileIdentity,
+    VmaUsage,
+    identify,
+    parse_smaps,
+    read_maps,
+    read_smaps,
+    smaps_of,
+    total_anonymous,
+)
 from coppice.model import MemFile, MemoryReport, Sharing
 
 
@@ -26,11 +35,10 @@ class Backing(StrEnum):
 
 
 class GuestRam(NamedTuple):
-    """The mappings that are guest RAM, and those that are not."""
+    """The mappings that are guest RAM."""
 
     backing: Backing
     ram: list[VmaUsage]
-    rest: list[VmaUsage]
 
 
 def classify(usages: list[VmaUsage], identity: FileIdentity | None, size_bytes: int) -> GuestRam:
@@ -42,9 +50,14 @@ def classify(usages: list[VmaUsage], identity: FileIdentity | None, size_bytes: 
     copy = sorted(large, key=lambda usage: (usage.vma.length == size_bytes, usage.rss_bytes))[-1:]
     for backing, ram in ((Backing.PRIVATE, private), (Backing.SHARED, of_file), (Backing.COPY, copy)):
         if ram:
-            chosen = {usage.vma for usage in ram}
-            return GuestRam(backing, ram, [usage for usage in usages if usage.vma not in chosen])
-    return GuestRam(Backing.NONE, [], usages)
+            return GuestRam(backing, ram)
+    return GuestRam(Backing.NONE, [])
+
+
+def _guest_ram(smaps: bytes, identity: FileIdentity | None, size_bytes: int) -> GuestRam:
+    """`classify` a process; only where it does not map the mem-file, all of its mappings have to be looked at."""
+    of_file = smaps_of(smaps, identity) if identity else []
+    return classify(of_file or parse_smaps(smaps), identity, size_bytes)
 
 
 def mapping_is_shared(pid: int, path: Path, expected: MemFile) -> bool:
@@ -92,12 +105,15 @@ def memory_report(pid: int | None, mem: MemFile | None, path: Path, *, memory_by
             link_count=links,
             sharing=sharing,
         )
-    found = classify(read_smaps(pid), identify(path) if info is not None else None, size)
+    smaps = read_smaps(pid)
+    found = _guest_ram(smaps, identify(path) if info is not None else None, size)
     rss, anonymous, swap = (
         sum(usage.rss_bytes for usage in found.ram),
         sum(usage.anonymous_bytes for usage in found.ram),
         sum(usage.swap_bytes for usage in found.ram),
     )
+    # Not Private_Clean: a page of QEMU's program that only one process happens to map is page cache all the same.
+    overhead = total_anonymous(smaps) - anonymous - swap
     unique, shared = anonymous + swap, max(rss - anonymous, 0)
     if found.backing is Backing.SHARED and info is not None:
         unique, shared = info.st_blocks * 512, 0
@@ -108,8 +124,7 @@ def memory_report(pid: int | None, mem: MemFile | None, path: Path, *, memory_by
         mapped_bytes=sum(usage.vma.length for usage in found.ram),
         shared_bytes=shared,
         unique_bytes=unique,
-        # Not Private_Clean: a page of QEMU's program that only one process happens to map is page cache all the same.
-        vmm_overhead_bytes=sum(usage.anonymous_bytes + usage.swap_bytes for usage in found.rest),
+        vmm_overhead_bytes=overhead,
         inode=inode,
         link_count=links,
         sharing=None if found.backing is Backing.NONE else sharing,

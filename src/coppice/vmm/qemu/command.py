@@ -15,6 +15,10 @@ from coppice.vmm import driver as files
 MACHINE = "microvm,acpi=on,auto-kernel-cmdline=off,x-option-roms=off,rtc=on,isa-serial=on,suppress-vmdesc=on,memory-backend=ram"
 QMP_SOCKET = "qmp.sock"
 
+# Releases of QEMU from which on it is done in another way (docs/system: "Deprecated features", "Removed features"; qapi/qom.json).
+READ_ONLY_RAM = (8, 2)  # memory-backend-file has rom=: a file that is open for reading only can be RAM that the guest writes to
+RUN_WITH_USER = (9, 1)  # -run-with user= takes the place of -runas, which 10.0 has no more
+
 # quiet: each line on an emulated serial port costs milliseconds. panic=-1 with -no-reboot: a panic ends the VMM. cryptomgr.notests: 0.25 s under TCG.
 _KERNEL_WORDS = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "random.trust_cpu=on", "cryptomgr.notests")
 
@@ -39,6 +43,7 @@ def kernel_command_line(accel: str, tsc_khz: int) -> str:
 def machine_arguments(
     executable: str,
     *,
+    release: tuple[int, int],
     accel: str,
     cpu_model: str,
     machine: MachineSpec,
@@ -49,6 +54,8 @@ def machine_arguments(
 ) -> list[str]:
     """The part of the command line that a vmstate depends on. `socket_fds` has a listening socket for each socket name.
 
+    `release` is QEMU's own, major and minor number: some options are spelt anew.
+
     With `run_as` QEMU gives up root for that user once it has opened its files, and can open no other afterwards.
     """
     accelerator = "tcg,thread=multi" if accel == "tcg" else accel
@@ -58,7 +65,7 @@ def machine_arguments(
         "-smp", str(machine.cpus), "-m", f"size={machine.memory_bytes // (1 << 20)}M",
         # To give up root QEMU must be let change its user; having done so it cannot again, nor can it start a program.
         "-sandbox", f"on,obsolete=deny,elevateprivileges={'deny' if run_as is None else 'allow'},spawn=deny,resourcecontrol=deny",
-        *(() if run_as is None else ("-runas", f"{run_as}:{run_as}")),
+        *(() if run_as is None else _run_as(run_as, release)),
         "-chardev", f"socket,id=qmp,fd={socket_fds[QMP_SOCKET]},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
         # The device state carries no configuration section: it is saved alone, without RAM.
         "-global", "migration.send-configuration=off",
@@ -75,11 +82,15 @@ def machine_arguments(
         f",hostfwd={rule.protocol}:{rule.host_address}:{rule.host_port}-:{rule.guest_port}" for rule in publish
     )
     arguments += [
-        "-netdev", f"user,id=net0{forwards}", "-device", f"virtio-net-device,netdev=net0,mac={mac}",
+        "-netdev", f"user,id=net0{forwards}", "-device", f"virtio-net-device,netdev=net0,guest_announce=off,mac={mac}",
         *_disk("overlay", files.OVERLAY_DISK, read_only=False),
         *_disk("root", files.ROOT_DISK, read_only=True),
     ]  # fmt: skip
     return arguments
+
+
+def _run_as(user: int, release: tuple[int, int]) -> tuple[str, str]:
+    return ("-run-with", f"user={user}:{user}") if release >= RUN_WITH_USER else ("-runas", f"{user}:{user}")
 
 
 def _disk(name: str, path: str, *, read_only: bool) -> list[str]:
@@ -97,10 +108,15 @@ def boot_arguments(machine: MachineSpec, command_line: str) -> list[str]:
     ]  # fmt: skip
 
 
-def restore_arguments(machine: MachineSpec, vmstate_fd: int) -> list[str]:
-    """Restore: the mem-file is mapped MAP_PRIVATE; kernel and initrd are stubs, since nothing ever reads them."""
+def restore_arguments(machine: MachineSpec, vmstate_fd: int, release: tuple[int, int]) -> list[str]:
+    """Restore: the mem-file is mapped MAP_PRIVATE; kernel and initrd are stubs, since nothing ever reads them.
+
+    QEMU opens the mem-file for reading only, where its release can: then not even a guest that has broken out of it can write to what
+    all forks share.
+    """
+    read_only = ",readonly=on,rom=off" if release >= READ_ONLY_RAM else ""
     return [
-        "-object", _memory(machine, files.MEMORY, share=False),
+        "-object", _memory(machine, files.MEMORY, share=False) + read_only,
         "-kernel", files.KERNEL, "-initrd", files.INITRD, "-append", "",
         "-incoming", f"fd:{vmstate_fd}",
     ]  # fmt: skip

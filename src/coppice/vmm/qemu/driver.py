@@ -80,16 +80,18 @@ class QemuDriver(VmmDriver):
     async def restore(self, launch: Launch) -> VmmProcess:
         vmstate = os.open(launch.directory / files.VMSTATE, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            arguments = command.restore_arguments(launch.machine, vmstate)
+            arguments = command.restore_arguments(launch.machine, vmstate, host.release(launch.manifest.vmm_version))
             process = await processes.start_in_thread(self._start, launch, arguments, vmstate)
         finally:
             os.close(vmstate)
         return await self._settle(launch.directory, process)
 
     def _start(self, launch: Launch, arguments: list[str], *inherit: int) -> VmmProcess:
+        release = host.release(launch.manifest.vmm_version)
         with _listening_sockets(launch.directory) as sockets:
             argv = command.machine_arguments(
                 host.PROGRAM,
+                release=release,
                 accel=launch.manifest.accel,
                 cpu_model=launch.manifest.cpu_model,
                 machine=launch.machine,
@@ -98,7 +100,7 @@ class QemuDriver(VmmDriver):
                 socket_fds=sockets,
                 run_as=_unprivileged_user(launch.directory.name),
             )
-            launcher = [] if os.geteuid() == 0 else list(_ROOT_OF_ITS_OWN)
+            launcher = [] if os.geteuid() == 0 or release >= command.READ_ONLY_RAM else list(_ROOT_OF_ITS_OWN)
             program = shutil.which(host.PROGRAM)
             return processes.spawn(
                 [*launcher, *argv, *arguments],

@@ -96,6 +96,12 @@ def _instant(read: Callable[[], int]) -> tuple[int, int]:
     return min(readings)[1:]
 
 
+def release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version as QEMU says it, `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`; (0, 0) if it says none."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
 async def version(program: str = PROGRAM) -> str:
     """QEMU's version and package, as it says itself; asked once per program file.
 
