@@ -82,6 +82,9 @@ async def fan_out(
     tasks = [asyncio.create_task(child(*each)) for each in zip(children, payloads, strict=True)]
     try:
         outcomes = await asyncio.gather(*tasks)
+        grown = next((outcome.instance for outcome in outcomes if not isinstance(outcome, CoppiceError)), None)
+        if grown is not None:
+            await activate.remember_hot(grown, origin)
         failure = next((outcome for outcome in outcomes if isinstance(outcome, CoppiceError)), None)
         if request.atomic and failure is not None:
             raise failure

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -19,9 +20,9 @@ from coppice.guest.client import Identity
 from coppice.instance import directory as directories
 from coppice.instance.identity import identity_message, mac_address
 from coppice.instance.rooms import Rooms
-from coppice.memory import memfile
+from coppice.memory import hotset, memfile
 from coppice.memory.report import memory_report
-from coppice.model import Instance, Manifest, MemoryReport, Sharing, State, VmmProcess
+from coppice.model import Instance, Manifest, MemoryReport, State, VmmProcess
 from coppice.timing import Stages
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
@@ -82,7 +83,11 @@ async def restore(rooms: Rooms, instance: Instance, stages: Stages, payload: byt
         kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
         stub = await in_thread(rooms.kernels.stub, kernel)
         await in_thread(directories.place_kernel, directory, *stub)
-    return await _run(rooms, instance, stages, payload, booted=False)
+    reading = asyncio.ensure_future(in_thread(hotset.prefetch, directory / files.MEMORY, directory / files.HOT_SET))
+    try:
+        return await _run(rooms, instance, stages, payload, booted=False)
+    finally:
+        await complete(reading)
 
 
 async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None, *, booted: bool) -> Instance:
@@ -171,6 +176,7 @@ async def verify_sharing(rooms: Rooms, instance: Instance) -> MemoryReport:
     return await in_thread(memory_report, pid, instance.mem_file, path)
 
 
-def shares(report: MemoryReport) -> bool:
-    """Whether the report shows memory shared with others by hard link."""
-    return report.sharing is Sharing.HARDLINK
+async def remember_hot(instance: Instance, origin: Path) -> None:
+    """Keep, beside the mem-file in `origin` that it shares, what a machine that has just become ready has touched of it."""
+    if instance.vmm is not None:
+        await in_thread(hotset.record, instance.vmm.pid, origin / files.MEMORY, origin / files.HOT_SET)

@@ -22,7 +22,7 @@ from coppice.memory import memfile
 from coppice.model import Instance, MemFile, Sharing
 from coppice.vmm import driver as files
 
-_LINKED = (files.MEMORY, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD)
+_LINKED = (files.MEMORY, files.HOT_SET, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD)
 _REMOVED = ".removed"
 _RUNTIME = (
     files.LIVE_MEMORY,
@@ -93,6 +93,8 @@ def place_capture(source: Path, directory: Path, instance: Instance, *, with_mem
         return Placed(None, 0)
     if shareable:
         mem_file, written = memfile.link(source / files.MEMORY, directory / files.MEMORY, instance.mem_file)
+        with contextlib.suppress(OSError):  # a hint: it need not be there
+            os.link(source / files.HOT_SET, directory / files.HOT_SET)
     else:
         reason = "the driver does not map mem-files privately"
         mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
@@ -115,8 +117,8 @@ def clear_temporaries(directory: Path) -> None:
 
 def clear_capture(directory: Path) -> None:
     """Remove the mem-file and vmstate: this instance's links to them, that is. Idempotent."""
-    (directory / files.MEMORY).unlink(missing_ok=True)
-    (directory / files.VMSTATE).unlink(missing_ok=True)
+    for name in (files.MEMORY, files.HOT_SET, files.VMSTATE):
+        (directory / name).unlink(missing_ok=True)
 
 
 def remove(directory: Path) -> None:

@@ -16,7 +16,10 @@ MACHINE = "microvm,acpi=on,auto-kernel-cmdline=off,x-option-roms=off,rtc=on,isa-
 QMP_SOCKET = "qmp.sock"
 
 # Releases of QEMU from which on it is done in another way (docs/system: "Deprecated features", "Removed features"; qapi/qom.json).
-READ_ONLY_RAM = (8, 2)  # memory-backend-file has rom=: a file that is open for reading only can be RAM that the guest writes to
+READ_ONLY_RAM = (
+    8,
+    2,
+)  # memory-backend-file has rom=: a file that is open for reading only can be RAM that the guest writes to
 RUN_WITH_USER = (9, 1)  # -run-with user= takes the place of -runas, which 10.0 has no more
 
 # quiet: each line on an emulated serial port costs milliseconds. panic=-1 with -no-reboot: a panic ends the VMM. cryptomgr.notests: 0.25 s under TCG.
