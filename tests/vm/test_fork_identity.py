@@ -45,6 +45,18 @@ async def test_mac_addresses_differ(host: AsyncHost, template: Instance) -> None
     assert len(set(macs)) == 4
 
 
+async def test_nothing_is_sent_in_the_name_of_the_source(host: AsyncHost, vm: Instance) -> None:
+    """Between the capture and a fork's first command its card sends no packet: the source's MAC and address are not announced once more.
+
+    With the announcements that QEMU asks of a guest after a restore, the counter would have moved.
+    """
+    sent = "cat /sys/class/net/e*/statistics/tx_packets"
+    before = await told(host, vm, "sh", "-c", sent)
+    await host.standby(vm)
+    async with host.forks(vm, 1) as (fork,):
+        assert await told(host, fork, "sh", "-c", sent) == before
+
+
 async def test_the_clock_is_stepped(host: AsyncHost, vm: Instance) -> None:
     """The wall clock of a fork is the host's before its first command, however long ago its source was captured: here an hour."""
     await told(host, vm, "date", "-s", f"@{int(time.time()) - 3600}")
