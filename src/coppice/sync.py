@@ -17,6 +17,7 @@ from coppice.guest.process import ExecSession as AsyncExecSession
 from coppice.guest.process import Exit, Stream
 from coppice.host import AsyncHost, Inspection, LogSource, Reference, SnapshotInspection, SnapshotReference
 from coppice.host.base import RoomsOpener
+from coppice.host.hashing import Background
 from coppice.instance.rooms import Deadlines
 from coppice.model import (
     GIB,
@@ -119,6 +120,7 @@ class Host:
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
         budgets: Budgets | None = None,
+        background: Background = "owned",
         open_rooms: RoomsOpener | None = None,
     ) -> None:
         self._host = AsyncHost(
@@ -128,6 +130,7 @@ class Host:
             driver=driver,
             deadlines=deadlines,
             budgets=budgets,
+            background=background,
             open_rooms=open_rooms,
         )
         self._portal = Portal()

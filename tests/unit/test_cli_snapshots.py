@@ -122,7 +122,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
         "100.0 MiB allocated, inode 77, 3 links",
         "1 (elm)",
         "team=a",
-        "not computed yet",
+        "pending",
         "20.0 MiB of 2.0 GiB",
     ):
         assert text in first

@@ -48,3 +48,8 @@ def moment(at: float) -> str:
 def count(number: int, noun: str) -> str:
     """`1 fork`, `2 forks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def digest(sha256: str | None) -> str:
+    """A SHA-256, or that there is none yet."""
+    return sha256 or "pending: computed in the background, or by `coppice verify`"

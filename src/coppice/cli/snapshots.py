@@ -149,8 +149,9 @@ def _details(found: SnapshotInspection) -> list[tuple[str, str | Text]]:
             if mem_file
             else None,
         ),
-        ("SHA-256", mem_file.sha256 or "not computed yet: `coppice verify` does" if mem_file else None),
+        ("SHA-256", format.digest(mem_file.sha256) if mem_file else None),
         ("Disk", f"{format.size(found.disk_bytes)} of {format.size(snapshot.machine.overlay_bytes)} allocated"),
+        ("SHA-256", format.digest(snapshot.disk_sha256) + " (disk)"),
         ("Files", found.directory),
     ]
     return [(label, value) for label, value in details if value is not None]
@@ -237,7 +238,8 @@ def rm(ctx: typer.Context, names: SnapshotNames) -> None:
 def verify(ctx: typer.Context) -> None:
     """Check every captured mem-file and every disk at rest; name what differs.
 
-    Mem-files by SHA-256, size, inode and mode, disks by e2fsck. The first time, a SHA-256 is recorded. Nothing is changed. Exit status 1 if something differs.
+    Mem-files by SHA-256, size, inode and mode, disks by e2fsck. A SHA-256 that is not known yet is recorded. Nothing is changed.
+    Exit status 1 if something differs.
     """
     cli = Cli.of(ctx)
 

@@ -144,6 +144,7 @@ def _details(found: Inspection) -> list[tuple[str, str | Text]]:
             "Mem-file",
             f"inode {memory.inode}, {format.count(memory.link_count, 'link')}" if memory and memory.inode else None,
         ),
+        ("SHA-256", format.digest(instance.mem_file.sha256) if instance.mem_file else None),
         ("Sharing", _sharing(instance)),
         ("Disk", f"{format.size(found.disk_bytes)} of {format.size(instance.machine.overlay_bytes)} allocated"),
         ("Files", found.directory),

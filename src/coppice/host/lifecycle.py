@@ -221,7 +221,9 @@ class Lifecycle(Admission):
             if instance.state is target:
                 return instance, CaptureReport(pause_ms=0, total_ms=0, ram_bytes_written=0, dirty_bytes=0)
             await self._admit(demand_of_capture(instance))
-            return await capture.standby(self.rooms, instance)
+            captured, report = await capture.standby(self.rooms, instance)
+            self._hash().captured(captured)
+            return captured, report
 
     async def promote(self, reference: Reference, *, public: bool | None = None) -> Instance:
         """Make a Standby instance a Template: fork-only, until it is demoted. A Template stays one.
@@ -243,6 +245,7 @@ class Lifecycle(Admission):
                 return instance
             changed = await in_thread(self.rooms.store.promote, instance, target, public=bool(public))
             await in_thread(self.rooms.store.sync)
+            self._hash().captured(changed)
             return changed
 
     async def fork(
@@ -287,7 +290,9 @@ class Lifecycle(Admission):
             return await self._fork_running(reference, request, progress)
         async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
             admit = await self._admit(await in_thread(demand_of_forks, self.rooms, source, request))
-            return await fan_out(self.rooms, source, request, progress, owner=self.owner, admit=admit)
+            forked = await fan_out(self.rooms, source, request, progress, owner=self.owner, admit=admit)
+        self._hash().captured(*forked.instances)
+        return forked
 
     async def _fork_running(self, reference: Reference, request: ForkRequest, progress: ProgressSink) -> ForkReport:
         async with self._hold(reference, Operation.FORK_RUNNING) as (source, _):
@@ -313,6 +318,7 @@ class Lifecycle(Admission):
         except asyncio.CancelledError:  # nobody will learn of the forks
             await complete(self._remove_all(forked.instances))
             raise
+        self._hash().captured(*forked.instances)
         return msgspec.structs.replace(forked, source_pause_ms=report.pause_ms, capture=report)
 
     async def rm(self, reference: Reference) -> None:

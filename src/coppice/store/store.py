@@ -167,11 +167,13 @@ class Store:
                 connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))
 
     def record_sha256(self, instance_id: str, inode: int, sha256: str) -> bool:
-        """Record the hash of an instance's mem-file, unless it has another one by now; tell whether it was recorded. The caller holds the instance."""
+        """Record the hash of an instance's mem-file, unless it has another file or a hash by now; tell whether it was. The caller holds the instance."""
         with self._db.write() as connection:
             row = connection.execute("SELECT record FROM instances WHERE id = ?", (instance_id,)).fetchone()
             instance = _decode(row[0]) if row else None
             if instance is None or instance.mem_file is None or instance.mem_file.inode != inode:
+                return False
+            if instance.mem_file.sha256 is not None:
                 return False
             mem_file = msgspec.structs.replace(instance.mem_file, sha256=sha256)
             changed = _encode(msgspec.structs.replace(instance, mem_file=mem_file))
