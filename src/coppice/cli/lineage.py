@@ -116,12 +116,13 @@ def _print_report(report: ForkReport) -> None:
     grown = [result for result in report.results if result.ok]
     if grown:
         stages = list(dict.fromkeys(stage for result in grown for stage in result.stages))
+        with_ports = any(result.instance.publish for result in grown if result.instance)
         output.table(
             [
                 ("NAME", "left"), ("STATE", "left"), ("TOTAL", "right"), *((stage.upper(), "right") for stage in stages),
-                ("SHARING", "left"), ("UNIQUE", "right"), ("DISK", "right"),
+                ("SHARING", "left"), ("UNIQUE", "right"), ("DISK", "right"), *((("PORTS", "left"),) if with_ports else ()),
             ],
-            [_row(result, stages) for result in grown],
+            [_row(result, stages, with_ports=with_ports) for result in grown],
         )  # fmt: skip
     unique = sum(result.memory.unique_bytes for result in grown if result.memory)
     cost = f", {format.size(unique)} of memory of their own" if any(result.memory for result in grown) else ""
@@ -134,7 +135,7 @@ def _print_report(report: ForkReport) -> None:
     _complain(report)
 
 
-def _row(result: ForkResult, stages: Sequence[str]) -> list[str | Text]:
+def _row(result: ForkResult, stages: Sequence[str], *, with_ports: bool) -> list[str | Text]:
     return [
         result.name,
         output.state(result.instance.state if result.instance else "Unknown"),
@@ -143,6 +144,7 @@ def _row(result: ForkResult, stages: Sequence[str]) -> list[str | Text]:
         str(result.sharing or "-"),
         format.size(result.memory.unique_bytes) if result.memory else "-",
         format.size(result.disk_bytes_written),
+        *([format.ports(result.instance.publish if result.instance else ())] if with_ports else []),
     ]
 
 

@@ -28,7 +28,7 @@ Published = Annotated[
         "--publish",
         "-p",
         metavar="[ADDRESS:]HOST:GUEST[/udp]",
-        help="Forward a port of this host to the guest; repeatable.",
+        help="Forward a port of this host to the guest; repeatable. HOST `auto`: any that is free; ADDRESS `own`: a loopback address for each machine.",
     ),
 ]
 Public = Annotated[bool, typer.Option("--public", help="Other owners may use it too.")]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coppice.model import Publish, State
 
 _PUBLISH = re.compile(
-    r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
+    r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}|auto):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
 )
 _MAX_PAYLOADS_FILE = 256 << 20
 _REMOTE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9-]*):(?P<path>.*)", re.DOTALL)
@@ -68,21 +68,24 @@ def _inherited(word: str) -> str:
 def publish(words: Iterable[str]) -> tuple[Publish, ...]:
     """Read forwarded ports: `HOST:GUEST`, `ADDRESS:HOST:GUEST`, each with `/udp` or `/tcp` behind it. An IPv6 address is in brackets.
 
+    The address `own` is a loopback address of the instance's own, the host port `auto` any that is free.
+
     :raises UsageError: one is malformed, or has a port that is out of range
     """
-    from coppice.model import Publish
+    from coppice.model import ANY_PORT, Publish
 
     ports: list[Publish] = []
     for word in words:
         found = _PUBLISH.fullmatch(word)
         if not found:
             raise UsageError(
-                f"{word!r} is not a published port", hint="write HOST:GUEST, ADDRESS:HOST:GUEST or HOST:GUEST/udp"
+                f"{word!r} is not a published port",
+                hint="write HOST:GUEST, ADDRESS:HOST:GUEST, own:HOST:GUEST, auto:GUEST or HOST:GUEST/udp",
             )
         protocol: Literal["tcp", "udp"] = "udp" if found["protocol"] == "udp" else "tcp"
         ports.append(
             Publish(
-                host_port=_port(found["host"]),
+                host_port=ANY_PORT if found["host"] == "auto" else _port(found["host"]),
                 guest_port=_port(found["guest"]),
                 protocol=protocol,
                 host_address=_address(found["address"]) if found["address"] else "127.0.0.1",
@@ -98,6 +101,10 @@ def _port(text: str) -> int:
 
 
 def _address(text: str) -> str:
+    from coppice.model import OWN_ADDRESS
+
+    if text == OWN_ADDRESS:
+        return text
     try:
         return str(ip_address(text.removeprefix("[").removesuffix("]")))
     except ValueError as error:

@@ -118,7 +118,7 @@ class Lifecycle(Admission):
     ) -> Instance:
         try:
             # First: a lock file without a record is nobody's.
-            await in_thread(self.rooms.store.create, [instance], "run", admit)
+            (instance,) = await in_thread(self.rooms.store.create, [instance], "run", admit)
             async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
                 await in_thread(self._place_new, instance)
                 if start:

@@ -16,6 +16,7 @@ import msgspec
 from coppice.errors import InUse, NameTaken, NotFound
 from coppice.model import Instance, Record, State
 from coppice.ownership import no_instance
+from coppice.store.addresses import with_addresses
 from coppice.store.database import Database
 from coppice.store.snapshots import SnapshotStore
 
@@ -120,15 +121,20 @@ class Store:
             ).fetchall()
         return [row[0] for row in rows]
 
-    def create(self, instances: Iterable[Instance], operation: str, check: Callable[[], None] | None = None) -> None:
-        """Record new instances and the operation that makes them, all or none. `check` runs inside of the transaction.
+    def create(
+        self, instances: Iterable[Instance], operation: str, check: Callable[[], None] | None = None
+    ) -> list[Instance]:
+        """Record new instances and the operation that makes them, all or none; return them with the addresses that they asked for.
+
+        `check` runs inside of the transaction.
 
         :raises NameTaken: a name is in use; the message says which
         """
         with self._db.write() as connection:
             if check is not None:
                 check()
-            for instance in instances:
+            made = with_addresses(connection, instances)
+            for instance in made:
                 try:
                     connection.execute(
                         "INSERT INTO instances (id, name, state, parent, image, created_at, record) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -140,6 +146,7 @@ class Store:
                 except sqlite3.IntegrityError as error:
                     raise _taken(instance.name) from error
                 self._journal(connection, instance.id, operation)
+        return made
 
     def require_free(self, names: Iterable[str]) -> None:
         """Look whether names are free now. Only `create` takes them: another process may be quicker.
