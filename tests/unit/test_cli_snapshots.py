@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from coppice.model import (
     MachineSpec,
     MemFile,
     ProcessSpec,
+    Publish,
     Sharing,
     Snapshot,
     SnapshotKind,
@@ -155,6 +157,23 @@ def test_fork(capsys: pytest.CaptureFixture[str]) -> None:
         results=(ForkResult(name="elm", ok=False, error="no"),),
     )  # fmt: skip
     assert run(FakeHost(snapshot_fork=failed), "snapshot", "fork", "kept") == 1
+
+
+def test_fork_hands_payloads_over(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As `coppice fork` does: one for all, or one each, which says how many forks there are."""
+    result = ForkResult(name="elm", ok=True, instance=instance("elm"))
+    report = ForkReport(source=KEPT.id, source_name="kept", count=1, succeeded=1, wall_ms=5.0, results=(result,))
+    host = FakeHost(snapshot_fork=report)
+    output_of(capsys, host, "snapshot", "fork", "kept", "--payload", '{"job": 1}', "--publish", "own:8080:80")
+    asked = host.asked("snapshot_fork")
+    assert (asked["count"], asked["payload"], asked["payloads"]) == (1, b'{"job": 1}', [])
+    assert asked["publish"] == (Publish(host_port=8080, guest_port=80, host_address="own"),)
+    each = tmp_path / "each.json"
+    each.write_text('["one", "two", "three"]')
+    host = FakeHost(snapshot_fork=report)
+    output_of(capsys, host, "snapshot", "fork", "kept", "--payloads", str(each))
+    asked = host.asked("snapshot_fork")
+    assert (asked["count"], asked["payload"], asked["payloads"]) == (3, None, [b'"one"', b'"two"', b'"three"'])
 
 
 def test_rm(capsys: pytest.CaptureFixture[str]) -> None:

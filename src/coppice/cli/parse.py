@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -123,6 +123,19 @@ def states(words: Iterable[str]) -> list[State]:
         if word.lower() not in known:
             raise UsageError(f"there is no state {word!r}", hint=f"the states are {', '.join(State)}")
     return [known[word.lower()] for word in found]
+
+
+def forks_payloads(shared: str | None, each: str | None) -> tuple[bytes | None, list[bytes]]:
+    """Read `--payload` and `--payloads`, where they are given.
+
+    :raises UsageError: see `payload` and `payloads`
+    """
+    return None if shared is None else payload(shared), [] if each is None else payloads(each)
+
+
+def fork_count(count: int | None, each: Sequence[bytes], names: Sequence[str]) -> int:
+    """How many forks are meant: as many as was said, else as there are payloads or names, else one."""
+    return count if count is not None else max(1, len(each) or len(names))
 
 
 def payload(word: str) -> bytes:

@@ -176,24 +176,20 @@ def restore(
 def fork(
     ctx: typer.Context,
     snapshot: SnapshotName,
-    count: Annotated[
-        int | None, typer.Option("--count", "-n", help="How many forks to grow, in parallel; as many as names, or one.")
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option("--name", help="Name of a fork, repeatable; one name for several forks is numbered."),
-    ] = None,
-    target: Annotated[
-        Literal["running", "standby", "stopped"], typer.Option("--target", help="What the forks become.")
-    ] = "running",
-    atomic: Annotated[bool, typer.Option("--atomic", help="All or none: one failure undoes all.")] = False,
+    count: options.Count = None,
+    name: options.ForkNames = None,
+    target: options.Target = "running",
+    atomic: options.Atomic = False,
+    payload: options.Payload = None,
+    payloads: options.Payloads = None,
     tag: options.Tags = None,
     publish: options.Published = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Grow forks from a snapshot, as `coppice fork` does from an instance."""
+    """Grow forks from a snapshot, as `coppice fork` does from an instance: payloads, published ports and all."""
     cli = Cli.of(ctx)
     tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
+    shared, each = parse.forks_payloads(payload, payloads)
 
     async def work(host: AsyncHost) -> ForkReport:
         from coppice.model import State
@@ -201,10 +197,12 @@ def fork(
         with cli.progress() as progress:
             return await host.snapshot_fork(
                 snapshot,
-                count=count if count is not None else max(1, len(name or ())),
+                count=parse.fork_count(count, each, name or ()),
                 names=tuple(name or ()),
                 target=State(target.capitalize()),
                 atomic=atomic,
+                payload=shared,
+                payloads=each,
                 tags=tags,
                 publish=ports,
                 progress=progress,
