@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cli_host import DIGEST, FakeHost, instance
-from coppice.cli import main
+from cli_lines import document, output_of, run
 from coppice.errors import InUse, NotFound
 from coppice.host import SnapshotInspection
 from coppice.model import (
@@ -58,28 +56,6 @@ DISK = Snapshot(
     machine=MachineSpec(kernel="debian-6.1"),
     process=ProcessSpec(),
 )
-
-
-def run(host: FakeHost, *words: str) -> int:
-    """The exit status of a command line over that host."""
-    return main(words, host_factory=host.factory)
-
-
-def output_of(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str) -> str:
-    """What a command that succeeds prints."""
-    assert run(host, *words) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    return shown.out
-
-
-def document(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str, status: int = 0) -> Any:
-    """The one JSON document that a command prints, and nothing else."""
-    assert run(host, "--json", *words) == status
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    assert shown.out.count("\n") == 1
-    return json.loads(shown.out)
 
 
 def test_create(capsys: pytest.CaptureFixture[str]) -> None:
