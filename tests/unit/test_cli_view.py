@@ -69,7 +69,7 @@ def test_inspect_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None
         "120.0 MiB shared, 1.0 MiB unique",
         "inode 77, 3 links",
         "copy: EXDEV",
-        "SHA-256      pending",
+        "SHA-256    pending",
         "1 (x)",
         "/d/vm",
     ):
