@@ -99,6 +99,7 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes 
     )
     process: VmmProcess | None = None
     await in_thread(ports.require_free, instance)
+    await in_thread(directories.trim_logs, directory)
     try:
         with stages.stage("start"):
             process = await (rooms.driver.boot(launch) if booted else rooms.driver.restore(launch))
