@@ -74,6 +74,7 @@ class Lifecycle(Admission):
 
         :raises NotFound: there is no such image or kernel
         :raises NameTaken: the name is in use
+        :raises InUse: another program has a port that is to be published
         :raises NoSpace: a budget is spent, or the disk is full
         :raises VmmDied: the machine ended before it answered
         :raises GuestTimeout: it did not answer in time
@@ -147,6 +148,7 @@ class Lifecycle(Admission):
         """Boot a Stopped instance from its disk. A Running one is left as it is.
 
         :raises VmmDied: the machine ended before it answered; it is Stopped again
+        :raises InUse: another program has a port that it publishes
         """
         async with self._hold(reference, Operation.START) as (instance, target):
             if instance.state is target:
@@ -158,6 +160,7 @@ class Lifecycle(Admission):
         """Let a Standby instance run on from its captured memory. A Running one is left as it is.
 
         :raises IntegrityError: the capture was tampered with, or was made on another kind of host
+        :raises InUse: another program has a port that it publishes; it stays Standby
         """
         async with self._hold(reference, Operation.RESTORE) as (instance, target):
             if instance.state is target:
@@ -270,6 +273,7 @@ class Lifecycle(Admission):
         With `from_running` the source is a Running instance: it is paused for some milliseconds, said in the report, and runs on.
         `payload`, for all, or `payloads`, one for each, is what a fork finds in /run/coppice/payload before the image's /etc/coppice/on-fork
         is run; 1 MiB at most, and kept nowhere else. A hook that fails, or takes longer than 30 s, keeps that fork out of Running.
+        Several forks publish ports with the address `own` or the port 0 (see `Publish`); what each was given is in its record.
 
         :raises IllegalTransition: the source cannot be forked now
         :raises NoSpace: so many do not fit into a budget; none was made

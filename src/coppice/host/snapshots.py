@@ -142,6 +142,7 @@ class Snapshots(Lifecycle):
                 if start and instance.vmm is None:
                     await self._admit(demand_of_activation(instance, boot=moment.mem_file is None))
                 restored = await rollback.roll_back(self.rooms, instance, moment)
+                self._hash().captured(restored)
                 if not start:
                     return restored
                 operation = "start" if restored.state is State.STOPPED else "restore"
