@@ -140,6 +140,27 @@ async def test_all_that_share_a_file_get_its_digest(fake_host: AsyncHost) -> Non
     assert (await fake_host.verify()).recorded == 0
 
 
+async def test_a_file_is_read_once_however_many_have_it(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template with forks costs what one file costs; and each is recorded for itself."""
+    oak = await make(fake_host, State.TEMPLATE)
+    forks = (await fake_host.fork("oak", count=3, target=State.STANDBY)).instances
+    await hashed(fake_host)
+    for each in (oak, *forks):
+        fake_host.rooms.store.save(each)  # without its digest
+    read: list[Path] = []
+    sha256 = memfile.sha256
+
+    def counted(path: Path, **options: Any) -> str | None:
+        read.append(path)
+        return sha256(path, **options)
+
+    monkeypatch.setattr(memfile, "sha256", counted)
+    await digests.Digests(fake_host.rooms.layout, fake_host.rooms.store).compute()
+    assert len(read) == 1
+    assert len(sums(fake_host, "oak", *(fork.name for fork in forks)) - {None}) == 1
+    assert None not in sums(fake_host, "oak", *(fork.name for fork in forks))
+
+
 async def test_a_running_machine_that_is_forked_leaves_digests_too(fake_host: AsyncHost) -> None:
     """A fork --from-running and a second capture of a fork are captures as any other."""
     await make(fake_host, State.RUNNING)

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coppice.cli import parse
@@ -172,6 +172,7 @@ def test_a_payload_that_is_too_large_is_refused(tmp_path: Path) -> None:
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
 
 
+@settings(deadline=None)  # it writes files, and a busy host may take its time
 @given(st.lists(JSON, min_size=2, max_size=5))
 def test_payloads_are_an_array_or_lines(wanted: list[object]) -> None:
     """Either way each payload is one JSON document, in its order."""
