@@ -46,8 +46,9 @@ async def seed_home() -> AsyncIterator[Path]:
 
 
 @pytest.fixture
-def fake_home(seed_home: Path) -> Iterator[Path]:
-    """A data directory for one test, beside the seed: links must reach."""
+def fake_home(seed_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A data directory for one test, beside the seed: links must reach. Nothing is hashed in the background unless the test wants it."""
+    monkeypatch.setenv("COPPICE_HASHING", "off")
     home = Path(tempfile.mkdtemp(prefix="home-", dir=seed_home.parent)) / "home"
     plant(seed_home, home)
     yield home

@@ -25,7 +25,7 @@ from coppice.guest.client import AgentPorts, Health, Identity
 from coppice.instance import directory as directories
 from coppice.memory import memfile
 from coppice.memory.report import mapping_is_shared
-from coppice.model import MachineSpec, MemFile, VmmProcess
+from coppice.model import MachineSpec, MemFile, Publish, VmmProcess
 from coppice.names import new_id
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch, VmmDriver
@@ -200,6 +200,20 @@ class DriverContract:
         else:
             assert await asyncio.wait_for(driver.wait_exit(fork.directory, restored), bench.patience_s)
         assert driver.find_orphans(bench.instances) == {}
+
+    async def test_a_port_that_was_picked_is_told(self, bench: Bench, driver: VmmDriver) -> None:
+        """Of as many as were asked for; by whoever asks, as long as there is a VMM; all else is as it was asked for."""
+        if not driver.capabilities.user_mode_network:
+            return
+        asked = (Publish(host_port=0, guest_port=80), Publish(host_port=0, guest_port=80, protocol="udp"))
+        launch = msgspec.structs.replace(await bench.launch(driver), publish=asked)
+        process = await driver.boot(launch)
+        told = await bench.make_driver().published(launch.directory, asked)
+        assert all(port.host_port for port in told)
+        assert tuple(msgspec.structs.replace(port, host_port=0) for port in told) == asked
+        await driver.quit(launch.directory, process)
+        with pytest.raises(VmmDied):
+            await asyncio.wait_for(driver.published(launch.directory, asked), 20)
 
     async def test_any_process_may_make_the_next_call(self, bench: Bench, driver: VmmDriver) -> None:
         """A driver keeps nothing between calls: another one finds, pauses, resumes and ends the machine."""

@@ -93,8 +93,15 @@ class Image(Record, frozen=True, kw_only=True):
     tags: dict[str, str] = {}
 
 
+OWN_ADDRESS = "own"
+ANY_PORT = 0
+
+
 class Publish(Record, frozen=True, kw_only=True):
-    """One forwarded port of the user-mode network: host side to guest side."""
+    """One forwarded port of the user-mode network: host side to guest side.
+
+    The address `own` is replaced by a loopback address that no other instance has, the port 0 by a free one when the machine first starts. Both are kept then.
+    """
 
     host_port: int
     guest_port: int

@@ -10,7 +10,7 @@ from fractions import Fraction
 from ipaddress import ip_address
 
 from coppice.errors import InvalidName, UsageError
-from coppice.model import GIB, MIB, Publish
+from coppice.model import ANY_PORT, GIB, MIB, OWN_ADDRESS, Publish
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _ID = re.compile(r"[a-z][a-z0-9]{23}")
@@ -105,16 +105,21 @@ def check_env(env: Mapping[str, str]) -> dict[str, str]:
 def check_publish(ports: Sequence[Publish]) -> tuple[Publish, ...]:
     """Return valid forwarded ports as a tuple. They become options of the VMM: an address is an address and nothing else.
 
-    :raises UsageError: a port is out of range, or an address is none
+    :raises UsageError: a port is out of range, an address is none, or the same one is published twice
     """
     for port in ports:
-        if not (1 <= port.host_port <= 65535 and 1 <= port.guest_port <= 65535 and port.protocol in ("tcp", "udp")):
+        if not (
+            ANY_PORT <= port.host_port <= 65535 and 1 <= port.guest_port <= 65535 and port.protocol in ("tcp", "udp")
+        ):
             raise UsageError(
                 f"{port.host_port}:{port.guest_port}/{port.protocol} cannot be published",
-                hint="ports are 1 to 65535, protocols tcp and udp",
+                hint="ports are 1 to 65535 (on the host's side 0 for any), protocols tcp and udp",
             )
-        if not _is_address(port.host_address):
+        if port.host_address != OWN_ADDRESS and not _is_address(port.host_address):
             raise UsageError(f"{port.host_address!r} is not an IP address", hint="write one such as 127.0.0.1")
+    fixed = [(port.host_address, port.host_port, port.protocol) for port in ports if port.host_port != ANY_PORT]
+    if len(set(fixed)) != len(fixed):
+        raise UsageError("the same port of the host is published twice", hint="give each its own")
     return tuple(ports)
 
 

@@ -154,9 +154,9 @@ async def test_a_run_is_recorded_before_its_lock_is_made(fake_host: AsyncHost, m
     """Record first, act second: a host that dies between the two leaves no lock file that only `gc` finds."""
     create = fake_host.rooms.store.create
 
-    def looked_at(instances: list[Instance], operation: str, check: Callable[[], None]) -> None:
+    def looked_at(instances: list[Instance], operation: str, check: Callable[[], None]) -> list[Instance]:
         assert list(fake_host.rooms.layout.locks.iterdir()) == []
-        create(instances, operation, check)
+        return create(instances, operation, check)
 
     monkeypatch.setattr(fake_host.rooms.store, "create", looked_at)
     await boot(fake_host, start=False)

@@ -10,8 +10,10 @@ import pytest
 
 from coppice.errors import IllegalTransition, InUse, InvalidName, NameTaken, NotFound, UsageError
 from coppice.host import AsyncHost
+from coppice.instance import directory as directories
 from coppice.lifecycle import Operation, legal_states
 from coppice.model import State
+from coppice.vmm import driver as files
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make, memory_of, snapshot
 from fakes.rooms import IMAGE
@@ -27,6 +29,24 @@ CALLS: dict[Operation, Callable[[AsyncHost], Awaitable[object]]] = {
     Operation.EXEC: lambda host: host.exec("oak", ["echo"]),
 }
 ILLEGAL = [(operation, state) for operation in CALLS for state in State if state not in legal_states(operation)]
+
+
+async def test_a_log_that_was_full_goes_on_at_the_next_start(fake_host: AsyncHost) -> None:
+    """Its newest lines are kept, whole; a log that no VMM could append to any more would hide all that comes later."""
+    vm = await make(fake_host, State.STANDBY)
+    log = fake_host.rooms.directory(vm.id) / files.CONSOLE_LOG
+    before = log.read_bytes()
+    log.write_bytes(before + b"noise of the guest\n" * (1 << 20))
+    await fake_host.restore(vm)
+    lines = log.read_bytes().splitlines()
+    assert directories.LOG_KEPT - 100 < log.stat().st_size < directories.LOG_KEPT + 100
+    assert set(lines[:-1]) == {b"noise of the guest"}
+    assert lines[-1] == b"the fake guest runs"
+    await fake_host.standby(vm)
+    small = log.read_bytes()[-100:].partition(b"\n")[2]
+    log.write_bytes(small)
+    await fake_host.restore(vm)
+    assert log.read_bytes() == small + b"the fake guest runs\n"
 
 
 async def test_a_whole_life(fake_host: AsyncHost) -> None:

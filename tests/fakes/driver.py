@@ -17,7 +17,7 @@ import msgspec
 
 from coppice.completion import complete, in_thread
 from coppice.errors import VmmDied
-from coppice.model import MachineSpec, Manifest, Record, VmmProcess
+from coppice.model import MachineSpec, Manifest, Publish, Record, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
 from coppice.vmm.driver import Capabilities, Launch, VmmDriver
@@ -52,6 +52,7 @@ class _Started(Record, frozen=True, kw_only=True):
     process: VmmProcess
     machine: MachineSpec
     mac: str
+    publish: tuple[Publish, ...]
 
 
 class FakeDriver(VmmDriver):
@@ -142,9 +143,12 @@ class FakeDriver(VmmDriver):
                 raise VmmDied(f"the fake VMM ended at once: {_last_line(log)}", hint="read fake_vmm.c")
         finally:
             os.close(ready)
-        started = _Started(process=process, machine=launch.machine, mac=launch.mac)
+        started = _Started(process=process, machine=launch.machine, mac=launch.mac, publish=_picked(launch))
         (launch.directory / PID_FILE).write_bytes(msgspec.json.encode(started))
         return process
+
+    async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
+        return (await self._reach("published", directory)).publish
 
     async def pause(self, directory: Path) -> None:
         process = (await self._reach("pause", directory)).process
@@ -226,6 +230,15 @@ async def _load_devices(launch: Launch, process: VmmProcess) -> None:
             log.write(f"cannot load the vmstate: it is of {saved}, the memory is of generation {instant}\n")
         os.kill(process.pid, signal.SIGKILL)
         await ended(process)  # before its guest could answer
+
+
+def _picked(launch: Launch) -> tuple[Publish, ...]:
+    """A number for each port that may be any: nothing listens there, since nothing is behind it."""
+    first = 10000 + int.from_bytes(launch.directory.name.encode()[-2:])
+    return tuple(
+        msgspec.structs.replace(port, host_port=port.host_port or first + number)
+        for number, port in enumerate(launch.publish)
+    )
 
 
 def _listeners(directory: Path) -> list[socket.socket]:

@@ -9,11 +9,13 @@ import sys
 import tarfile
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cli_host import instance
-from coppice.images.catalog import ImageCatalog
-from coppice.model import State
+from coppice.images.catalog import BuildOptions, ImageCatalog
+from coppice.instance.snapshot import new_snapshot
+from coppice.model import SnapshotKind, State
 from coppice.store.layout import Layout
 from coppice.store.store import Store
 
@@ -68,6 +70,57 @@ def complete(home: Path, line: str) -> list[str]:
 def test_names_are_completed(home: Path, line: str, offered: list[str]) -> None:
     """Instances, templates, images and states are offered where they fit."""
     assert complete(home, line) == offered
+
+
+@pytest.fixture
+def shared(home: Path) -> Path:
+    """The same with what two owners have, and share."""
+    layout = Layout(home)
+    store = Store(layout.database, (1, 1))
+    mine = instance("a-vm", owner="alice")
+    made = [
+        mine,
+        instance("b-vm", owner="bob"),
+        instance("b-warm", State.TEMPLATE, owner="bob", public=True),
+        instance("b-odd", owner="bob", public=True),
+    ]
+    store.create(made, "run")
+    for name, owner in (("a-kept", "alice"), ("b-kept", "bob")):
+        kept = msgspec.structs.replace(new_snapshot(mine, name, SnapshotKind.STOPPED, {}), owner=owner)
+        store.snapshots.create(kept, "snapshot")
+        store.snapshots.finish(kept)
+    store.close()
+    tar = home.parent / "root.tar"
+    for name, owner, public in (("a-image", "alice", False), ("b-image", "bob", False), ("b-open", "bob", True)):
+        options = BuildOptions(owner=owner, public=public)
+        asyncio.run(ImageCatalog(layout.images).import_any(name, tar, options=options))
+    return home
+
+
+@pytest.mark.parametrize(
+    ("owner", "line", "offered"),
+    [
+        ("alice", "inspect ", ["a-vm"]),
+        ("alice", "rm b", []),
+        ("alice", "fork ", ["a-vm", "b-warm"]),
+        ("alice", "snapshot inspect ", ["a-kept"]),
+        ("alice", "run ", ["a-image", "b-open"]),
+        ("alice", "cp a", ["a-vm:"]),
+        ("bob", "demote ", ["b-warm"]),
+        ("carol", "inspect ", []),
+        ("", "snapshot rm ", ["a-kept", "b-kept"]),
+        ("", "fork b", ["b-odd", "b-vm", "b-warm"]),
+    ],
+)
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_an_owner_is_offered_what_it_may_use(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, owner: str, line: str, offered: list[str], how: str
+) -> None:
+    """What it would be told is not there is not offered either; the operator sees all."""
+    if how == "variable":
+        monkeypatch.setenv("COPPICE_OWNER", owner)
+    said = f"--owner {owner} " if how == "option" and owner else ""
+    assert sorted(complete(shared, f"coppice {said}{line}")) == offered
 
 
 def test_completion_follows_home(home: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coppice.cli import parse
@@ -36,6 +36,16 @@ def test_a_published_port_is_local_unless_it_says_otherwise() -> None:
     assert parse.publish(["8080:80"]) == (Publish(host_port=8080, guest_port=80, host_address="127.0.0.1"),)
 
 
+def test_each_machine_can_have_its_own() -> None:
+    """The words that a fan-out needs: any port, or an address that nobody else has."""
+    assert parse.publish(["auto:80", "own:8080:80/udp", "0.0.0.0:auto:81", "own:auto:82"]) == (
+        Publish(host_port=0, guest_port=80),
+        Publish(host_port=8080, guest_port=80, protocol="udp", host_address="own"),
+        Publish(host_port=0, guest_port=81, host_address="0.0.0.0"),  # noqa: S104 - only read
+        Publish(host_port=0, guest_port=82, host_address="own"),
+    )
+
+
 @given(st.text())
 def test_any_text_is_a_port_or_a_usage_error(text: str) -> None:
     """Garbage in --publish never raises anything else."""
@@ -43,12 +53,27 @@ def test_any_text_is_a_port_or_a_usage_error(text: str) -> None:
         (found,) = parse.publish([text])
     except UsageError:
         return
-    assert 1 <= found.host_port <= 65535
+    assert (1 if "auto" not in text else 0) <= found.host_port <= 65535
     assert 1 <= found.guest_port <= 65535
 
 
 @pytest.mark.parametrize(
-    "word", ["80", "0:80", "80:65536", "a:1:2", "1:2/sctp", "1.2.3:4:5", "::1:80:80", "", "80:80:80:80"]
+    "word",
+    [
+        "80",
+        "0:80",
+        "80:65536",
+        "a:1:2",
+        "1:2/sctp",
+        "1.2.3:4:5",
+        "::1:80:80",
+        "",
+        "80:80:80:80",
+        "auto",
+        "80:auto",
+        "auto:own:80",
+        "Own:1:2",
+    ],
 )
 def test_a_malformed_port_is_refused(word: str) -> None:
     """A typing error in --publish does not forward something else."""
@@ -147,6 +172,7 @@ def test_a_payload_that_is_too_large_is_refused(tmp_path: Path) -> None:
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
 
 
+@settings(deadline=None)  # it writes files, and a busy host may take its time
 @given(st.lists(JSON, min_size=2, max_size=5))
 def test_payloads_are_an_array_or_lines(wanted: list[object]) -> None:
     """Either way each payload is one JSON document, in its order."""

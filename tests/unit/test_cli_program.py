@@ -114,9 +114,10 @@ def test_wrong_usage_is_exit_2_and_one_line(words: list[str], part: str, capsys:
     assert host.calls == []
 
 
-def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("before", [("--home", "/tmp"), ("--accel", "tcg"), ("--owner", "alice")])
+def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str], before: tuple[str, str]) -> None:
     """A program that misuses the command line gets a document, although the line could not be parsed."""
-    assert run("--home", "/tmp", "--json", "start") == 2
+    assert run(*before, "--json", "start") == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "invalid_request"
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 from cli_host import DIGEST, FakeHost, instance
-from coppice.cli import main
+from cli_lines import document, output_of, run
 from coppice.errors import InUse, NotFound
 from coppice.host import SnapshotInspection
 from coppice.model import (
@@ -19,6 +18,7 @@ from coppice.model import (
     MachineSpec,
     MemFile,
     ProcessSpec,
+    Publish,
     Sharing,
     Snapshot,
     SnapshotKind,
@@ -56,28 +56,6 @@ DISK = Snapshot(
     machine=MachineSpec(kernel="debian-6.1"),
     process=ProcessSpec(),
 )
-
-
-def run(host: FakeHost, *words: str) -> int:
-    """The exit status of a command line over that host."""
-    return main(words, host_factory=host.factory)
-
-
-def output_of(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str) -> str:
-    """What a command that succeeds prints."""
-    assert run(host, *words) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    return shown.out
-
-
-def document(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str, status: int = 0) -> Any:
-    """The one JSON document that a command prints, and nothing else."""
-    assert run(host, "--json", *words) == status
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    assert shown.out.count("\n") == 1
-    return json.loads(shown.out)
 
 
 def test_create(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +100,7 @@ def test_inspect(capsys: pytest.CaptureFixture[str]) -> None:
         "100.0 MiB allocated, inode 77, 3 links",
         "1 (elm)",
         "team=a",
-        "not computed yet",
+        "pending",
         "20.0 MiB of 2.0 GiB",
     ):
         assert text in first
@@ -155,6 +133,23 @@ def test_fork(capsys: pytest.CaptureFixture[str]) -> None:
         results=(ForkResult(name="elm", ok=False, error="no"),),
     )  # fmt: skip
     assert run(FakeHost(snapshot_fork=failed), "snapshot", "fork", "kept") == 1
+
+
+def test_fork_hands_payloads_over(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """As `coppice fork` does: one for all, or one each, which says how many forks there are."""
+    result = ForkResult(name="elm", ok=True, instance=instance("elm"))
+    report = ForkReport(source=KEPT.id, source_name="kept", count=1, succeeded=1, wall_ms=5.0, results=(result,))
+    host = FakeHost(snapshot_fork=report)
+    output_of(capsys, host, "snapshot", "fork", "kept", "--payload", '{"job": 1}', "--publish", "own:8080:80")
+    asked = host.asked("snapshot_fork")
+    assert (asked["count"], asked["payload"], asked["payloads"]) == (1, b'{"job": 1}', [])
+    assert asked["publish"] == (Publish(host_port=8080, guest_port=80, host_address="own"),)
+    each = tmp_path / "each.json"
+    each.write_text('["one", "two", "three"]')
+    host = FakeHost(snapshot_fork=report)
+    output_of(capsys, host, "snapshot", "fork", "kept", "--payloads", str(each))
+    asked = host.asked("snapshot_fork")
+    assert (asked["count"], asked["payload"], asked["payloads"]) == (3, None, [b'"one"', b'"two"', b'"three"'])
 
 
 def test_rm(capsys: pytest.CaptureFixture[str]) -> None:

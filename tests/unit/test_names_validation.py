@@ -194,7 +194,9 @@ def test_impossible_counts_are_refused(count: int) -> None:
 @pytest.mark.parametrize(
     "port",
     [
-        Publish(host_port=0, guest_port=80),
+        Publish(host_port=-1, guest_port=80),
+        Publish(host_port=80, guest_port=0),
+        Publish(host_port=80, guest_port=80, host_address="OWN"),
         Publish(host_port=80, guest_port=65536),
         Publish(host_port=80, guest_port=80, host_address="localhost"),
         Publish(host_port=80, guest_port=80, host_address=""),
@@ -209,6 +211,20 @@ def test_what_is_no_port_cannot_be_published(port: Publish) -> None:
 
 
 def test_ports_of_either_family_are_published() -> None:
-    """As they are."""
-    ports = (Publish(host_port=1, guest_port=65535), Publish(host_port=80, guest_port=80, host_address="::1"))
+    """As they are; so are any port, several times, and an address that is chosen later."""
+    ports = (
+        Publish(host_port=1, guest_port=65535),
+        Publish(host_port=80, guest_port=80, host_address="::1"),
+        Publish(host_port=80, guest_port=80, host_address="own"),
+        Publish(host_port=80, guest_port=80, protocol="udp", host_address="own"),
+        Publish(host_port=0, guest_port=80),
+        Publish(host_port=0, guest_port=81),
+    )
     assert check_publish(ports) == ports
+
+
+def test_a_port_is_published_once() -> None:
+    """The second would find it taken, by the machine's own first."""
+    port = Publish(host_port=80, guest_port=80, host_address="own")
+    with pytest.raises(UsageError, match="twice"):
+        check_publish([port, Publish(host_port=80, guest_port=81, host_address="own")])

@@ -6,9 +6,11 @@ import re
 
 import pytest
 
+from coppice.errors import VmmError
 from coppice.model import MIB, MachineSpec, Publish
 from coppice.vmm import driver as files
 from coppice.vmm.qemu import command
+from coppice.vmm.qemu.ports import with_picked
 
 MACHINE = MachineSpec(cpus=2, memory_bytes=256 * MIB, overlay_bytes=64 * MIB, kernel="k")
 SOCKETS = {command.QMP_SOCKET: 10, **{files.PORT_SOCKET.format(port): 11 + port for port in range(files.PORTS)}}
@@ -92,6 +94,27 @@ def test_ports_are_published_as_asked() -> None:
     (network,) = option(machine(publish=rules), "-netdev")
     assert re.findall(r"hostfwd=([^,]+)", network) == ["tcp:127.0.0.1:8080-:80", "udp:192.0.2.1:53-:5353"]
     assert "hostfwd" not in option(machine(), "-netdev")[0]
+
+
+def test_picked_ports_are_read_from_what_qemu_says() -> None:
+    """Only from its own forwards, whatever connections the guest has open; a port that was asked for is never taken for one that was picked."""
+    said = (
+        "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n"
+        "  TCP[ESTABLISHED]   14       10.0.2.15 40000       127.0.0.1    80     0     0\r\n"
+        "  TCP[HOST_FORWARD]  11      127.66.7.8 42485       10.0.2.15    80     0     0\r\n"
+        "  TCP[HOST_FORWARD]   9       127.0.0.1 33897       10.0.2.15    80     0     0\r\n"
+        "  TCP[HOST_FORWARD]   3       127.0.0.1  8080       10.0.2.15    80     0     0\r\n"
+        "  UDP[HOST_FORWARD]   8               * 37444       10.0.2.15    53     0     0\r\n"
+    )
+    asked = (
+        Publish(host_port=8080, guest_port=80),
+        Publish(host_port=0, guest_port=80),
+        Publish(host_port=0, guest_port=80, host_address="127.66.7.8"),
+        Publish(host_port=0, guest_port=53, protocol="udp", host_address="0.0.0.0"),  # noqa: S104 - only read
+    )
+    assert [port.host_port for port in with_picked(asked, said)] == [8080, 33897, 42485, 37444]
+    with pytest.raises(VmmError):
+        with_picked((*asked, Publish(host_port=0, guest_port=99)), said)
 
 
 @pytest.mark.parametrize("run_as", [None, 1000])

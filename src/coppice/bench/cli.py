@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -132,7 +133,7 @@ def _measure(
     output: Path | None,
     plot: Path | None,
 ) -> None:
-    cli = Cli.of(context)
+    cli = dataclasses.replace(Cli.of(context), background="off")  # nothing else is to run
     for path in (output, plot):  # better now than after twenty minutes
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"there is no directory {path.parent}", hint="make it first")

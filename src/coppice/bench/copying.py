@@ -18,7 +18,7 @@ import msgspec
 from coppice.disk.clone import write_all
 from coppice.disk.extents import data_ranges
 from coppice.fork import fanout
-from coppice.model import MachineSpec, Manifest, VmmProcess
+from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Capabilities, Launch, VmmDriver
 
@@ -53,6 +53,9 @@ class CopyingDriver(VmmDriver):
             filled = await asyncio.to_thread(fill_holes, launch.directory / files.MEMORY)
             self.filled_bytes[launch.directory.name] = filled
         return await self._inner.restore(launch)
+
+    async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
+        return await self._inner.published(directory, asked)
 
     async def pause(self, directory: Path) -> None:
         await self._inner.pause(directory)

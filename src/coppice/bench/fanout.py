@@ -97,7 +97,7 @@ async def measure_fan_out(host: AsyncHost, plan: FanOutPlan, say: Say) -> FanOut
         hosts = {Method.COLD: host, Method.SHARED: host}
         for method in (Method.COPY, Method.SPARSE):
             driver = CopyingDriver(host.rooms.driver, full=method is Method.COPY)
-            hosts[method] = await stack.enter_async_context(AsyncHost(host.home, driver=driver))
+            hosts[method] = await stack.enter_async_context(AsyncHost(host.home, driver=driver, background="off"))
         for memory_bytes in plan.memory_bytes:
             async with tagged(host) as tags:
                 say(f"{memory_bytes // MIB} MiB: booting the template")

@@ -1,11 +1,18 @@
-"""Tab completion of names. It must answer at once and may never fail: it reads the data directory without opening it."""
+"""Tab completion of names. It must answer at once and may never fail: it reads the data directory without opening it.
+
+Under an owner only what that owner may use is offered, by the rules of `coppice.ownership`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import typer
+
+_OWNED = "(:owner IS NULL OR json_extract(CAST(record AS TEXT), '$.owner') = :owner)"
+_PUBLIC = "(state = 'Template' AND json_extract(CAST(record AS TEXT), '$.public'))"
 
 
 def instances(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -18,9 +25,15 @@ def templates(ctx: typer.Context, incomplete: str) -> list[str]:
     return _instances(ctx, incomplete, "Template")
 
 
+def sources(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of what can be forked: also of public templates, whoever's they are."""
+    return _instances(ctx, incomplete, others=_PUBLIC)
+
+
 def snapshots(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of snapshots that begin so."""
-    return _names(ctx, "SELECT name FROM snapshots WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name", incomplete)
+    query = f"SELECT name FROM snapshots WHERE substr(name, 1, length(:prefix)) = :prefix AND {_OWNED} ORDER BY name"  # noqa: S608 - constants
+    return _names(ctx, query, prefix=incomplete)
 
 
 def paths(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -32,11 +45,13 @@ def images(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of images that begin so."""
     from coppice.errors import CoppiceError
     from coppice.images.store import ImageStore
+    from coppice.ownership import may_use_image
 
-    root = _home(ctx) / "images"
+    root, owner = _home(ctx) / "images", _owner(ctx)
     with contextlib.suppress(OSError, CoppiceError):
         if root.is_dir():
-            return [image.name for image in ImageStore(root).list() if image.name and image.name.startswith(incomplete)]
+            found = [image for image in ImageStore(root).list() if may_use_image(owner, image)]
+            return [image.name for image in found if image.name and image.name.startswith(incomplete)]
     return []
 
 
@@ -48,14 +63,15 @@ def states(incomplete: str) -> list[str]:
     return [state for state in known if state.startswith(incomplete)]
 
 
-def _instances(ctx: typer.Context, incomplete: str, state: str = "") -> list[str]:
+def _instances(ctx: typer.Context, incomplete: str, state: str = "", others: str = "FALSE") -> list[str]:
     query = (
-        "SELECT name FROM instances WHERE substr(name, 1, length(?1)) = ?1 AND (?2 = '' OR state = ?2) ORDER BY name"
+        "SELECT name FROM instances WHERE substr(name, 1, length(:prefix)) = :prefix AND (:state = '' OR state = :state) "  # noqa: S608 - constants
+        f"AND ({_OWNED} OR {others}) ORDER BY name"
     )
-    return _names(ctx, query, incomplete, state)
+    return _names(ctx, query, prefix=incomplete, state=state)
 
 
-def _names(ctx: typer.Context, query: str, *parameters: str) -> list[str]:
+def _names(ctx: typer.Context, query: str, **parameters: str) -> list[str]:
     import sqlite3
 
     database = _home(ctx) / "coppice.db"
@@ -65,8 +81,12 @@ def _names(ctx: typer.Context, query: str, *parameters: str) -> list[str]:
             sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True, timeout=0.5)
         ) as connection,
     ):
-        return [name for (name,) in connection.execute(query, parameters)]
+        return [name for (name,) in connection.execute(query, {**parameters, "owner": _owner(ctx)})]
     return []
+
+
+def _owner(ctx: typer.Context) -> str | None:
+    return ctx.find_root().params.get("owner") or os.environ.get("COPPICE_OWNER") or None
 
 
 def _home(ctx: typer.Context) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import typer
 
@@ -27,7 +27,7 @@ def open_host(cli: Cli) -> AsyncHost:
     """The real host over the data directory that the user chose."""
     from coppice.host import AsyncHost
 
-    return AsyncHost(cli.home, accel=cli.accel, owner=cli.owner)
+    return AsyncHost(cli.home, accel=cli.accel, owner=cli.owner, background=cli.background)
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Cli:
     owner: str | None = None
     json: bool = False
     debug: bool = False
+    background: Literal["detached", "off"] = "detached"  # a command does not wait for what it has started
     host_factory: HostFactory = open_host
 
     @staticmethod

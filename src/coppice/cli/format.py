@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coppice.model import Publish
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _AGES = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -48,3 +53,18 @@ def moment(at: float) -> str:
 def count(number: int, noun: str) -> str:
     """`1 fork`, `2 forks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def digest(sha256: str | None) -> str:
+    """A SHA-256, or that there is none yet."""
+    return sha256 or "pending: computed in the background, or by `coppice verify`"
+
+
+def ports(published: Sequence[Publish]) -> str:
+    """Forwarded ports: `127.0.0.1:8080->80/tcp`."""
+    return ", ".join(_port(port) for port in published) or "-"
+
+
+def _port(port: Publish) -> str:
+    address = f"[{port.host_address}]" if ":" in port.host_address else port.host_address
+    return f"{address}:{port.host_port or 'auto'}->{port.guest_port}/{port.protocol}"

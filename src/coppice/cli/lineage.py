@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,45 +22,21 @@ def fork(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A Template, Standby or Stopped instance.", autocompletion=complete.instances
+            metavar="SOURCE", help="A Template, Standby or Stopped instance.", autocompletion=complete.sources
         ),
     ],
-    count: Annotated[
-        int | None,
-        typer.Option(
-            "--count", "-n", help="How many forks to grow, in parallel; as many as names or payloads, or one."
-        ),
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option("--name", help="Name of a fork, repeatable; one name for several forks is numbered."),
-    ] = None,
-    target: Annotated[
-        Literal["running", "standby", "stopped"], typer.Option("--target", help="What the forks become.")
-    ] = "running",
-    atomic: Annotated[bool, typer.Option("--atomic", help="All or none: one failure undoes all.")] = False,
+    count: options.Count = None,
+    name: options.ForkNames = None,
+    target: options.Target = "running",
+    atomic: options.Atomic = False,
     from_running: Annotated[
         bool,
         typer.Option(
             "--from-running", help="Fork a Running instance: it is paused for some milliseconds, and runs on."
         ),
     ] = False,
-    payload: Annotated[
-        str | None,
-        typer.Option(
-            "--payload",
-            metavar="FILE|JSON",
-            help="What each fork finds in /run/coppice/payload. Secrets go into a file, or `-`: others can see the words of a command.",
-        ),
-    ] = None,
-    payloads: Annotated[
-        str | None,
-        typer.Option(
-            "--payloads",
-            metavar="FILE",
-            help="A payload for each fork: a JSON array, or one JSON document in each line.",
-        ),
-    ] = None,
+    payload: options.Payload = None,
+    payloads: options.Payloads = None,
     tag: options.Tags = None,
     publish: options.Published = None,
     quiet: options.Quiet = False,
@@ -72,10 +48,7 @@ def fork(
     """
     cli = Cli.of(ctx)
     tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
-
-    shared = None if payload is None else parse.payload(payload)
-    each = [] if payloads is None else parse.payloads(payloads)
-    wanted = count if count is not None else max(1, len(each) or len(name or ()))
+    shared, each = parse.forks_payloads(payload, payloads)
 
     async def work(host: AsyncHost) -> ForkReport:
         from coppice.model import State
@@ -83,7 +56,7 @@ def fork(
         with cli.progress() as progress:
             return await host.fork(
                 source,
-                count=wanted,
+                count=parse.fork_count(count, each, name or ()),
                 names=tuple(name or ()),
                 target=State(target.capitalize()),
                 atomic=atomic,
@@ -116,12 +89,13 @@ def _print_report(report: ForkReport) -> None:
     grown = [result for result in report.results if result.ok]
     if grown:
         stages = list(dict.fromkeys(stage for result in grown for stage in result.stages))
+        with_ports = any(result.instance.publish for result in grown if result.instance)
         output.table(
             [
                 ("NAME", "left"), ("STATE", "left"), ("TOTAL", "right"), *((stage.upper(), "right") for stage in stages),
-                ("SHARING", "left"), ("UNIQUE", "right"), ("DISK", "right"),
+                ("SHARING", "left"), ("UNIQUE", "right"), ("DISK", "right"), *((("PORTS", "left"),) if with_ports else ()),
             ],
-            [_row(result, stages) for result in grown],
+            [_row(result, stages, with_ports=with_ports) for result in grown],
         )  # fmt: skip
     unique = sum(result.memory.unique_bytes for result in grown if result.memory)
     cost = f", {format.size(unique)} of memory of their own" if any(result.memory for result in grown) else ""
@@ -134,7 +108,7 @@ def _print_report(report: ForkReport) -> None:
     _complain(report)
 
 
-def _row(result: ForkResult, stages: Sequence[str]) -> list[str | Text]:
+def _row(result: ForkResult, stages: Sequence[str], *, with_ports: bool) -> list[str | Text]:
     return [
         result.name,
         output.state(result.instance.state if result.instance else "Unknown"),
@@ -143,6 +117,7 @@ def _row(result: ForkResult, stages: Sequence[str]) -> list[str | Text]:
         str(result.sharing or "-"),
         format.size(result.memory.unique_bytes) if result.memory else "-",
         format.size(result.disk_bytes_written),
+        *([format.ports(result.instance.publish if result.instance else ())] if with_ports else []),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,7 +28,33 @@ Published = Annotated[
         "--publish",
         "-p",
         metavar="[ADDRESS:]HOST:GUEST[/udp]",
-        help="Forward a port of this host to the guest; repeatable.",
+        help="Forward a port of this host to the guest; repeatable. HOST `auto`: any that is free; ADDRESS `own`: a loopback address for each machine.",
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option("--count", "-n", help="How many forks to grow, in parallel; as many as names or payloads, or one."),
+]
+ForkNames = Annotated[
+    list[str] | None,
+    typer.Option("--name", help="Name of a fork, repeatable; one name for several forks is numbered."),
+]
+Target = Annotated[Literal["running", "standby", "stopped"], typer.Option("--target", help="What the forks become.")]
+Atomic = Annotated[bool, typer.Option("--atomic", help="All or none: one failure undoes all.")]
+Payload = Annotated[
+    str | None,
+    typer.Option(
+        "--payload",
+        metavar="FILE|JSON",
+        help="What each fork finds in /run/coppice/payload. Secrets go into a file, or `-`: others can see the words of a command.",
+    ),
+]
+Payloads = Annotated[
+    str | None,
+    typer.Option(
+        "--payloads",
+        metavar="FILE",
+        help="A payload for each fork: a JSON array, or one JSON document in each line.",
     ),
 ]
 Public = Annotated[bool, typer.Option("--public", help="Other owners may use it too.")]

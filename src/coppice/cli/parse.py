@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coppice.model import Publish, State
 
 _PUBLISH = re.compile(
-    r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
+    r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}|auto):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
 )
 _MAX_PAYLOADS_FILE = 256 << 20
 _REMOTE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9-]*):(?P<path>.*)", re.DOTALL)
@@ -68,21 +68,24 @@ def _inherited(word: str) -> str:
 def publish(words: Iterable[str]) -> tuple[Publish, ...]:
     """Read forwarded ports: `HOST:GUEST`, `ADDRESS:HOST:GUEST`, each with `/udp` or `/tcp` behind it. An IPv6 address is in brackets.
 
+    The address `own` is a loopback address of the instance's own, the host port `auto` any that is free.
+
     :raises UsageError: one is malformed, or has a port that is out of range
     """
-    from coppice.model import Publish
+    from coppice.model import ANY_PORT, Publish
 
     ports: list[Publish] = []
     for word in words:
         found = _PUBLISH.fullmatch(word)
         if not found:
             raise UsageError(
-                f"{word!r} is not a published port", hint="write HOST:GUEST, ADDRESS:HOST:GUEST or HOST:GUEST/udp"
+                f"{word!r} is not a published port",
+                hint="write HOST:GUEST, ADDRESS:HOST:GUEST, own:HOST:GUEST, auto:GUEST or HOST:GUEST/udp",
             )
         protocol: Literal["tcp", "udp"] = "udp" if found["protocol"] == "udp" else "tcp"
         ports.append(
             Publish(
-                host_port=_port(found["host"]),
+                host_port=ANY_PORT if found["host"] == "auto" else _port(found["host"]),
                 guest_port=_port(found["guest"]),
                 protocol=protocol,
                 host_address=_address(found["address"]) if found["address"] else "127.0.0.1",
@@ -98,6 +101,10 @@ def _port(text: str) -> int:
 
 
 def _address(text: str) -> str:
+    from coppice.model import OWN_ADDRESS
+
+    if text == OWN_ADDRESS:
+        return text
     try:
         return str(ip_address(text.removeprefix("[").removesuffix("]")))
     except ValueError as error:
@@ -116,6 +123,19 @@ def states(words: Iterable[str]) -> list[State]:
         if word.lower() not in known:
             raise UsageError(f"there is no state {word!r}", hint=f"the states are {', '.join(State)}")
     return [known[word.lower()] for word in found]
+
+
+def forks_payloads(shared: str | None, each: str | None) -> tuple[bytes | None, list[bytes]]:
+    """Read `--payload` and `--payloads`, where they are given.
+
+    :raises UsageError: see `payload` and `payloads`
+    """
+    return None if shared is None else payload(shared), [] if each is None else payloads(each)
+
+
+def fork_count(count: int | None, each: Sequence[bytes], names: Sequence[str]) -> int:
+    """How many forks are meant: as many as was said, else as there are payloads or names, else one."""
+    return count if count is not None else max(1, len(each) or len(names))
 
 
 def payload(word: str) -> bytes:

@@ -149,8 +149,9 @@ def _details(found: SnapshotInspection) -> list[tuple[str, str | Text]]:
             if mem_file
             else None,
         ),
-        ("SHA-256", mem_file.sha256 or "not computed yet: `coppice verify` does" if mem_file else None),
+        ("SHA-256", format.digest(mem_file.sha256) if mem_file else None),
         ("Disk", f"{format.size(found.disk_bytes)} of {format.size(snapshot.machine.overlay_bytes)} allocated"),
+        ("SHA-256", format.digest(snapshot.disk_sha256) + " (disk)"),
         ("Files", found.directory),
     ]
     return [(label, value) for label, value in details if value is not None]
@@ -175,24 +176,20 @@ def restore(
 def fork(
     ctx: typer.Context,
     snapshot: SnapshotName,
-    count: Annotated[
-        int | None, typer.Option("--count", "-n", help="How many forks to grow, in parallel; as many as names, or one.")
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option("--name", help="Name of a fork, repeatable; one name for several forks is numbered."),
-    ] = None,
-    target: Annotated[
-        Literal["running", "standby", "stopped"], typer.Option("--target", help="What the forks become.")
-    ] = "running",
-    atomic: Annotated[bool, typer.Option("--atomic", help="All or none: one failure undoes all.")] = False,
+    count: options.Count = None,
+    name: options.ForkNames = None,
+    target: options.Target = "running",
+    atomic: options.Atomic = False,
+    payload: options.Payload = None,
+    payloads: options.Payloads = None,
     tag: options.Tags = None,
     publish: options.Published = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Grow forks from a snapshot, as `coppice fork` does from an instance."""
+    """Grow forks from a snapshot, as `coppice fork` does from an instance: payloads, published ports and all."""
     cli = Cli.of(ctx)
     tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
+    shared, each = parse.forks_payloads(payload, payloads)
 
     async def work(host: AsyncHost) -> ForkReport:
         from coppice.model import State
@@ -200,10 +197,12 @@ def fork(
         with cli.progress() as progress:
             return await host.snapshot_fork(
                 snapshot,
-                count=count if count is not None else max(1, len(name or ())),
+                count=parse.fork_count(count, each, name or ()),
                 names=tuple(name or ()),
                 target=State(target.capitalize()),
                 atomic=atomic,
+                payload=shared,
+                payloads=each,
                 tags=tags,
                 publish=ports,
                 progress=progress,
@@ -237,7 +236,8 @@ def rm(ctx: typer.Context, names: SnapshotNames) -> None:
 def verify(ctx: typer.Context) -> None:
     """Check every captured mem-file and every disk at rest; name what differs.
 
-    Mem-files by SHA-256, size, inode and mode, disks by e2fsck. The first time, a SHA-256 is recorded. Nothing is changed. Exit status 1 if something differs.
+    Mem-files by SHA-256, size, inode and mode, disks by e2fsck. A SHA-256 that is not known yet is recorded. Nothing is changed.
+    Exit status 1 if something differs.
     """
     cli = Cli.of(ctx)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from coppice.host import AsyncHost, Inspection
-    from coppice.model import BudgetUse, Instance, MemoryReport, Publish
+    from coppice.model import BudgetUse, Instance, MemoryReport
 
 
 def ls(
@@ -65,7 +65,7 @@ def ls(
                     format.age(instance.created_at),
                     instance.parent_name or "-",
                     *([instance.owner or "-"] if with_owners else []),
-                    *([_ports(instance.publish)] if with_ports else []),
+                    *([format.ports(instance.publish)] if with_ports else []),
                     *([_tags(instance.tags)] if with_tags else []),
                 ]
                 for instance in instances
@@ -73,15 +73,6 @@ def ls(
         )
 
     cli.show(instances, human)
-
-
-def _ports(published: tuple[Publish, ...]) -> str:
-    return ", ".join(_port(port) for port in published) or "-"
-
-
-def _port(port: Publish) -> str:
-    address = f"[{port.host_address}]" if ":" in port.host_address else port.host_address
-    return f"{address}:{port.host_port}->{port.guest_port}/{port.protocol}"
 
 
 def _tags(tags: dict[str, str]) -> str:
@@ -134,7 +125,7 @@ def _details(found: Inspection) -> list[tuple[str, str | Text]]:
         ("Environment", output.printable(", ".join(f"{key}={value}" for key, value in process.env.items())) or None),
         ("Host name", instance.hostname),
         ("Tags", _tags(instance.tags) if instance.tags else None),
-        ("Ports", _ports(instance.publish) if instance.publish else None),
+        ("Ports", format.ports(instance.publish) if instance.publish else None),
         ("Owner", instance.owner),
         ("Public", "other owners may fork it" if instance.public else None),
         ("Parent", instance.parent_name),
@@ -144,6 +135,7 @@ def _details(found: Inspection) -> list[tuple[str, str | Text]]:
             "Mem-file",
             f"inode {memory.inode}, {format.count(memory.link_count, 'link')}" if memory and memory.inode else None,
         ),
+        ("SHA-256", format.digest(instance.mem_file.sha256) if instance.mem_file else None),
         ("Sharing", _sharing(instance)),
         ("Disk", f"{format.size(found.disk_bytes)} of {format.size(instance.machine.overlay_bytes)} allocated"),
         ("Files", found.directory),

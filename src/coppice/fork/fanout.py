@@ -56,7 +56,7 @@ async def fan_out(
     if snapshot is not None:
         children = [grown_from(snapshot, child, parent) for child in children]
     try:
-        await in_thread(rooms.store.create, children, OPERATION, admit)
+        children = await in_thread(rooms.store.create, children, OPERATION, admit)
     except asyncio.CancelledError:
         await complete(_destroy_all(rooms, children))
         raise

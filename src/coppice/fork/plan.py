@@ -9,7 +9,7 @@ import msgspec
 
 from coppice.errors import IllegalTransition, UsageError
 from coppice.lifecycle import Operation, require
-from coppice.model import Instance, Publish, Record, Snapshot, State
+from coppice.model import ANY_PORT, OWN_ADDRESS, Instance, Publish, Record, Snapshot, State
 from coppice.names import check_count, check_name, check_payloads, check_publish, check_tags, new_id, new_name
 
 OPERATION = "fork"  # journal: a child that is not whole yet
@@ -57,9 +57,10 @@ def make_request(
             f"a fork that is made {target} cannot have a payload: it is handed over when the guest starts, and kept nowhere",
             hint="fork it to Running, or without a payload",
         )
-    if publish and count > 1:
+    if count > 1 and any(port.host_port != ANY_PORT and port.host_address != OWN_ADDRESS for port in publish):
         raise UsageError(
-            "several forks cannot publish the same host port", hint="fork one at a time, or without --publish"
+            "several forks cannot publish the same host port",
+            hint="let each have an address of its own, as in `own:8080:80`, or any port, as in `auto:80`",
         )
     if len(names) == 1 and count > 1:
         width = len(str(count))

@@ -15,6 +15,7 @@ from coppice.disk.overlay import OverlayStore
 from coppice.errors import NotFound
 from coppice.guest.agent import agent_binary
 from coppice.guest.kernel import KernelStore
+from coppice.host.hashing import Background, Hashing
 from coppice.images.catalog import ImageCatalog
 from coppice.instance import recovery
 from coppice.instance.rooms import Deadlines, Rooms
@@ -24,6 +25,7 @@ from coppice.names import check_owner, check_reference
 from coppice.ownership import may_use_image, require_instance
 from coppice.store import locks
 from coppice.store.budgets import load_budgets
+from coppice.store.config import hashes_in_background
 from coppice.store.layout import Layout, default_home
 from coppice.store.store import Store
 from coppice.vmm.driver import VmmDriver
@@ -65,6 +67,7 @@ class HostBase:
         driver: VmmDriver | None = None,
         deadlines: Deadlines | None = None,
         budgets: Budgets | None = None,
+        background: Background = "owned",
         open_rooms: RoomsOpener | None = None,
     ) -> None:
         """Prepare to use the data directory `home` (default: COPPICE_HOME and so on, see `default_home`).
@@ -72,6 +75,8 @@ class HostBase:
         `owner` is whose things are made, seen and used; without one the host is the operator's, who may use all (see `coppice.ownership`).
         `accel` is `auto`, `kvm` or `tcg`; `driver` replaces QEMU altogether, and `open_rooms` everything that works in the data directory.
         `budgets` are used instead of those that config.toml and the environment say (see `coppice.store.budgets`).
+        `background` says what becomes of the hashing of captures when the host is closed: `owned`, it ends, and the next host takes it up;
+        `detached`, it goes on by itself; `off`, there is none. config.toml and the environment can switch it off too (see `coppice.store.config`).
 
         :raises InvalidName: the owner is not a name
         """
@@ -82,7 +87,9 @@ class HostBase:
         self._given_budgets = budgets
         self._budgets: Budgets | None = None
         self._open_rooms = open_rooms or default_rooms
+        self._background = background
         self._opened: Rooms | None = None
+        self._hashing: Hashing | None = None
 
     @property
     def home(self) -> Path:
@@ -124,6 +131,7 @@ class HostBase:
             try:
                 await in_thread(self._open)
                 await recovery.recover(self.rooms)
+                self._hash().resume()
             except BaseException:
                 await self.close()
                 raise
@@ -133,10 +141,21 @@ class HostBase:
         layout = Layout(self._home.absolute())
         layout.create()
         self._budgets = self._given_budgets or load_budgets(layout.home)
+        background = self._background if hashes_in_background(layout.home) else "off"
         self._opened = self._open_rooms(layout, self._driver, self._deadlines)
+        self._hashing = Hashing(self._opened, background)
+
+    def _hash(self) -> Hashing:
+        """The background hashing of this host, once it is opened."""
+        if self._hashing is None:
+            raise AssertionError("only an opened host has captured anything")
+        return self._hashing
 
     async def close(self) -> None:
         """Close the data directory. Instances live on. Idempotent."""
+        if self._hashing is not None:
+            await self._hashing.close()
+            self._hashing = None
         if self._opened is not None:
             self._opened.store.close()
             self._opened = None

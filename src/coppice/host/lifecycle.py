@@ -74,6 +74,7 @@ class Lifecycle(Admission):
 
         :raises NotFound: there is no such image or kernel
         :raises NameTaken: the name is in use
+        :raises InUse: another program has a port that is to be published
         :raises NoSpace: a budget is spent, or the disk is full
         :raises VmmDied: the machine ended before it answered
         :raises GuestTimeout: it did not answer in time
@@ -118,7 +119,7 @@ class Lifecycle(Admission):
     ) -> Instance:
         try:
             # First: a lock file without a record is nobody's.
-            await in_thread(self.rooms.store.create, [instance], "run", admit)
+            (instance,) = await in_thread(self.rooms.store.create, [instance], "run", admit)
             async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
                 await in_thread(self._place_new, instance)
                 if start:
@@ -147,6 +148,7 @@ class Lifecycle(Admission):
         """Boot a Stopped instance from its disk. A Running one is left as it is.
 
         :raises VmmDied: the machine ended before it answered; it is Stopped again
+        :raises InUse: another program has a port that it publishes
         """
         async with self._hold(reference, Operation.START) as (instance, target):
             if instance.state is target:
@@ -158,6 +160,7 @@ class Lifecycle(Admission):
         """Let a Standby instance run on from its captured memory. A Running one is left as it is.
 
         :raises IntegrityError: the capture was tampered with, or was made on another kind of host
+        :raises InUse: another program has a port that it publishes; it stays Standby
         """
         async with self._hold(reference, Operation.RESTORE) as (instance, target):
             if instance.state is target:
@@ -221,7 +224,9 @@ class Lifecycle(Admission):
             if instance.state is target:
                 return instance, CaptureReport(pause_ms=0, total_ms=0, ram_bytes_written=0, dirty_bytes=0)
             await self._admit(demand_of_capture(instance))
-            return await capture.standby(self.rooms, instance)
+            captured, report = await capture.standby(self.rooms, instance)
+            self._hash().captured(captured)
+            return captured, report
 
     async def promote(self, reference: Reference, *, public: bool | None = None) -> Instance:
         """Make a Standby instance a Template: fork-only, until it is demoted. A Template stays one.
@@ -243,6 +248,7 @@ class Lifecycle(Admission):
                 return instance
             changed = await in_thread(self.rooms.store.promote, instance, target, public=bool(public))
             await in_thread(self.rooms.store.sync)
+            self._hash().captured(changed)
             return changed
 
     async def fork(
@@ -267,6 +273,7 @@ class Lifecycle(Admission):
         With `from_running` the source is a Running instance: it is paused for some milliseconds, said in the report, and runs on.
         `payload`, for all, or `payloads`, one for each, is what a fork finds in /run/coppice/payload before the image's /etc/coppice/on-fork
         is run; 1 MiB at most, and kept nowhere else. A hook that fails, or takes longer than 30 s, keeps that fork out of Running.
+        Several forks publish ports with the address `own` or the port 0 (see `Publish`); what each was given is in its record.
 
         :raises IllegalTransition: the source cannot be forked now
         :raises NoSpace: so many do not fit into a budget; none was made
@@ -287,7 +294,9 @@ class Lifecycle(Admission):
             return await self._fork_running(reference, request, progress)
         async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
             admit = await self._admit(await in_thread(demand_of_forks, self.rooms, source, request))
-            return await fan_out(self.rooms, source, request, progress, owner=self.owner, admit=admit)
+            forked = await fan_out(self.rooms, source, request, progress, owner=self.owner, admit=admit)
+        self._hash().captured(*forked.instances)
+        return forked
 
     async def _fork_running(self, reference: Reference, request: ForkRequest, progress: ProgressSink) -> ForkReport:
         async with self._hold(reference, Operation.FORK_RUNNING) as (source, _):
@@ -313,6 +322,7 @@ class Lifecycle(Admission):
         except asyncio.CancelledError:  # nobody will learn of the forks
             await complete(self._remove_all(forked.instances))
             raise
+        self._hash().captured(*forked.instances)
         return msgspec.structs.replace(forked, source_pause_ms=report.pause_ms, capture=report)
 
     async def rm(self, reference: Reference) -> None:

@@ -78,10 +78,12 @@ class Snapshots(Lifecycle):
             async with locks.hold(self.rooms.layout.lock(made.id), what=made.name):
                 try:
                     await in_thread(self.rooms.store.snapshots.create, made, snapshot.OPERATION)
-                    return await snapshot.create(self.rooms, source, made)
+                    whole = await snapshot.create(self.rooms, source, made)
                 except BaseException:
                     await complete(snapshot.remove(self.rooms, made.id))
                     raise
+        self._hash().captured(whole)
+        return whole
 
     async def snapshot_ls(
         self, *, source: Reference | None = None, tags: Mapping[str, str] | None = None
@@ -140,6 +142,7 @@ class Snapshots(Lifecycle):
                 if start and instance.vmm is None:
                     await self._admit(demand_of_activation(instance, boot=moment.mem_file is None))
                 restored = await rollback.roll_back(self.rooms, instance, moment)
+                self._hash().captured(restored)
                 if not start:
                     return restored
                 operation = "start" if restored.state is State.STOPPED else "restore"
@@ -183,7 +186,7 @@ class Snapshots(Lifecycle):
                 parent = await self._get(found.source)
             source, origin = snapshot.as_source(found), self.rooms.layout.snapshot(found.id)
             admit = await self._admit(await in_thread(demand_of_forks, self.rooms, source, request, origin))
-            return await fan_out(
+            forked = await fan_out(
                 self.rooms,
                 source,
                 request,
@@ -193,6 +196,8 @@ class Snapshots(Lifecycle):
                 parent=parent,
                 snapshot=found,
             )
+        self._hash().captured(*forked.instances)
+        return forked
 
     async def snapshot_rm(self, reference: SnapshotReference) -> None:
         """Remove a snapshot. Its instance does not notice, nor do its forks, which own what they share with it.
@@ -210,8 +215,8 @@ class Snapshots(Lifecycle):
     async def verify(self, *, progress: ProgressSink = no_progress) -> VerifyReport:
         """Check that every captured mem-file and every disk at rest is what it was, and name what differs.
 
-        Compares inode, size, mode and SHA-256, and runs e2fsck over disks that no machine uses. A SHA-256 that is not known yet is recorded for
-        the next time, so the first run after a capture is what later ones are compared with. Nothing is changed or repaired.
+        Compares inode, size, mode and SHA-256, and runs e2fsck over disks that no machine uses. A SHA-256 that was not computed in the background
+        yet is recorded for the next time. Nothing is changed or repaired.
 
         :raises MissingTool: e2fsck is not installed
         :raises Refused: the host has an owner: everybody's files are looked at

@@ -18,11 +18,12 @@ from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, GuestTimeout, IntegrityError, VmmDied
 from coppice.guest.client import Identity
 from coppice.instance import directory as directories
+from coppice.instance import ports
 from coppice.instance.identity import identity_message, mac_address
 from coppice.instance.rooms import Rooms
 from coppice.memory import hotset, memfile
 from coppice.memory.report import memory_report
-from coppice.model import Instance, Manifest, MemoryReport, State, VmmProcess
+from coppice.model import ANY_PORT, Instance, Manifest, MemoryReport, State, VmmProcess
 from coppice.timing import Stages
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
@@ -102,6 +103,8 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes 
         manifest=instance.manifest,
     )
     process: VmmProcess | None = None
+    await in_thread(ports.require_free, instance)
+    await in_thread(directories.trim_logs, directory)
     try:
         with stages.stage("start"):
             process = await (rooms.driver.boot(launch) if booted else rooms.driver.restore(launch))
@@ -109,6 +112,10 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes 
                 instance, state=State.INITIALIZING, vmm=process, started_at=time.time(), exit_reason=None
             )
             await in_thread(rooms.store.save, instance)
+        if any(port.host_port == ANY_PORT for port in instance.publish):
+            with stages.stage("publish"):
+                asked = rooms.driver.published(directory, instance.publish)
+                instance = msgspec.structs.replace(instance, publish=await unless_vmm_dies(rooms, instance, asked))
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             message = identity_message(instance, booted=booted, payload=payload)

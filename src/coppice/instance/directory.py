@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from coppice.disk.atomic import is_temporary
+from coppice.disk.atomic import is_temporary, temporary_beside
 from coppice.disk.clone import clone_directory
 from coppice.disk.link import link_or_copy
 from coppice.disk.overlay import OverlayStore
@@ -24,6 +24,7 @@ from coppice.vmm import driver as files
 
 _LINKED = (files.MEMORY, files.HOT_SET, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD)
 _REMOVED = ".removed"
+LOG_KEPT = 8 << 20  # bytes
 _RUNTIME = (
     files.LIVE_MEMORY,
     files.VMSTATE_NEW,
@@ -106,6 +107,22 @@ def clear_runtime(directory: Path) -> None:
     for name in _RUNTIME:
         (directory / name).unlink(missing_ok=True)
     clear_temporaries(directory)
+
+
+def trim_logs(directory: Path) -> None:
+    """Keep the newest lines of logs that have grown large; to be called before a VMM is started, when nobody writes them. Idempotent.
+
+    They go on from start to start, and a VMM cannot write a file beyond its limit: one that was full would stay as it is for good.
+    """
+    for path in (directory / files.CONSOLE_LOG, directory / files.VMM_LOG):
+        if path.exists() and path.stat().st_size > LOG_KEPT:
+            with path.open("rb") as log:
+                log.seek(-LOG_KEPT, os.SEEK_END)
+                log.readline()  # half a line
+                newest = log.read()
+            new = temporary_beside(path)
+            new.write_bytes(newest)
+            new.rename(path)
 
 
 def clear_temporaries(directory: Path) -> None:

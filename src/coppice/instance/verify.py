@@ -1,7 +1,7 @@
 """Are captured files still what was captured? Mem-files by SHA-256, size, inode and mode; disks by e2fsck, and by SHA-256 where they never change.
 
-A SHA-256 that is not known yet is computed and recorded: there is no daemon that could do so in the background of a capture. A mem-file is read once,
-however many instances have a link to it, and nothing is locked meanwhile: who has another mem-file or is gone by the end is left out.
+A SHA-256 that is not known yet, since `digests` has not come to it, is computed and recorded. A mem-file is read once, however many instances have a
+link to it, and nothing is locked meanwhile: who has another mem-file or is gone by the end is left out.
 """
 
 from __future__ import annotations
@@ -14,36 +14,17 @@ from pathlib import Path
 
 from coppice.completion import in_thread
 from coppice.disk.overlay import fsck
-from coppice.errors import Busy, HostCannot, IntegrityError, MissingTool, NoSpace, NotFound
+from coppice.errors import HostCannot, IntegrityError, MissingTool, NoSpace, NotFound
+from coppice.instance import digests
 from coppice.instance import directory as directories
+from coppice.instance.digests import Holder
 from coppice.instance.rooms import Rooms
 from coppice.memory import memfile
-from coppice.model import Difference, Instance, MemFile, Progress, ProgressSink, Snapshot, VerifyReport, no_progress
+from coppice.model import Difference, MemFile, Progress, ProgressSink, Snapshot, VerifyReport, no_progress
 from coppice.store import locks
 from coppice.vmm import driver as files
 
 _RECORD_WITHIN_S = 5.0  # a hash that cannot be recorded now is computed again the next time
-
-
-@dataclass(frozen=True)
-class _Holder:
-    """An instance or snapshot with captured files."""
-
-    record: Instance | Snapshot
-    directory: Path
-
-    @property
-    def mem_file(self) -> MemFile | None:
-        return self.record.mem_file
-
-    def differs(self, file: str, detail: str) -> Difference:
-        return Difference(
-            holder="snapshot" if isinstance(self.record, Snapshot) else "instance",
-            id=self.record.id,
-            name=self.record.name,
-            file=file,
-            detail=detail,
-        )
 
 
 @dataclass
@@ -63,9 +44,9 @@ async def verify(rooms: Rooms, progress: ProgressSink) -> VerifyReport:
 
     :raises MissingTool: e2fsck is not installed
     """
-    holders = await in_thread(_holders, rooms)
+    holders = await in_thread(digests.holders, rooms.layout, rooms.store)
     found = _Findings()
-    sound: dict[tuple[int, int], list[_Holder]] = {}
+    sound: dict[tuple[int, int], list[Holder]] = {}
     for holder in holders:
         if holder.mem_file is not None and (inode := await _in_order(rooms, holder, holder.mem_file, found)):
             sound.setdefault(inode, []).append(holder)
@@ -87,34 +68,23 @@ async def verify(rooms: Rooms, progress: ProgressSink) -> VerifyReport:
     )
 
 
-def _holders(rooms: Rooms) -> list[_Holder]:
-    """All instances and snapshots that no operation is at work on."""
-    busy = {entry.instance for entry in rooms.store.journal()}
-    return [
-        *(_Holder(each, rooms.directory(each.id)) for each in rooms.store.instances() if each.id not in busy),
-        *(_Holder(each, rooms.layout.snapshot(each.id)) for each in rooms.store.snapshots.snapshots()),
-    ]
+def _differs(holder: Holder, file: str, detail: str) -> Difference:
+    record = holder.record
+    return Difference(
+        holder="snapshot" if isinstance(record, Snapshot) else "instance",
+        id=record.id,
+        name=record.name,
+        file=file,
+        detail=detail,
+    )
 
 
-async def _still_there(rooms: Rooms, record: Instance | Snapshot) -> bool:
-    """Whether the holder has the same mem-file as when it was listed: else what was found is not about it."""
-    now: Instance | Snapshot
-    try:
-        if isinstance(record, Snapshot):
-            now = await in_thread(rooms.store.snapshots.get, record.id)
-        else:
-            now = await in_thread(rooms.store.get, record.id)
-    except NotFound:
-        return False
-    return (now.mem_file and now.mem_file.inode) == (record.mem_file and record.mem_file.inode)
+async def _report(rooms: Rooms, holder: Holder, found: _Findings, file: str, detail: str) -> None:
+    if await in_thread(digests.still_there, rooms.store, holder.record):
+        found.differences.append(_differs(holder, file, detail))
 
 
-async def _report(rooms: Rooms, holder: _Holder, found: _Findings, file: str, detail: str) -> None:
-    if await _still_there(rooms, holder.record):
-        found.differences.append(holder.differs(file, detail))
-
-
-async def _in_order(rooms: Rooms, holder: _Holder, expected: MemFile, found: _Findings) -> tuple[int, int] | None:
+async def _in_order(rooms: Rooms, holder: Holder, expected: MemFile, found: _Findings) -> tuple[int, int] | None:
     """Device and inode of the mem-file, if it is the one that was recorded; the device state beside it is checked on the way."""
     vmstate, memory = holder.directory / files.VMSTATE, holder.directory / files.MEMORY
     try:
@@ -137,7 +107,7 @@ async def _in_order(rooms: Rooms, holder: _Holder, expected: MemFile, found: _Fi
     return status.st_dev, status.st_ino
 
 
-async def _check_memory(rooms: Rooms, links: list[_Holder], found: _Findings, progress: ProgressSink) -> None:
+async def _check_memory(rooms: Rooms, links: list[Holder], found: _Findings, progress: ProgressSink) -> None:
     """Hash one mem-file, and compare it with what each holder of a link to it has recorded, or any other of them."""
     digest = None
     for holder in links:
@@ -157,7 +127,9 @@ async def _check_memory(rooms: Rooms, links: list[_Holder], found: _Findings, pr
         if expected is not None and expected != digest:
             await _report(rooms, holder, found, files.MEMORY, _hashes(digest, expected))
         elif mem_file.sha256 is None:
-            found.recorded += await _record(rooms, holder.record, mem_file, digest)
+            found.recorded += await digests.record(
+                rooms.layout, rooms.store, holder.record, mem_file.inode, digest, deadline_s=_RECORD_WITHIN_S
+            )
 
 
 async def _sha256(path: Path, progress: ProgressSink) -> str:
@@ -175,23 +147,7 @@ def _hashes(digest: str, expected: str | None) -> str:
     return f"its SHA-256 is {digest}, not {expected}"
 
 
-async def _record(rooms: Rooms, record: Instance | Snapshot, mem_file: MemFile, digest: str) -> bool:
-    """Record the hash while nobody changes the holder; tell whether that could be."""
-    lock = rooms.layout.lock(record.id)
-    try:
-        async with locks.hold(lock, shared=True, deadline_s=_RECORD_WITHIN_S, what=record.name):
-            if isinstance(record, Snapshot):
-                recorded = await in_thread(rooms.store.snapshots.record_sha256, record.id, memory=digest)
-            else:
-                recorded = await in_thread(rooms.store.record_sha256, record.id, mem_file.inode, digest)
-            if not recorded and not await _still_there(rooms, record):
-                lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
-            return recorded
-    except Busy:
-        return False
-
-
-async def _check_disk(rooms: Rooms, holder: _Holder, found: _Findings) -> None:
+async def _check_disk(rooms: Rooms, holder: Holder, found: _Findings) -> None:
     """Check an instance's disk while it is held, so that nobody starts the machine meanwhile."""
     record = holder.record
     lock = rooms.layout.lock(record.id)
@@ -206,7 +162,7 @@ async def _check_disk(rooms: Rooms, holder: _Holder, found: _Findings) -> None:
             return
         captured = current.mem_file is not None
         if captured and not await in_thread(_has_stamp, holder.directory, current.disk_stamp):
-            found.differences.append(holder.differs(files.OVERLAY_DISK, "it was written to since the capture"))
+            found.differences.append(_differs(holder, files.OVERLAY_DISK, "it was written to since the capture"))
         await _fsck(holder, found)
     except NotFound:
         lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
@@ -218,10 +174,10 @@ def _has_stamp(directory: Path, stamp: str) -> bool:
     return directories.exists(directory) and directories.disk_stamp(directory) == stamp
 
 
-async def _fsck(holder: _Holder, found: _Findings) -> None:
+async def _fsck(holder: Holder, found: _Findings) -> None:
     disk = holder.directory / files.OVERLAY_DISK
     if not disk.exists():
-        found.differences.append(holder.differs(files.OVERLAY_DISK, "it is missing"))
+        found.differences.append(_differs(holder, files.OVERLAY_DISK, "it is missing"))
         return
     found.disks += 1
     try:
@@ -229,15 +185,15 @@ async def _fsck(holder: _Holder, found: _Findings) -> None:
     except (MissingTool, NoSpace):
         raise
     except HostCannot as error:  # it is no file system any more
-        found.differences.append(holder.differs(files.OVERLAY_DISK, error.message))
+        found.differences.append(_differs(holder, files.OVERLAY_DISK, error.message))
         return
     if not result.clean:
         lines = result.output.splitlines()
         said = next((line for line in lines if line and not line.startswith(("e2fsck ", "Pass "))), "no reason given")
-        found.differences.append(holder.differs(files.OVERLAY_DISK, f"e2fsck finds errors: {said}"))
+        found.differences.append(_differs(holder, files.OVERLAY_DISK, f"e2fsck finds errors: {said}"))
 
 
-async def _check_snapshot_disk(rooms: Rooms, holder: _Holder, record: Snapshot, found: _Findings) -> None:
+async def _check_snapshot_disk(rooms: Rooms, holder: Holder, record: Snapshot, found: _Findings) -> None:
     """Check a snapshot's disk, which never changes, while it is held, so that nobody removes it."""
     lock = rooms.layout.lock(record.id)
     descriptor = locks.try_lock(lock, shared=True)
@@ -248,7 +204,7 @@ async def _check_snapshot_disk(rooms: Rooms, holder: _Holder, record: Snapshot, 
         current = await in_thread(rooms.store.snapshots.get, record.id)
         before = len(found.differences)
         if not await in_thread(_has_stamp, holder.directory, current.disk_stamp):
-            found.differences.append(holder.differs(files.OVERLAY_DISK, "it was replaced or written to"))
+            found.differences.append(_differs(holder, files.OVERLAY_DISK, "it was replaced or written to"))
         await _fsck(holder, found)
         if len(found.differences) > before:
             return
@@ -257,7 +213,7 @@ async def _check_snapshot_disk(rooms: Rooms, holder: _Holder, record: Snapshot, 
         if current.disk_sha256 is None:
             found.recorded += await in_thread(rooms.store.snapshots.record_sha256, record.id, disk=digest)
         elif current.disk_sha256 != digest:
-            found.differences.append(holder.differs(files.OVERLAY_DISK, _hashes(digest, current.disk_sha256)))
+            found.differences.append(_differs(holder, files.OVERLAY_DISK, _hashes(digest, current.disk_sha256)))
     except NotFound:
         lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
     finally:

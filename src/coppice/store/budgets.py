@@ -10,13 +10,13 @@ disk_floor = "10G"            # COPPICE_DISK_FLOOR
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 from coppice.errors import CoppiceError, UsageError
 from coppice.model import GIB, MIB, Budgets, BudgetUse
 from coppice.names import parse_size
+from coppice.store.config import config_file, read_table
 from coppice.store.store import Load
 
 _VARIABLES = {
@@ -39,8 +39,7 @@ def load_budgets(home: Path, disk: Path | None = None, environ: Mapping[str, str
 
     :raises UsageError: config.toml or a variable cannot be understood; the message says which
     """
-    file = home / "config.toml"
-    found = {key: (f"{key} in {file}", value) for key, value in _read(file).items()}
+    found = {key: (f"{key} in {config_file(home)}", value) for key, value in read_table(home, "budgets").items()}
     for key, variable in _VARIABLES.items():
         if environ.get(variable):
             found[key] = (variable, environ[variable])
@@ -88,23 +87,6 @@ def use_of(budgets: Budgets, load: Load, disk_free_bytes: int) -> BudgetUse:
         disk_free_bytes=disk_free_bytes,
         disk_floor_bytes=budgets.disk_floor_bytes,
     )
-
-
-def _read(file: Path) -> dict[str, object]:
-    try:
-        document = tomllib.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read: {error}", hint="correct it, or remove it") from error
-    table = document.pop("budgets", {})
-    unknown = [*document, *(table.keys() - _VARIABLES if isinstance(table, dict) else ["budgets"])]
-    if unknown:
-        raise UsageError(
-            f"{file} says {sorted(unknown)[0]!r}, which means nothing",
-            hint=f"in [budgets] there are {', '.join(_VARIABLES)}",
-        )
-    return dict(table)
 
 
 def _number(where: str, value: object) -> float:

@@ -16,6 +16,7 @@ import msgspec
 from coppice.errors import InUse, NameTaken, NotFound
 from coppice.model import Instance, Record, State
 from coppice.ownership import no_instance
+from coppice.store.addresses import with_addresses
 from coppice.store.database import Database
 from coppice.store.snapshots import SnapshotStore
 
@@ -120,15 +121,20 @@ class Store:
             ).fetchall()
         return [row[0] for row in rows]
 
-    def create(self, instances: Iterable[Instance], operation: str, check: Callable[[], None] | None = None) -> None:
-        """Record new instances and the operation that makes them, all or none. `check` runs inside of the transaction.
+    def create(
+        self, instances: Iterable[Instance], operation: str, check: Callable[[], None] | None = None
+    ) -> list[Instance]:
+        """Record new instances and the operation that makes them, all or none; return them with the addresses that they asked for.
+
+        `check` runs inside of the transaction.
 
         :raises NameTaken: a name is in use; the message says which
         """
         with self._db.write() as connection:
             if check is not None:
                 check()
-            for instance in instances:
+            made = with_addresses(connection, instances)
+            for instance in made:
                 try:
                     connection.execute(
                         "INSERT INTO instances (id, name, state, parent, image, created_at, record) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -140,6 +146,7 @@ class Store:
                 except sqlite3.IntegrityError as error:
                     raise _taken(instance.name) from error
                 self._journal(connection, instance.id, operation)
+        return made
 
     def require_free(self, names: Iterable[str]) -> None:
         """Look whether names are free now. Only `create` takes them: another process may be quicker.
@@ -167,11 +174,13 @@ class Store:
                 connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))
 
     def record_sha256(self, instance_id: str, inode: int, sha256: str) -> bool:
-        """Record the hash of an instance's mem-file, unless it has another one by now; tell whether it was recorded. The caller holds the instance."""
+        """Record the hash of an instance's mem-file, unless it has another file or a hash by now; tell whether it was. The caller holds the instance."""
         with self._db.write() as connection:
             row = connection.execute("SELECT record FROM instances WHERE id = ?", (instance_id,)).fetchone()
             instance = _decode(row[0]) if row else None
             if instance is None or instance.mem_file is None or instance.mem_file.inode != inode:
+                return False
+            if instance.mem_file.sha256 is not None:
                 return False
             mem_file = msgspec.structs.replace(instance.mem_file, sha256=sha256)
             changed = _encode(msgspec.structs.replace(instance, mem_file=mem_file))

@@ -90,6 +90,14 @@ class VmmDriver(ABC):
         """
 
     @abstractmethod
+    async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
+        """The ports that a machine was launched with, with the host port that was picked in place of each 0.
+
+        :raises VmmDied: there is no VMM to ask
+        :raises VmmError: its answer is not understood
+        """
+
+    @abstractmethod
     async def pause(self, directory: Path) -> None:
         """Stop the vCPUs and drain the disks. Pausing a paused machine does nothing."""
 

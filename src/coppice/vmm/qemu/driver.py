@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coppice.errors import VmmDied
-from coppice.model import MachineSpec, Manifest, VmmProcess
+from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
 from coppice.vmm.driver import Capabilities, Launch, VmmDriver
-from coppice.vmm.qemu import command, host
+from coppice.vmm.qemu import command, host, ports
 from coppice.vmm.qemu.monitor import monitor
 
 _LOG_TAIL = 2000
@@ -119,6 +119,11 @@ class QemuDriver(VmmDriver):
                 f"QEMU ended at once: {await self.wait_exit(directory, process)}", hint="see vmm.log of the instance"
             )
         return process
+
+    async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
+        async with monitor(directory, command.QMP_SOCKET) as qmp:
+            said = await qmp.execute("human-monitor-command", {"command-line": "info usernet"})
+        return ports.with_picked(asked, str(said))
 
     async def pause(self, directory: Path) -> None:
         async with monitor(directory, command.QMP_SOCKET) as qmp:

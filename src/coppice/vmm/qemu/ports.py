@@ -1,0 +1,39 @@
+"""Forwarded ports as QEMU's user-mode network has them: asked for port 0, the kernel picks one, and nobody can be quicker."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from coppice.errors import VmmError
+from coppice.model import ANY_PORT, Publish
+
+# `  TCP[HOST_FORWARD]  11      127.66.7.8 42485       10.0.2.15    80     0     0`; `*` is any address.
+_FORWARD = re.compile(r"^\s*(TCP|UDP)\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+\S+\s+(\d+)\s", re.MULTILINE)
+
+
+def with_picked(asked: tuple[Publish, ...], said: str) -> tuple[Publish, ...]:
+    """The ports that were asked for, with the host port that `info usernet` says in place of each 0.
+
+    :raises VmmError: it says none
+    """
+    fixed = {(*_key(port), port.host_port) for port in asked}
+    picked: dict[tuple[str, str, int], list[int]] = {}
+    for protocol, address, host_port, guest_port in _FORWARD.findall(said):
+        key = (protocol.lower(), address, int(guest_port))
+        if (*key, int(host_port)) not in fixed:
+            picked.setdefault(key, []).append(int(host_port))
+    try:
+        return tuple(
+            msgspec.structs.replace(port, host_port=picked[_key(port)].pop()) if port.host_port == ANY_PORT else port
+            for port in asked
+        )
+    except (KeyError, IndexError) as error:
+        raise VmmError(
+            "QEMU does not say which port it has published", hint="publish a port of your choice instead of `auto`"
+        ) from error
+
+
+def _key(port: Publish) -> tuple[str, str, int]:
+    return port.protocol, "*" if port.host_address == "0.0.0.0" else port.host_address, port.guest_port  # noqa: S104 - compared

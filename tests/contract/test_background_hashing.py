@@ -1,0 +1,337 @@
+"""Background hashing: what was captured gets its SHA-256 without being asked for it, and whatever becomes of the one who computes it does no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from conftest import HostFactory
+from coppice.disk.clone import clone_file
+from coppice.errors import UsageError
+from coppice.host import AsyncHost, hashing
+from coppice.instance import digests
+from coppice.memory import memfile
+from coppice.model import MIB, MemFile, Sharing, State, VmmProcess
+from coppice.store.config import hashes_in_background
+from coppice.vmm import driver as files
+from coppice.vmm import process as processes
+from fakes.driver import FakeDriver
+from fakes.hosting import fingerprint, make, memory_of
+from fakes.records import make_instance
+from fakes.rooms import DEADLINES, open_rooms
+
+LONG = 256 << 30  # sparse; minutes to hash
+DEADLINE_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def hashing_on(fake_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is on here, and takes its turn as all do: on a host that is busy with other tests, the last in the queue would be late."""
+    monkeypatch.setenv("COPPICE_HASHING", "on")
+    monkeypatch.setattr(hashing, "step_aside", lambda _: None)
+
+
+def hashers(home: Path) -> list[VmmProcess]:
+    """The processes that hash for this data directory."""
+    found: list[VmmProcess] = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if digests.__name__.encode() in words and str(home).encode() in words:
+                pid = int(entry.name)
+                executable = str((entry / "exe").readlink())
+                found.append(VmmProcess(pid=pid, start_ticks=processes.start_ticks(pid) or 0, executable=executable))
+    return found
+
+
+def sums(host: AsyncHost, *names: str) -> set[str | None]:
+    """The recorded digests of these instances."""
+    found = [host.rooms.store.get(name).mem_file for name in names]
+    return {mem_file.sha256 if mem_file else "no memory" for mem_file in found}
+
+
+def wait_for_lock(home: Path) -> None:
+    """Wait for the end of whoever hashes."""
+    descriptor = os.open(home / "locks", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
+
+
+async def hashed(host: AsyncHost) -> None:
+    """Until nothing lacks its digest; fails where that takes too long."""
+    async with asyncio.timeout(DEADLINE_S):
+        while await asyncio.to_thread(digests.any_lacking, host.rooms.layout, host.rooms.store):
+            await asyncio.to_thread(wait_for_lock, host.home)
+            await asyncio.sleep(0.01)  # the next one may be about to start
+
+
+async def hasher(home: Path) -> VmmProcess:
+    """The one that is at work."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not (found := hashers(home)):  # noqa: ASYNC110 - a start has no event
+            await asyncio.sleep(0.01)
+    (one,) = found
+    return one
+
+
+async def gone(process: VmmProcess) -> None:
+    """Until it has ended."""
+    await asyncio.wait_for(processes.wait_exit(process), DEADLINE_S)
+
+
+def place_long(host: AsyncHost) -> Path:
+    """An instance whose memory takes minutes to hash, which is the first in the list; returns its directory."""
+    instance = make_instance("long", State.STANDBY)
+    directory = host.rooms.directory(instance.id)
+    directory.mkdir()
+    memory = directory / files.MEMORY
+    with memory.open("wb") as file:
+        file.truncate(LONG)
+    memory.chmod(0o444)
+    status = memory.stat()
+    mem_file = MemFile(inode=status.st_ino, device=status.st_dev, size_bytes=LONG, sharing=Sharing.OWN)
+    record = msgspec.structs.replace(instance, mem_file=mem_file)
+    host.rooms.store.create([record], "run")
+    host.rooms.store.save(record, done=True)
+    return directory
+
+
+async def test_a_capture_gets_its_digest_and_a_change_after_it_is_named(fake_host: AsyncHost) -> None:
+    """The digest is that of the file, as any other program computes it; nobody asked for it, and the first verify has it to compare with."""
+    oak = await make(fake_host, State.STANDBY)
+    await hashed(fake_host)
+    memory = memory_of(fake_host, oak)
+    assert sums(fake_host, "oak") == {fingerprint(memory)[3]}
+    memory.chmod(0o644)
+    with memory.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\x5a")
+    memory.chmod(0o444)
+    report = await fake_host.verify()
+    assert report.recorded == 0
+    ((name, file_name),) = [(found.name, found.file) for found in report.differences]
+    assert (name, file_name) == ("oak", files.MEMORY)
+
+
+async def test_all_that_share_a_file_get_its_digest(fake_host: AsyncHost) -> None:
+    """Forks that were made before it was known, running ones too, and both files of a snapshot."""
+    await make(fake_host, State.TEMPLATE)
+    await fake_host.fork("oak", names=["ash"])
+    await fake_host.fork("oak", names=["elm"], target=State.STANDBY)
+    kept = await fake_host.snapshot_create("oak", name="kept")
+    await hashed(fake_host)
+    (digest,) = sums(fake_host, "oak", "ash", "elm")
+    found = (await fake_host.snapshot_inspect("kept")).snapshot
+    assert found.mem_file
+    assert found.mem_file.sha256 == digest
+    assert found.disk_sha256 == fingerprint(fake_host.rooms.layout.snapshot(kept.id) / files.OVERLAY_DISK)[3]
+    assert (await fake_host.verify()).recorded == 0
+
+
+async def test_a_file_is_read_once_however_many_have_it(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template with forks costs what one file costs; and each is recorded for itself."""
+    oak = await make(fake_host, State.TEMPLATE)
+    forks = (await fake_host.fork("oak", count=3, target=State.STANDBY)).instances
+    await hashed(fake_host)
+    for each in (oak, *forks):
+        fake_host.rooms.store.save(each)  # without its digest
+    read: list[Path] = []
+    sha256 = memfile.sha256
+
+    def counted(path: Path, **options: Any) -> str | None:
+        read.append(path)
+        return sha256(path, **options)
+
+    monkeypatch.setattr(memfile, "sha256", counted)
+    await digests.Digests(fake_host.rooms.layout, fake_host.rooms.store).compute()
+    assert len(read) == 1
+    assert len(sums(fake_host, "oak", *(fork.name for fork in forks)) - {None}) == 1
+    assert None not in sums(fake_host, "oak", *(fork.name for fork in forks))
+
+
+async def test_a_running_machine_that_is_forked_leaves_digests_too(fake_host: AsyncHost) -> None:
+    """A fork --from-running and a second capture of a fork are captures as any other."""
+    await make(fake_host, State.RUNNING)
+    await fake_host.fork("oak", names=["ash"], from_running=True)
+    await fake_host.standby("ash")
+    await hashed(fake_host)
+    assert None not in sums(fake_host, "oak", "ash")
+    assert (await fake_host.verify()).differences == ()
+
+
+async def test_the_one_at_work_takes_what_comes_meanwhile(fake_host: AsyncHost) -> None:
+    """Two at once would do double work: another capture, also by another host, starts no second one, and is not forgotten."""
+    directory = place_long(fake_host)
+    await make(fake_host, State.STANDBY, "ash")
+    one = await hasher(fake_host.home)
+    os.kill(one.pid, signal.SIGSTOP)
+    await make(fake_host, State.STANDBY, "oak")
+    await fake_host.fork("oak", names=["elm"], target=State.STANDBY)
+    assert hashers(fake_host.home) == [one]
+    assert sums(fake_host, "oak", "elm") == {None}
+    shutil.rmtree(directory)
+    os.kill(one.pid, signal.SIGCONT)
+    await gone(one)
+    assert None not in sums(fake_host, "oak", "elm", "ash")
+
+
+async def test_what_is_removed_is_not_hashed_to_its_end(fake_host: AsyncHost) -> None:
+    """A file that nobody has a link to is of no use to anybody: its space is given back, and the process ends."""
+    place_long(fake_host)
+    await make(fake_host, State.STANDBY)
+    one = await hasher(fake_host.home)
+    await fake_host.rm("long")
+    await gone(one)
+    assert hashers(fake_host.home) == []
+
+
+async def test_a_data_directory_that_vanishes_ends_it(fake_host: AsyncHost, tmp_path: Path) -> None:
+    """Removed as a whole while it is hashed: there is nobody left to tell."""
+    place_long(fake_host)
+    await make(fake_host, State.STOPPED)
+    await fake_host.snapshot_create("oak", name="kept")
+    one = await hasher(fake_host.home)
+    for name in ("instances", "snapshots", "locks"):
+        await asyncio.to_thread(shutil.rmtree, fake_host.home / name)
+    await gone(one)
+    for name in ("instances", "snapshots", "locks"):
+        (fake_host.home / name).mkdir()
+
+
+async def test_a_killed_one_is_followed_by_another(make_host: HostFactory) -> None:
+    """SIGKILL at work leaves no lock and no half digest; the next host takes it up, and ends it with itself."""
+    async with make_host() as host:
+        place_long(host)
+        await make(host, State.STANDBY)
+        one = await hasher(host.home)
+        await processes.kill(one)
+        assert sums(host, "long") == {None}
+    async with make_host() as host:
+        another = await hasher(host.home)
+        assert another != one
+    assert hashers(host.home) == []
+    assert not processes.is_alive(another)
+
+
+async def test_a_detached_one_outlives_its_host(driver: FakeDriver, fake_home: Path) -> None:
+    """As the command line has it: the host does not wait, and the digest comes all the same, from a session of its own."""
+    options = {"driver": driver, "deadlines": DEADLINES, "open_rooms": open_rooms}
+    async with AsyncHost(fake_home, background="detached", **options) as host:  # type: ignore[arg-type]
+        directory = place_long(host)
+        await make(host, State.STANDBY)
+        one = await hasher(fake_home)
+    assert processes.is_alive(one)
+    assert os.getsid(one.pid) == one.pid
+    assert {os.readlink(f"/proc/{one.pid}/fd/{number}") for number in (0, 1, 2)} == {"/dev/null"}  # noqa: PTH115
+    shutil.rmtree(directory)
+    await gone(one)
+    async with AsyncHost(fake_home, background="off", **options) as host:  # type: ignore[arg-type]
+        assert None not in sums(host, "oak")
+
+
+def test_it_gets_the_least_of_the_cpu_and_the_disk() -> None:
+    """What forks at the same time is to be slowed down as little as can be."""
+    with subprocess.Popen(["sleep", "infinity"], start_new_session=True) as process:
+        digests.step_aside(process.pid)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+        assert subprocess.check_output(["ionice", "-p", str(process.pid)]).strip() == b"idle"
+        group = Path(f"/proc/{process.pid}/autogroup")
+        assert not group.exists() or group.read_text().split()[-1] in ("19", "")
+        process.kill()
+
+
+async def test_it_can_be_switched_off(make_host: HostFactory, monkeypatch: pytest.MonkeyPatch, fake_home: Path) -> None:
+    """By the environment, or by config.toml: then the first verify records, as it says."""
+    monkeypatch.setenv("COPPICE_HASHING", "off")
+    async with make_host() as host:
+        await make(host, State.STANDBY)
+    monkeypatch.delenv("COPPICE_HASHING")
+    (fake_home / "config.toml").write_text("[hashing]\nbackground = false\n")
+    async with make_host() as host:
+        await make(host, State.STANDBY, "elm")
+        await host.fork("elm", names=["ash"], target=State.STANDBY)
+    async with make_host() as host:
+        assert hashers(fake_home) == []
+        assert sums(host, "oak", "elm", "ash") == {None}
+        assert (await host.verify()).recorded == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "named"),
+    [
+        ("", "maybe", "COPPICE_HASHING"),
+        ("[hashing]\nbackground = 'no'\n", "", "background"),
+        ("[hashing]\nforeground = true\n", "", "foreground"),
+        ("hashing = true\n", "", "hashing"),
+    ],
+)
+def test_a_word_that_cannot_be_understood_is_named(tmp_path: Path, text: str, word: str, named: str) -> None:
+    """A switch that was meant and misspelt is not silently the default."""
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(UsageError, match=named):
+        hashes_in_background(tmp_path, {"COPPICE_HASHING": word})
+
+
+async def test_a_damaged_file_is_not_blessed(make_host: HostFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not the file that was captured gets no digest: verify is to name it, not to take it for sound."""
+    monkeypatch.setenv("COPPICE_HASHING", "off")
+    async with make_host() as host:
+        oak = await make(host, State.STANDBY)
+        memory = memory_of(host, oak)
+        clone_file(memory, memory.with_name("other"), mode=0o444)
+        memory.with_name("other").rename(memory)
+        work = digests.Digests(host.rooms.layout, host.rooms.store)
+        await work.compute()
+        assert sums(host, "oak") == {None}
+        assert work.todo() == []
+        assert [found.file for found in (await host.verify()).differences] == [files.MEMORY]
+
+
+async def test_a_digest_is_not_recorded_for_another_file(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The instance came by another mem-file while its old one was hashed: what was read is not what it has now. Nor is a digest changed that is known."""
+    oak = await make(fake_host, State.STANDBY)
+    await hashed(fake_host)
+    store, memory = fake_host.rooms.store, memory_of(fake_host, oak)
+    assert oak.mem_file
+    assert store.record_sha256(oak.id, oak.mem_file.inode, "0" * 64) is False
+    store.save(oak)  # without its digest
+    read = memfile.sha256
+
+    def overtaken(path: Path, **options: Any) -> str | None:
+        digest = read(path, **options)
+        clone_file(memory, memory.with_name("other"), mode=0o444)
+        memory.with_name("other").rename(memory)
+        assert oak.mem_file
+        now = msgspec.structs.replace(oak.mem_file, inode=memory.stat().st_ino)
+        store.save(msgspec.structs.replace(oak, mem_file=now))
+        return digest
+
+    monkeypatch.setattr(memfile, "sha256", overtaken)
+    work = digests.Digests(fake_host.rooms.layout, store)
+    monkeypatch.setattr(work, "todo", iter([work.todo(), []]).__next__)
+    await work.compute()
+    assert sums(fake_host, "oak") == {None}
+
+
+def test_holes_are_hashed_as_the_zeros_that_they_are(tmp_path: Path) -> None:
+    """The digest of a sparse file is the plain one, whoever computes it."""
+    sparse, dense = tmp_path / "sparse", tmp_path / "dense"
+    with sparse.open("wb") as file:
+        file.seek(3 * MIB + 5)
+        file.write(b"data")
+        file.truncate(8 * MIB)
+    dense.write_bytes(sparse.read_bytes())
+    assert sparse.stat().st_blocks < dense.stat().st_blocks
+    assert memfile.sha256(sparse) == fingerprint(dense)[3]

@@ -1,0 +1,126 @@
+"""Published ports in a fan-out: each fork is reached at its own, for as long as it lives, and nobody else is there."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from coppice.errors import HostCannot, InUse, NoSpace
+from coppice.host import AsyncHost
+from coppice.model import Instance, Publish, State
+from coppice.store import addresses
+from fakes.driver import FakeDriver
+from fakes.faults import Faults
+from fakes.hosting import assert_tidy, boot, make
+from fakes.records import make_instance
+
+OWN = Publish(host_port=8080, guest_port=80, host_address="own")
+ANY = Publish(host_port=0, guest_port=80)
+
+
+def addresses_of(*instances: Instance) -> list[str]:
+    """Where each is reached."""
+    return [port.host_address for instance in instances for port in instance.publish]
+
+
+async def test_forks_at_once_have_addresses_of_their_own(fake_host: AsyncHost) -> None:
+    """On loopback, one for all ports of a fork, and no two alike: also between two fan-outs at the same time."""
+    await make(fake_host, State.TEMPLATE)
+    ports = [OWN, Publish(host_port=53, guest_port=53, protocol="udp", host_address="own"), ANY]
+    reports = await asyncio.gather(*(fake_host.fork("oak", count=8, publish=ports) for _ in range(2)))
+    forks = [fork for report in reports for fork in report.instances]
+    assert len(forks) == 16
+    found = [fork.publish[0].host_address for fork in forks]
+    assert len(set(found)) == 16
+    assert all(ip_address(address) in ip_network("127.0.0.0/8") for address in found)
+    for fork in forks:
+        first, second, third = fork.publish
+        assert (first.host_address, first.host_port) == (second.host_address, 8080)
+        assert third.host_address == "127.0.0.1"
+        assert third.host_port
+        assert (await fake_host.get(fork)).publish == fork.publish
+
+
+async def test_an_address_is_kept_and_given_back(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance has it in standby too; with the last one of the pool gone a fork is refused as a whole; after a removal there is one again."""
+    monkeypatch.setattr(addresses, "_POOL", ip_network("127.64.0.0/30"))
+    await make(fake_host, State.TEMPLATE)
+    forks = (await fake_host.fork("oak", count=4, publish=[OWN])).instances
+    assert set(addresses_of(*forks)) == {f"127.64.0.{number}" for number in range(4)}
+    standby, _ = await fake_host.standby(forks[0])
+    with pytest.raises(NoSpace, match="address"):
+        await fake_host.fork("oak", names=["elm"], publish=[OWN])
+    assert (await fake_host.restore(standby)).publish == forks[0].publish
+    await fake_host.rm(forks[1])
+    (elm,) = (await fake_host.fork("oak", names=["elm"], publish=[OWN])).instances
+    assert elm.publish == forks[1].publish
+    await assert_tidy(fake_host, "oak", "elm", *(fork.name for fork in (forks[0], *forks[2:])))
+
+
+async def test_a_picked_port_is_kept(fake_host: AsyncHost) -> None:
+    """It is picked when the machine first starts; standby and restore, stop and start do not change it."""
+    vm = await boot(fake_host, publish=[ANY, OWN])
+    port, own = vm.publish
+    assert port.host_port
+    assert ip_address(own.host_address).is_loopback
+    await fake_host.standby(vm)
+    assert (await fake_host.restore(vm)).publish == vm.publish
+    await fake_host.stop(vm, grace_s=0)
+    assert (await fake_host.start(vm)).publish == vm.publish
+    parked = (
+        await fake_host.fork("oak", from_running=True, names=["elm"], target=State.STANDBY, publish=[ANY])
+    ).instances
+    assert [each.publish for each in parked] == [(ANY,)]
+    assert (await fake_host.restore("elm")).publish[0].host_port not in (0, port.host_port)
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+async def test_a_port_that_is_in_use_is_named(fake_host: AsyncHost, protocol: str) -> None:
+    """Of a fork that is made, and of an instance that is restored, which stays as it is: nothing is started at all."""
+    await make(fake_host, State.TEMPLATE)
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as other:
+        other.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            other.listen(1)
+        number = other.getsockname()[1]
+        port = Publish(host_port=number, guest_port=80, protocol="udp" if protocol == "udp" else "tcp")
+        (failed,) = (await fake_host.fork("oak", names=["elm"], publish=[port])).results
+        assert failed.error
+        assert f"127.0.0.1:{number}/{protocol}" in failed.error
+        assert failed.error_code == InUse.code
+        await fake_host.fork("oak", names=["ash"], publish=[port], target=State.STANDBY)
+        with pytest.raises(InUse, match=str(number)):
+            await fake_host.restore("ash")
+        await assert_tidy(fake_host, "oak", "ash")
+    assert (await fake_host.restore("ash")).state is State.RUNNING
+
+
+async def test_an_address_of_another_host_is_named(fake_host: AsyncHost) -> None:
+    """It cannot be had here, whoever has it."""
+    with pytest.raises(HostCannot, match=r"192\.0\.2\.1"):
+        await boot(fake_host, publish=[Publish(host_port=8080, guest_port=80, host_address="192.0.2.1")])
+    await assert_tidy(fake_host)
+
+
+@pytest.mark.parametrize("fault", [Faults.fail_at, Faults.die_at], ids=["fails", "dies"])
+async def test_a_vmm_that_does_not_say_its_port_is_undone(
+    fake_host: AsyncHost, driver: FakeDriver, fault: Callable[[Faults, str], None]
+) -> None:
+    """As any other failure of a start."""
+    await make(fake_host, State.TEMPLATE)
+    fault(driver.faults, "published")
+    report = await fake_host.fork("oak", count=2, publish=[ANY])
+    assert report.succeeded == 1
+    await assert_tidy(fake_host, "oak", *(fork.name for fork in report.instances))
+
+
+def test_addresses_of_two_data_directories_seldom_meet(tmp_path: Path) -> None:
+    """Where the search begins is the id's: directories that do not know of each other do not both begin at the first."""
+    made = [addresses._with_address(make_instance(f"vm{number}", publish=(OWN,)), set()) for number in range(64)]
+    assert len(set(addresses_of(*made))) > 60

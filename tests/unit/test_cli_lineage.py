@@ -1,0 +1,170 @@
+"""fork and tree: what they ask of the host, what they print for people and for programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cli_host import FakeHost, instance, memory
+from cli_lines import document, output_of, run
+from coppice.model import ForkReport, ForkResult, Publish, Sharing, State, TreeNode, VmmProcess
+
+VM = instance("vm")
+
+
+def _fork_result(name: str) -> ForkResult:
+    return ForkResult(
+        name=name,
+        ok=True,
+        instance=instance(name, parent=VM),
+        sharing=Sharing.HARDLINK,
+        memory=memory(),
+        disk_bytes_written=4096,
+        stages={"place": 2.0, "start": 50.0, "identity": 180.0},
+        total_ms=232.0,
+    )
+
+
+def _fork_report(*results: ForkResult) -> ForkReport:
+    return ForkReport(
+        source=VM.id,
+        source_name="vm",
+        count=len(results),
+        succeeded=sum(result.ok for result in results),
+        wall_ms=260.0,
+        results=results,
+    )
+
+
+def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Count, names, target, atomicity, tags and ports are the user's."""
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    output_of(capsys, host, "fork", "vm", "--count", "2", "--name", "a", "--name", "b", "--target", "standby", "--atomic", "--from-running",
+              "--tag", "k=v", "--publish", "1:2")  # fmt: skip
+    asked = host.asked("fork")
+    assert asked.pop("progress") is not None
+    assert asked == {
+        "0": "vm",
+        "count": 2,
+        "names": ("a", "b"),
+        "target": State.STANDBY,
+        "atomic": True,
+        "from_running": True,
+        "payload": None,
+        "payloads": [],
+        "tags": {"k": "v"},
+        "publish": (Publish(host_port=1, guest_port=2),),
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "count"), [([], 1), (["--name", "a"], 1), (["--name", "a", "--name", "b"], 2), (["-n", "3"], 3)]
+)
+def test_fork_counts_names(words: list[str], count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two names are two forks; the number need not be said twice."""
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    output_of(capsys, host, "fork", "vm", *words)
+    assert host.asked("fork")["count"] == count
+
+
+def test_fork_hands_payloads_over(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--payload is everyone's; --payloads says how many forks there are, one each."""
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    output_of(capsys, host, "fork", "vm", "--payload", '{"job": 1}')
+    asked = host.asked("fork")
+    assert (asked["count"], asked["payload"], asked["payloads"]) == (1, b'{"job": 1}', [])
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    each = tmp_path / "each.jsonl"
+    each.write_text('{"job": 1}\n{"job": 2}\n')
+    output_of(capsys, host, "fork", "vm", "--payloads", str(each))
+    asked = host.asked("fork")
+    assert (asked["count"], asked["payload"], asked["payloads"]) == (2, None, [b'{"job": 1}', b'{"job": 2}'])
+
+
+def test_fork_shows_stages_sharing_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table says where the time went, how memory is shared and what each fork costs."""
+    host = FakeHost(fork=_fork_report(_fork_result("a"), _fork_result("b")))
+    header, first, _, summary = output_of(capsys, host, "fork", "vm", "-n", "2").splitlines()
+    assert header.split() == ["NAME", "STATE", "TOTAL", "PLACE", "START", "IDENTITY", "SHARING", "UNIQUE", "DISK"]
+    assert "232 ms" in first
+    assert "hardlink" in first
+    assert "1.0 MiB" in first
+    assert summary == "2 of 2 forks of vm in 260 ms, 2.0 MiB of memory of their own"
+    assert output_of(capsys, host, "fork", "vm", "-q") == "a\nb\n"
+    assert document(capsys, host, "fork", "vm")["results"][1]["name"] == "b"
+
+
+def test_fork_tells_where_each_is_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    """The addresses and ports that were picked; one that is picked when it starts is said to be."""
+    ports = (
+        Publish(host_port=8080, guest_port=80, host_address="127.80.51.7"),
+        Publish(host_port=0, guest_port=53, protocol="udp"),
+    )
+    web = msgspec.structs.replace(_fork_result("web"), instance=instance("web", parent=VM, publish=ports))
+    report = _fork_report(web, _fork_result("b"))
+    header, first, second, _ = output_of(capsys, FakeHost(fork=report), "fork", "vm", "-n", "2").splitlines()
+    assert header.split()[-1] == "PORTS"
+    assert first.endswith("127.80.51.7:8080->80/tcp, 127.0.0.1:auto->53/udp")
+    assert second.split()[-1] == "-"
+
+
+def test_fork_of_a_running_instance_tells_its_pause(capsys: pytest.CaptureFixture[str]) -> None:
+    """Who forks a live guest wants to know for how long it stood still."""
+    report = msgspec.structs.replace(_fork_report(_fork_result("a")), source_pause_ms=12.3)
+    last = output_of(capsys, FakeHost(fork=report), "fork", "vm", "--from-running").splitlines()[-1]
+    assert last == "vm was paused for 12 ms, and runs on"
+
+
+def test_a_failed_fork_is_named_and_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """Some failed: those that did not are there, those that did are named with the reason, and the status says so."""
+    failed = ForkResult(name="b", ok=False, error="the machine ended; see its log", error_code="vmm_died")
+    copied = ForkResult(
+        name="c", ok=True, instance=VM, sharing=Sharing.COPY, sharing_reason="EXDEV: another file system"
+    )
+    host = FakeHost(fork=_fork_report(_fork_result("a"), failed, copied))
+    assert run(host, "fork", "vm") == 1
+    shown = capsys.readouterr()
+    assert "2 of 3 forks of vm" in shown.out
+    assert "coppice: the fork b failed: the machine ended; see its log\n" in shown.err
+    assert "coppice: memory was copied, not shared: EXDEV: another file system\n" in shown.err
+    assert document(capsys, host, "fork", "vm", status=1)["succeeded"] == 2
+
+
+def test_tree_draws_the_lineage(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every instance is one line under its parent, with state, fork count, memory, inode and links."""
+    vmm = VmmProcess(pid=1, start_ticks=1, executable="/q")
+    root = instance("warm", State.TEMPLATE)
+    first, second = instance("warm-1", parent=root, vmm=vmm), instance("warm-2", parent=root, vmm=vmm)
+    grandchild = instance("warm-1-a", State.STOPPED, parent=first)
+    nodes = [
+        TreeNode(
+            instance=root,
+            fork_count=2,
+            memory=memory(unique_mib=0),
+            children=(
+                TreeNode(
+                    instance=first,
+                    fork_count=1,
+                    memory=memory(),
+                    children=(TreeNode(instance=grandchild, fork_count=0, memory=None),),
+                ),
+                TreeNode(instance=second, fork_count=0, memory=memory(unique_mib=2)),
+            ),
+        ),
+        TreeNode(instance=VM, fork_count=0, memory=None),
+    ]
+    host = FakeHost(tree=nodes)
+    lines = output_of(capsys, host, "tree").splitlines()
+    assert [line.partition("  ")[0].rstrip() for line in lines[1:6]] == [
+        "warm",
+        "├── warm-1",
+        "│",
+        "└── warm-2",
+        "vm",
+    ]
+    assert lines[3].startswith("│   └── warm-1-a")
+    assert lines[2].split()[2:] == ["Running", "1", "120.0", "MiB", "1.0", "MiB", "77", "3", "hardlink"]
+    assert lines[6] == "2 running machines see 1.0 GiB of RAM; 3.0 MiB is unique to one of them"
+    assert document(capsys, host, "tree", "warm")[0]["children"][0]["children"][0]["instance"]["name"] == "warm-1-a"

@@ -1,0 +1,120 @@
+"""Commands that look, and gc: what they ask of the host, what they print for people and for programs."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from cli_host import DIGEST, FakeHost, instance, memory
+from cli_lines import document, output_of
+from coppice.host import Inspection
+from coppice.model import MIB, BudgetUse, GcReport, Image, ImageConfig, MemFile, Publish, Sharing, State
+
+VM = instance("vm")
+IMAGE = Image(
+    digest=DIGEST,
+    name="debian",
+    size_bytes=200 * MIB,
+    filesystem="erofs",
+    config=ImageConfig(cmd=("bash",), env={"PATH": "/bin"}),
+    source="bookworm minbase",
+    created_at=1_700_000_000.0,
+)
+
+
+def test_ls_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """A table with one line for each; names alone with -q; exact records as JSON; filters are the host's."""
+    fork = instance("vm-1", State.STANDBY, parent=VM, tags={"a": "b"}, publish=(Publish(host_port=1, guest_port=2),))
+    host = FakeHost(ls=[VM, fork])
+    header, first, second = output_of(capsys, host, "ls").splitlines()
+    assert header.split() == ["NAME", "STATE", "IMAGE", "CPUS", "MEMORY", "AGE", "PARENT", "PORTS", "TAGS"]
+    assert first.split()[:3] == ["vm", "Running", "debian"]
+    assert second.endswith("vm      127.0.0.1:1->2/tcp  a=b")
+    assert output_of(capsys, host, "ls", "-q") == "vm\nvm-1\n"
+    assert [found["name"] for found in document(capsys, host, "ls")] == ["vm", "vm-1"]
+    host = FakeHost(ls=[])
+    assert document(capsys, host, "ls", "--state", "running", "--tag", "a=b") == []
+    assert host.asked("ls") == {"state": State.RUNNING, "tags": {"a": "b"}}
+
+
+def test_ls_with_several_states(capsys: pytest.CaptureFixture[str]) -> None:
+    """--state is repeatable: any of them."""
+    host = FakeHost(ls=[VM, instance("s", State.STANDBY), instance("t", State.TEMPLATE)])
+    assert output_of(capsys, host, "ls", "-q", "--state", "standby", "--state", "Template") == "s\nt\n"
+
+
+def test_ls_shows_owners_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    """The operator sees whose an instance is; nobody else is bothered with it."""
+    assert "OWNER" not in output_of(capsys, FakeHost(ls=[VM]), "ls")
+    lines = output_of(capsys, FakeHost(ls=[VM, instance("theirs", owner="alice")]), "ls").splitlines()
+    assert "OWNER" in lines[0]
+    assert lines[2].split()[-1] == "alice"
+
+
+def test_inspect_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """Several names give several records; as JSON always a list; what a guest's process is called cannot drive the terminal."""
+
+    def inspection(name: str) -> Inspection:
+        file = MemFile(inode=77, device=1, size_bytes=MIB, sharing=Sharing.COPY, reason="EXDEV")
+        found = instance(name, mem_file=file, exit_reason="powered off", tags={"a": "b"})
+        return Inspection(
+            instance=found, fork_count=1, forks=("x",), directory="/d/" + name, disk_bytes=MIB, memory=memory()
+        )
+
+    host = FakeHost(inspect=inspection)
+    text = output_of(capsys, host, "inspect", "vm", "vm-2")
+    for part in (
+        "vm-2",
+        "powered off",
+        "120.0 MiB shared, 1.0 MiB unique",
+        "inode 77, 3 links",
+        "copy: EXDEV",
+        "SHA-256    pending",
+        "1 (x)",
+        "/d/vm",
+    ):
+        assert part in text
+    assert [found["instance"]["name"] for found in document(capsys, host, "inspect", "vm")] == ["vm"]
+
+
+def test_stats_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for each machine, and the sum of what cannot be shared."""
+    resting = msgspec.structs.replace(memory(), shared_bytes=0, unique_bytes=0, vmm_overhead_bytes=0)
+    host = FakeHost(stats={"a": memory(), "b": memory(unique_mib=3), "resting": resting})
+    lines = output_of(capsys, host, "stats").splitlines()
+    assert lines[1].split()[:7] == ["a", "512.0", "MiB", "120.0", "MiB", "1.0", "MiB"]
+    assert lines[3].split()[:6] == ["resting", "512.0", "MiB", "-", "-", "-"]
+    assert lines[4].split() == ["(running)", "1.0", "GiB", "4.0", "MiB", "56.0", "MiB"]
+    assert document(capsys, host, "stats")["b"]["unique_bytes"] == 3 * MIB
+
+
+def test_stats_shows_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    """How much is in use, and of how much: for people, and with exact numbers for programs."""
+    use = BudgetUse(
+        instances=5,
+        max_instances=100,
+        running=3,
+        memory_bytes=192 * MIB,
+        memory_limit_bytes=4096 * MIB,
+        memory_overcommit=16.0,
+        disk_free_bytes=2048 * MIB,
+        disk_floor_bytes=1024 * MIB,
+    )
+    host = FakeHost(budget=use)
+    shown = output_of(capsys, host, "stats", "--budget")
+    for words in ("5 of 100, 3 running", "192.0 MiB of 4.0 GiB, at 16 times over-commit", "2.0 GiB free, of which 1.0"):
+        assert words in shown
+    assert document(capsys, host, "stats", "--budget")["memory_bytes"] == 192 * MIB
+
+
+def test_gc_tells_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
+    """--dry-run reaches the host, and the words say that nothing was removed."""
+
+    def collect(*, dry_run: bool, caches: bool) -> GcReport:
+        removed = ("instances/x", "kernels/y") if caches else ("instances/x",)
+        return GcReport(removed=removed, bytes_freed=MIB, dry_run=dry_run)
+
+    host = FakeHost(gc=collect)
+    assert output_of(capsys, host, "gc") == "instances/x\n1 leftover, 1.0 MiB freed\n"
+    assert output_of(capsys, host, "gc", "--dry-run") == "instances/x\n1 leftover, 1.0 MiB would be freed\n"
+    assert output_of(capsys, host, "gc", "--caches").splitlines()[-1] == "2 leftovers, 1.0 MiB freed"
