@@ -15,7 +15,16 @@ from coppice.guest.control import Health
 from coppice.guest.kernel import Kernel
 from coppice.guest.process import ExecSession as AsyncExecSession
 from coppice.guest.process import Exit, Stream
-from coppice.host import AsyncHost, Inspection, LogSource, Reference, SnapshotInspection, SnapshotReference
+from coppice.host import (
+    AsyncHost,
+    Inspection,
+    LogSource,
+    Reference,
+    SnapshotInspection,
+    SnapshotReference,
+    VolumeInspection,
+    VolumeReference,
+)
 from coppice.host.base import RoomsOpener
 from coppice.instance.rooms import Deadlines
 from coppice.model import (
@@ -39,6 +48,8 @@ from coppice.model import (
     State,
     TreeNode,
     VerifyReport,
+    Volume,
+    VolumeMount,
     no_progress,
 )
 from coppice.portal import Portal
@@ -181,6 +192,7 @@ class Host:
         hostname: str | None = None,
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
+        volumes: Sequence[VolumeMount] = (),
         kernel: str | None = None,
         start: bool = True,
         progress: ProgressSink = no_progress,
@@ -199,6 +211,7 @@ class Host:
                 hostname=hostname,
                 tags=tags,
                 publish=publish,
+                volumes=volumes,
                 kernel=kernel,
                 start=start,
                 progress=progress,
@@ -319,6 +332,20 @@ class Host:
 
     def snapshot_rm(self, reference: SnapshotReference) -> None:
         self._portal.call(self._host.snapshot_rm(reference))
+
+    # Volumes
+
+    def volume_create(self, name: str, *, size_bytes: int = GIB, tags: Mapping[str, str] | None = None) -> Volume:
+        return self._portal.call(self._host.volume_create(name, size_bytes=size_bytes, tags=tags))
+
+    def volume_ls(self, *, tags: Mapping[str, str] | None = None) -> list[Volume]:
+        return self._portal.call(self._host.volume_ls(tags=tags))
+
+    def volume_inspect(self, reference: VolumeReference) -> VolumeInspection:
+        return self._portal.call(self._host.volume_inspect(reference))
+
+    def volume_rm(self, reference: VolumeReference) -> None:
+        self._portal.call(self._host.volume_rm(reference))
 
     # Inside of a guest
 

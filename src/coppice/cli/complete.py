@@ -23,6 +23,16 @@ def snapshots(ctx: typer.Context, incomplete: str) -> list[str]:
     return _names(ctx, "SELECT name FROM snapshots WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name", incomplete)
 
 
+def volumes(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of volumes that begin so."""
+    return _names(ctx, "SELECT name FROM volumes WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name", incomplete)
+
+
+def mounts(ctx: typer.Context, incomplete: str) -> list[str]:
+    """`NAME:` for `--volume`; the path is the guest's."""
+    return [f"{name}:" for name in volumes(ctx, incomplete)]
+
+
 def paths(ctx: typer.Context, incomplete: str) -> list[str]:
     """`NAME:` for an end of `cp`; the shell completes local paths."""
     return [f"{name}:" for name in _instances(ctx, incomplete, "Running")]

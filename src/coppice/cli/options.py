@@ -31,5 +31,15 @@ Published = Annotated[
         help="Forward a port of this host to the guest; repeatable.",
     ),
 ]
+Volumes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--volume",
+        "-v",
+        metavar="NAME:PATH[:ro]",
+        help="Attach a volume, mounted at PATH; repeatable.",
+        autocompletion=complete.mounts,
+    ),
+]
 Public = Annotated[bool, typer.Option("--public", help="Other owners may use it too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print names only.")]

@@ -235,7 +235,7 @@ def rm(ctx: typer.Context, names: SnapshotNames) -> None:
 
 
 def verify(ctx: typer.Context) -> None:
-    """Check every captured mem-file and every disk at rest; name what differs.
+    """Check every captured mem-file and every disk at rest, volumes included; name what differs.
 
     Mem-files by SHA-256, size, inode and mode, disks by e2fsck. The first time, a SHA-256 is recorded. Nothing is changed. Exit status 1 if something differs.
     """

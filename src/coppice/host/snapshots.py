@@ -208,7 +208,7 @@ class Snapshots(Lifecycle):
         await snapshot.remove(self.rooms, found.id)
 
     async def verify(self, *, progress: ProgressSink = no_progress) -> VerifyReport:
-        """Check that every captured mem-file and every disk at rest is what it was, and name what differs.
+        """Check that every captured mem-file and every disk at rest is what it was, volumes included, and name what differs.
 
         Compares inode, size, mode and SHA-256, and runs e2fsck over disks that no machine uses. A SHA-256 that is not known yet is recorded for
         the next time, so the first run after a capture is what later ones are compared with. Nothing is changed or repaired.
