@@ -78,10 +78,10 @@ def require(operation: Operation, instance: Instance) -> State:
     :raises IllegalTransition: the operation is not legal in the instance's state
     :raises InUse: the instance writes to a volume, and the operation would lead to a second machine that does
     """
+    if operation in _MULTIPLIES:  # in no state is it possible
+        _require_no_writable_volume(operation, instance)
     legal = _LEGAL[operation]
     if instance.state in legal:
-        if operation in _MULTIPLIES:
-            _require_no_writable_volume(operation, instance)
         return legal[instance.state]
     hint = _HINTS.get((operation, instance.state))
     if hint is None and instance.state is State.TEMPLATE:

@@ -43,7 +43,7 @@ def fsck(path: Path, *, deadline_s: float = 300.0) -> FsckResult:
 
     Raises MissingTool, HostCannot if e2fsck itself fails or exceeds the deadline, NoSpace.
     """
-    if not _needs_recovery(path):
+    if not needs_recovery(path):
         return _check(path, deadline_s, replayed=False)
     copy = temporary_beside(path)
     try:
@@ -61,10 +61,10 @@ def replay_journal(path: Path, *, deadline_s: float = 300.0) -> bool:
 
     Raises MissingTool, IntegrityError if it cannot be replayed, HostCannot beyond the deadline.
     """
-    if not _needs_recovery(path):
+    if not needs_recovery(path):
         return False
     done = run_tool("e2fsck", "-y", "-E", "journal_only", str(path), deadline_s=deadline_s)
-    if _needs_recovery(path):
+    if needs_recovery(path):
         raise IntegrityError(
             f"the journal of {path} cannot be replayed: {tail(done)}",
             hint="attach it for writing, and repair it there with e2fsck",
@@ -85,7 +85,11 @@ def _check(path: Path, deadline_s: float, *, replayed: bool) -> FsckResult:
     return FsckResult(done.returncode == 0, replayed, tail(done))
 
 
-def _needs_recovery(path: Path) -> bool:
+def needs_recovery(path: Path) -> bool:
+    """Whether the journal of an ext4 image holds what was not written back.
+
+    Raises IntegrityError (no such file) or HostCannot.
+    """
     with os_errors(f"read {path}"), path.open("rb") as file:
         file.seek(_SUPERBLOCK_OFFSET + _INCOMPAT_OFFSET)
         return bool(int.from_bytes(file.read(4), "little") & _INCOMPAT_RECOVER)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from coppice.completion import in_thread
 from coppice.disk import ext4, volume
-from coppice.disk.atomic import os_errors, sync_directory
+from coppice.disk.atomic import sync_directory
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance, Volume
@@ -49,10 +49,9 @@ async def place(rooms: Rooms, instance: Instance) -> None:
     """
     for number, disk in enumerate(instance.machine.volumes):
         path = rooms.layout.volume_disk(disk.volume_id)
-        if disk.readonly:
+        if disk.readonly and await in_thread(ext4.needs_recovery, path):
             lock = rooms.layout.lock(disk.volume_id)
             async with locks.hold(lock, deadline_s=rooms.deadlines.lock, what=f"the volume {disk.volume_name}"):
-                with os_errors(f"read the volume {disk.volume_name}"):
-                    await in_thread(ext4.replay_journal, path)
+                await in_thread(ext4.replay_journal, path)
         directory = rooms.directory(instance.id)
         await in_thread(directories.place_volume, directory, number, path, readonly=disk.readonly)
