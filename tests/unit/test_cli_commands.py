@@ -31,6 +31,7 @@ from coppice.model import (
     State,
     TreeNode,
     VmmProcess,
+    VolumeMount,
 )
 
 VM = instance("vm")
@@ -75,7 +76,7 @@ def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path
     words = [
         "run", "debian", "--name", "vm", "--cpus", "2", "--memory", "1G", "--overlay", "4G", "-e", "A=1", "--env", "B=x=y",
         "--env-file", str(tmp_path / "env"), "--workdir", "/srv", "--user", "web", "--hostname", "box", "--tag", "team=a",
-        "--publish", "8080:80", "-p", "[::1]:53:53/udp", "--kernel", KERNEL.key, "--no-start", "--", "sleep", "--long",
+        "--publish", "8080:80", "-p", "[::1]:53:53/udp", "--volume", "data:/srv/data:ro", "--kernel", KERNEL.key, "--no-start", "--", "sleep", "--long",
     ]  # fmt: skip
     assert output_of(capsys, host, *words) == "vm\n"
     asked = host.asked("run")
@@ -96,6 +97,7 @@ def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path
             Publish(host_port=8080, guest_port=80),
             Publish(host_port=53, guest_port=53, protocol="udp", host_address="::1"),
         ),
+        "volumes": (VolumeMount(volume="data", mount_path="/srv/data", readonly=True),),
         "kernel": KERNEL.key,
         "start": False,
     }
