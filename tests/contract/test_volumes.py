@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 import sys
@@ -275,6 +276,27 @@ async def test_a_snapshot_keeps_a_volume_that_is_only_read(fake_host: AsyncHost,
     await fake_host.rm("elm")
     await fake_host.volume_rm("data")
     await assert_tidy(fake_host)
+
+
+async def test_a_volume_that_had_to_be_copied_goes_back_with_its_snapshot(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file can have only so many links: then what only reads has a copy, and memory still finds the disks of its instant."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    oak = await with_volume(fake_host, READS)
+    link = os.link
+
+    def full(source: Path, destination: Path, **options: bool) -> None:
+        if Path(source).name == "volume0.raw":
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+        link(source, destination, **options)
+
+    monkeypatch.setattr(os, "link", full)
+    kept = await fake_host.snapshot_create(oak)
+    copy = fake_host.rooms.layout.snapshot(kept.id) / files.VOLUME_DISK.format(0)
+    assert not copy.samefile(own_link(fake_host, oak))
+    assert (await fake_host.snapshot_restore(kept, start=True)).state is State.RUNNING
+    assert own_link(fake_host, oak).read_bytes() == copy.read_bytes()
 
 
 # Memory and disk

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from coppice.disk import ext4, volume
 from coppice.disk.ext4 import fsck, needs_recovery, replay_journal
 from coppice.errors import HostCannot, IntegrityError, MissingTool
 from coppice.model import GIB, MIB
+from coppice.vmm.process import start_ticks
 
 
 def debugfs(disk: Path, *commands: str) -> str:
@@ -93,3 +96,36 @@ def test_without_its_tool_nothing_is_left(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(MissingTool, match="mke2fs"):
         volume.create(tmp_path / "data.raw", 16 * MIB)
     assert list(tmp_path.iterdir()) == []
+
+
+SLOW = """#!/bin/sh
+echo $$ > "$HERE/pid"
+exec sleep 1000
+"""
+REPLAYS = """
+import sys
+from pathlib import Path
+from coppice.disk import ext4
+ext4._ENVIRONMENT["PATH"], ext4._ENVIRONMENT["HERE"] = sys.argv[2] + ":/usr/bin:/bin", sys.argv[2]
+ext4.replay_journal(Path(sys.argv[1]))
+"""
+
+
+async def test_a_replay_ends_with_its_host(tmp_path: Path) -> None:
+    """A host is killed while e2fsck writes: the next machine that has the volume must not meet it there."""
+    disk = tmp_path / "data.raw"
+    volume.create(disk, 64 * MIB)
+    interrupted(disk, tmp_path / "block")
+    (tmp_path / "e2fsck").write_text(SLOW)
+    (tmp_path / "e2fsck").chmod(0o755)
+    host = await asyncio.create_subprocess_exec(sys.executable, "-c", REPLAYS, str(disk), str(tmp_path))
+    async with asyncio.timeout(30):
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(0.01)
+        pid = int((tmp_path / "pid").read_text())
+        ticks = start_ticks(pid)
+        assert ticks is not None
+        host.kill()
+        await host.wait()
+        while start_ticks(pid) == ticks:  # noqa: ASYNC110 - it is nobody's child that could be awaited
+            await asyncio.sleep(0.01)

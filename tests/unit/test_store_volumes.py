@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from coppice.errors import InUse, NameTaken, NotFound
+from coppice.instance.snapshot import new_snapshot
 from coppice.model import MIB, Instance, State, Volume, VolumeDisk
 from coppice.names import new_id
 from coppice.store.store import Store
@@ -129,6 +130,20 @@ def test_a_volume_that_is_had_is_not_removed_and_one_that_goes_is_not_had(store:
         store.volumes.require_free(oak.machine.volumes)
     store.volumes.forget(data.id)
     assert store.journal() == []
+
+
+def test_a_snapshot_is_a_holder_too(store: Store) -> None:
+    """It keeps writers out, and is not recorded beside one."""
+    data = made(store)
+    source = holder("oak", data, readonly=True)
+    kept = new_snapshot(source, "noon", None, {})
+    store.create([holder("writer", data, readonly=False)], "run")
+    with pytest.raises(InUse, match="writer has it for writing"):
+        store.snapshots.create(kept, "snapshot")
+    store.forget(store.get("writer").id)
+    store.snapshots.create(kept, "snapshot")
+    with pytest.raises(InUse, match="the snapshot noon has it"):
+        store.create([holder("writer", data, readonly=False)], "run")
 
 
 def test_many_holders_are_named_in_one_line(store: Store) -> None:

@@ -20,6 +20,8 @@ _ENVIRONMENT = {
     "PATH": "/usr/sbin:/sbin:/usr/bin:/bin",
 }
 _OUTPUT_LIMIT = 4000
+# The kernel ends it with the thread that started it: setpriv(1), which is part of util-linux.
+_ENDS_WITH_US = ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--")
 
 _SUPERBLOCK_OFFSET = 1024
 _INCOMPAT_OFFSET = 0x60  # s_feature_incompat, little endian
@@ -57,13 +59,14 @@ def fsck(path: Path, *, deadline_s: float = 300.0) -> FsckResult:
 def replay_journal(path: Path, *, deadline_s: float = 300.0) -> bool:
     """Write back what the journal of an ext4 image holds, as a mount for writing would; tell whether there was anything.
 
-    Nothing else may use the image meanwhile. Interrupted, it can be done again.
+    Nothing else may use the image meanwhile. Interrupted, it can be done again; it ends with this process, so that nobody who takes the image
+    afterwards meets it.
 
     Raises MissingTool, IntegrityError if it cannot be replayed, HostCannot beyond the deadline.
     """
     if not needs_recovery(path):
         return False
-    done = run_tool("e2fsck", "-y", "-E", "journal_only", str(path), deadline_s=deadline_s)
+    done = run_tool("e2fsck", "-y", "-E", "journal_only", str(path), deadline_s=deadline_s, launcher=_ENDS_WITH_US)
     if needs_recovery(path):
         raise IntegrityError(
             f"the journal of {path} cannot be replayed: {tail(done)}",
@@ -95,8 +98,10 @@ def needs_recovery(path: Path) -> bool:
         return bool(int.from_bytes(file.read(4), "little") & _INCOMPAT_RECOVER)
 
 
-def run_tool(tool: str, *arguments: str, deadline_s: float) -> subprocess.CompletedProcess[bytes]:
-    """Run a program of e2fsprogs to its end, whatever its status: the same on every host.
+def run_tool(
+    tool: str, *arguments: str, deadline_s: float, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program of e2fsprogs to its end, whatever its status: the same on every host. A `launcher` becomes that program.
 
     Raises MissingTool, or HostCannot beyond the deadline.
     """
@@ -105,7 +110,7 @@ def run_tool(tool: str, *arguments: str, deadline_s: float) -> subprocess.Comple
         raise MissingTool(f"{tool} is not installed", hint="install the package e2fsprogs")
     try:
         return subprocess.run(
-            (program, *arguments),
+            (*launcher, program, *arguments),
             env=_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -261,8 +261,12 @@ async def _check_links(rooms: Rooms, holder: _Holder, record: Instance, found: _
         own = holder.directory / files.VOLUME_DISK.format(number)
         if not own.exists():
             found.differences.append(holder.differs(own.name, "it is missing"))
-        elif not disk.readonly and not await in_thread(own.samefile, rooms.layout.volume_disk(disk.volume_id)):
+        elif not disk.readonly and not await in_thread(_is_same, own, rooms.layout.volume_disk(disk.volume_id)):
             found.differences.append(holder.differs(own.name, f"it is not the volume {disk.volume_name}"))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return other.exists() and path.samefile(other)
 
 
 async def _check_volume(rooms: Rooms, volume: Volume, found: _Findings) -> None:
