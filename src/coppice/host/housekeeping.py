@@ -5,6 +5,7 @@ What a process that was killed leaves has a name that nothing is ever found by, 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,8 +75,10 @@ class Housekeeping(HostBase):
         half_removed = [path for path in holders if not is_id(path.name)]
         caches = (layout.overlays, layout.initramfs, layout.kernels, layout.images)
         half_removed += [path for cache in caches for path in cache.iterdir() if directories.is_half_removed(path)]
+        # In a volume's directory: what a check of it was killed over.
+        writing = (layout.overlays, layout.initramfs, *layout.volumes.iterdir())
         written = [
-            *(path for cache in (layout.overlays, layout.initramfs) for path in _named(cache, is_temporary)),
+            *(path for directory in writing for path in _named(directory, is_temporary)),
             *_named(layout.home, lambda name: name.startswith(_DOCTOR_PREFIX)),
             *_named(rooms.images.root / "names", lambda name: name.endswith(".new")),
         ]
@@ -155,7 +158,8 @@ class Housekeeping(HostBase):
 
 
 def _named(directory: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    return (path for path in directory.iterdir() if wanted(path.name))
+    with contextlib.suppress(FileNotFoundError):  # it has just been removed
+        yield from [path for path in directory.iterdir() if wanted(path.name)]
 
 
 def _modified(path: Path) -> float:

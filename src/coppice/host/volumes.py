@@ -48,14 +48,15 @@ class Volumes(Admission):
         )
         admit = await self._admit(demand_of_volume(made))
         with os_errors(f"make the volume {made.name}"):
-            async with locks.hold(self.rooms.layout.lock(made.id), what=made.name):
-                try:
-                    await in_thread(self.rooms.store.volumes.create, made, volumes.CREATION, admit)
+            try:
+                # First: a lock file without a record is nobody's.
+                await in_thread(self.rooms.store.volumes.create, made, volumes.CREATION, admit)
+                async with locks.hold(self.rooms.layout.lock(made.id), what=made.name):
                     await in_thread(volumes.create, self.rooms, made)
-                except BaseException:
-                    with contextlib.suppress(InUse):  # it was whole, and somebody has it already
-                        await complete(self._remove_volume(made))
-                    raise
+            except BaseException:
+                with contextlib.suppress(InUse):  # it was whole, and somebody has it already
+                    await complete(self._remove_volume(made))
+                raise
         return made
 
     async def volume_ls(self, *, tags: Mapping[str, str] | None = None) -> list[Volume]:

@@ -34,8 +34,8 @@ def create(rooms: Rooms, made: Volume) -> None:
 async def remove(rooms: Rooms, volume_id: str) -> None:
     """Remove a volume and all that is its own. Idempotent; the caller holds its lock, or is alone in knowing it."""
     await in_thread(directories.remove, rooms.layout.volume(volume_id))
+    rooms.layout.lock(volume_id).unlink(missing_ok=True)  # before the record: a lock file without one would be nobody's
     await in_thread(rooms.store.volumes.forget, volume_id)
-    rooms.layout.lock(volume_id).unlink(missing_ok=True)
 
 
 async def place(rooms: Rooms, instance: Instance) -> None:
