@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from coppice.guest.control import Health
     from coppice.guest.kernel import Kernel
     from coppice.guest.process import Exit
-    from coppice.host import AsyncHost, Inspection, SnapshotInspection
+    from coppice.host import AsyncHost, Inspection, SnapshotInspection, VolumeInspection
     from coppice.instance.rooms import Deadlines
     from coppice.model import (
+        Attachment,
         Budgets,
         BudgetUse,
         CaptureReport,
@@ -76,6 +77,9 @@ if TYPE_CHECKING:
         TreeNode,
         VerifyReport,
         VmmProcess,
+        Volume,
+        VolumeDisk,
+        VolumeMount,
     )
     from coppice.sync import Host
 
@@ -87,10 +91,10 @@ _ERRORS = (
     "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError", "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
-    "BudgetUse", "Budgets", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image",
+    "Attachment", "BudgetUse", "Budgets", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image",
     "ImageConfig", "Instance",
     "MachineSpec", "Manifest", "MemFile", "MemoryReport", "ProcessSpec", "Progress", "ProgressSink", "Publish", "Sharing",
-    "Snapshot", "SnapshotKind", "StageTimings", "State", "TreeNode", "VerifyReport", "VmmProcess",
+    "Snapshot", "SnapshotKind", "StageTimings", "State", "TreeNode", "VerifyReport", "VmmProcess", "Volume", "VolumeDisk", "VolumeMount",
 )  # fmt: skip
 _HOME = {
     "Host": "coppice.sync",
@@ -100,6 +104,7 @@ _HOME = {
     "Health": "coppice.guest.control",
     "Inspection": "coppice.host",
     "SnapshotInspection": "coppice.host",
+    "VolumeInspection": "coppice.host",
     "Kernel": "coppice.guest.kernel",
     **dict.fromkeys(_ERRORS, "coppice.errors"),
     **dict.fromkeys(_MODEL, "coppice.model"),
@@ -107,6 +112,7 @@ _HOME = {
 
 __all__ = [
     "AsyncHost",
+    "Attachment",
     "BudgetUse",
     "Budgets",
     "Busy",
@@ -167,6 +173,10 @@ __all__ = [
     "VmmError",
     "VmmProcess",
     "VmmTimeout",
+    "Volume",
+    "VolumeDisk",
+    "VolumeInspection",
+    "VolumeMount",
     "__version__",
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from coppice.errors import IllegalTransition
+from coppice.errors import IllegalTransition, InUse
 from coppice.model import Instance, State
 
 
@@ -57,6 +57,9 @@ _LEGAL: dict[Operation, dict[State, State]] = {
     Operation.REMOVE: {state: state for state in State},
 }
 
+# What leads to another machine with the same disks: a template and a snapshot are for nothing else.
+_MULTIPLIES = frozenset({Operation.FORK, Operation.FORK_RUNNING, Operation.PROMOTE, Operation.SNAPSHOT})
+
 _HINTS: dict[tuple[Operation, State], str] = {
     (Operation.FORK, _S.RUNNING): "use --from-running, or put it into standby first",
     (Operation.START, _S.STANDBY): "use `coppice restore`",
@@ -73,7 +76,10 @@ def require(operation: Operation, instance: Instance) -> State:
     """Return the state that the operation leads to. The same state as now means that there is nothing to do.
 
     :raises IllegalTransition: the operation is not legal in the instance's state
+    :raises InUse: the instance writes to a volume, and the operation would lead to a second machine that does
     """
+    if operation in _MULTIPLIES:  # in no state is it possible
+        _require_no_writable_volume(operation, instance)
     legal = _LEGAL[operation]
     if instance.state in legal:
         return legal[instance.state]
@@ -83,6 +89,16 @@ def require(operation: Operation, instance: Instance) -> State:
     if hint is None:
         hint = "it takes one that is " + " or ".join(legal)
     raise IllegalTransition(f"{instance.name} is {instance.state}: {operation} is not possible", hint=hint)
+
+
+def _require_no_writable_volume(operation: Operation, instance: Instance) -> None:
+    """Two machines that write to one file system destroy it: neither knows what the other has in its memory."""
+    for disk in instance.machine.volumes:
+        if not disk.readonly:
+            raise InUse(
+                f"{instance.name} writes to the volume {disk.volume_name}, which only one machine can have: {operation} is not possible",
+                hint=f"make a machine without it, or that only reads it (--volume {disk.volume_name}:{disk.mount_path}:ro), and do it with that",
+            )
 
 
 def legal_states(operation: Operation) -> frozenset[State]:

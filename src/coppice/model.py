@@ -109,6 +109,46 @@ class Publish(Record, frozen=True, kw_only=True):
     host_address: str = "127.0.0.1"
 
 
+class VolumeMount(Record, frozen=True, kw_only=True):
+    """A volume that a machine is to have: asked for."""
+
+    volume: str  # name or id
+    mount_path: str  # in the guest
+    readonly: bool = False
+
+
+class VolumeDisk(Record, frozen=True, kw_only=True):
+    """A volume as one of a machine's disks."""
+
+    volume_id: str
+    volume_name: str
+    size_bytes: int
+    mount_path: str
+    readonly: bool
+
+
+class Attachment(Record, frozen=True, kw_only=True):
+    """Who has a volume."""
+
+    holder: Literal["instance", "snapshot"]
+    instance_id: str  # or the snapshot's
+    name: str
+    mount_path: str
+    readonly: bool
+
+
+class Volume(Record, frozen=True, kw_only=True):
+    """A named disk with an ext4 file system, which outlives the instances that it is attached to."""
+
+    id: str
+    name: str
+    size_bytes: int
+    created_at: float
+    owner: str | None = None  # None: the operator's
+    tags: dict[str, str] = {}
+    attachments: tuple[Attachment, ...] = ()  # derived when it is read, never stored
+
+
 class MachineSpec(Record, frozen=True, kw_only=True):
     """The virtual hardware. A fork's is its source's: a vmstate loads only into the machine it came from."""
 
@@ -116,6 +156,7 @@ class MachineSpec(Record, frozen=True, kw_only=True):
     memory_bytes: int = 512 * MIB
     overlay_bytes: int = 2 * GIB
     kernel: str = ""  # key of the kernel in the data directory
+    volumes: tuple[VolumeDisk, ...] = ()  # in the order of their devices
 
 
 class ProcessSpec(Record, frozen=True, kw_only=True):
@@ -365,7 +406,7 @@ class GcReport(Record, frozen=True, kw_only=True):
 class Difference(Record, frozen=True, kw_only=True):
     """One captured file that is not what was captured."""
 
-    holder: Literal["instance", "snapshot"]
+    holder: Literal["instance", "snapshot", "volume"]
     id: str
     name: str
     file: str
@@ -379,7 +420,7 @@ class VerifyReport(Record, frozen=True, kw_only=True):
     disks: int = 0
     bytes_hashed: int = 0
     recorded: int = 0  # SHA-256 sums that were not known before
-    skipped: tuple[str, ...] = ()  # whose disks are in use, so that they cannot be checked
+    skipped: tuple[str, ...] = ()  # instances and volumes whose disks are in use, so that they cannot be checked
     differences: tuple[Difference, ...] = ()
 
 

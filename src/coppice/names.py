@@ -8,9 +8,10 @@ import string
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from ipaddress import ip_address
+from pathlib import PurePosixPath
 
 from coppice.errors import InvalidName, UsageError
-from coppice.model import ANY_PORT, GIB, MIB, OWN_ADDRESS, Publish
+from coppice.model import ANY_PORT, GIB, MIB, OWN_ADDRESS, Publish, VolumeMount
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _ID = re.compile(r"[a-z][a-z0-9]{23}")
@@ -24,6 +25,10 @@ MAX_MEMORY = 1024 * GIB
 MIN_OVERLAY = 16 * MIB
 MAX_OVERLAY = 16 * 1024 * GIB
 MAX_CPUS = 64
+MIN_VOLUME = 16 * MIB
+MAX_VOLUME = 16 * 1024 * GIB
+MAX_VOLUMES = 8  # of one machine: each takes one of the VMM's device slots
+MAX_MOUNT_PATH = 1024
 MAX_FORKS = 4096
 MAX_SECONDS = 366 * 86400.0
 MAX_PAYLOAD = MIB  # it lies in the guest's memory, once per fork
@@ -148,6 +153,51 @@ def check_machine(cpus: int, memory_bytes: int, overlay_bytes: int) -> None:
             f"an overlay of {overlay_bytes / MIB:g} MiB is out of bounds",
             hint=f"ask for whole MiB, at least {MIN_OVERLAY // MIB}",
         )
+
+
+def check_volume_size(size_bytes: int) -> int:
+    """Return a valid size of a volume unchanged.
+
+    :raises UsageError: it is out of bounds, or not whole MiB
+    """
+    if not MIN_VOLUME <= size_bytes <= MAX_VOLUME or size_bytes % MIB:
+        raise UsageError(
+            f"a volume of {size_bytes / MIB:g} MiB is out of bounds",
+            hint=f"ask for whole MiB, {MIN_VOLUME // MIB} at least and {MAX_VOLUME // GIB} GiB at most",
+        )
+    return size_bytes
+
+
+# What the guest's agent mounts and writes by itself: a volume over it would hide it from the guest.
+_AGENTS_OWN = ("/proc", "/sys", "/dev", "/run/coppice")
+_ABOVE_THE_AGENTS_OWN = ("/", "/etc", "/run")
+
+
+def check_mounts(mounts: Sequence[VolumeMount]) -> tuple[VolumeMount, ...]:
+    """Return valid mounts as a tuple.
+
+    :raises UsageError: there are too many, two have the same path, or a path is not one that a volume can have
+    :raises InvalidName: a volume can have neither that name nor that id
+    """
+    if len(mounts) > MAX_VOLUMES:
+        raise UsageError(f"{len(mounts)} volumes cannot be attached", hint=f"a machine has {MAX_VOLUMES} at most")
+    for mount in mounts:
+        check_reference(mount.volume)
+        _check_mount_path(mount.mount_path)
+    if len({mount.mount_path for mount in mounts}) < len(mounts):
+        raise UsageError("two volumes cannot be mounted at the same path", hint="give each its own")
+    return tuple(mounts)
+
+
+def _check_mount_path(path: str) -> None:
+    plain = path.startswith("/") and all(part not in ("", ".", "..") for part in path[1:].split("/"))
+    if not plain or not path.isprintable() or len(path.encode("utf-8", "surrogateescape")) > MAX_MOUNT_PATH:
+        raise UsageError(
+            f"{path[:80]!r} is no path that a volume can be mounted at", hint="write it in full and plainly: /srv/data"
+        )
+    own = PurePosixPath(path)
+    if path in _ABOVE_THE_AGENTS_OWN or any(own.is_relative_to(taken) for taken in _AGENTS_OWN):
+        raise UsageError(f"no volume can be mounted at {path}: the machine needs it", hint="choose another path")
 
 
 def check_count(count: int) -> int:

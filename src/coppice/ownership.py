@@ -1,4 +1,4 @@
-"""Who may use what: instances and images belong to an owner, and are shared with another only where their owner says so.
+"""Who may use what: instances, images and volumes belong to an owner, and are shared with another only where their owner says so.
 
 Guest memory that is shared is a side channel: who shares a page can tell, by timing, whether another has used it (CVE-2015-2877). So a template's
 memory reaches another owner only where it was promoted with `public`. A host without an owner is the operator's, and may use all there is; what the
@@ -11,10 +11,10 @@ Names are unique in a data directory, whoever's they are: they are no secret.
 from __future__ import annotations
 
 from coppice.errors import NotFound, Refused
-from coppice.model import Image, Instance, Snapshot, State
+from coppice.model import Image, Instance, Snapshot, State, Volume
 
 
-def owns(owner: str | None, thing: Instance | Image | Snapshot) -> bool:
+def owns(owner: str | None, thing: Instance | Image | Snapshot | Volume) -> bool:
     """Whether a host with this owner may do everything with the thing: it is its own, or the host is the operator's."""
     return owner is None or thing.owner == owner
 
@@ -50,6 +50,11 @@ def no_instance(reference: str) -> NotFound:
 def no_snapshot(reference: str) -> NotFound:
     """The same for snapshots, which are always their owner's alone."""
     return NotFound(f"there is no snapshot {reference!r}", hint="`coppice snapshot ls` shows those there are")
+
+
+def no_volume(reference: str) -> NotFound:
+    """The same for volumes, which are always their owner's alone."""
+    return NotFound(f"there is no volume {reference!r}", hint="`coppice volume ls` shows those there are")
 
 
 def require_operator(owner: str | None, what: str) -> None:

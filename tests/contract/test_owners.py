@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from coppice.errors import InvalidName, NameTaken, NotFound, Refused
+from coppice.errors import InUse, InvalidName, NameTaken, NotFound, Refused
 from coppice.host import AsyncHost
-from coppice.model import Instance, State
+from coppice.model import MIB, Instance, State, VolumeMount
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make, memory_of, snapshot
 from fakes.rooms import DEADLINES, IMAGE, open_rooms
@@ -187,6 +187,40 @@ async def test_a_snapshot_is_its_owners_alone(hosts: Hosts) -> None:
     (fork,) = (await alice.snapshot_fork("noon", payload=b"for alice", atomic=True)).instances
     assert fork.owner == "alice"
     assert await ask(alice, fork, "payload") == "for alice"
+
+
+async def test_a_volume_is_its_owners_alone(hosts: Hosts) -> None:
+    """For others it is not there, by name or id, to look at, attach or remove; its name is taken all the same."""
+    operator, alice, bob = hosts[""], hosts["alice"], hosts["bob"]
+    data = await alice.volume_create("data", size_bytes=16 * MIB)
+    assert data.owner == "alice"
+    assert [await host.volume_ls() for host in (operator, alice, bob)] == [[data], [data], []]
+    for reference in ("data", data.id, data):
+        for use in (bob.volume_inspect, bob.volume_rm):
+            with pytest.raises(NotFound, match="there is no volume"):
+                await use(reference)
+    for reference in ("data", data.id):
+        with pytest.raises(NotFound, match="there is no volume"):
+            await boot(bob, "ash", volumes=[VolumeMount(volume=reference, mount_path="/data")])
+    with pytest.raises(NameTaken):
+        await bob.volume_create("data", size_bytes=16 * MIB)
+    await boot(alice, "oak", volumes=[VolumeMount(volume="data", mount_path="/data")])
+    await assert_tidy(operator, "oak")
+
+
+async def test_a_public_template_takes_its_volumes_along(hosts: Hosts) -> None:
+    """What it reads may be in its memory anyway: who may fork it shares them, read-only, and nothing else of them."""
+    alice, bob = hosts["alice"], hosts["bob"]
+    data = await alice.volume_create("data", size_bytes=16 * MIB)
+    await boot(alice, "oak", volumes=[VolumeMount(volume="data", mount_path="/data", readonly=True)])
+    await alice.standby("oak")
+    await alice.promote("oak", public=True)
+    (elm,) = (await bob.fork("oak", names=["elm"], atomic=True)).instances
+    assert [(disk.volume_id, disk.readonly) for disk in elm.machine.volumes] == [(data.id, True)]
+    with pytest.raises(NotFound):
+        await bob.volume_inspect("data")
+    with pytest.raises(InUse, match="oak, elm have it"):
+        await alice.volume_rm("data")
 
 
 async def test_gc_and_verify_are_the_operators(hosts: Hosts) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from coppice.disk import clone
 from coppice.disk.clone import clone_directory, clone_file
+from coppice.disk.ext4 import fsck
 from coppice.disk.extents import occupancy
 from coppice.disk.link import link_or_copy
-from coppice.disk.overlay import OverlayStore, fsck
+from coppice.disk.overlay import OverlayStore
 from coppice.errors import NoSpace
 from coppice.memory.capture import capture_private
 from coppice.memory.memfile import copy_private, freeze, link

@@ -130,6 +130,8 @@ class FakeGuest:
             changes |= {"payload": payload and payload[:256], "payload_size": len(payload or b"")}
         if flags & 4:
             changes |= {"argv": tuple(fields.texts(20)), "env": tuple(fields.texts(21))}
+        if mounts := [f"{value[0]} {'ro' if value[1] else 'rw'} {value[2:].decode()}" for value in fields.raws(24)]:
+            changes |= {"mounts": tuple(mounts)}
         return self._ram.change(**changes).serial
 
     # Sessions

@@ -85,11 +85,20 @@ async def assert_tidy(host: AsyncHost, *names: str) -> list[Instance]:
     assert store.journal() == []
     ids = {instance.id for instance in instances}
     assert {path.name for path in layout.instances.iterdir()} == ids
-    assert {path.stem for path in layout.locks.iterdir()} <= ids | store.snapshots.ids()
+    assert {path.stem for path in layout.locks.iterdir()} <= ids | store.snapshots.ids() | store.volumes.ids()
+    assert {path.name for path in layout.volumes.iterdir()} == store.volumes.ids()
+    for volume in store.volumes.volumes():
+        assert [path.name for path in layout.volume(volume.id).iterdir()] == ["data.raw"]
+        disk = layout.volume_disk(volume.id)
+        assert disk.stat().st_nlink == 1 + len(volume.attachments)
+        for holder in volume.attachments:
+            found = (layout.instance if holder.holder == "instance" else layout.snapshot)(holder.instance_id)
+            assert any(path.samefile(disk) for path in found.glob("volume?.raw"))
     assert {path.name for path in layout.snapshots.iterdir()} == store.snapshots.ids()
     for kept in store.snapshots.snapshots():
         with_memory = [files.MEMORY, files.VMSTATE] if kept.mem_file is not None else []
-        expected = [files.OVERLAY_DISK, files.ROOT_DISK, *with_memory]
+        volumes = [files.VOLUME_DISK.format(number) for number in range(len(kept.machine.volumes))]
+        expected = [files.OVERLAY_DISK, files.ROOT_DISK, *with_memory, *volumes]
         present = {path.name for path in layout.snapshot(kept.id).iterdir()}
         assert present - {files.HOT_SET} == set(expected)
     orphans = await asyncio.to_thread(driver.find_orphans, layout.instances)

@@ -40,6 +40,7 @@ class GuestState(Record, frozen=True, kw_only=True):
     frozen: bool = False
     argv: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
+    mounts: tuple[str, ...] = ()  # "0 ro /srv/data"
     remembered: dict[str, str] = {}
     sessions_ended: int = 0
     payload: bytes | None = None  # as much as there is room for

@@ -15,7 +15,8 @@ import pytest
 from cli_host import instance
 from coppice.images.catalog import BuildOptions, ImageCatalog
 from coppice.instance.snapshot import new_snapshot
-from coppice.model import SnapshotKind, State
+from coppice.model import SnapshotKind, State, Volume
+from coppice.names import new_id
 from coppice.store.layout import Layout
 from coppice.store.store import Store
 
@@ -29,6 +30,8 @@ def home(tmp_path: Path) -> Path:
     layout.create()
     store = Store(layout.database, (1, 1))
     store.create([instance("web-1"), instance("web-2", State.TEMPLATE), instance("db")], "run")
+    volume = Volume(id=new_id(), name="data", size_bytes=1, created_at=0)
+    store.volumes.create(volume, "volume", lambda: None)
     store.close()
     (tmp_path / "etc").mkdir()
     with tarfile.open(tmp_path / "root.tar", "w") as archive:
@@ -61,6 +64,9 @@ def complete(home: Path, line: str) -> list[str]:
         ("coppice demote ", ["web-2"]),
         ("coppice cp web", ["web-1:"]),
         ("coppice run te", ["team/debian:12"]),
+        ("coppice volume rm d", ["data"]),
+        ("coppice volume inspect x", []),
+        ("coppice run debian --volume da", ["data:"]),
         ("coppice ls --state st", ["stopped", "standby"]),
         ("coppice ls --state St", ["Stopped", "Standby"]),
         ("coppice inspect %", []),
@@ -68,7 +74,7 @@ def complete(home: Path, line: str) -> list[str]:
     ],
 )
 def test_names_are_completed(home: Path, line: str, offered: list[str]) -> None:
-    """Instances, templates, images and states are offered where they fit."""
+    """Instances, templates, images, volumes and states are offered where they fit."""
     assert complete(home, line) == offered
 
 

@@ -10,7 +10,7 @@ from cli_host import DIGEST, FakeHost, instance
 from cli_lines import document, output_of, run
 from coppice.errors import InUse, NotFound
 from coppice.guest.kernel import Kernel
-from coppice.model import MIB, CaptureReport, Image, ImageConfig, Instance, Publish, State
+from coppice.model import MIB, CaptureReport, Image, ImageConfig, Instance, Publish, State, VolumeMount
 
 VM = instance("vm")
 IMAGE = Image(
@@ -32,7 +32,7 @@ def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path
     words = [
         "run", "debian", "--name", "vm", "--cpus", "2", "--memory", "1G", "--overlay", "4G", "-e", "A=1", "--env", "B=x=y",
         "--env-file", str(tmp_path / "env"), "--workdir", "/srv", "--user", "web", "--hostname", "box", "--tag", "team=a",
-        "--publish", "8080:80", "-p", "[::1]:53:53/udp", "--kernel", KERNEL.key, "--no-start", "--", "sleep", "--long",
+        "--publish", "8080:80", "-p", "[::1]:53:53/udp", "--volume", "data:/srv/data:ro", "--kernel", KERNEL.key, "--no-start", "--", "sleep", "--long",
     ]  # fmt: skip
     assert output_of(capsys, host, *words) == "vm\n"
     asked = host.asked("run")
@@ -53,6 +53,7 @@ def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path
             Publish(host_port=8080, guest_port=80),
             Publish(host_port=53, guest_port=53, protocol="udp", host_address="::1"),
         ),
+        "volumes": (VolumeMount(volume="data", mount_path="/srv/data", readonly=True),),
         "kernel": KERNEL.key,
         "start": False,
     }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coppice.cli import parse
 from coppice.errors import UsageError
-from coppice.model import Publish, State
+from coppice.model import Publish, State, VolumeMount
 from coppice.names import MAX_PAYLOAD
 
 PORT = st.integers(1, 65535)
@@ -190,3 +190,31 @@ def test_payloads_that_are_neither_are_refused(tmp_path: Path, text: str) -> Non
     with pytest.raises(UsageError) as refused:
         parse.payloads(str(file))
     assert "secret" not in str(refused.value)
+
+
+def test_a_volume_is_read_as_it_was_written() -> None:
+    """For writing unless it says `:ro`."""
+    assert parse.volumes(["data:/srv/data", "models:/m:ro", "logs:/var/log:rw"]) == (
+        VolumeMount(volume="data", mount_path="/srv/data"),
+        VolumeMount(volume="models", mount_path="/m", readonly=True),
+        VolumeMount(volume="logs", mount_path="/var/log"),
+    )
+
+
+@pytest.mark.parametrize(
+    "word", ["data", "data:", ":/data", "data:data", "data:/data:r", "data:/data:ro:rw", "", "/a:/b:c"]
+)
+def test_a_malformed_volume_is_refused(word: str) -> None:
+    """A typing error in --volume does not attach something else, and `:r` is not taken for writing."""
+    with pytest.raises(UsageError):
+        parse.volumes([word])
+
+
+@given(st.text())
+def test_any_text_is_a_volume_or_a_usage_error(text: str) -> None:
+    """Garbage in --volume never raises anything else."""
+    try:
+        (found,) = parse.volumes([text])
+    except UsageError:
+        return
+    assert found.mount_path.startswith("/")

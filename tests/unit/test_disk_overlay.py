@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from coppice.disk import overlay
-from coppice.disk.overlay import OverlayStore, fsck
+from coppice.disk import ext4
+from coppice.disk.ext4 import fsck
+from coppice.disk.overlay import OverlayStore
 from coppice.errors import HostCannot, IntegrityError, MissingTool, UsageError
 from coppice.model import GIB, MIB
 
@@ -102,7 +103,7 @@ def test_impossible_sizes_are_usage_errors(tmp_path: Path, size: int) -> None:
 
 def test_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without e2fsprogs the error names the package, and no file is left."""
-    monkeypatch.setitem(overlay._ENVIRONMENT, "PATH", str(tmp_path / "nothing"))
+    monkeypatch.setitem(ext4._ENVIRONMENT, "PATH", str(tmp_path / "nothing"))
     with pytest.raises(MissingTool, match="e2fsprogs"):
         OverlayStore(tmp_path / "overlays").pristine(16 * MIB)
     assert not any((tmp_path / "overlays").iterdir())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from coppice.errors import IllegalTransition
+from coppice.errors import IllegalTransition, InUse
 from coppice.lifecycle import Operation, legal_states, require
-from coppice.model import State
+from coppice.model import MachineSpec, State, VolumeDisk
 from fakes.records import make_instance
 
 # Written out a second time, by hand: the design's words, not the code's table.
@@ -76,3 +77,21 @@ def test_a_template_is_only_forked_kept_demoted_or_removed() -> None:
     """A template never runs: a second VM on its mem-file's own disk would break every fork to come."""
     legal = {operation for operation in Operation if State.TEMPLATE in legal_states(operation)}
     assert legal == {Operation.PROMOTE, Operation.DEMOTE, Operation.FORK, Operation.SNAPSHOT, Operation.REMOVE}
+
+
+@pytest.mark.parametrize(("operation", "state"), EVERY_PAIR)
+def test_a_writer_of_a_volume_is_never_multiplied(operation: Operation, state: State) -> None:
+    """What leads to a second machine with its disks is possible in no state; all else is as without a volume, and so is all for a reader."""
+    disk = VolumeDisk(volume_id="v" * 24, volume_name="data", size_bytes=1, mount_path="/data", readonly=False)
+    writer = make_instance(state=state, machine=MachineSpec(volumes=(disk,)))
+    multiplies = {Operation.FORK, Operation.FORK_RUNNING, Operation.PROMOTE, Operation.SNAPSHOT}
+    if operation in multiplies:
+        with pytest.raises(InUse, match="data"):
+            require(operation, writer)
+    reader = make_instance(state=state, machine=MachineSpec(volumes=(msgspec.structs.replace(disk, readonly=True),)))
+    for instance in [reader] + ([] if operation in multiplies else [writer]):
+        if state in ALLOWED[operation]:
+            assert require(operation, instance) is ALLOWED[operation][state]
+        else:
+            with pytest.raises(IllegalTransition):
+                require(operation, instance)

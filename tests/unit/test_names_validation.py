@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 
 import pytest
@@ -9,20 +10,25 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from coppice.errors import InvalidName, UsageError
-from coppice.model import GIB, MIB, Publish
+from coppice.model import GIB, MIB, Publish, VolumeMount
 from coppice.names import (
     MAX_CPUS,
     MAX_FORKS,
+    MAX_VOLUME,
+    MAX_VOLUMES,
     MIN_MEMORY,
     MIN_OVERLAY,
+    MIN_VOLUME,
     NAME_MAX,
     check_count,
     check_env,
     check_machine,
+    check_mounts,
     check_name,
     check_publish,
     check_reference,
     check_tags,
+    check_volume_size,
     is_id,
     new_id,
     new_name,
@@ -228,3 +234,72 @@ def test_a_port_is_published_once() -> None:
     port = Publish(host_port=80, guest_port=80, host_address="own")
     with pytest.raises(UsageError, match="twice"):
         check_publish([port, Publish(host_port=80, guest_port=81, host_address="own")])
+
+
+def mounts(*paths: str) -> tuple[VolumeMount, ...]:
+    """A volume at each of the paths."""
+    return tuple(VolumeMount(volume=f"v{number}", mount_path=path) for number, path in enumerate(paths))
+
+
+@given(st.text(max_size=40))
+@example("/../etc")
+@example("/a/../../b")
+@example("/a/./b")
+@example("//a")
+@example("/a/")
+@example("/a\0b")
+@example("/a\nb")
+@example("/proc/self")
+@example("/run/coppice/payload")
+@example("a")
+def test_a_volume_is_mounted_at_a_plain_path_or_not_at_all(path: str) -> None:
+    """Absolute, without dots to climb by, and never over what the agent itself mounts."""
+    try:
+        check_mounts(mounts(path))
+    except UsageError:
+        return
+    assert posixpath.normpath(path) == path
+    assert path.startswith("/")
+    assert ".." not in path.split("/")
+    assert path.isprintable()
+    assert path.split("/")[1] not in ("", "proc", "sys", "dev")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/proc", "/sys/fs", "/dev/shm", "/run", "/run/coppice", "/run/coppice/x", "/etc", "/" + "x" * 1024]
+)
+def test_the_machines_own_paths_are_kept(path: str) -> None:
+    """A volume there would hide what makes the machine itself."""
+    with pytest.raises(UsageError):
+        check_mounts(mounts(path))
+
+
+def test_usual_paths_are_allowed() -> None:
+    """Also below each other, below /run and /etc, and up to as many as a machine has."""
+    paths = ("/data", "/data/sub", "/run/data", "/etc/app", "/procs", "/srv/a b", "/srv/d\u00e4ta", "/..data")
+    assert len(paths) == MAX_VOLUMES
+    assert check_mounts(mounts(*paths)) == mounts(*paths)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        mounts("/a", "/a"),
+        mounts(*(f"/{number}" for number in range(MAX_VOLUMES + 1))),
+        (VolumeMount(volume="../data", mount_path="/a"),),
+    ],
+    ids=["same path", "too many", "no name"],
+)
+def test_impossible_mounts_are_refused(wanted: tuple[VolumeMount, ...]) -> None:
+    """Before anything is looked up."""
+    with pytest.raises(UsageError):
+        check_mounts(wanted)
+
+
+@pytest.mark.parametrize("size", [0, -MIB, MIN_VOLUME - MIB, MIN_VOLUME + 1, MAX_VOLUME + MIB])
+def test_impossible_sizes_of_volumes_are_refused(size: int) -> None:
+    """The bounds themselves are inside."""
+    with pytest.raises(UsageError):
+        check_volume_size(size)
+    assert check_volume_size(MIN_VOLUME) == MIN_VOLUME
+    assert check_volume_size(MAX_VOLUME) == MAX_VOLUME

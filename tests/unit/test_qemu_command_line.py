@@ -7,7 +7,7 @@ import re
 import pytest
 
 from coppice.errors import VmmError
-from coppice.model import MIB, MachineSpec, Publish
+from coppice.model import MIB, MachineSpec, Publish, VolumeDisk
 from coppice.vmm import driver as files
 from coppice.vmm.qemu import command
 from coppice.vmm.qemu.ports import with_picked
@@ -165,3 +165,21 @@ def test_only_emulation_is_told_the_frequency_of_its_clock() -> None:
     assert "tsc" not in command.kernel_command_line("kvm", 2_596_000)
     assert option(machine("kvm"), "-accel") == ["kvm"]
     assert option(machine("tcg"), "-accel")[0].startswith("tcg")
+
+
+def test_volumes_are_disks_with_a_serial_number_and_readers_get_them_read_only() -> None:
+    """The guest knows them by the number; a volume that is only read cannot be written by the VMM either, and none is named by a path elsewhere."""
+    disks = tuple(
+        VolumeDisk(volume_id="v" * 24, volume_name="data", size_bytes=MIB, mount_path=f"/{number}", readonly=readonly)
+        for number, readonly in enumerate((False, True))
+    )
+    plain = machine()
+    arguments = machine(
+        spec=MachineSpec(cpus=2, memory_bytes=256 * MIB, overlay_bytes=64 * MIB, kernel="k", volumes=disks)
+    )
+    assert arguments[: len(plain)] == plain  # a machine without volumes is what it always was
+    for number, mode in enumerate(("off", "on")):
+        (node,) = [each for each in option(arguments, "-blockdev") if f"node-name=volume{number}" in each.split(",")]
+        assert f"read-only={mode}" in node.split(",")
+        assert f"file.filename=volume{number}.raw" in node.split(",")
+        assert f"virtio-blk-device,drive=volume{number},serial=volume{number}" in option(arguments, "-device")

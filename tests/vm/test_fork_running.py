@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from coppice.disk.overlay import fsck
+from coppice.disk.ext4 import fsck
 from coppice.host import AsyncHost
 from coppice.model import MIB, Instance, Sharing, State
 from machines import WARM_SERVER, ask, digest, mem_file, warm_up

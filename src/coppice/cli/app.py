@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from coppice.cli import guest, images, lifecycle, lineage, output, snapshots, view
+from coppice.cli import guest, images, lifecycle, lineage, output, snapshots, view, volumes
 from coppice.cli.context import Cli
 
 
@@ -104,6 +104,7 @@ app.command("demote")(lifecycle.demote)
 app.command("fork")(lineage.fork)
 app.command("tree")(lineage.tree)
 app.add_typer(snapshots.snapshot_app, name="snapshot", help="Keep moments of instances, and go back to them.")
+app.add_typer(volumes.volume_app, name="volume", help="Make, list and remove disks that outlive instances.")
 app.command("verify")(snapshots.verify)
 app.command("stats")(view.stats)
 app.command("rm")(lifecycle.rm)

@@ -32,8 +32,17 @@ def sources(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def snapshots(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of snapshots that begin so."""
-    query = f"SELECT name FROM snapshots WHERE substr(name, 1, length(:prefix)) = :prefix AND {_OWNED} ORDER BY name"  # noqa: S608 - constants
-    return _names(ctx, query, prefix=incomplete)
+    return _named(ctx, "snapshots", incomplete)
+
+
+def volumes(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of volumes that begin so."""
+    return _named(ctx, "volumes", incomplete)
+
+
+def mounts(ctx: typer.Context, incomplete: str) -> list[str]:
+    """`NAME:` for `--volume`; the path is the guest's."""
+    return [f"{name}:" for name in volumes(ctx, incomplete)]
 
 
 def paths(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -69,6 +78,11 @@ def _instances(ctx: typer.Context, incomplete: str, state: str = "", others: str
         f"AND ({_OWNED} OR {others}) ORDER BY name"
     )
     return _names(ctx, query, prefix=incomplete, state=state)
+
+
+def _named(ctx: typer.Context, table: str, incomplete: str) -> list[str]:
+    query = f"SELECT name FROM {table} WHERE substr(name, 1, length(:prefix)) = :prefix AND {_OWNED} ORDER BY name"  # noqa: S608 - constants
+    return _names(ctx, query, prefix=incomplete)
 
 
 def _names(ctx: typer.Context, query: str, **parameters: str) -> list[str]:

@@ -50,6 +50,7 @@ def run(
     ] = None,
     tag: options.Tags = None,
     publish: options.Published = None,
+    volume: options.Volumes = None,
     kernel: Annotated[
         str | None,
         typer.Option("--kernel", metavar="KEY|PATH", help="A kernel that was added, or a bzImage (with --modules)."),
@@ -74,6 +75,7 @@ def run(
     memory_bytes, overlay_bytes = parse_size(memory), parse_size(overlay)
     environment = parse.environment(env or (), env_file or ())
     tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
+    volumes = parse.volumes(volume or ())
 
     async def work(host: AsyncHost) -> Instance:
         key = kernel
@@ -93,6 +95,7 @@ def run(
                 hostname=hostname,
                 tags=tags,
                 publish=ports,
+                volumes=volumes,
                 kernel=key,
                 start=not no_start,
                 progress=progress,

@@ -57,5 +57,15 @@ Payloads = Annotated[
         help="A payload for each fork: a JSON array, or one JSON document in each line.",
     ),
 ]
+Volumes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--volume",
+        "-v",
+        metavar="NAME:PATH[:ro]",
+        help="Attach a volume, mounted at PATH; repeatable.",
+        autocompletion=complete.mounts,
+    ),
+]
 Public = Annotated[bool, typer.Option("--public", help="Other owners may use it too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print names only.")]

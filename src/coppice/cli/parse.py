@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Literal
 from coppice.errors import UsageError
 
 if TYPE_CHECKING:
-    from coppice.model import Publish, State
+    from coppice.model import Publish, State, VolumeMount
 
 _PUBLISH = re.compile(
     r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}|auto):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
 )
+_VOLUME = re.compile(r"(?P<name>[^:]+):(?P<path>/[^:]*)(?::(?P<mode>ro|rw))?", re.DOTALL)
 _MAX_PAYLOADS_FILE = 256 << 20
 _REMOTE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9-]*):(?P<path>.*)", re.DOTALL)
 
@@ -109,6 +110,22 @@ def _address(text: str) -> str:
         return str(ip_address(text.removeprefix("[").removesuffix("]")))
     except ValueError as error:
         raise UsageError(f"{text!r} is not an IP address", hint="write one such as 127.0.0.1 or [::1]") from error
+
+
+def volumes(words: Iterable[str]) -> tuple[VolumeMount, ...]:
+    """Read attached volumes: `NAME:/path`, and `:ro` behind it where the machine is only to read.
+
+    :raises UsageError: one is malformed
+    """
+    from coppice.model import VolumeMount
+
+    mounts: list[VolumeMount] = []
+    for word in words:
+        found = _VOLUME.fullmatch(word)
+        if not found:
+            raise UsageError(f"{word!r} is not a volume with its path", hint="write NAME:/path or NAME:/path:ro")
+        mounts.append(VolumeMount(volume=found["name"], mount_path=found["path"], readonly=found["mode"] == "ro"))
+    return tuple(mounts)
 
 
 def states(words: Iterable[str]) -> list[State]:

@@ -234,7 +234,7 @@ def rm(ctx: typer.Context, names: SnapshotNames) -> None:
 
 
 def verify(ctx: typer.Context) -> None:
-    """Check every captured mem-file and every disk at rest; name what differs.
+    """Check every captured mem-file and every disk at rest, volumes included; name what differs.
 
     Mem-files by SHA-256, size, inode and mode, disks by e2fsck. A SHA-256 that is not known yet is recorded. Nothing is changed.
     Exit status 1 if something differs.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from coppice.host import AsyncHost, Inspection
-    from coppice.model import BudgetUse, Instance, MemoryReport
+    from coppice.model import BudgetUse, Instance, MemoryReport, VolumeDisk
 
 
 def ls(
@@ -75,6 +75,13 @@ def ls(
     cli.show(instances, human)
 
 
+def _volumes(disks: tuple[VolumeDisk, ...]) -> str:
+    return ", ".join(
+        f"{disk.volume_name} at {output.printable(disk.mount_path)}{' (read-only)' if disk.readonly else ''}"
+        for disk in disks
+    )
+
+
 def _tags(tags: dict[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in tags.items()) or "-"
 
@@ -126,6 +133,7 @@ def _details(found: Inspection) -> list[tuple[str, str | Text]]:
         ("Host name", instance.hostname),
         ("Tags", _tags(instance.tags) if instance.tags else None),
         ("Ports", format.ports(instance.publish) if instance.publish else None),
+        ("Volumes", _volumes(instance.machine.volumes) or None),
         ("Owner", instance.owner),
         ("Public", "other owners may fork it" if instance.public else None),
         ("Parent", instance.parent_name),

@@ -18,7 +18,7 @@ from typing import Final
 
 from coppice.errors import Busy, VmmDied
 from coppice.guest.channel import Channel
-from coppice.guest.control import Control, Health, Identity
+from coppice.guest.control import Control, Health, Identity, Mount
 from coppice.guest.copy import copy_in, copy_out
 from coppice.guest.process import ExecSession, Exit
 from coppice.guest.session import Session, Unpacked
@@ -30,6 +30,7 @@ __all__ = [
     "Exit",
     "Health",
     "Identity",
+    "Mount",
     "Session",
     "Unpacked",
     "copy_in",

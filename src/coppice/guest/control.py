@@ -13,6 +13,14 @@ _MICROSECONDS = re.compile(r"[0-9]{1,12}")  # a guest that means harm sends numb
 _END_SESSIONS, _THAW, _START_PROCESS, _NEW_MACHINE = 1, 2, 4, 8
 
 
+class Mount(Record, frozen=True, kw_only=True):
+    """A volume that the guest is to mount: the machine's volume of that number."""
+
+    number: int
+    path: str
+    readonly: bool
+
+
 class Identity(Record, frozen=True, kw_only=True):
     """One message that makes a machine itself. What is None is left as it is.
 
@@ -40,6 +48,7 @@ class Identity(Record, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     cwd: str | None = None
     user: str | None = None
+    mounts: tuple[Mount, ...] = ()  # of a machine that has just booted; what is above another comes first
 
 
 class Health(Record, frozen=True, kw_only=True):
@@ -142,6 +151,7 @@ def encode_identity(identity: Identity) -> bytes:
         *((21, f"{name}={value}") for name, value in identity.env.items()),
         (22, identity.cwd),
         (23, identity.user),
+        *((24, bytes((mount.number, mount.readonly)) + mount.path.encode()) for mount in identity.mounts),
     ]
     return encode_fields(fields)
 

@@ -165,9 +165,13 @@ class Fields:
         value = self.raw(tag)
         return default if value is None else readable(value)
 
+    def raws(self, tag: int) -> list[bytes]:
+        """All values of a repeated tag."""
+        return list(self._values.get(tag, []))
+
     def texts(self, tag: int) -> list[str]:
         """All values of a repeated tag, as `text`."""
-        return [readable(value) for value in self._values.get(tag, [])]
+        return [readable(value) for value in self.raws(tag)]
 
 
 def readable(value: bytes) -> str:

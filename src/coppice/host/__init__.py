@@ -12,8 +12,18 @@ from coppice.host.housekeeping import Housekeeping
 from coppice.host.images import Images
 from coppice.host.snapshots import SnapshotInspection, SnapshotReference, Snapshots
 from coppice.host.view import Inspection, View
+from coppice.host.volumes import VolumeInspection, VolumeReference
 
-__all__ = ["AsyncHost", "Inspection", "LogSource", "Reference", "SnapshotInspection", "SnapshotReference"]
+__all__ = [
+    "AsyncHost",
+    "Inspection",
+    "LogSource",
+    "Reference",
+    "SnapshotInspection",
+    "SnapshotReference",
+    "VolumeInspection",
+    "VolumeReference",
+]
 
 
 class AsyncHost(Snapshots, Guest, View, Images, Housekeeping):

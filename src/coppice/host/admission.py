@@ -5,7 +5,8 @@ Each kind of worst case is an estimate from above, and said so:
 
 * memory: of each machine that runs, its RAM divided by the over-commit factor, and 32 MiB for its VMM;
 * disk: what an operation itself may write. A boot may fill the file that is the guest's RAM; a capture of a fork may write all of its RAM; a fork
-  copies what its source's overlay has allocated, where the file system has no reflinks. Overlays grow later without being asked about: the floor is for that.
+  copies what its source's overlay has allocated, where the file system has no reflinks; a volume is made with what an empty file system takes. Overlays and
+  volumes grow later without being asked about: the floor is for that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from coppice.completion import in_thread
+from coppice.disk import volume as disks
 from coppice.disk.atomic import temporary_beside
 from coppice.disk.clone import clone_file
 from coppice.errors import CoppiceError, NoSpace
@@ -25,7 +27,7 @@ from coppice.host.base import HostBase
 from coppice.instance import directory as directories
 from coppice.instance import recovery
 from coppice.instance.rooms import Rooms
-from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, Record, State
+from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, Record, State, Volume
 from coppice.store.budgets import use_of, worst_case
 from coppice.vmm import driver as files
 
@@ -134,6 +136,11 @@ def demand_of_capture(instance: Instance) -> Demand:
     """Of putting an instance into standby. A machine that has run since its boot has its RAM in its file already."""
     private = instance.mem_file is not None
     return Demand(what=f"standby of {instance.name}", disk_bytes=instance.machine.memory_bytes if private else 0)
+
+
+def demand_of_volume(volume: Volume) -> Demand:
+    """Of a new volume, which is empty."""
+    return Demand(what=f"the volume {volume.name}", disk_bytes=disks.empty_bytes(volume.size_bytes))
 
 
 def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:

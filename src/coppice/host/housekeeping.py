@@ -5,6 +5,7 @@ What a process that was killed leaves has a name that nothing is ever found by, 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,12 +71,14 @@ class Housekeeping(HostBase):
     def _leftovers(self) -> list[Path]:
         """What only a process that died can have left: it has a name that nothing is ever found by."""
         layout, rooms = self.rooms.layout, self.rooms
-        holders = (*layout.instances.iterdir(), *layout.snapshots.iterdir())
+        holders = (*layout.instances.iterdir(), *layout.snapshots.iterdir(), *layout.volumes.iterdir())
         half_removed = [path for path in holders if not is_id(path.name)]
         caches = (layout.overlays, layout.initramfs, layout.kernels, layout.images)
         half_removed += [path for cache in caches for path in cache.iterdir() if directories.is_half_removed(path)]
+        # In a volume's directory: what a check of it was killed over.
+        writing = (layout.overlays, layout.initramfs, *layout.volumes.iterdir())
         written = [
-            *(path for cache in (layout.overlays, layout.initramfs) for path in _named(cache, is_temporary)),
+            *(path for directory in writing for path in _named(directory, is_temporary)),
             *_named(layout.home, lambda name: name.startswith(_DOCTOR_PREFIX)),
             *_named(rooms.images.root / "names", lambda name: name.endswith(".new")),
         ]
@@ -117,15 +120,18 @@ class Housekeeping(HostBase):
         """Ids that have a directory, a lock file or a VMM, but no record."""
         # Records last: an instance that is made meanwhile has its record before its directory.
         layout = self.rooms.layout
-        present = {path.name for path in (*layout.instances.iterdir(), *layout.snapshots.iterdir())}
+        holders = (*layout.instances.iterdir(), *layout.snapshots.iterdir(), *layout.volumes.iterdir())
+        present = {path.name for path in holders}
         present |= {path.stem for path in layout.locks.iterdir()}
         present |= {directory.name for directory in self.rooms.driver.find_orphans(layout.instances)}
-        known = {instance.id for instance in self.rooms.store.instances()} | self.rooms.store.snapshots.ids()
+        store = self.rooms.store
+        known = {instance.id for instance in store.instances()} | store.snapshots.ids() | store.volumes.ids()
         return {name for name in present if is_id(name)} - known
 
     async def _collect(self, key: str, *, dry_run: bool) -> list[tuple[str, int]]:
-        """Remove what is left of an instance or snapshot without a record, unless somebody holds it; return names and bytes."""
-        lock, directory = self.rooms.layout.lock(key), self.rooms.directory(key)
+        """Remove what is left of an instance, snapshot or volume without a record, unless somebody holds it; return names and bytes."""
+        layout = self.rooms.layout
+        lock, directory = layout.lock(key), self.rooms.directory(key)
         locked_before = lock.exists()
         descriptor = locks.try_lock(lock)
         if descriptor is None:
@@ -134,7 +140,7 @@ class Housekeeping(HostBase):
             orphans = await in_thread(self.rooms.driver.find_orphans, self.rooms.layout.instances)
             processes = orphans.get(directory.resolve(), [])
             found = [(f"process {process.pid}", 0) for process in processes]
-            placed = [path for path in (directory, self.rooms.layout.snapshot(key)) if path.exists()]
+            placed = [path for path in (directory, layout.snapshot(key), layout.volume(key)) if path.exists()]
             for path in placed:
                 found.append((self._shown(path), await in_thread(directories.allocated_bytes, path)))
             if locked_before:
@@ -152,7 +158,8 @@ class Housekeeping(HostBase):
 
 
 def _named(directory: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    return (path for path in directory.iterdir() if wanted(path.name))
+    with contextlib.suppress(FileNotFoundError):  # it has just been removed
+        yield from [path for path in directory.iterdir() if wanted(path.name)]
 
 
 def _modified(path: Path) -> float:

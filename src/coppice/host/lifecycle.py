@@ -16,15 +16,16 @@ from coppice.fork.fanout import fan_out
 from coppice.fork.plan import OPERATION as FORK
 from coppice.fork.plan import ForkRequest, make_request
 from coppice.host.admission import (
-    Admission,
     demand_of_activation,
     demand_of_capture,
     demand_of_forks,
     demand_of_run,
 )
 from coppice.host.base import Reference
+from coppice.host.volumes import Volumes
 from coppice.instance import activate, capture, destroy, live, recovery
 from coppice.instance import directory as directories
+from coppice.instance import volume as volume_disks
 from coppice.lifecycle import Operation
 from coppice.model import (
     GIB,
@@ -38,6 +39,7 @@ from coppice.model import (
     ProgressSink,
     Publish,
     State,
+    VolumeMount,
     no_progress,
 )
 from coppice.names import MAX_SECONDS, check_env, check_machine, check_name, check_publish, check_tags, new_id, new_name
@@ -45,7 +47,7 @@ from coppice.store import locks
 from coppice.timing import Stages
 
 
-class Lifecycle(Admission):
+class Lifecycle(Volumes):
     """The life of an instance."""
 
     async def run(
@@ -63,6 +65,7 @@ class Lifecycle(Admission):
         hostname: str | None = None,
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
+        volumes: Sequence[VolumeMount] = (),
         kernel: str | None = None,
         start: bool = True,
         progress: ProgressSink = no_progress,
@@ -70,11 +73,12 @@ class Lifecycle(Admission):
         """Make an instance of an image and boot it. Returns when its agent has answered, or, with `start=False`, when it is Stopped.
 
         `command` replaces the image's command (its entrypoint stays), as OCI runtimes have it. `kernel` is the key of a kernel that was added;
-        by default Debian's cloud kernel, fetched at the first use. Nothing is left behind if it fails.
+        by default Debian's cloud kernel, fetched at the first use. `volumes` are mounted before the process starts, and stay attached as long as
+        the instance is there, in whatever state. Nothing is left behind if it fails.
 
-        :raises NotFound: there is no such image or kernel
+        :raises NotFound: there is no such image, volume or kernel
         :raises NameTaken: the name is in use
-        :raises InUse: another program has a port that is to be published
+        :raises InUse: another instance has a volume, and one of the two is to write to it; or another program has a port that is to be published
         :raises NoSpace: a budget is spent, or the disk is full
         :raises VmmDied: the machine ended before it answered
         :raises GuestTimeout: it did not answer in time
@@ -83,6 +87,7 @@ class Lifecycle(Admission):
         found = await in_thread(self.rooms.images.get, image, self._usable)
         chosen_name = check_name(name) if name is not None else new_name(_stem(found.name))
         environment = check_env(env or {})
+        disks = await self._disks(volumes)
         admit = await self._admit(demand_of_run(memory_bytes, start=start))
         chosen_kernel = await self._kernel(kernel, progress)
         config = found.config
@@ -98,7 +103,7 @@ class Lifecycle(Admission):
             image=found.digest,
             image_name=found.name,
             machine=MachineSpec(
-                cpus=cpus, memory_bytes=memory_bytes, overlay_bytes=overlay_bytes, kernel=chosen_kernel
+                cpus=cpus, memory_bytes=memory_bytes, overlay_bytes=overlay_bytes, kernel=chosen_kernel, volumes=disks
             ),
             process=ProcessSpec(
                 argv=argv,
@@ -122,6 +127,7 @@ class Lifecycle(Admission):
             (instance,) = await in_thread(self.rooms.store.create, [instance], "run", admit)
             async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
                 await in_thread(self._place_new, instance)
+                await volume_disks.place(self.rooms, instance)
                 if start:
                     progress(Progress(stage="boot"))
                     return await activate.boot(self.rooms, instance, Stages())
@@ -326,7 +332,7 @@ class Lifecycle(Admission):
         return msgspec.structs.replace(forked, source_pause_ms=report.pause_ms, capture=report)
 
     async def rm(self, reference: Reference) -> None:
-        """Remove an instance in any state: its VMM, its directory, its record. Forks keep what they share with it.
+        """Remove an instance in any state: its VMM, its directory, its record. Forks keep what they share with it, and volumes what is on them.
 
         :raises InUse: it is a template with forks; the message names them
         """
@@ -334,6 +340,8 @@ class Lifecycle(Admission):
             await complete(self._remove(instance))
 
     async def _remove(self, instance: Instance) -> None:
+        if any(not disk.readonly for disk in instance.machine.volumes):
+            await capture.sync_disk(self.rooms, instance)  # the volume outlives it
         with contextlib.suppress(NoSpace):  # a full disk must not keep anybody from making room
             await in_thread(self.rooms.store.begin, instance, "rm")
         await destroy.destroy(self.rooms, instance)

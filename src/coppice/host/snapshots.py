@@ -213,7 +213,7 @@ class Snapshots(Lifecycle):
         await snapshot.remove(self.rooms, found.id)
 
     async def verify(self, *, progress: ProgressSink = no_progress) -> VerifyReport:
-        """Check that every captured mem-file and every disk at rest is what it was, and name what differs.
+        """Check that every captured mem-file and every disk at rest is what it was, volumes included, and name what differs.
 
         Compares inode, size, mode and SHA-256, and runs e2fsck over disks that no machine uses. A SHA-256 that was not computed in the background
         yet is recorded for the next time. Nothing is changed or repaired.

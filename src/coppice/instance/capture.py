@@ -203,9 +203,12 @@ async def finish(rooms: Rooms, instance: Instance, stages: Stages) -> Instance:
 
 
 def _into_place(directory: Path) -> MemFile:
-    """Give the new files their final names, and have the disk survive what they survive; each step may have been done before."""
-    with (directory / files.OVERLAY_DISK).open("rb") as disk:
-        os.fsync(disk.fileno())  # memory without the disk of the same instant is of no use after a power cut
+    """Give the new files their final names, and have the disks survive what they survive; each step may have been done before."""
+    # Memory without the disks of the same instant is of no use after a power cut.
+    for path in (directory / name for name in (files.OVERLAY_DISK, *directories.VOLUME_DISKS)):
+        if path.exists():
+            with path.open("rb") as disk:
+                os.fsync(disk.fileno())
     vmstate_new, vmstate = directory / files.VMSTATE_NEW, directory / files.VMSTATE
     if vmstate_new.exists():
         vmstate_new.chmod(0o444)

@@ -17,12 +17,14 @@ from coppice.disk.atomic import is_temporary, temporary_beside
 from coppice.disk.clone import clone_directory
 from coppice.disk.link import link_or_copy
 from coppice.disk.overlay import OverlayStore
-from coppice.errors import IntegrityError, NoSpace
+from coppice.errors import HostCannot, IntegrityError, NoSpace
 from coppice.memory import memfile
-from coppice.model import Instance, MemFile, Sharing
+from coppice.model import Instance, MachineSpec, MemFile, Sharing
+from coppice.names import MAX_VOLUMES
 from coppice.vmm import driver as files
 
-_LINKED = (files.MEMORY, files.HOT_SET, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD)
+VOLUME_DISKS = tuple(files.VOLUME_DISK.format(number) for number in range(MAX_VOLUMES))
+_LINKED = (files.MEMORY, files.HOT_SET, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *VOLUME_DISKS)
 _REMOVED = ".removed"
 LOG_KEPT = 8 << 20  # bytes
 _RUNTIME = (
@@ -62,6 +64,25 @@ def place_overlay(directory: Path, overlays: OverlayStore, size_bytes: int) -> N
     overlays.create(size_bytes, directory / files.OVERLAY_DISK)
 
 
+def place_volume(directory: Path, number: int, disk: Path, *, readonly: bool) -> None:
+    """Link a volume into the directory, as the machine's volume of that number. Its mode follows: read-only, nobody can write to it at all.
+
+    :raises HostCannot: it cannot be linked; a copy would be another volume
+    """
+    own = directory / files.VOLUME_DISK.format(number)
+    if readonly:
+        link_or_copy(disk, own)
+        return
+    try:
+        os.link(disk, own, follow_symlinks=False)
+        own.chmod(0o600)
+    except OSError as error:
+        raise HostCannot(
+            f"the volume {disk} cannot be attached for writing: {error.strerror}",
+            hint="the data directory must be on one file system that has hard links",
+        ) from error
+
+
 def place_kernel(directory: Path, kernel: Path, initrd: Path) -> None:
     """Link a kernel and its initrd (or their stubs, for a restore), replacing those that are there."""
     for source, name in ((kernel, files.KERNEL), (initrd, files.INITRD)):
@@ -82,7 +103,7 @@ def place_fork(source: Path, directory: Path, instance: Instance, *, with_memory
 
 
 def place_capture(source: Path, directory: Path, instance: Instance, *, with_memory: bool, shareable: bool) -> Placed:
-    """Link what never changes of a source's files: the root, and `with_memory` the mem-file and vmstate.
+    """Link what never changes of a source's files: the root, read-only volumes, and `with_memory` the mem-file and vmstate.
 
     `shareable` is the driver's word that a restore maps the mem-file privately; without it the file is copied.
 
@@ -90,6 +111,7 @@ def place_capture(source: Path, directory: Path, instance: Instance, *, with_mem
     :raises NoSpace: the disk is full
     """
     _link(source / files.ROOT_DISK, directory / files.ROOT_DISK)
+    link_volumes(source, directory, instance.machine)
     if not with_memory or instance.mem_file is None:
         return Placed(None, 0)
     if shareable:
@@ -100,6 +122,15 @@ def place_capture(source: Path, directory: Path, instance: Instance, *, with_mem
         reason = "the driver does not map mem-files privately"
         mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
     return Placed(mem_file, written + link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written)
+
+
+def link_volumes(source: Path, directory: Path, machine: MachineSpec) -> None:
+    """Give what is made of a machine its own links to the machine's volumes, which are all read-only. Idempotent."""
+    for number, disk in enumerate(machine.volumes):
+        if not disk.readonly:
+            raise AssertionError("a volume that is written to has one holder")
+        name = files.VOLUME_DISK.format(number)
+        _link(source / name, directory / name)
 
 
 def clear_runtime(directory: Path) -> None:
@@ -155,8 +186,14 @@ def is_half_removed(path: Path) -> bool:
 
 
 def disk_stamp(directory: Path) -> str:
-    """Names the content of the overlay disk as of now: if it is the same later, nobody has written to it."""
-    status = (directory / files.OVERLAY_DISK).stat()
+    """Names the content of the disks as of now: if it is the same later, nobody has written to the overlay or to a volume."""
+    volumes = (path for path in (directory / name for name in VOLUME_DISKS) if path.exists())
+    return " ".join(file_stamp(path) for path in (directory / files.OVERLAY_DISK, *volumes))
+
+
+def file_stamp(path: Path) -> str:
+    """Names the content of one file that is only written to in place."""
+    status = path.stat()
     return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
@@ -174,7 +211,7 @@ def require_current(directory: Path, instance: Instance) -> None:
     """
     if not capture_is_current(directory, instance.disk_stamp):
         raise IntegrityError(
-            f"the memory and the disk of {instance.name} are not of one instant: a file is gone, or the disk was written to",
+            f"the memory and the disks of {instance.name} are not of one instant: a file is gone, or a disk was written to",
             hint="something else has worked in its directory; remove it, and capture its source again",
         )
 

@@ -10,7 +10,7 @@ import secrets
 import time
 import uuid
 
-from coppice.guest.client import Identity
+from coppice.guest.client import Identity, Mount
 from coppice.model import Instance
 
 ENTROPY_BYTES = 64
@@ -60,4 +60,11 @@ def identity_message(instance: Instance, *, booted: bool, payload: bytes | None 
         env=process.env if booted else {},
         cwd=process.workdir if booted else None,
         user=process.user if booted else None,
+        mounts=_mounts(instance) if booted else (),
     )
+
+
+def _mounts(instance: Instance) -> tuple[Mount, ...]:
+    """Where the volumes go: a path before what is below it. A machine that is restored has them in its memory."""
+    disks = sorted(enumerate(instance.machine.volumes), key=lambda numbered: numbered[1].mount_path)
+    return tuple(Mount(number=number, path=disk.mount_path, readonly=disk.readonly) for number, disk in disks)

@@ -162,7 +162,7 @@ def _make_safe(rooms: Rooms, source: Instance, directory: Path, target: Path) ->
 
 
 def _finish(directory: Path, target: Path, source: Instance, private: PrivateCapture | None) -> tuple[MemFile, int]:
-    """Everything that does not need the pause: the mem-file, the vmstate and the root of the stem."""
+    """Everything that does not need the pause: the mem-file, the vmstate, the root and the volumes of the stem."""
     if private is not None:
         mem_file, stats = private.finish()
         written = stats.written_bytes
@@ -175,6 +175,7 @@ def _finish(directory: Path, target: Path, source: Instance, private: PrivateCap
     vmstate.chmod(0o444)
     vmstate.rename(target / files.VMSTATE)
     directories.place_root(target, directory / files.ROOT_DISK)
+    directories.link_volumes(directory, target, source.machine)
     return mem_file, written
 
 

@@ -13,7 +13,7 @@ import msgspec
 from coppice.completion import in_thread
 from coppice.disk.atomic import os_errors
 from coppice.errors import CoppiceError, IntegrityError, NotFound
-from coppice.instance import capture, destroy, live, rollback, snapshot
+from coppice.instance import capture, destroy, live, rollback, snapshot, volume
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance, State
@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _HAS_RUN = frozenset({State.RUNNING, State.PAUSED, State.SHUTDOWN})
 _OF_SNAPSHOTS = frozenset({snapshot.OPERATION, snapshot.REMOVAL})
+_OF_VOLUMES = frozenset({volume.CREATION, volume.REMOVAL})
 _WITH_VMM = frozenset({State.INITIALIZING, State.RUNNING, State.PAUSED, State.SHUTDOWN})
 
 
@@ -47,6 +48,9 @@ async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
             if entry.operation in _OF_SNAPSHOTS:
                 if entry.instance not in await in_thread(rooms.store.snapshots.ids):
                     raise NotFound(f"the snapshot {entry.instance} is gone")
+            elif entry.operation in _OF_VOLUMES:
+                if entry.instance not in await in_thread(rooms.store.volumes.ids):
+                    raise NotFound(f"the volume {entry.instance} is gone")
             else:
                 await in_thread(rooms.store.get, entry.instance)
             current = await in_thread(rooms.store.journal_entry, entry.instance)
@@ -71,8 +75,8 @@ def _interrupted(entry: JournalEntry) -> bool:
 
 
 async def _resolve(rooms: Rooms, entry: JournalEntry) -> str:
-    if entry.operation in _OF_SNAPSHOTS:
-        await snapshot.remove(rooms, entry.instance)
+    if entry.operation in _OF_SNAPSHOTS | _OF_VOLUMES:
+        await (snapshot if entry.operation in _OF_SNAPSHOTS else volume).remove(rooms, entry.instance)
         return f"{entry.operation} of {entry.instance} was interrupted: removed"
     instance = await in_thread(rooms.store.get, entry.instance)
     what = f"{entry.operation} of {instance.name} was interrupted"

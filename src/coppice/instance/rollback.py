@@ -99,7 +99,7 @@ def _into_place(directory: Path, instance: Instance) -> None:
     directories.clear_runtime(directory)
     if instance.mem_file is None:
         directories.clear_capture(directory)
-    for name in snapshot.FILES:
+    for name in (*snapshot.FILES, *directories.VOLUME_DISKS):
         if (directory / _STAGING / name).exists():
             (directory / _STAGING / name).rename(directory / name)
     sync_directory(directory)

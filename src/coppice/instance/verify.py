@@ -13,14 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coppice.completion import in_thread
-from coppice.disk.overlay import fsck
+from coppice.disk.ext4 import fsck
 from coppice.errors import HostCannot, IntegrityError, MissingTool, NoSpace, NotFound
 from coppice.instance import digests
 from coppice.instance import directory as directories
 from coppice.instance.digests import Holder
 from coppice.instance.rooms import Rooms
 from coppice.memory import memfile
-from coppice.model import Difference, MemFile, Progress, ProgressSink, Snapshot, VerifyReport, no_progress
+from coppice.model import (
+    Difference,
+    Instance,
+    MemFile,
+    Progress,
+    ProgressSink,
+    Snapshot,
+    VerifyReport,
+    Volume,
+    no_progress,
+)
 from coppice.store import locks
 from coppice.vmm import driver as files
 
@@ -40,7 +50,7 @@ class _Findings:
 
 
 async def verify(rooms: Rooms, progress: ProgressSink) -> VerifyReport:
-    """Check every captured file of the data directory, and every disk that no machine runs on.
+    """Check every captured file of the data directory, and every disk that no machine runs on, volumes included.
 
     :raises MissingTool: e2fsck is not installed
     """
@@ -58,6 +68,8 @@ async def verify(rooms: Rooms, progress: ProgressSink) -> VerifyReport:
             await _check_snapshot_disk(rooms, holder, holder.record, found)
         else:
             await _check_disk(rooms, holder, found)
+    for volume in await in_thread(rooms.store.volumes.volumes):
+        await _check_volume(rooms, volume, found)
     return VerifyReport(
         mem_files=found.mem_files,
         disks=found.disks,
@@ -163,6 +175,7 @@ async def _check_disk(rooms: Rooms, holder: Holder, found: _Findings) -> None:
         captured = current.mem_file is not None
         if captured and not await in_thread(_has_stamp, holder.directory, current.disk_stamp):
             found.differences.append(_differs(holder, files.OVERLAY_DISK, "it was written to since the capture"))
+        await _check_links(rooms, holder, current, found)
         await _fsck(holder, found)
     except NotFound:
         lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
@@ -175,22 +188,73 @@ def _has_stamp(directory: Path, stamp: str) -> bool:
 
 
 async def _fsck(holder: Holder, found: _Findings) -> None:
-    disk = holder.directory / files.OVERLAY_DISK
+    detail = await _fsck_file(holder.directory / files.OVERLAY_DISK, found)
+    if detail is not None:
+        found.differences.append(_differs(holder, files.OVERLAY_DISK, detail))
+
+
+async def _fsck_file(disk: Path, found: _Findings) -> str | None:
+    """What is wrong with a disk; None where nothing is."""
     if not disk.exists():
-        found.differences.append(_differs(holder, files.OVERLAY_DISK, "it is missing"))
-        return
+        return "it is missing"
     found.disks += 1
     try:
         result = await in_thread(fsck, disk)
     except (MissingTool, NoSpace):
         raise
     except HostCannot as error:  # it is no file system any more
-        found.differences.append(_differs(holder, files.OVERLAY_DISK, error.message))
+        return error.message
+    if result.clean:
+        return None
+    lines = result.output.splitlines()
+    said = next((line for line in lines if line and not line.startswith(("e2fsck ", "Pass "))), "no reason given")
+    return f"e2fsck finds errors: {said}"
+
+
+async def _check_links(rooms: Rooms, holder: Holder, record: Instance, found: _Findings) -> None:
+    """See that what an instance would write to is the volume itself; one that it only reads may be a copy."""
+    for number, disk in enumerate(record.machine.volumes):
+        own = holder.directory / files.VOLUME_DISK.format(number)
+        if not own.exists():
+            found.differences.append(_differs(holder, own.name, "it is missing"))
+        elif not disk.readonly and not await in_thread(_is_same, own, rooms.layout.volume_disk(disk.volume_id)):
+            found.differences.append(_differs(holder, own.name, f"it is not the volume {disk.volume_name}"))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return other.exists() and path.samefile(other)
+
+
+async def _check_volume(rooms: Rooms, volume: Volume, found: _Findings) -> None:
+    """Check a volume that nobody writes to, while it is held, so that nobody removes it. Who attaches it does not wait: what is found is then left out."""
+    lock = rooms.layout.lock(volume.id)
+    descriptor = locks.try_lock(lock, shared=True)
+    if descriptor is None:
+        found.skipped.append(volume.name)
         return
-    if not result.clean:
-        lines = result.output.splitlines()
-        said = next((line for line in lines if line and not line.startswith(("e2fsck ", "Pass "))), "no reason given")
-        found.differences.append(_differs(holder, files.OVERLAY_DISK, f"e2fsck finds errors: {said}"))
+    try:
+        disk = rooms.layout.volume_disk(volume.id)
+        before = await in_thread(_unwritten, rooms, volume)
+        if before is None:
+            found.skipped.append(volume.name)
+            return
+        detail = await _fsck_file(disk, found)
+        if detail is not None and await in_thread(_unwritten, rooms, volume) == before:
+            found.differences.append(
+                Difference(holder="volume", id=volume.id, name=volume.name, file=disk.name, detail=detail)
+            )
+    except NotFound:
+        lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+    finally:
+        locks.release(descriptor)
+
+
+def _unwritten(rooms: Rooms, volume: Volume) -> str | None:
+    """Names the content of a volume; None while somebody may write to it."""
+    if any(not holder.readonly for holder in rooms.store.volumes.get(volume.id).attachments):
+        return None
+    disk = rooms.layout.volume_disk(volume.id)
+    return directories.file_stamp(disk) if disk.exists() else "missing"
 
 
 async def _check_snapshot_disk(rooms: Rooms, holder: Holder, record: Snapshot, found: _Findings) -> None:

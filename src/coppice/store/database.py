@@ -52,6 +52,14 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX snapshots_source ON snapshots (source);
     CREATE INDEX snapshots_image ON snapshots (image)
     """,
+    """
+    CREATE TABLE volumes (
+        id         TEXT PRIMARY KEY,
+        name       TEXT NOT NULL UNIQUE,
+        created_at REAL NOT NULL,
+        record     BLOB NOT NULL
+    ) STRICT
+    """,
 )
 
 

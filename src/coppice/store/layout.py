@@ -54,6 +54,10 @@ class Layout:
         return self.home / "snapshots"
 
     @property
+    def volumes(self) -> Path:
+        return self.home / "volumes"
+
+    @property
     def locks(self) -> Path:
         return self.home / "locks"
 
@@ -69,8 +73,18 @@ class Layout:
             raise ValueError(f"not an id: {snapshot_id!r}")
         return self.snapshots / snapshot_id
 
+    def volume(self, volume_id: str) -> Path:
+        """The directory of one volume."""
+        if not is_id(volume_id):
+            raise ValueError(f"not an id: {volume_id!r}")
+        return self.volumes / volume_id
+
+    def volume_disk(self, volume_id: str) -> Path:
+        """The disk of one volume: instances have links to it."""
+        return self.volume(volume_id) / "data.raw"
+
     def lock(self, instance_id: str) -> Path:
-        """The lock file of one instance or snapshot: outside of its directory, which comes and goes under the lock."""
+        """The lock file of one instance, snapshot or volume: outside of its directory, which comes and goes under the lock."""
         if not is_id(instance_id):
             raise ValueError(f"not an id: {instance_id!r}")
         return self.locks / f"{instance_id}.lock"
@@ -89,6 +103,7 @@ class Layout:
                 self.overlays,
                 self.instances,
                 self.snapshots,
+                self.volumes,
                 self.locks,
             ):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from coppice.errors import NameTaken, NotFound
 from coppice.model import Snapshot
 from coppice.ownership import no_snapshot
 from coppice.store.database import Database
+from coppice.store.volumes import require_attachable
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Snapshot).decode
@@ -28,8 +29,10 @@ class SnapshotStore:
         """Record a snapshot that is about to be made.
 
         :raises NameTaken: another snapshot has the name
+        :raises InUse: it cannot have its volumes
         """
         with self._db.write() as connection:
+            require_attachable(connection, [snapshot.machine.volumes])
             try:
                 connection.execute(
                     "INSERT INTO snapshots (id, name, source, image, created_at, record) VALUES (?, ?, ?, ?, ?, ?)",

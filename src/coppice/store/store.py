@@ -1,6 +1,6 @@
 """Records of instances, their lineage, and the journal of operations under way.
 
-The journal has at most one row per instance or snapshot: the operation that is changing it, and the process that does. The row is committed before the
+The journal has at most one row per instance, snapshot or volume: the operation that is changing it, and the process that does. The row is committed before the
 first side effect and removed in the same transaction that commits the outcome. A row whose process is dead is what recovery works on.
 """
 
@@ -19,6 +19,7 @@ from coppice.ownership import no_instance
 from coppice.store.addresses import with_addresses
 from coppice.store.database import Database
 from coppice.store.snapshots import SnapshotStore
+from coppice.store.volumes import VolumeStore, require_attachable
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Instance).decode
@@ -59,6 +60,7 @@ class Store:
         self._db = Database(path)
         self._owner = owner
         self.snapshots = SnapshotStore(self._db, self._journal)
+        self.volumes = VolumeStore(self._db, self._journal)
 
     def close(self) -> None:
         """Close the database. Idempotent."""
@@ -129,10 +131,13 @@ class Store:
         `check` runs inside of the transaction.
 
         :raises NameTaken: a name is in use; the message says which
+        :raises InUse: they cannot all have their volumes
         """
+        instances = list(instances)
         with self._db.write() as connection:
             if check is not None:
                 check()
+            require_attachable(connection, (instance.machine.volumes for instance in instances))
             made = with_addresses(connection, instances)
             for instance in made:
                 try:

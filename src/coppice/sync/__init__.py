@@ -12,11 +12,12 @@ from coppice.sync.lifecycle import Lifecycle
 from coppice.sync.session import ExecSession
 from coppice.sync.snapshots import Snapshots
 from coppice.sync.view import View
+from coppice.sync.volumes import Volumes
 
 __all__ = ["ExecSession", "Host"]
 
 
-class Host(Lifecycle, Snapshots, Guest, View, Images):
+class Host(Lifecycle, Snapshots, Volumes, Guest, View, Images):
     """One data directory and what can be done in it: AsyncHost, blocking.
 
     with Host() as host:

@@ -6,7 +6,18 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from coppice.host import Reference
-from coppice.model import GIB, MIB, CaptureReport, ForkReport, Instance, ProgressSink, Publish, State, no_progress
+from coppice.model import (
+    GIB,
+    MIB,
+    CaptureReport,
+    ForkReport,
+    Instance,
+    ProgressSink,
+    Publish,
+    State,
+    VolumeMount,
+    no_progress,
+)
 from coppice.sync.base import HostBase
 
 
@@ -28,6 +39,7 @@ class Lifecycle(HostBase):
         hostname: str | None = None,
         tags: Mapping[str, str] | None = None,
         publish: Sequence[Publish] = (),
+        volumes: Sequence[VolumeMount] = (),
         kernel: str | None = None,
         start: bool = True,
         progress: ProgressSink = no_progress,
@@ -46,6 +58,7 @@ class Lifecycle(HostBase):
                 hostname=hostname,
                 tags=tags,
                 publish=publish,
+                volumes=volumes,
                 kernel=kernel,
                 start=start,
                 progress=progress,

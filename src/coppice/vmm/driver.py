@@ -29,6 +29,7 @@ KERNEL: Final = "vmlinuz"
 INITRD: Final = "initrd"
 CONSOLE_LOG: Final = "console.log"
 VMM_LOG: Final = "vmm.log"
+VOLUME_DISK: Final = "volume{}.raw"  # by its place in the machine's volumes
 PORT_SOCKET: Final = "port{}.sock"
 PORTS: Final = 8  # agent ports: one for control, the others for sessions
 

@@ -188,15 +188,28 @@ bool upload_more(struct upload *u); /* the next bytes into data and size; false 
 bool window_spend(uint32_t *window, uint32_t size);
 bool window_return(struct wire *w, uint32_t *window, uint32_t *owed, uint32_t size, bool now);
 
+int make_parents(char *path); /* of a path that may be written to meanwhile; 0 or an errno */
 void dying_add(pid_t group);  /* SIGHUP now, SIGKILL in 500 ms */
 int64_t dying_tick(void);     /* kill what is due; when to call again, 0: nothing left */
 
-/* ---- boot.c, modules.c, ports.c: from the kernel to the ports ---- */
+/* ---- boot.c, volumes.c, modules.c, ports.c: from the kernel to the ports ---- */
 
 int boot(void); /* mounts, modules, root; returns a descriptor of the overlay's file system. Does not return without a root */
 void load_modules(const char *directory);
 void mount_kernel_filesystems(void);
 void link_up_loopback(void);
+
+#define VOLUMES_MAX 8 /* MAX_VOLUMES of the host */
+
+struct volume {
+    int number; /* which of the machine's volumes */
+    bool readonly;
+    const char *path;
+};
+
+bool is_volume(char letter); /* whether /dev/vdX is one */
+int volume_mount(const struct volume *v); /* 0 or an errno */
+void volume_unmount(const char *path);
 
 struct port {
     char path[64]; /* of a virtio port; empty: none */
@@ -222,6 +235,8 @@ struct machine {
     int64_t respawn_at;
     int64_t thaw_at; /* 0: not frozen */
     uint64_t serial;
+    char *mounted[VOLUMES_MAX]; /* paths of volumes, in the order in which they were mounted */
+    size_t mounted_count;
     pid_t process; /* the image's */
     bool process_ended;
     int process_status;

@@ -70,7 +70,7 @@ struct disks {
     const char *root, *root_type, *overlay;
 };
 
-/* The disks are told apart by what is on them: the order of the names is the VMM's affair. */
+/* The two disks of the machine itself are told apart by what is on them: the order of the names is the VMM's affair. */
 static const char *file_system_on(const char *device)
 {
     uint8_t head[2048];
@@ -90,14 +90,18 @@ static const char *file_system_on(const char *device)
 
 static bool find_disks(struct disks *d)
 {
-    static const char *const names[] = {"/dev/vda", "/dev/vdb"};
+    static char root[] = "/dev/vdX", overlay[] = "/dev/vdX";
     *d = (struct disks){0};
-    for (int i = 0; i < 2; i++) {
-        const char *type = file_system_on(names[i]);
+    for (char letter = 'a'; letter <= 'z'; letter++) {
+        char name[] = "/dev/vdX";
+        name[sizeof name - 2] = letter;
+        if (access(name, F_OK) < 0 || is_volume(letter)) /* a volume may look like anything */
+            continue;
+        const char *type = file_system_on(name);
         if (type && strcmp(type, "ext4") == 0) {
-            d->overlay = names[i];
+            d->overlay = strcpy(overlay, name);
         } else if (type) {
-            d->root = names[i];
+            d->root = strcpy(root, name);
             d->root_type = type;
         }
     }

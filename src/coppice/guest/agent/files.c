@@ -94,7 +94,7 @@ void file_read(struct wire *w, const struct frame *f)
 
 /* ---- writing ---- */
 
-static int make_parents(char *path)
+int make_parents(char *path)
 {
     for (char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
         *slash = 0;

@@ -42,6 +42,8 @@ struct identity {
     struct network network;
     struct strings argv, env;
     const char *cwd, *user;
+    struct volume volumes[VOLUMES_MAX];
+    size_t volume_count;
     char said[200]; /* by the step that failed, where strerror would not do */
 };
 
@@ -51,6 +53,16 @@ static bool is_name(const char *text, const char *alphabet, size_t shortest, siz
 {
     size_t size = strlen(text);
     return size >= shortest && size <= longest && strspn(text, alphabet) == size;
+}
+
+/* Its number, whether it is read-only, its path. */
+static void take_volume(struct identity *i, struct tlv *t)
+{
+    bool good = t->size >= 4 && t->value[0] < VOLUMES_MAX && t->value[1] <= 1 && t->value[2] == '/' &&
+                !memchr(t->value + 2, 0, t->size - 2) && i->volume_count < VOLUMES_MAX;
+    if (good)
+        i->volumes[i->volume_count++] = (struct volume){.number = t->value[0], .readonly = t->value[1], .path = (char *)t->value + 2};
+    t->bad |= !good;
 }
 
 static void take_field(struct identity *i, struct tlv *t)
@@ -76,6 +88,7 @@ static void take_field(struct identity *i, struct tlv *t)
     case 21: t->bad |= !env_set(&i->env, tlv_text(t)); break;
     case 22: i->cwd = tlv_text(t); break;
     case 23: i->user = tlv_text(t); break;
+    case 24: take_volume(i, t); break;
     }
 }
 
@@ -229,6 +242,25 @@ static int step_network(struct machine *m, struct identity *i)
     return error || !size ? error : put_file("/etc/resolv.conf", text, size, 0644);
 }
 
+static int step_volumes(struct machine *m, struct identity *i)
+{
+    if (i->volume_count == 0)
+        return NOTHING_TO_DO;
+    if (m->mounted_count + i->volume_count > VOLUMES_MAX)
+        return EBUSY;
+    for (size_t n = 0; n < i->volume_count; n++) {
+        char *path = strdup(i->volumes[n].path);
+        int error = path ? volume_mount(&i->volumes[n]) : ENOMEM;
+        if (error) {
+            snprintf(i->said, sizeof i->said, "%.150s: %s", i->volumes[n].path, strerror(error));
+            free(path);
+            return error;
+        }
+        m->mounted[m->mounted_count++] = path;
+    }
+    return 0;
+}
+
 static int step_payload(struct machine *m, struct identity *i)
 {
     (void)m;
@@ -330,6 +362,7 @@ static const struct {
     {"random-seed", step_random_seed},
     {"ssh-host-keys", step_ssh_host_keys},
     {"network", step_network},
+    {"volumes", step_volumes},
     {"payload", step_payload},
     {"hook", step_hook},
     {"sessions", step_sessions},

@@ -33,14 +33,16 @@ static bool wait_for_all(int64_t deadline)
     }
 }
 
-static void close_file_systems(int overlay)
+static void close_file_systems(struct machine *m)
 {
     char path[32];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", overlay);
+    snprintf(path, sizeof path, "/proc/self/fd/%d", m->overlay);
     sync();
+    while (m->mounted_count > 0)
+        volume_unmount(m->mounted[--m->mounted_count]);
     mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
     /* A frozen file system is as clean on its disk as one that is mounted read-only. */
-    if (mount(NULL, path, NULL, MS_REMOUNT | MS_RDONLY, NULL) < 0 && ioctl(overlay, FIFREEZE, 0) < 0)
+    if (mount(NULL, path, NULL, MS_REMOUNT | MS_RDONLY, NULL) < 0 && ioctl(m->overlay, FIFREEZE, 0) < 0)
         say("the overlay's disk needs its journal at the next start");
 }
 
@@ -58,7 +60,7 @@ void power_off(struct machine *m, uint64_t grace_ms)
         kill(-1, SIGKILL);
         wait_for_all(now_ms() + KILLED_MS);
     }
-    close_file_systems(m->overlay);
+    close_file_systems(m);
     /* A reset, not a power-off: a VMM without ACPI's power button would leave the machine halted, and a reset ends it in any case
      * (QEMU with -no-reboot, Firecracker always). */
     reboot(RB_AUTOBOOT);

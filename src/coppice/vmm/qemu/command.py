@@ -6,7 +6,7 @@ guest RAM comes from, and whether there is a kernel to run, differs.
 
 from __future__ import annotations
 
-from coppice.model import MachineSpec, Publish
+from coppice.model import MachineSpec, Publish, VolumeDisk
 from coppice.vmm import driver as files
 
 # microvm: no PCI, no option ROMs. acpi=on: Debian's kernel has no virtio_mmio.device= parameter and finds the devices through ACPI, so the words that
@@ -88,6 +88,7 @@ def machine_arguments(
         "-netdev", f"user,id=net0{forwards}", "-device", f"virtio-net-device,netdev=net0,guest_announce=off,mac={mac}",
         *_disk("overlay", files.OVERLAY_DISK, read_only=False),
         *_disk("root", files.ROOT_DISK, read_only=True),
+        *(word for number, disk in enumerate(machine.volumes) for word in _volume(number, disk)),
     ]  # fmt: skip
     return arguments
 
@@ -101,6 +102,11 @@ def _disk(name: str, path: str, *, read_only: bool) -> list[str]:
     node = f"driver=raw,node-name={name},read-only={'on' if read_only else 'off'},discard=unmap"
     node += f",file.driver=file,file.filename={path},file.locking=off"
     return ["-blockdev", node, "-device", f"virtio-blk-device,drive={name},serial={name}"]
+
+
+def _volume(number: int, disk: VolumeDisk) -> list[str]:
+    """The guest knows it by its serial number: what is on it was written by other guests, and is not to be believed."""
+    return _disk(f"volume{number}", files.VOLUME_DISK.format(number), read_only=disk.readonly)
 
 
 def boot_arguments(machine: MachineSpec, command_line: str) -> list[str]:

@@ -108,8 +108,12 @@ class QemuDriver(VmmDriver):
                 log=launch.directory / files.VMM_LOG,
                 pass_fds=(*sockets.values(), *inherit),
                 becomes=str(Path(program).resolve()) if program and launcher else None,
-                # The guest's disk and RAM, which it was granted, and what it writes to its console, which would have no end else.
-                largest_file=max(launch.machine.overlay_bytes, launch.machine.memory_bytes),
+                # The guest's disks and RAM, which it was granted, and what it writes to its console, which would have no end else.
+                largest_file=max(
+                    launch.machine.overlay_bytes,
+                    launch.machine.memory_bytes,
+                    *(disk.size_bytes for disk in launch.machine.volumes if not disk.readonly),
+                ),
             )
 
     async def _settle(self, directory: Path, process: VmmProcess) -> VmmProcess:

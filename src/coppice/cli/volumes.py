@@ -1,0 +1,153 @@
+"""Commands of volumes: create, ls, inspect, rm. `run --volume` attaches one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coppice.cli import complete, format, lifecycle, options, output, parse
+from coppice.cli.context import Cli
+from coppice.errors import CoppiceError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from coppice.host import AsyncHost, VolumeInspection
+    from coppice.model import Attachment, Volume
+
+volume_app = typer.Typer(rich_markup_mode=None)
+VolumeNames = Annotated[
+    list[str], typer.Argument(metavar="VOLUME", help="Names or ids of volumes.", autocompletion=complete.volumes)
+]
+
+
+@volume_app.command("create")
+def create(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the volume.")],
+    size: Annotated[
+        str, typer.Option("--size", metavar="SIZE", help="How much it can hold, such as 512M or 20G.")
+    ] = "1G",
+    tag: options.Tags = None,
+) -> None:
+    """Make an empty volume; print its name.
+
+    It is a disk with an ext4 file system that takes room as it is filled. `coppice run --volume NAME:PATH` attaches it.
+    """
+    from coppice.names import parse_size
+
+    cli = Cli.of(ctx)
+    size_bytes, tags = parse_size(size), parse.pairs(tag or (), "tag")
+    made = cli.call(lambda host: host.volume_create(name, size_bytes=size_bytes, tags=tags))
+    cli.show(made, lambda: output.line(made.name))
+
+
+@volume_app.command("ls")
+def ls(ctx: typer.Context, tag: options.TagFilter = None, quiet: options.Quiet = False) -> None:
+    """List volumes, the oldest first, with who has them."""
+    cli = Cli.of(ctx)
+    tags = parse.pairs(tag or (), "tag")
+    found = cli.call(lambda host: host.volume_ls(tags=tags))
+
+    def human() -> None:
+        if quiet:
+            for volume in found:
+                output.line(volume.name)
+            return
+        columns: list[output.Column] = [("NAME", "left"), ("SIZE", "right"), ("ATTACHED TO", "left"), ("AGE", "right")]
+        with_owners, with_tags = any(each.owner for each in found), any(each.tags for each in found)
+        if with_owners:
+            columns.append(("OWNER", "left"))
+        if with_tags:
+            columns.append(("TAGS", "left"))
+        output.table(
+            columns,
+            [
+                [
+                    volume.name,
+                    format.size(volume.size_bytes),
+                    _holders(volume.attachments),
+                    format.age(volume.created_at),
+                    *([volume.owner or "-"] if with_owners else []),
+                    *([_tags(volume)] if with_tags else []),
+                ]
+                for volume in found
+            ],
+        )
+
+    cli.show(found, human)
+
+
+def _holders(attachments: tuple[Attachment, ...]) -> str:
+    if len(attachments) > 3:
+        return f"{len(attachments)}, read-only"
+    return ", ".join(f"{each.name}{' (ro)' if each.readonly else ''}" for each in attachments) or "-"
+
+
+def _tags(volume: Volume) -> str:
+    return ", ".join(f"{key}={value}" for key, value in volume.tags.items()) or "-"
+
+
+@volume_app.command("inspect")
+def inspect(ctx: typer.Context, names: VolumeNames) -> None:
+    """Show all that is known of volumes. With --json: always a list."""
+    cli = Cli.of(ctx)
+
+    async def work(host: AsyncHost) -> list[VolumeInspection]:
+        import asyncio
+
+        return list(await asyncio.gather(*(host.volume_inspect(name) for name in names)))
+
+    found = cli.call(work)
+
+    def human() -> None:
+        for number, inspection in enumerate(found):
+            if number:
+                output.line("")
+            output.fields(_details(inspection))
+
+    cli.show(found, human)
+
+
+def _details(found: VolumeInspection) -> list[tuple[str, str | Text]]:
+    volume = found.volume
+    details: list[tuple[str, str | Text | None]] = [
+        ("Name", volume.name),
+        ("Id", volume.id),
+        ("Created", f"{format.moment(volume.created_at)} ({format.age(volume.created_at)} ago)"),
+        ("Owner", volume.owner),
+        ("Tags", _tags(volume) if volume.tags else None),
+        ("Disk", f"{format.size(found.disk_bytes)} of {format.size(volume.size_bytes)} allocated"),
+        *(("Attached to", _attachment(each)) for each in volume.attachments),
+        ("File", f"{found.disk}, {format.count(found.link_count, 'link')}"),
+    ]
+    return [(label, value) for label, value in details if value is not None]
+
+
+def _attachment(attachment: Attachment) -> str:
+    holder = "the snapshot " if attachment.holder == "snapshot" else ""
+    how = "read-only" if attachment.readonly else "for writing"
+    return f"{holder}{attachment.name}, at {output.printable(attachment.mount_path)}, {how}"
+
+
+@volume_app.command("rm")
+def rm(ctx: typer.Context, names: VolumeNames) -> None:
+    """Remove volumes and all that is on them. Refused while one is attached.
+
+    One that cannot be removed does not keep the others; the exit status is the first failure's.
+    """
+    cli = Cli.of(ctx)
+
+    async def work(host: AsyncHost) -> tuple[list[str], dict[str, CoppiceError]]:
+        removed: list[str] = []
+        failed: dict[str, CoppiceError] = {}
+        for name in dict.fromkeys(names):
+            try:
+                await host.volume_rm(name)
+                removed.append(name)
+            except CoppiceError as error:
+                failed[name] = error
+        return removed, failed
+
+    lifecycle.show_removal(cli, *cli.call(work))

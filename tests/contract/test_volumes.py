@@ -1,0 +1,479 @@
+"""Volumes: one machine writes, or any number reads, whoever asks and however many at once; and a fork never makes a second writer."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+
+import pytest
+
+from conftest import HostFactory
+from coppice.disk.ext4 import fsck
+from coppice.errors import CoppiceError, IntegrityError, InUse, NameTaken, NoSpace, NotFound, UsageError
+from coppice.host import AsyncHost
+from coppice.model import MIB, Attachment, Budgets, Instance, SnapshotKind, State, VolumeMount
+from coppice.names import MAX_VOLUME
+from coppice.vmm import driver as files
+from fakes.driver import FakeDriver
+from fakes.hosting import assert_tidy, boot, cancelled_at, late_to_thread, snapshot
+from fakes.rooms import DEADLINES, open_rooms
+
+SIZE = 16 * MIB
+
+
+def at(path: str, volume: str = "data", *, readonly: bool = False) -> VolumeMount:
+    """A volume at a path."""
+    return VolumeMount(volume=volume, mount_path=path, readonly=readonly)
+
+
+WRITES = (at("/data"),)
+READS = (at("/data", readonly=True),)
+
+
+async def with_volume(host: AsyncHost, volumes: Sequence[VolumeMount], name: str = "oak") -> Instance:
+    """A Running instance with these volumes."""
+    return await boot(host, name, volumes=volumes)
+
+
+def own_link(host: AsyncHost, instance: Instance, number: int = 0) -> Path:
+    """The instance's link to its volume."""
+    return host.rooms.directory(instance.id) / files.VOLUME_DISK.format(number)
+
+
+async def refused(host: AsyncHost, work: Awaitable[object], match: str) -> InUse:
+    """The work is refused with exit status 4 and a hint, before any side effect."""
+    before = snapshot(host)
+    with pytest.raises(InUse, match=match) as caught:
+        await work
+    assert snapshot(host) == before
+    assert caught.value.exit_code == 4
+    assert caught.value.hint
+    return caught.value
+
+
+# The disk
+
+
+async def test_a_volume_is_an_empty_file_system_of_its_size(fake_host: AsyncHost) -> None:
+    """Sound, sparse, its owner's alone, and found by name and by id, with its tags."""
+    made = await fake_host.volume_create("data", size_bytes=64 * MIB, tags={"for": "tests"})
+    disk = fake_host.rooms.layout.volume_disk(made.id)
+    assert (await asyncio.to_thread(fsck, disk)).clean
+    found = await fake_host.volume_inspect("data")
+    assert found == await fake_host.volume_inspect(made.id)
+    assert (found.volume, found.link_count) == (made, 1)
+    assert (disk.stat().st_size, stat.S_IMODE(disk.stat().st_mode)) == (64 * MIB, 0o600)
+    assert 0 < found.disk_bytes < 2 * MIB
+    assert await fake_host.volume_ls(tags={"for": "tests"}) == [made]
+    assert await fake_host.volume_ls(tags={"for": "others"}) == []
+    await assert_tidy(fake_host)
+
+
+async def test_names_and_sizes_are_checked_before_anything_is_made(fake_host: AsyncHost) -> None:
+    """A taken name, a name that is none and an impossible size leave nothing."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    before = snapshot(fake_host)
+    for name, size, error in (
+        ("data", SIZE, NameTaken),
+        ("../data", SIZE, UsageError),
+        ("small", MIB, UsageError),
+        ("odd", SIZE + 1, UsageError),
+        ("huge", 1 << 60, UsageError),
+    ):
+        with pytest.raises(error):
+            await fake_host.volume_create(name, size_bytes=size)
+    assert snapshot(fake_host) == before
+
+
+async def test_a_volume_needs_its_room_on_the_disk(driver: FakeDriver, fake_home: Path) -> None:
+    """What an empty file system takes must be there above the floor."""
+    disk = os.statvfs(fake_home)
+    budgets = Budgets(
+        max_instances=9,
+        memory_bytes=1 << 40,
+        memory_overcommit=1.0,
+        disk_floor_bytes=disk.f_bavail * disk.f_frsize - 64 * MIB,  # others may free some meanwhile
+    )
+    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, budgets=budgets) as host:
+        with pytest.raises(NoSpace, match="the volume data"):
+            await host.volume_create("data", size_bytes=MAX_VOLUME)
+        await assert_tidy(host)
+
+
+# Attaching
+
+
+async def test_an_instance_has_its_own_link_and_is_told_the_path(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """Links in the order that was asked for, paths from above to below; writable where it writes, and nowhere else."""
+    for name in ("data", "models"):
+        await fake_host.volume_create(name, size_bytes=SIZE)
+    oak = await with_volume(fake_host, (at("/srv/data/sub"), at("/srv/data", "models", readonly=True)))
+    directory = fake_host.rooms.directory(oak.id)
+    for number, (name, mode) in enumerate((("data", 0o600), ("models", 0o444))):
+        volume = (await fake_host.volume_inspect(name)).volume
+        own = own_link(fake_host, oak, number)
+        assert own.samefile(fake_host.rooms.layout.volume_disk(volume.id))
+        assert stat.S_IMODE(own.stat().st_mode) == mode
+    assert driver.guest_state(directory).mounts == ("1 ro /srv/data", "0 rw /srv/data/sub")
+    (attached,) = (await fake_host.volume_inspect("models")).volume.attachments
+    assert attached == Attachment(
+        holder="instance", instance_id=oak.id, name="oak", mount_path="/srv/data", readonly=True
+    )
+    await assert_tidy(fake_host, "oak")
+
+
+async def test_what_is_written_outlives_the_instance(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """`rm` has the guest write out what it holds back, leaves the volume, and the next instance has the same file."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    oak = await with_volume(fake_host, WRITES)
+    with own_link(fake_host, oak).open("r+b") as disk:
+        disk.seek(SIZE - 4096)
+        disk.write(b"left by oak")
+    synced = driver.faults.reached["sync"]
+    await fake_host.rm(oak)
+    assert driver.faults.reached["sync"] == synced + 1
+    ash = await with_volume(fake_host, WRITES, "ash")
+    assert b"left by oak" in own_link(fake_host, ash).read_bytes()
+    await assert_tidy(fake_host, "ash")
+
+
+async def test_one_writes_or_any_number_reads(fake_host: AsyncHost) -> None:
+    """In whatever state the holder is; the refusal names it, and comes before any side effect."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    await with_volume(fake_host, WRITES)
+    for state in (State.RUNNING, State.STANDBY, State.STOPPED):
+        if state is State.STANDBY:
+            await fake_host.standby("oak")
+        if state is State.STOPPED:
+            await fake_host.restore("oak")
+            await fake_host.stop("oak")
+        await refused(fake_host, with_volume(fake_host, WRITES, "ash"), "oak has it for writing")
+        await refused(fake_host, with_volume(fake_host, READS, "ash"), "oak has it for writing")
+        await refused(fake_host, fake_host.volume_rm("data"), "oak has it for writing")
+    await fake_host.rm("oak")
+    await with_volume(fake_host, READS, "elm")
+    await with_volume(fake_host, READS, "fir")
+    error = await refused(fake_host, with_volume(fake_host, WRITES, "ash"), "elm, fir have it")
+    assert "read-only" in (error.hint or "")
+    await refused(fake_host, fake_host.volume_rm("data"), "elm, fir have it")
+    await fake_host.rm("elm")
+    await fake_host.rm("fir")
+    await with_volume(fake_host, WRITES, "ash")
+    await fake_host.rm("ash")
+    await fake_host.volume_rm("data")
+    await assert_tidy(fake_host)
+
+
+async def test_what_cannot_be_attached_leaves_nothing(fake_host: AsyncHost) -> None:
+    """No such volume, a path of the machine's own, the same path or the same volume twice, by name and id."""
+    data = await fake_host.volume_create("data", size_bytes=SIZE)
+    before = snapshot(fake_host)
+    for volumes, error in (
+        ((at("/data", "nothing"),), NotFound),
+        ((at("/proc/data"),), UsageError),
+        ((at("/a"), at("/a", "data", readonly=True)), UsageError),
+        ((at("/a"), at("/b", data.id)), UsageError),
+        (tuple(at(f"/{number}") for number in range(9)), UsageError),
+    ):
+        with pytest.raises(error):
+            await with_volume(fake_host, volumes)
+    assert snapshot(fake_host) == before
+
+
+async def test_a_volume_can_be_removed_and_its_name_used_again(fake_host: AsyncHost, make_host: HostFactory) -> None:
+    """Of two hosts at once one removes it, the other is told that it is gone."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    async with make_host() as other:
+        outcomes = await asyncio.gather(fake_host.volume_rm("data"), other.volume_rm("data"), return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["NoneType", "NotFound"]
+    await assert_tidy(fake_host)
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    await assert_tidy(fake_host)
+
+
+# Forks
+
+
+async def test_a_machine_that_writes_to_a_volume_is_not_multiplied(fake_host: AsyncHost) -> None:
+    """Neither forked in any state, nor promoted, nor kept as a snapshot: each refused at once, with the volume's name and what to do."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    await with_volume(fake_host, WRITES)
+    says = "oak writes to the volume data, which only one machine can have"
+    for state in (State.RUNNING, State.STANDBY, State.STOPPED):
+        if state is State.STANDBY:
+            await fake_host.standby("oak")
+        if state is State.STOPPED:
+            await fake_host.restore("oak")
+            await fake_host.stop("oak")
+        for target in (State.RUNNING, State.STANDBY, State.STOPPED):
+            error = await refused(fake_host, fake_host.fork("oak", count=2, target=target), says)
+        assert "--volume data:/data:ro" in (error.hint or "")
+        await refused(fake_host, fake_host.fork("oak", from_running=True), says)
+        await refused(fake_host, fake_host.promote("oak"), says)
+        for kind in (None, SnapshotKind.STOPPED):
+            await refused(fake_host, fake_host.snapshot_create("oak", kind=kind), says)
+    await assert_tidy(fake_host, "oak")
+
+
+async def test_forks_share_a_volume_that_is_only_read(fake_host: AsyncHost) -> None:
+    """Each fork has its own hard link, of the same inode, and none needs its source for it; the last one frees the volume."""
+    data = await fake_host.volume_create("data", size_bytes=SIZE)
+    oak = await with_volume(fake_host, READS)
+    await fake_host.standby(oak)
+    await fake_host.promote(oak)
+    names = ["elm", "fir", "yew"]
+    await fake_host.fork("oak", names=[names[0]])
+    await fake_host.fork("oak", names=[names[1]], target=State.STANDBY)
+    await fake_host.fork("oak", names=[names[2]], target=State.STOPPED)
+    forks = [await fake_host.get(name) for name in names]
+    inode = fake_host.rooms.layout.volume_disk(data.id).stat().st_ino
+    for fork in forks:
+        assert own_link(fake_host, fork).stat().st_ino == inode
+        assert fork.machine.volumes == oak.machine.volumes
+    await assert_tidy(fake_host, "oak", *names)
+    await refused(fake_host, with_volume(fake_host, WRITES, "ash"), "oak, elm, fir, yew have it")
+    await refused(fake_host, fake_host.volume_rm("data"), "oak, elm, fir, yew have it")
+    await fake_host.fork("elm", names=["ivy"], from_running=True)  # through a stem, which is gone by now
+    await assert_tidy(fake_host, "oak", "ivy", *names)
+    for name in ("ivy", *names, "oak"):
+        await fake_host.rm(name)
+    await with_volume(fake_host, WRITES, "ash")
+    await assert_tidy(fake_host, "ash")
+
+
+async def test_a_fork_of_the_disk_alone_is_told_its_volumes_anew(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """A restored machine has its mounts in its memory; one that boots has to be told."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    await with_volume(fake_host, READS)
+    await fake_host.stop("oak")
+    (elm,) = (await fake_host.fork("oak", names=["elm"], atomic=True)).instances
+    assert driver.guest_state(fake_host.rooms.directory(elm.id)).mounts == ("0 ro /data",)
+    await fake_host.stop("elm")
+    await fake_host.start("elm")
+    assert driver.guest_state(fake_host.rooms.directory(elm.id)).mounts == ("0 ro /data",)
+
+
+@pytest.mark.parametrize("kind", list(SnapshotKind))
+async def test_a_snapshot_keeps_a_volume_that_is_only_read(fake_host: AsyncHost, kind: SnapshotKind) -> None:
+    """It has a link of its own, which keeps writers out as long as it is there; the machine goes back to it, and its forks have the volume."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    oak = await with_volume(fake_host, READS)
+    kept = await fake_host.snapshot_create(oak, name="noon", kind=kind)
+    await assert_tidy(fake_host, "oak")
+    await fake_host.snapshot_restore("noon", start=True)
+    await assert_tidy(fake_host, "oak")
+    await fake_host.rm("oak")
+    await refused(fake_host, fake_host.volume_rm("data"), "the snapshot noon has it")
+    await refused(fake_host, with_volume(fake_host, WRITES, "ash"), "the snapshot noon has it")
+    (elm,) = (await fake_host.snapshot_fork("noon", names=["elm"], atomic=True)).instances
+    assert own_link(fake_host, elm).samefile(fake_host.rooms.layout.snapshot(kept.id) / files.VOLUME_DISK.format(0))
+    await fake_host.snapshot_rm("noon")
+    await fake_host.rm("elm")
+    await fake_host.volume_rm("data")
+    await assert_tidy(fake_host)
+
+
+async def test_a_volume_that_had_to_be_copied_goes_back_with_its_snapshot(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file can have only so many links: then what only reads has a copy, and memory still finds the disks of its instant."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    oak = await with_volume(fake_host, READS)
+    link = os.link
+
+    def full(source: Path, destination: Path, **options: bool) -> None:
+        if Path(source).name == "volume0.raw":
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+        link(source, destination, **options)
+
+    monkeypatch.setattr(os, "link", full)
+    kept = await fake_host.snapshot_create(oak)
+    copy = fake_host.rooms.layout.snapshot(kept.id) / files.VOLUME_DISK.format(0)
+    assert not copy.samefile(own_link(fake_host, oak))
+    assert (await fake_host.snapshot_restore(kept, start=True)).state is State.RUNNING
+    assert own_link(fake_host, oak).read_bytes() == copy.read_bytes()
+
+
+# Memory and disk
+
+
+@pytest.mark.parametrize("volumes", [WRITES, READS], ids=["writes", "reads"])
+async def test_memory_is_not_used_with_a_volume_that_has_moved_on(
+    fake_host: AsyncHost, volumes: Sequence[VolumeMount]
+) -> None:
+    """What the guest knows of the file system must be what is there: a volume that was written to in between is noticed."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    oak = await with_volume(fake_host, volumes)
+    await fake_host.standby(oak)
+    await fake_host.restore(oak)
+    await fake_host.standby(oak)
+    disk = own_link(fake_host, oak)
+    disk.chmod(0o600)
+    with disk.open("r+b") as file:
+        file.seek(SIZE - 1)
+        file.write(b"x")
+    report = await fake_host.verify()
+    assert ("oak", "since the capture") in [(found.name, found.detail[-17:]) for found in report.differences]
+    with pytest.raises(IntegrityError, match="a disk was written to"):
+        await fake_host.restore(oak)
+    assert (await fake_host.get(oak)).state is State.STOPPED
+    await fake_host.start(oak)
+    await assert_tidy(fake_host, "oak")
+
+
+async def test_the_volumes_of_a_capture_survive_a_power_cut(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are synced as the overlay is: memory without the disks of the same instant is of no use."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    oak = await with_volume(fake_host, WRITES)
+    synced: set[int] = set()
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    await fake_host.standby(oak)
+    assert own_link(fake_host, oak).stat().st_ino in synced
+
+
+async def test_verify_checks_volumes_that_nobody_writes_to(fake_host: AsyncHost) -> None:
+    """A damaged one is named, also where it is only read; one that is written to is in use, and said to be; a wrong link is named."""
+    for name in ("data", "bad", "busy"):
+        await fake_host.volume_create(name, size_bytes=SIZE)
+    await with_volume(fake_host, (at("/data", readonly=True), at("/bad", "bad", readonly=True)))
+    await with_volume(fake_host, (at("/busy", "busy"),), "ash")
+    bad = fake_host.rooms.layout.volume_disk((await fake_host.volume_inspect("bad")).volume.id)
+    bad.chmod(0o600)
+    with bad.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * 65536)
+    report = await fake_host.verify()
+    assert [(found.holder, found.name, found.file) for found in report.differences] == [("volume", "bad", "data.raw")]
+    assert set(report.skipped) == {"oak", "ash", "busy"}
+    ash = await fake_host.stop("ash")
+    own_link(fake_host, ash).unlink()
+    own_link(fake_host, ash).write_bytes(b"")
+    found = [(each.name, each.detail) for each in (await fake_host.verify()).differences]
+    assert ("ash", "it is not the volume busy") in found
+
+
+# At once
+
+RIVAL = """
+import asyncio, sys
+from pathlib import Path
+from coppice.host import AsyncHost
+from fakes.driver import FakeDriver
+from fakes.rooms import DEADLINES, open_rooms
+from test_volumes import grab
+
+async def main(program, home):
+    driver = FakeDriver(Path(program))
+    async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
+        print("begin", flush=True)
+        sys.stdin.readline()
+        await grab(host, "theirs")
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def grab(host: AsyncHost, prefix: str) -> Counter[str]:
+    """Attach the one volume for writing and for reading, over and over; see each time that the rule is kept."""
+    seen: Counter[str] = Counter()
+    for number in range(12):
+        names = [f"{prefix}-{number}-{each}" for each in range(2)]
+        volumes = READS if number % 3 == 2 else WRITES
+        outcomes = await asyncio.gather(
+            *(boot(host, name, volumes=volumes, start=False) for name in names), return_exceptions=True
+        )
+        holders = (await host.volume_inspect("data")).volume.attachments
+        assert len(holders) <= 1 or all(holder.readonly for holder in holders), holders
+        for name, outcome in zip(names, outcomes, strict=True):
+            seen[type(outcome).__name__] += 1
+            if isinstance(outcome, BaseException):
+                assert isinstance(outcome, InUse), outcome
+            else:
+                await host.rm(name)
+    return seen
+
+
+async def test_two_processes_race_for_one_volume(fake_host: AsyncHost, fake_vmm: Path, fake_home: Path) -> None:
+    """The rule is kept in the transaction that records the holder: at no moment are there two writers, or a writer and a reader."""
+    await fake_host.volume_create("data", size_bytes=SIZE)
+    paths = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
+    rival = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", RIVAL, str(fake_vmm), str(fake_home)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert rival.stdout is not None
+    assert rival.stdin is not None
+    assert await asyncio.wait_for(rival.stdout.readline(), 30) == b"begin\n"
+    rival.stdin.write(b"go\n")
+    async with asyncio.timeout(60):
+        mine, said = await asyncio.gather(grab(fake_host, "mine"), rival.communicate())
+    assert rival.returncode == 0, said[1].decode()
+    assert mine["InUse"] >= 8  # of each two that write one is refused
+    assert mine["Instance"] >= 1
+    await assert_tidy(fake_host)
+
+
+async def test_a_volume_is_removed_or_attached(fake_host: AsyncHost, make_host: HostFactory) -> None:
+    """Never both: who attaches it finds it gone, or who removes it finds it in use."""
+    async with make_host() as other:
+        for number in range(8):
+            await fake_host.volume_create("data", size_bytes=SIZE)
+            attached, removed = await asyncio.gather(
+                boot(fake_host, f"oak-{number}", volumes=WRITES, start=False),
+                other.volume_rm("data"),
+                return_exceptions=True,
+            )
+            assert isinstance(attached, CoppiceError) != isinstance(removed, CoppiceError), (attached, removed)
+            if isinstance(attached, Instance):
+                assert isinstance(removed, InUse)
+                await fake_host.rm(attached)
+                await fake_host.volume_rm("data")
+            else:
+                assert isinstance(attached, NotFound)
+            await assert_tidy(fake_host)
+
+
+@pytest.mark.parametrize("operation", ["create", "rm", "run"])
+async def test_a_cancelled_operation_is_done_or_undone(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Every wait of it in turn: nothing half-made is left, and nobody keeps the volume who is not there."""
+    monkeypatch.setattr(asyncio, "to_thread", late_to_thread)
+    if operation == "run":
+        await fake_host.volume_create("data", size_bytes=SIZE)
+    for nth in range(1, 200):
+        if operation == "rm":
+            if not await fake_host.volume_ls():
+                await fake_host.volume_create("data", size_bytes=SIZE)
+            came = await cancelled_at(fake_host.volume_rm("data"), nth)
+        elif operation == "create":
+            came = await cancelled_at(fake_host.volume_create("data", size_bytes=SIZE), nth)
+        else:
+            came = await cancelled_at(boot(fake_host, volumes=READS, start=False), nth)
+        if not came:
+            break
+        await assert_tidy(fake_host)
+        if operation == "create":
+            assert await fake_host.volume_ls() == []
+    else:
+        pytest.fail("it waits more often than this test cancels")
+    assert nth > 3
+    await assert_tidy(fake_host, *(["oak"] if operation == "run" else []))
+    assert len(await fake_host.volume_ls()) == (0 if operation == "rm" else 1)
