@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from coppice.errors import (
         Busy,
+        CommandNotFound,
+        CommandNotStarted,
         CoppiceError,
         DigestMismatch,
         GuestError,
@@ -82,9 +84,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
-    "Busy", "CoppiceError", "DigestMismatch", "GuestError", "GuestProtocolError", "GuestRefused", "GuestTimeout", "HostCannot",
-    "IllegalTransition", "ImageError", "InUse", "IntegrityError", "InvalidName", "MissingTool", "NameTaken", "NoSpace", "NotFound",
-    "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError", "VmmTimeout",
+    "Busy", "CommandNotFound", "CommandNotStarted", "CoppiceError", "DigestMismatch", "GuestError", "GuestProtocolError",
+    "GuestRefused", "GuestTimeout", "HostCannot", "IllegalTransition", "ImageError", "InUse", "IntegrityError", "InvalidName",
+    "MissingTool", "NameTaken", "NoSpace", "NotFound", "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError",
+    "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
     "BudgetUse", "Budgets", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image",
@@ -112,6 +115,8 @@ __all__ = [
     "Busy",
     "CaptureReport",
     "Check",
+    "CommandNotFound",
+    "CommandNotStarted",
     "CoppiceError",
     "Deadlines",
     "Difference",

@@ -290,6 +290,21 @@ def test_a_failed_fork_is_named_and_exit_1(capsys: pytest.CaptureFixture[str]) -
     assert document(capsys, host, "fork", "vm", status=1)["succeeded"] == 2
 
 
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [
+        (["insufficient_resources"], 5),
+        (["conflict", "conflict"], 4),
+        (["conflict", "vmm_died"], 1),
+        (["unheard of"], 1),
+    ],
+)
+def test_the_exit_status_of_a_fan_out_is_why_it_failed(codes: list[str], status: int) -> None:
+    """A full disk is 5 here as everywhere, where that is all that went wrong; several reasons are 1."""
+    failed = [ForkResult(name="b", ok=False, error="no; do", error_code=code) for code in codes]
+    assert run(FakeHost(fork=_fork_report(_fork_result("a"), *failed)), "fork", "vm", "--count", "3") == status
+
+
 def test_tree_draws_the_lineage(capsys: pytest.CaptureFixture[str]) -> None:
     """Every instance is one line under its parent, with state, fork count, memory, inode and links."""
     vmm = VmmProcess(pid=1, start_ticks=1, executable="/q")

@@ -17,6 +17,8 @@ import pytest
 from cli_host import PROGRAM, FakeHost, instance
 from coppice.cli import main
 from coppice.errors import (
+    CommandNotFound,
+    CommandNotStarted,
     CoppiceError,
     GuestError,
     HostCannot,
@@ -51,6 +53,8 @@ def process(*words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         (ImageError("corrupt"), 1),
         (VmmDied("it died"), 1),
         (GuestError("no"), 1),
+        (CommandNotStarted("not a program"), 126),
+        (CommandNotFound("no such program"), 127),
         (InvalidName("bad"), 2),
         (NotFound("gone"), 3),
         (IllegalTransition("not now"), 4),
@@ -116,14 +120,16 @@ def test_wrong_usage_is_exit_2_and_one_line(words: list[str], part: str, capsys:
 
 def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     """A program that misuses the command line gets a document, although the line could not be parsed."""
-    assert run("--home", "/tmp", "--json", "start") == 2
-    assert json.loads(capsys.readouterr().out)["error"]["code"] == "invalid_request"
+    for option in ("--home", "--accel", "--owner"):
+        assert run(option, "tcg", "--json", "start") == 2
+        assert json.loads(capsys.readouterr().out)["error"]["code"] == "invalid_request"
 
 
 def test_a_misplaced_global_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     """`coppice ls --json` says where --json goes."""
-    assert run("ls", "--json") == 2
-    assert "before the command: `coppice --json" in capsys.readouterr().err
+    for option in ("--json", "--owner"):
+        assert run("ls", option) == 2
+        assert f"before the command: `coppice {option}" in capsys.readouterr().err
 
 
 def test_an_option_of_the_guests_command_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:

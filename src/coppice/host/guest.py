@@ -43,7 +43,8 @@ class Guest(HostBase):
 
         A command that fails is a result, not an error: see `exit_code`, which is 128+n where signal n ended it.
 
-        :raises GuestRefused: the program, the directory or the user does not exist
+        :raises CommandNotFound: the program, the directory or the user does not exist
+        :raises CommandNotStarted: it cannot be started for another reason; the message has it
         :raises GuestTimeout: it did not end within `timeout_s`; it was killed
         :raises GuestError: it printed more than `max_output_bytes`
         """
