@@ -89,6 +89,20 @@ def check_tags(tags: Mapping[str, str]) -> dict[str, str]:
     return dict(tags)
 
 
+def check_argv(argv: Sequence[str]) -> tuple[str, ...]:
+    """Return a command's words as a tuple.
+
+    :raises UsageError: it is one string, or there is a NUL in a word
+    """
+    if isinstance(argv, str):
+        raise UsageError(
+            f"the command {argv[:80]!r} is one string", hint="give a list of words, such as ['sh', '-c', 'echo $HOME']"
+        )
+    if any("\0" in word for word in argv):
+        raise UsageError("a command cannot have a NUL in it", hint="remove it")
+    return tuple(argv)
+
+
 def check_env(env: Mapping[str, str]) -> dict[str, str]:
     """Return a valid environment as a dict.
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 
@@ -125,7 +126,8 @@ async def test_what_cannot_start_says_why(
 ) -> None:
     """A program, directory or user that is not there is refused with the errno of the guest's kernel."""
     kind = CommandNotFound if number == errno.ENOENT else CommandNotStarted
-    with pytest.raises(kind, match=r"cannot be started: [^:]*: ") as caught:
+    what = f"user {options['user']}" if "user" in options else "working directory" if "cwd" in options else argv[0]
+    with pytest.raises(kind, match=re.escape(f"cannot be started: {what}: {os.strerror(number)}; ")) as caught:
         await session.exec(argv, cwd=options.get("cwd"), user=options.get("user"))
     assert type(caught.value) is kind
     assert caught.value.errno == number

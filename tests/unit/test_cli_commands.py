@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from cli_host import DIGEST, FakeHost, instance, memory
-from coppice.cli import main
+from coppice.cli import main, output
 from coppice.errors import InUse, NotFound
 from coppice.guest.kernel import Kernel
 from coppice.host import Inspection
@@ -266,6 +266,13 @@ def test_fork_shows_stages_sharing_and_memory(capsys: pytest.CaptureFixture[str]
     assert summary == "2 of 2 forks of vm in 260 ms, 2.0 MiB of memory of their own"
     assert output_of(capsys, host, "fork", "vm", "-q") == "a\nb\n"
     assert document(capsys, host, "fork", "vm")["results"][1]["name"] == "b"
+
+
+def test_fork_fits_into_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its stages would wrap, the table does without them."""
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    monkeypatch.setattr(output, "width", lambda: 80)
+    assert output_of(capsys, host, "fork", "vm").split()[:6] == ["NAME", "STATE", "TOTAL", "SHARING", "UNIQUE", "DISK"]
 
 
 def test_fork_of_a_running_instance_tells_its_pause(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from coppice.names import (
     MIN_MEMORY,
     MIN_OVERLAY,
     NAME_MAX,
+    check_argv,
     check_count,
     check_env,
     check_machine,
@@ -212,3 +213,16 @@ def test_ports_of_either_family_are_published() -> None:
     """As they are."""
     ports = (Publish(host_port=1, guest_port=65535), Publish(host_port=80, guest_port=80, host_address="::1"))
     assert check_publish(ports) == ports
+
+
+@pytest.mark.parametrize("argv", ["ls -l", ["printf", "a\0b"]])
+def test_what_is_no_command_is_refused(argv: str | list[str]) -> None:
+    """A string is a sequence of strings too, and would run its first letter; and no argument can have a NUL."""
+    with pytest.raises(UsageError):
+        check_argv(argv)
+
+
+def test_a_command_is_kept_word_by_word() -> None:
+    """Empty words count, and so does none at all."""
+    assert check_argv(["printf", "", "a b"]) == ("printf", "", "a b")
+    assert check_argv([]) == ()

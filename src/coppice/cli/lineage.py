@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from coppice.model import ForkReport, ForkResult, TreeNode
 
 
+_WITH_STAGES = 97  # columns that a table of forks with all their stages takes beside the names
+
+
 def fork(
     ctx: typer.Context,
     source: Annotated[
@@ -68,6 +71,7 @@ def fork(
 ) -> None:
     """Grow forks that share the source's memory. Each is running when its guest has answered, as itself.
 
+    A wide terminal, and --json, show what each stage took.
     With a payload, the image's /etc/coppice/on-fork is run after it was put there, and before the fork counts as running.
     A fork that fails is undone and does not touch its siblings; the exit status then says why, as for any other command.
     """
@@ -117,7 +121,8 @@ def _print_names(report: ForkReport) -> None:
 def _print_report(report: ForkReport) -> None:
     grown = [result for result in report.results if result.ok]
     if grown:
-        stages = list(dict.fromkeys(stage for result in grown for stage in result.stages))
+        wide = output.width() >= _WITH_STAGES + max(len(result.name) for result in grown)
+        stages = list(dict.fromkeys(stage for result in grown for stage in result.stages)) if wide else []
         output.table(
             [
                 ("NAME", "left"), ("STATE", "left"), ("TOTAL", "right"), *((stage.upper(), "right") for stage in stages),

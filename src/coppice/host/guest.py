@@ -15,7 +15,7 @@ from coppice.instance import recovery
 from coppice.instance.follow import follow_file
 from coppice.lifecycle import Operation, require
 from coppice.model import MIB, ExecResult, FileStat, Instance
-from coppice.names import check_env, check_timeout
+from coppice.names import check_argv, check_env, check_timeout
 from coppice.vmm import driver as files
 
 LogSource = Literal["console", "vmm"]
@@ -169,6 +169,6 @@ class Guest(HostBase):
 
 
 def _checked(argv: Sequence[str]) -> Sequence[str]:
-    if not argv or any("\0" in word for word in argv):
-        raise UsageError("there is no command to run", hint="give a program and its arguments, without NUL bytes")
-    return argv
+    if not argv:
+        raise UsageError("there is no command to run", hint="give a program and its arguments")
+    return check_argv(argv)
