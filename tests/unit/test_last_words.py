@@ -20,6 +20,7 @@ PANIC = b"[    2.27] Kernel panic - not syncing: System is deadlocked on memory\
         (b"", ""),
         (b"\r\n \r\n", ""),
         (b"[    0.1] booting\r\n[    0.2] at the \x1b[31mend\r\n\r\n", "its console ended with 'at the [31mend'"),
+        (b"[    0.1] the reason\r\n[    0.2] reboot: Restarting system\r\n", "its console ended with 'the reason'"),
         (b"no line end", "its console ended with 'no line end'"),
         (b"before\r\n" + PANIC, "its kernel panicked: System is deadlocked on memory"),
         (b"x" * (1 << 20) + PANIC + b"trace\r\n" * 1000, "its kernel panicked: System is deadlocked on memory"),

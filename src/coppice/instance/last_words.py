@@ -28,8 +28,10 @@ def console_words(log: Path) -> str:
         return ""
     if panics := _PANIC.findall(tail):
         return f"its kernel panicked: {readable(panics[-1][:_LONGEST])}"
-    lines = [line for line in tail.splitlines() if line.strip()]
-    return f"its console ended with {readable(_TIME.sub(b'', lines[-1])[:_LONGEST])!r}" if lines else ""
+    lines = [line for line in (_TIME.sub(b"", line) for line in tail.splitlines()) if line.strip()]
+    while lines and lines[-1].startswith(b"reboot: "):  # that it ended is known
+        lines.pop()
+    return f"its console ended with {readable(lines[-1][:_LONGEST])!r}" if lines else ""
 
 
 def cure(instance: Instance, words: str) -> str:
