@@ -37,9 +37,10 @@ def vmlinux(*, note_type: int = 18, name: bytes = b"Xen\0") -> bytes:
     return bytes(header) + segment + notes + b"\xcc" * 4096
 
 
-def module(name: str, depends: str = "", *, release: str = RELEASE) -> bytes:
+def module(name: str, depends: str = "", *, release: str = RELEASE, softdep: str = "") -> bytes:
     """The ELF image of a module with a `.modinfo` section."""
-    pairs = (f"depends={depends}", "retpoline=Y", f"name={name}", f"vermagic={release} SMP preempt mod_unload ")
+    soft = (f"softdep={softdep}",) if softdep else ()
+    pairs = (*soft, f"depends={depends}", "retpoline=Y", f"name={name}", f"vermagic={release} SMP preempt mod_unload ")
     modinfo = b"".join(pair.encode() + b"\0" for pair in pairs)
     names = b"\0.shstrtab\0.modinfo\0"
     body = names + modinfo

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from coppice.errors import (
         Busy,
+        CommandNotFound,
+        CommandNotStarted,
         CoppiceError,
         DigestMismatch,
         GuestError,
@@ -86,9 +88,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = (
-    "Busy", "CoppiceError", "DigestMismatch", "GuestError", "GuestProtocolError", "GuestRefused", "GuestTimeout", "HostCannot",
-    "IllegalTransition", "ImageError", "InUse", "IntegrityError", "InvalidName", "MissingTool", "NameTaken", "NoSpace", "NotFound",
-    "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError", "VmmTimeout",
+    "Busy", "CommandNotFound", "CommandNotStarted", "CoppiceError", "DigestMismatch", "GuestError", "GuestProtocolError",
+    "GuestRefused", "GuestTimeout", "HostCannot", "IllegalTransition", "ImageError", "InUse", "IntegrityError", "InvalidName",
+    "MissingTool", "NameTaken", "NoSpace", "NotFound", "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError",
+    "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
     "Attachment", "BudgetUse", "Budgets", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image",
@@ -118,6 +121,8 @@ __all__ = [
     "Busy",
     "CaptureReport",
     "Check",
+    "CommandNotFound",
+    "CommandNotStarted",
     "CoppiceError",
     "Deadlines",
     "Difference",

@@ -22,6 +22,8 @@
     ├── GuestError                  exit 1, HTTP 502
     │   ├── GuestProtocolError          the guest sent bytes that are not the protocol
     │   ├── GuestRefused                the agent answered: no
+    │   │   └── CommandNotStarted       exit 126
+    │   │       └── CommandNotFound     exit 127
     │   └── GuestTimeout                               HTTP 504
     └── IntegrityError              exit 1, HTTP 500   a captured file is not what was captured
 
@@ -50,6 +52,16 @@ class CoppiceError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+def exit_code_of(code: str) -> int:
+    """The exit code of the errors that go by `code`, which reports carry in place of the errors themselves."""
+    kinds: list[type[CoppiceError]] = [CoppiceError]
+    for kind in kinds:
+        if kind.code == code:
+            return kind.exit_code
+        kinds += kind.__subclasses__()
+    return CoppiceError.exit_code
 
 
 class UsageError(CoppiceError):
@@ -193,6 +205,20 @@ class GuestRefused(GuestError):
     def __init__(self, message: str, *, errno: int = 0, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.errno = errno
+
+
+class CommandNotStarted(GuestRefused):
+    """A command in the guest could not be started. The exit code is what a shell has for it."""
+
+    exit_code = 126
+    code = "command_not_started"
+
+
+class CommandNotFound(CommandNotStarted):
+    """The command, or the directory or the user that it was to have, does not exist in the guest."""
+
+    exit_code = 127
+    code = "command_not_found"
 
 
 class GuestTimeout(GuestError):

@@ -20,7 +20,7 @@ _ENV_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ALPHABET = string.ascii_lowercase + string.digits
 NAME_MAX = 63
 
-MIN_MEMORY = 64 * MIB  # a Debian kernel with its initramfs does not boot in less
+MIN_MEMORY = 64 * MIB  # no kernel with an initramfs boots in less; Debian's wants some 110
 MAX_MEMORY = 1024 * GIB
 MIN_OVERLAY = 16 * MIB
 MAX_OVERLAY = 16 * 1024 * GIB
@@ -94,6 +94,20 @@ def check_tags(tags: Mapping[str, str]) -> dict[str, str]:
     return dict(tags)
 
 
+def check_argv(argv: Sequence[str]) -> tuple[str, ...]:
+    """Return a command's words as a tuple.
+
+    :raises UsageError: it is one string, or there is a NUL in a word
+    """
+    if isinstance(argv, str):
+        raise UsageError(
+            f"the command {argv[:80]!r} is one string", hint="give a list of words, such as ['sh', '-c', 'echo $HOME']"
+        )
+    if any("\0" in word for word in argv):
+        raise UsageError("a command cannot have a NUL in it", hint="remove it")
+    return tuple(argv)
+
+
 def check_env(env: Mapping[str, str]) -> dict[str, str]:
     """Return a valid environment as a dict.
 
@@ -145,13 +159,13 @@ def check_machine(cpus: int, memory_bytes: int, overlay_bytes: int) -> None:
         raise UsageError(f"{cpus} CPUs cannot be had", hint=f"ask for 1 to {MAX_CPUS}")
     if not MIN_MEMORY <= memory_bytes <= MAX_MEMORY or memory_bytes % MIB:
         raise UsageError(
-            f"a memory of {memory_bytes / MIB:g} MiB is out of bounds",
-            hint=f"ask for whole MiB, at least {MIN_MEMORY // MIB}",
+            f"a memory of {_in_mib(memory_bytes)} is out of bounds",
+            hint=f"ask for whole MiB, {MIN_MEMORY // MIB} MiB to {MAX_MEMORY // GIB} GiB",
         )
     if not MIN_OVERLAY <= overlay_bytes <= MAX_OVERLAY or overlay_bytes % MIB:
         raise UsageError(
-            f"an overlay of {overlay_bytes / MIB:g} MiB is out of bounds",
-            hint=f"ask for whole MiB, at least {MIN_OVERLAY // MIB}",
+            f"an overlay of {_in_mib(overlay_bytes)} is out of bounds",
+            hint=f"ask for whole MiB, {MIN_OVERLAY // MIB} MiB to {MAX_OVERLAY // GIB} GiB",
         )
 
 
@@ -198,6 +212,10 @@ def _check_mount_path(path: str) -> None:
     own = PurePosixPath(path)
     if path in _ABOVE_THE_AGENTS_OWN or any(own.is_relative_to(taken) for taken in _AGENTS_OWN):
         raise UsageError(f"no volume can be mounted at {path}: the machine needs it", hint="choose another path")
+
+
+def _in_mib(count: int) -> str:
+    return f"{count // MIB} MiB" if count % MIB == 0 else f"{count} bytes"
 
 
 def check_count(count: int) -> int:

@@ -71,6 +71,20 @@ async def test_a_run_that_fails_leaves_nothing(fake_host: AsyncHost, driver: Fak
     await assert_tidy(fake_host, "oak")
 
 
+async def test_a_death_on_the_way_says_why(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """How the VMM ended, what the console said last, and where to look: in the logs, unless they went with a machine that was new."""
+    why = re.escape("ended before it answered: signal 9; its console ended with 'the fake guest runs'")
+    driver.faults.die_at("identity")
+    with pytest.raises(VmmDied, match=why) as of_a_new_one:
+        await boot(fake_host)
+    await boot(fake_host, start=False)
+    driver.faults.die_at("identity")
+    with pytest.raises(VmmDied, match=why) as of_an_old_one:
+        await fake_host.start("oak")
+    assert "--no-start" in (of_a_new_one.value.hint or "")
+    assert "`coppice logs oak`" in (of_an_old_one.value.hint or "")
+
+
 @pytest.mark.parametrize("fault", BOOT_FAULTS)
 async def test_a_start_that_fails_leaves_it_stopped(fake_host: AsyncHost, driver: FakeDriver, fault: str) -> None:
     """Stopped, with the reason in the record, its disk whole, and ready for another try."""

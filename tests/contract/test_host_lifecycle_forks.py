@@ -254,6 +254,16 @@ async def test_a_request_that_can_never_be_makes_nothing(fake_host: AsyncHost, o
     assert snapshot(fake_host) == before
 
 
+async def test_a_caller_without_types_gets_what_it_means(fake_host: AsyncHost) -> None:
+    """A target by its name is that target, not a machine that is called Running and is none; one name is not a list of letters."""
+    await make(fake_host, State.STANDBY)
+    report = await fake_host.fork("oak", names="elm", target=State("Running").value)  # type: ignore[arg-type]
+    assert [(fork.name, fork.state) for fork in report.instances] == [("elm", State.RUNNING)]
+    with pytest.raises(UsageError, match="one string"):
+        await fake_host.exec("elm", "echo")
+    await assert_tidy(fake_host, "oak", "elm")
+
+
 async def test_a_link_that_cannot_be_made_is_a_copy_that_says_why(
     fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -79,6 +79,21 @@ async def test_a_tree_goes_in_and_comes_out(session: Session, tmp_path: Path) ->
     assert (tmp_path / "host/tree/hard").stat().st_nlink == 2
 
 
+async def test_holes_stay_holes(session: Session, tmp_path: Path) -> None:
+    """A sparse file takes no more room in the guest, nor back on the host, than it has data; and it is the same file."""
+    source, inside, back = (tmp_path / name for name in ("source", "inside", "back"))
+    with source.open("wb") as file:
+        file.write(b"begin")
+        file.seek(24 << 20)
+        file.write(b"middle")
+        file.truncate(48 << 20)
+    await copy_in(session, source, str(inside))
+    await copy_out(session, str(inside), back)
+    for copy in (inside, back):
+        assert copy.read_bytes() == source.read_bytes()
+        assert copy.stat().st_blocks * 512 < 1 << 20
+
+
 async def test_names_are_those_of_cp(session: Session, tmp_path: Path) -> None:
     """Into a directory that is there under the old name, else under the new one."""
     (tmp_path / "file").write_bytes(b"x")

@@ -6,13 +6,14 @@ import asyncio
 import errno
 import hashlib
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 
 import pytest
 
 from agent_process import BUILDS, agent_session
-from coppice.errors import GuestError, GuestRefused, GuestTimeout, UsageError
+from coppice.errors import CommandNotFound, CommandNotStarted, GuestError, GuestRefused, GuestTimeout, UsageError
 from coppice.guest.session import Session
 
 
@@ -124,8 +125,11 @@ async def test_what_cannot_start_says_why(
     session: Session, argv: list[str], options: dict[str, str], number: int
 ) -> None:
     """A program, directory or user that is not there is refused with the errno of the guest's kernel."""
-    with pytest.raises(GuestRefused) as caught:
+    kind = CommandNotFound if number == errno.ENOENT else CommandNotStarted
+    what = f"user {options['user']}" if "user" in options else "working directory" if "cwd" in options else argv[0]
+    with pytest.raises(kind, match=re.escape(f"cannot be started: {what}: {os.strerror(number)}; ")) as caught:
         await session.exec(argv, cwd=options.get("cwd"), user=options.get("user"))
+    assert type(caught.value) is kind
     assert caught.value.errno == number
     assert (await session.exec(["true"])).exit_code == 0
 

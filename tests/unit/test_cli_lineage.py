@@ -9,6 +9,7 @@ import pytest
 
 from cli_host import FakeHost, instance, memory
 from cli_lines import document, output_of, run
+from coppice.cli import output
 from coppice.model import ForkReport, ForkResult, Publish, Sharing, State, TreeNode, VmmProcess
 
 VM = instance("vm")
@@ -110,6 +111,13 @@ def test_fork_tells_where_each_is_reached(capsys: pytest.CaptureFixture[str]) ->
     assert second.split()[-1] == "-"
 
 
+def test_fork_fits_into_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its stages would wrap, the table does without them."""
+    host = FakeHost(fork=_fork_report(_fork_result("a")))
+    monkeypatch.setattr(output, "width", lambda: 80)
+    assert output_of(capsys, host, "fork", "vm").split()[:6] == ["NAME", "STATE", "TOTAL", "SHARING", "UNIQUE", "DISK"]
+
+
 def test_fork_of_a_running_instance_tells_its_pause(capsys: pytest.CaptureFixture[str]) -> None:
     """Who forks a live guest wants to know for how long it stood still."""
     report = msgspec.structs.replace(_fork_report(_fork_result("a")), source_pause_ms=12.3)
@@ -130,6 +138,21 @@ def test_a_failed_fork_is_named_and_exit_1(capsys: pytest.CaptureFixture[str]) -
     assert "coppice: the fork b failed: the machine ended; see its log\n" in shown.err
     assert "coppice: memory was copied, not shared: EXDEV: another file system\n" in shown.err
     assert document(capsys, host, "fork", "vm", status=1)["succeeded"] == 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "status"),
+    [
+        (["insufficient_resources"], 5),
+        (["conflict", "conflict"], 4),
+        (["conflict", "vmm_died"], 1),
+        (["unheard of"], 1),
+    ],
+)
+def test_the_exit_status_of_a_fan_out_is_why_it_failed(codes: list[str], status: int) -> None:
+    """A full disk is 5 here as everywhere, where that is all that went wrong; several reasons are 1."""
+    failed = [ForkResult(name="b", ok=False, error="no; do", error_code=code) for code in codes]
+    assert run(FakeHost(fork=_fork_report(_fork_result("a"), *failed)), "fork", "vm", "--count", "3") == status
 
 
 def test_tree_draws_the_lineage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ import pytest
 from cli_host import PROGRAM, FakeHost, instance
 from coppice.cli import main
 from coppice.errors import (
+    CommandNotFound,
+    CommandNotStarted,
     CoppiceError,
     GuestError,
     HostCannot,
@@ -51,6 +53,8 @@ def process(*words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         (ImageError("corrupt"), 1),
         (VmmDied("it died"), 1),
         (GuestError("no"), 1),
+        (CommandNotStarted("not a program"), 126),
+        (CommandNotFound("no such program"), 127),
         (InvalidName("bad"), 2),
         (NotFound("gone"), 3),
         (IllegalTransition("not now"), 4),
@@ -123,8 +127,9 @@ def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str], before: tup
 
 def test_a_misplaced_global_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     """`coppice ls --json` says where --json goes."""
-    assert run("ls", "--json") == 2
-    assert "before the command: `coppice --json" in capsys.readouterr().err
+    for option in ("--json", "--owner"):
+        assert run("ls", option) == 2
+        assert f"before the command: `coppice {option}" in capsys.readouterr().err
 
 
 def test_an_option_of_the_guests_command_is_not_ours(capsys: pytest.CaptureFixture[str]) -> None:

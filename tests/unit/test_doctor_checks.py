@@ -215,6 +215,15 @@ def test_user_namespaces(root: bool, most: int, unprivileged: int | None, restri
     assert (cure in check.cure) if cure else not check.cure
 
 
+def test_every_program_that_is_run_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that says `run coppice doctor` must find its program there, with the package that brings it; without some, nothing runs."""
+    monkeypatch.setattr(system, "_SEARCH_PATH", str(tmp_path))
+    checks = {name: check() for name, check in system.tools()}
+    assert {"prlimit", "unshare", "mke2fs", "e2fsck", "apt-get", "dpkg-deb", "mmdebstrap", "sqfstar"} <= set(checks)
+    assert [name for name, check in checks.items() if check.status == "fail"] == ["mke2fs", "prlimit"]
+    assert all(check.status != "ok" and (check.cure or "").startswith("apt-get install") for check in checks.values())
+
+
 async def test_every_check_answers_on_this_machine(tmp_path: Path) -> None:
     """All checks run for real, each finding has its cure, and a data directory that is not there yet is not made."""
     home = tmp_path / "not" / "there"

@@ -89,6 +89,20 @@ def test_each_module_comes_after_what_it_needs(tmp_path: Path) -> None:
         assert set(filter(None, needs[stem])) <= set(stems[:index])
 
 
+@pytest.mark.parametrize(
+    ("softdep", "first"), [("pre: crc32c", True), ("pre: a-b crypto-crc32c post: late", True), ("post: crc32c", False)]
+)
+def test_what_a_module_asks_for_at_run_time_comes_before_it(tmp_path: Path, softdep: str, first: bool) -> None:
+    """libcrc32c cannot be loaded where nobody computes a CRC32C yet; Debian's ordinary kernel has that as a module, and no dependency says so."""
+    (tmp_path / "libcrc32c.ko").write_bytes(module("libcrc32c", softdep=softdep))
+    for name in ("crc32c_generic", "late"):
+        (tmp_path / f"{name}.ko").write_bytes(module(name))
+    stems = [found.stem for found in ModuleTree(tmp_path).resolve(["libcrc32c"])]
+    assert stems == (["crc32c_generic", "libcrc32c"] if first else ["libcrc32c"])
+    (tmp_path / "modules.builtin").write_text("kernel/crypto/crc32c_generic.ko\n")
+    assert [found.stem for found in ModuleTree(tmp_path).resolve(["libcrc32c"])] == ["libcrc32c"]
+
+
 @given(st.dictionaries(st.sampled_from("abcdefgh"), st.lists(st.sampled_from("abcdefgh"), max_size=4), min_size=8))
 def test_any_graph_is_ordered_or_refused(tmp_path_factory: pytest.TempPathFactory, graph: dict[str, list[str]]) -> None:
     """Whatever modules say they need: a valid order, or a UsageError for a circle."""

@@ -20,6 +20,7 @@ from coppice.names import (
     MIN_OVERLAY,
     MIN_VOLUME,
     NAME_MAX,
+    check_argv,
     check_count,
     check_env,
     check_machine,
@@ -303,3 +304,16 @@ def test_impossible_sizes_of_volumes_are_refused(size: int) -> None:
         check_volume_size(size)
     assert check_volume_size(MIN_VOLUME) == MIN_VOLUME
     assert check_volume_size(MAX_VOLUME) == MAX_VOLUME
+
+
+@pytest.mark.parametrize("argv", ["ls -l", ["printf", "a\0b"]])
+def test_what_is_no_command_is_refused(argv: str | list[str]) -> None:
+    """A string is a sequence of strings too, and would run its first letter; and no argument can have a NUL."""
+    with pytest.raises(UsageError):
+        check_argv(argv)
+
+
+def test_a_command_is_kept_word_by_word() -> None:
+    """Empty words count, and so does none at all."""
+    assert check_argv(["printf", "", "a b"]) == ("printf", "", "a b")
+    assert check_argv([]) == ()

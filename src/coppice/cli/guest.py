@@ -46,7 +46,7 @@ def exec_(
     """Run a command in a Running guest, as ssh does.
 
     Input, output, signals and exit status are passed through. Standard input is passed on where it is no terminal, or with -i or -t.
-    Options go before NAME. Exit status 124: the timeout ended it.
+    Options go before NAME. Exit status 124: the timeout ended it; 126: it cannot be started; 127: there is no such command in the guest.
     """
     from coppice.cli import session
 

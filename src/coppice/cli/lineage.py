@@ -9,12 +9,16 @@ import typer
 
 from coppice.cli import complete, format, options, output, parse
 from coppice.cli.context import Cli
+from coppice.errors import exit_code_of
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from coppice.host import AsyncHost
     from coppice.model import ForkReport, ForkResult, TreeNode
+
+
+_WITH_STAGES = 97  # columns that a table of forks with all their stages takes beside the names
 
 
 def fork(
@@ -43,8 +47,9 @@ def fork(
 ) -> None:
     """Grow forks that share the source's memory. Each is running when its guest has answered, as itself.
 
+    A wide terminal, and --json, show what each stage took.
     With a payload, the image's /etc/coppice/on-fork is run after it was put there, and before the fork counts as running.
-    A fork that fails is undone and does not touch its siblings; the exit status is then 1.
+    A fork that fails is undone and does not touch its siblings; the exit status then says why, as for any other command.
     """
     cli = Cli.of(ctx)
     tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
@@ -72,10 +77,11 @@ def fork(
 
 
 def show(cli: Cli, report: ForkReport, *, quiet: bool) -> None:
-    """Print what became of a fan-out; the program ends with 1 where a fork failed."""
+    """Print what became of a fan-out. Where a fork failed the program ends with the exit status of why, or with 1 where it is not for all the same."""
     cli.show(report, lambda: _print_names(report) if quiet else _print_report(report))
     if report.succeeded < report.count:
-        raise typer.Exit(1)
+        statuses = {exit_code_of(result.error_code or "") for result in report.results if not result.ok}
+        raise typer.Exit(statuses.pop() if len(statuses) == 1 else 1)
 
 
 def _print_names(report: ForkReport) -> None:
@@ -88,7 +94,8 @@ def _print_names(report: ForkReport) -> None:
 def _print_report(report: ForkReport) -> None:
     grown = [result for result in report.results if result.ok]
     if grown:
-        stages = list(dict.fromkeys(stage for result in grown for stage in result.stages))
+        wide = output.width() >= _WITH_STAGES + max(len(result.name) for result in grown)
+        stages = list(dict.fromkeys(stage for result in grown for stage in result.stages)) if wide else []
         with_ports = any(result.instance.publish for result in grown if result.instance)
         output.table(
             [

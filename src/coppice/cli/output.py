@@ -92,6 +92,11 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str | Text]]) -> No
     render(grid)
 
 
+def width() -> int:
+    """Columns that a table may have: as many as it needs, where the output is no terminal."""
+    return _console().width
+
+
 def fields(pairs: Iterable[tuple[str, str | Text]]) -> None:
     """Print labels with their values, in two columns."""
     from rich.table import Table

@@ -14,7 +14,8 @@ from coppice.cli.context import HostFactory, open_host
 from coppice.cli.ending import Interrupted, OutputClosed
 from coppice.errors import CoppiceError, UsageError
 
-_GLOBAL_OPTIONS = ("--json", "--home", "--accel", "--owner", "--debug")
+_WITH_VALUE = ("--home", "--accel", "--owner")
+_GLOBAL_OPTIONS = ("--json", "--debug", *_WITH_VALUE)
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a program has it that does not catch the signal
 
 
@@ -43,7 +44,7 @@ def _global_options(words: Sequence[str]) -> list[str]:
         if not word.startswith("-") or word == "--":
             break
         found.append(word)
-        if word in ("--home", "--accel", "--owner"):
+        if word in _WITH_VALUE:
             next(rest, None)
     return found
 

@@ -51,6 +51,9 @@ def make_request(
     check_count(count)
     if target not in (State.STOPPED, State.STANDBY, State.RUNNING):
         raise UsageError(f"a fork cannot be made {target}", hint="the target is Stopped, Standby or Running")
+    target = State(target)  # a caller without types may have given its name
+    if isinstance(names, str):  # which is a sequence of strings, too
+        names = [names]
     each = check_payloads(payload, payloads, count)
     if target is not State.RUNNING and any(data is not None for data in each):
         raise UsageError(

@@ -21,6 +21,7 @@ from coppice.guest.protocol import (
     encode_hello,
 )
 
+REFUSED = "the guest refused: "
 _READ_SIZE = 65536
 
 
@@ -146,7 +147,7 @@ def refusal(frame: Frame) -> GuestRefused:
     """The error that an ERROR frame tells of."""
     fields = Fields(frame.payload)
     return GuestRefused(
-        f"the guest refused: {fields.text(2, 'no reason given')}",
+        REFUSED + fields.text(2, "no reason given"),
         errno=fields.integer(1, 0),
         hint="see the request's paths, program and user as they are inside of the guest",
     )

@@ -132,13 +132,24 @@ class ModuleTree:
                 raise UsageError(f"the kernel has no module {name} in {self.directory}", hint=_HINT)
             path = self.files[name]
             found[name] = ModuleFile(path.name.partition(".ko")[0], read_module(path))
-            depends = parse_modinfo(found[name].image).get("depends", "")
-            needs[name] = [module_name(other) for other in depends.split(",") if other]
+            info = parse_modinfo(found[name].image)
+            hard = [module_name(other) for other in info.get("depends", "").split(",") if other]
+            needs[name] = [*hard, *self._wanted_before(info.get("softdep", ""))]
             todo += needs[name]
         try:
             return [found[name] for name in TopologicalSorter(needs).static_order() if name in found]
         except CycleError as error:
             raise UsageError("kernel modules need each other in a circle", hint=_HINT) from error
+
+    def _wanted_before(self, softdep: str) -> list[str]:
+        """Modules that one asks for at run time, so that they must be there first: `pre: crypto-crc32c`, as modprobe.d(5) has it.
+
+        It names an algorithm rather than a file, which is the generic one's alias. What is not there is built in, or not needed here.
+        """
+        before = softdep.partition("post:")[0].replace("pre:", " ").split()
+        names = [module_name(name).removeprefix("crypto_") for name in before]
+        found = [other for name in names for other in (name, f"{name}_generic") if other in self.files]
+        return [name for name in found if name not in self._builtin]
 
 
 def _read_builtin(path: Path) -> frozenset[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import inspect
 import signal
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Literal
 
-from coppice.errors import GuestError, GuestRefused, GuestTimeout, UsageError
-from coppice.guest.channel import Channel, deadline, unexpected
+from coppice.errors import CommandNotFound, CommandNotStarted, GuestError, GuestRefused, GuestTimeout, UsageError
+from coppice.guest.channel import REFUSED, Channel, deadline, unexpected
 from coppice.guest.protocol import (
     WINDOW_SIZE,
     Fields,
@@ -243,7 +244,7 @@ class ExecSession:
 async def start(channel: Channel, command: Command) -> AsyncIterator[ExecSession]:
     """Start a command on a session port.
 
-    :raises GuestRefused: it cannot be started; `errno` is that of the guest's kernel
+    :raises CommandNotStarted: `errno` is that of the guest's kernel
     """
     if not command.argv:
         raise UsageError("there is no command to run", hint="give a program and its arguments")
@@ -253,9 +254,10 @@ async def start(channel: Channel, command: Command) -> AsyncIterator[ExecSession
         try:
             channel.final(frame)
         except GuestRefused as error:
-            message = f"{command.argv[0]} cannot be started"
+            kind = CommandNotFound if error.errno == errno.ENOENT else CommandNotStarted
+            reason = error.message.removeprefix(REFUSED)
             hint = "check the program's name, the directory and the user inside of the guest"
-            raise GuestRefused(f"{message}: {error.message}", errno=error.errno, hint=hint) from None
+            raise kind(f"{command.argv[0]} cannot be started: {reason}", errno=error.errno, hint=hint) from None
     if frame.type != FrameType.STARTED:
         raise unexpected(frame)
     process = ExecSession(channel, command, Fields(frame.payload).integer(1))

@@ -65,7 +65,7 @@ class Session:
 
         :param has_stdin: its standard input is ours; else it is empty
         :param timeout_s: after so long the guest ends the command: SIGTERM, and SIGKILL half a second later
-        :raises GuestRefused: it cannot be started; `errno` is that of the guest's kernel
+        :raises CommandNotStarted: `errno` is that of the guest's kernel
         """
         command = Command(
             argv=tuple(argv),
@@ -95,7 +95,7 @@ class Session:
     ) -> ExecResult:
         """Run a command to its end. What has a sink goes there and is not collected.
 
-        :raises GuestRefused: it cannot be started
+        :raises CommandNotStarted: it cannot be started
         :raises GuestTimeout: it ran longer than `timeout_s`, and was ended
         :raises GuestError: it wrote more than `max_output_bytes`, and was ended
         """

@@ -73,7 +73,7 @@ def _parts(name: str) -> list[str]:
     return parts
 
 
-_HINT = "take the tar stream itself if you want it as it is"
+_HINT = "leave it out, or take the tree as it is with `coppice exec NAME -- tar c PATH`"
 
 
 @contextlib.contextmanager
@@ -143,9 +143,12 @@ def _write(stream: BinaryIO, directory: int, base: str, member: tarfile.TarInfo,
         left = member.size
         while left > 0:
             chunk = _exactly(stream, min(left, _CHUNK))
-            output.write(chunk)
+            if chunk.count(0) == len(chunk):
+                output.seek(len(chunk), os.SEEK_CUR)  # a hole: what is sparse in the guest must not fill this disk
+            else:
+                output.write(chunk)
             left -= len(chunk)
-        output.flush()
+        output.truncate(member.size)
         os.fchmod(handle, member.mode & 0o755 | 0o600)
         os.utime(handle, (member.mtime, member.mtime))
     _exactly(stream, -member.size % _BLOCK)

@@ -15,7 +15,7 @@ from coppice.instance import recovery
 from coppice.instance.follow import follow_file
 from coppice.lifecycle import Operation, require
 from coppice.model import MIB, ExecResult, FileStat, Instance
-from coppice.names import check_env, check_timeout
+from coppice.names import check_argv, check_env, check_timeout
 from coppice.vmm import driver as files
 
 LogSource = Literal["console", "vmm"]
@@ -43,7 +43,8 @@ class Guest(HostBase):
 
         A command that fails is a result, not an error: see `exit_code`, which is 128+n where signal n ended it.
 
-        :raises GuestRefused: the program, the directory or the user does not exist
+        :raises CommandNotFound: the program, the directory or the user does not exist
+        :raises CommandNotStarted: it cannot be started for another reason; the message has it
         :raises GuestTimeout: it did not end within `timeout_s`; it was killed
         :raises GuestError: it printed more than `max_output_bytes`
         """
@@ -168,6 +169,6 @@ class Guest(HostBase):
 
 
 def _checked(argv: Sequence[str]) -> Sequence[str]:
-    if not argv or any("\0" in word for word in argv):
-        raise UsageError("there is no command to run", hint="give a program and its arguments, without NUL bytes")
-    return argv
+    if not argv:
+        raise UsageError("there is no command to run", hint="give a program and its arguments")
+    return check_argv(argv)

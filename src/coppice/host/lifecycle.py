@@ -42,7 +42,17 @@ from coppice.model import (
     VolumeMount,
     no_progress,
 )
-from coppice.names import MAX_SECONDS, check_env, check_machine, check_name, check_publish, check_tags, new_id, new_name
+from coppice.names import (
+    MAX_SECONDS,
+    check_argv,
+    check_env,
+    check_machine,
+    check_name,
+    check_publish,
+    check_tags,
+    new_id,
+    new_name,
+)
 from coppice.store import locks
 from coppice.timing import Stages
 
@@ -91,9 +101,7 @@ class Lifecycle(Volumes):
         admit = await self._admit(demand_of_run(memory_bytes, start=start))
         chosen_kernel = await self._kernel(kernel, progress)
         config = found.config
-        argv = (*config.entrypoint, *(command or config.cmd))
-        if any("\0" in word for word in argv):
-            raise UsageError("a command cannot have a NUL in it", hint="remove it")
+        argv = (*config.entrypoint, *(check_argv(command) or config.cmd))
         instance = Instance(
             id=new_id(),
             name=chosen_name,

@@ -89,7 +89,9 @@ def bootstrap(suite: Suite, workspace: Workspace) -> IO[bytes]:
     """
     tool = shutil.which("mmdebstrap")
     if tool is None:
-        raise MissingTool("mmdebstrap is not installed", hint="install it, or import an OCI image instead")
+        raise MissingTool(
+            "mmdebstrap is not installed", hint="run `apt-get install mmdebstrap`, or import an OCI image instead"
+        )
     archive = workspace.new_file()
     environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
     environment["LC_ALL"] = "C.UTF-8"

@@ -20,6 +20,7 @@ from coppice.guest.client import Identity
 from coppice.instance import directory as directories
 from coppice.instance import ports
 from coppice.instance.identity import identity_message, mac_address
+from coppice.instance.last_words import console_words, cure
 from coppice.instance.rooms import Rooms
 from coppice.memory import hotset, memfile
 from coppice.memory.report import memory_report
@@ -29,6 +30,7 @@ from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
 
 T = TypeVar("T")
+_DEATH_S = 5.0
 TSC_TOLERANCE = 0.002  # measured anew, and quickly, by each process
 
 
@@ -105,6 +107,7 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes 
     process: VmmProcess | None = None
     await in_thread(ports.require_free, instance)
     await in_thread(directories.trim_logs, directory)
+    known_as = instance  # as it was before; if it fails, it is that again, or where it was new, gone
     try:
         with stages.stage("start"):
             process = await (rooms.driver.boot(launch) if booted else rooms.driver.restore(launch))
@@ -115,11 +118,15 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes 
         if any(port.host_port == ANY_PORT for port in instance.publish):
             with stages.stage("publish"):
                 asked = rooms.driver.published(directory, instance.publish)
-                instance = msgspec.structs.replace(instance, publish=await unless_vmm_dies(rooms, instance, asked))
+                instance = msgspec.structs.replace(
+                    instance, publish=await _unless_vmm_dies(rooms, instance, known_as, asked)
+                )
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             message = identity_message(instance, booted=booted, payload=payload)
-            await unless_vmm_dies(rooms, instance, _introduce(rooms, instance, message, deadline_s))
+            await _unless_vmm_dies(
+                rooms, instance, known_as, _introduce(rooms, instance, known_as, message, deadline_s)
+            )
         instance = msgspec.structs.replace(
             instance,
             state=State.RUNNING,
@@ -138,42 +145,52 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes 
         raise
 
 
-async def _introduce(rooms: Rooms, instance: Instance, message: Identity, deadline_s: float) -> None:
+async def _introduce(
+    rooms: Rooms, instance: Instance, known_as: Instance, message: Identity, deadline_s: float
+) -> None:
     """Send the identity message and wait for its acknowledgement."""
     try:
         async with asyncio.timeout(deadline_s), rooms.ports(instance.id).control(deadline_s) as control:
             await control.identity(message)
         await rooms.ports(instance.id).hang_up(instance.open_ports, deadline_s)
     except TimeoutError as error:
+        words = await in_thread(console_words, rooms.directory(instance.id) / files.CONSOLE_LOG)
         raise GuestTimeout(
-            f"{instance.name} did not answer within {deadline_s:g} s",
-            hint=f"see `coppice logs {instance.name}`; it may need more memory, or the host is overloaded",
+            _sentence(f"{instance.name} did not answer within {deadline_s:g} s", words),
+            hint=cure(known_as, words),
         ) from error
 
 
-async def unless_vmm_dies(rooms: Rooms, instance: Instance, work: Awaitable[T]) -> T:
+async def _unless_vmm_dies(rooms: Rooms, instance: Instance, known_as: Instance, work: Awaitable[T]) -> T:
     """Await `work`, but no longer than the VMM lives.
 
-    :raises VmmDied: the VMM ended first; the message says why, as far as its log tells
+    :raises VmmDied: the VMM ended first; the message says why, as far as its log and the guest's console tell
     """
     if instance.vmm is None:
         raise AssertionError("only an instance with a VMM can be waited for")
+    directory = rooms.directory(instance.id)
     task = asyncio.ensure_future(work)
-    death = asyncio.ensure_future(rooms.driver.wait_exit(rooms.directory(instance.id), instance.vmm))
+    death = asyncio.ensure_future(rooms.driver.wait_exit(directory, instance.vmm))
     try:
         await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done() and (not death.done() or task.exception() is None):
+        if task.done() and isinstance(task.exception(), VmmDied):
+            await asyncio.wait({death}, timeout=_DEATH_S)  # its ports are closed before it is gone
+        if not death.done() or (task.done() and task.exception() is None):
             return task.result()
-        reason = await death if death.done() else await asyncio.wait_for(death, 5)
+        words = await in_thread(console_words, directory / files.CONSOLE_LOG)
         raise VmmDied(
-            f"the machine of {instance.name} ended before it answered: {reason}",
-            hint=f"see `coppice logs {instance.name}` and `coppice logs --vmm {instance.name}`",
+            _sentence(f"the machine of {instance.name} ended before it answered: {death.result()}", words),
+            hint=cure(known_as, words),
         )
     finally:
         for pending in (task, death):
             if not pending.done():
                 pending.cancel()
         await asyncio.gather(task, death, return_exceptions=True)
+
+
+def _sentence(what: str, words: str) -> str:
+    return f"{what}; {words}" if words else what
 
 
 async def verify_sharing(rooms: Rooms, instance: Instance) -> MemoryReport:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coppice.errors import CoppiceError, HostCannot, NoSpace
+from coppice.store.reserve import keep, release
 
 _BUSY_TIMEOUT_S = 30.0
 
@@ -69,6 +70,7 @@ class Database:
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
         self._path = path
+        reserve = path.with_name(f"{path.name}-reserve")
         try:
             self._connection = sqlite3.connect(
                 path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
@@ -78,15 +80,25 @@ class Database:
         try:
             # SQLite does not wait its turn for the switch to WAL: of two processes that begin at once, one would fail.
             with _alone_in(path.parent):
-                self._connection.execute("PRAGMA journal_mode = WAL")
-                # NORMAL: a commit survives the death of any process; after a power cut the last ones may be undone, never torn.
-                self._connection.execute("PRAGMA synchronous = NORMAL")
-                self._migrate()
+                try:
+                    self._prepare()
+                except sqlite3.Error as error:
+                    if not (_is_full(error) and release(reserve)):
+                        raise
+                    self._prepare()
+                else:
+                    keep(reserve)
         except BaseException as error:
             self._connection.close()
             if isinstance(error, sqlite3.Error):
                 raise _translated(error, path) from error
             raise
+
+    def _prepare(self) -> None:
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        # NORMAL: a commit survives the death of any process; after a power cut the last ones may be undone, never torn.
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        self._migrate()
 
     def _migrate(self) -> None:
         if self._version() == len(MIGRATIONS):
@@ -163,10 +175,14 @@ def _alone_in(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _is_full(error: sqlite3.Error) -> bool:
+    """Whether the disk is full. The index of the write-ahead log, which the first one to open it makes, has an error of its own for that."""
+    return getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+
+
 def _translated(error: sqlite3.Error, path: Path) -> CoppiceError:
-    text = str(error)
-    if "full" in text:
-        return NoSpace(f"no space for the database {path}", hint="free some, or run `coppice gc`")
+    if _is_full(error):
+        return NoSpace(f"no space for the database {path}", hint="free some, or remove instances with `coppice rm`")
     return HostCannot(
-        f"the database {path} cannot be used: {text}", hint="check the data directory with `coppice doctor`"
+        f"the database {path} cannot be used: {error}", hint="check the data directory with `coppice doctor`"
     )

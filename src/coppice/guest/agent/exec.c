@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -27,7 +28,7 @@ struct request {
     const char *cwd, *user, *term;
     uint64_t flags, rows, cols, timeout_ms;
     struct account account;
-    char defaults[6][320];
+    char defaults[6][320], who[300];
 };
 
 struct command {
@@ -117,8 +118,10 @@ static int start(struct request *r, struct command *c, struct shared *shared, co
     struct spawn s = {.argv = r->argv.items, .account = &r->account, .in = -1, .out = -1, .err = -1};
     s.cwd = r->cwd ? r->cwd : *shared->cwd ? shared->cwd : "/";
     s.cwd_optional = !r->cwd;
-    *failed = "user";
-    int error = account_find(r->user ? r->user : shared->user, &r->account);
+    const char *user = r->user ? r->user : shared->user;
+    snprintf(r->who, sizeof r->who, "user %s", user);
+    *failed = r->who;
+    int error = account_find(user, &r->account);
     if (error)
         return error;
     *failed = "environment";

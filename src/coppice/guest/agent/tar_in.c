@@ -125,6 +125,12 @@ static int furnish(const struct member *m, int fd)
     return fchmod(fd, (mode_t)m->mode & 07777) < 0 || futimens(fd, times) < 0 ? errno : 0;
 }
 
+static bool is_zero(const uint8_t *data, size_t size)
+{
+    return size > 0 && data[0] == 0 && memcmp(data, data + 1, size - 1) == 0;
+}
+
+/* Long runs of zeros become holes: what was sparse on the host must not fill the guest's disk. */
 static int make_regular(struct unpack *u, int parent, const char *base)
 {
     int fd = openat(parent, base, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
@@ -132,11 +138,16 @@ static int make_regular(struct unpack *u, int parent, const char *base)
         return errno;
     const uint8_t *data;
     size_t size;
+    off_t end = 0;
     int error = 0;
     while (!error && (size = tar_contents(&u->reader, &data)) > 0) {
-        error = write_all(fd, data, size) ? 0 : errno;
+        if (!(is_zero(data, size) ? lseek(fd, (off_t)size, SEEK_CUR) >= 0 : write_all(fd, data, size)))
+            error = errno;
+        end += (off_t)size;
         u->bytes += size;
     }
+    if (!error && ftruncate(fd, end) < 0)
+        error = errno;
     if (!error)
         error = furnish(&u->reader.member, fd);
     return close(fd) < 0 && !error ? errno : error;
