@@ -12,7 +12,7 @@ from typing import Self
 from coppice.completion import in_thread
 from coppice.disk.atomic import os_errors
 from coppice.disk.overlay import OverlayStore
-from coppice.errors import NotFound
+from coppice.errors import Busy, NotFound
 from coppice.guest.agent import agent_binary
 from coppice.guest.kernel import KernelStore
 from coppice.images.catalog import ImageCatalog
@@ -180,6 +180,11 @@ class HostBase:
                     instance = await asyncio.to_thread(self.rooms.store.get, instance.id)
                     if not shared:
                         instance = await recovery.look(self.rooms, instance, locked=True)
+                    elif await recovery.is_interrupted(self.rooms, instance):  # its files are of two moments
+                        raise Busy(
+                            f"{instance.name} was being changed by a process that died",
+                            hint=f"try again; `coppice inspect {instance.name}` shows what it is now",
+                        )
                 except NotFound:
                     lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
                     raise
