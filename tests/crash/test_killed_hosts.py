@@ -1,0 +1,61 @@
+"""A host process is killed at its steps, and at random instants, in every operation over real machines: nothing is lost, nothing is left.
+
+The full run kills at every step that recovery decides by (each commit, each start, end and word to a VMM, each name that a file gets), at a part of the other
+steps, and at random instants.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from crash.kills import Ground
+from crash.operations import OPERATIONS, Operation
+from crash.steps import is_of_journal
+
+KILLS = int(os.environ.get("COPPICE_CRASH_KILLS", "30"))
+SEED = int(os.environ.get("COPPICE_CRASH_SEED", "1"))
+FULL = KILLS >= 200
+CHOSEN = [operation for operation in OPERATIONS.values() if FULL or not operation.boots]
+SHARE = -(-KILLS // len(CHOSEN))  # of each operation
+_BOOTS_SHARE = 6  # of the random instants of one that takes seconds
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("operation", CHOSEN, ids=lambda operation: operation.name)
+async def test_a_killed_host_loses_nothing_and_leaves_nothing(ground: Ground, operation: Operation) -> None:
+    """Every machine is whole or absent and answers as itself; no process, file, link, lock or row is left; the template is as it was."""
+    rng = random.Random(f"{SEED} {operation.name}")
+    if FULL:
+        await ground.measure(operation)
+    errors: list[Exception] = []
+    for number in steps_of(ground, operation, rng):
+        try:
+            await ground.kill_at_step(operation, number)
+        except Exception as error:
+            errors.append(error)
+    _, seconds = ground.size_of(operation)
+    for _ in range(min(SHARE // 2, _BOOTS_SHARE) if operation.boots else SHARE // 2):
+        try:
+            await ground.kill_after(operation, rng.uniform(0, 1.1 * seconds))
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else ExceptionGroup(f"{operation.name} with seed {SEED}", errors)
+
+
+def steps_of(ground: Ground, operation: Operation, rng: random.Random) -> Iterator[int]:
+    """The numbers of the steps to die at: in a full run all that decide and some others, else some that are drawn."""
+    if not FULL:
+        for _ in range(SHARE - SHARE // 2):
+            yield rng.randint(1, ground.size_of(operation)[0])
+        return
+    first: dict[str, int] = {}
+    for number, name in enumerate(ground.measured[operation.name].steps, 1):
+        first.setdefault(name, number)
+    deciding = [number for name, number in first.items() if is_of_journal(name)]
+    others = [number for number in first.values() if number not in deciding]
+    yield from sorted([*deciding, *rng.sample(others, 0 if operation.boots else len(others) // 2)])
