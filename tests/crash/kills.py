@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -26,7 +27,8 @@ class Kill(Record, frozen=True, kw_only=True):
     operation: str
     kind: str  # "step", or "instant"
     at: float  # number of the step from 1, or milliseconds after the operation began
-    step: str | None  # what it was about to do, or had just done; None for an instant, and where it had ended before
+    step: str | None  # what it was about to do, or had just done; None for an instant
+    died: bool  # False: the operation had ended before
     recovered: tuple[str, ...]  # what recovery says that it did
     recovery_ms: float
     found: dict[str, str]  # states, by name
@@ -47,6 +49,7 @@ class Ground:
 
     home: Path
     stump: tuple[int, int, int, str]
+    seed: int
     kills: list[Kill] = field(default_factory=list)
     measured: dict[str, Measured] = field(default_factory=dict)
 
@@ -70,24 +73,26 @@ class Ground:
         measured = self.measured.get(operation.name)
         return (len(measured.steps), measured.wall_s) if measured else (operation.steps, operation.seconds)
 
-    async def kill_at_step(self, operation: Operation, number: int) -> None:
-        """Have the process kill itself when it comes to a step."""
+    async def kill_at_step(self, operation: Operation, number: int) -> bool:
+        """Have the process kill itself when it comes to a step; tell whether it came so far."""
         await self._prepare(operation)
         process = await self._begin(operation, number)
         said = await self._end(process)
         assert process.returncode in (0, -9), said
         step = said[0] if process.returncode else None
-        await self._look(operation, kind="step", at=number, step=step)
+        await self._look(operation, kind="step", at=number, step=step, died=step is not None)
+        return step is not None
 
-    async def kill_after(self, operation: Operation, delay_s: float) -> None:
-        """Kill the process from outside."""
+    async def kill_after(self, operation: Operation, delay_s: float) -> bool:
+        """Kill the process from outside; tell whether it was still at work."""
         await self._prepare(operation)
         process = await self._begin(operation, 0)
         await asyncio.sleep(delay_s)
-        if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await self._end(process)
-        await self._look(operation, kind="instant", at=round(delay_s * 1000, 1), step=None)
+        said = await self._end(process)
+        await self._look(operation, kind="instant", at=round(delay_s * 1000, 1), step=None, died=not said)
+        return not said
 
     async def _prepare(self, operation: Operation) -> None:
         async with AsyncHost(self.home) as host:
@@ -110,7 +115,7 @@ class Ground:
         await asyncio.wait_for(process.wait(), _DEADLINE_S)
         return said.decode().splitlines()
 
-    async def _look(self, operation: Operation, *, kind: str, at: float, step: str | None) -> None:
+    async def _look(self, operation: Operation, *, kind: str, at: float, step: str | None, died: bool) -> None:
         """Open the data directory as the next process would, look at everything, and leave it as it was before the operation."""
         found: dict[str, str] = {}
         finding: str | None = None
@@ -133,6 +138,7 @@ class Ground:
                             kind=kind,
                             at=at,
                             step=step,
+                            died=died,
                             recovered=tuple(recovered),
                             recovery_ms=round(recovery_ms, 1),
                             found=found,

@@ -69,9 +69,9 @@ class Steps:
             send(*args)
             steps.step("signalled a VMM")
 
-        Database.write = counted_write  # type: ignore[method-assign]
+        Database.write = counted_write  # type: ignore[method-assign,assignment]
         subprocess.Popen.__init__ = counted_popen  # type: ignore[method-assign,assignment]
-        remap._ptrace = counted_ptrace
+        remap._ptrace = counted_ptrace  # type: ignore[assignment]
         signal.pidfd_send_signal = counted_send
 
     def arm(self) -> None:
