@@ -75,7 +75,10 @@ async def launcher(
     go, tell = os.pipe()
     script = f'read word </proc/self/fd/{go}; exec "$@"'
     process = await asyncio.create_subprocess_exec(
-        *(named, "-c", script, "sh", *words), cwd=directory, pass_fds=[go, *inherit], stdin=asyncio.subprocess.DEVNULL
+        *(str(named), "-c", script, "sh", *words),
+        cwd=directory,
+        pass_fds=[go, *inherit],
+        stdin=asyncio.subprocess.DEVNULL,
     )
     os.close(go)
     return process, tell

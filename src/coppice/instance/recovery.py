@@ -14,13 +14,14 @@ import msgspec
 from coppice.completion import in_thread
 from coppice.disk.atomic import os_errors
 from coppice.errors import Busy, CoppiceError, IntegrityError, NotFound
-from coppice.instance import capture, destroy, live, rollback, snapshot
+from coppice.instance import capture, destroy, last_words, live, rollback, snapshot
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance, State
 from coppice.store import locks
 from coppice.store.store import JournalEntry
 from coppice.timing import Stages
+from coppice.vmm import driver as files
 from coppice.vmm.process import start_ticks
 
 _log = logging.getLogger(__name__)
@@ -184,4 +185,7 @@ async def look(rooms: Rooms, instance: Instance, *, locked: bool = False) -> Ins
 async def _last_words(rooms: Rooms, instance: Instance) -> str:
     if instance.vmm is None:
         return "the VMM is gone"
-    return f"the VMM ended: {await rooms.driver.wait_exit(rooms.directory(instance.id), instance.vmm)}"
+    directory = rooms.directory(instance.id)
+    ended = await rooms.driver.wait_exit(directory, instance.vmm)
+    said = await in_thread(last_words.of_guest, directory / files.CONSOLE_LOG, instance.started_at or 0.0)
+    return said or f"the VMM ended: {ended}"
