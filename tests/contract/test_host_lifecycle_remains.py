@@ -193,6 +193,24 @@ async def test_what_was_removed_before_it_was_made_is_not_made(
     await assert_tidy(fake_host, "stump")
 
 
+def test_a_lock_file_that_is_made_during_the_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who had the directory open, to run a command there, makes a port's lock file in it between the last look and the end of the removal."""
+    doomed = tmp_path / "instance"
+    doomed.mkdir()
+    rmtree, calls = shutil.rmtree, list[Path]()
+
+    def late(path: Path, **options: bool) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            (path / "port0.lock").touch()  # so the last step, to remove the directory, fails, which is ignored
+        else:
+            rmtree(path, ignore_errors=options["ignore_errors"])
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    directories.remove(doomed)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_process_has_the_start_time_of_the_dead_store() -> None:
     """What these tests rest on."""
     assert start_ticks(1) != 1

@@ -24,6 +24,7 @@ from coppice.vmm import driver as files
 
 _LINKED = (files.MEMORY, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD)
 _REMOVED = ".removed"
+_REMOVALS = 8  # whoever has just found the directory may still make a port's lock file in it, once for each port
 _RUNTIME = (
     files.LIVE_MEMORY,
     files.VMSTATE_NEW,
@@ -125,7 +126,10 @@ def remove(directory: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         directory.rename(doomed)
     if doomed.is_dir() and not doomed.is_symlink():
-        shutil.rmtree(doomed, ignore_errors=True)
+        for _ in range(_REMOVALS):
+            shutil.rmtree(doomed, ignore_errors=True)
+            if not doomed.exists():
+                break
     else:
         doomed.unlink(missing_ok=True)
 
