@@ -24,7 +24,7 @@ check: setup-dev lint
 	$(BIN)/python -m pytest tests/unit tests/bench tests/contract
 
 crash: setup-dev
-	COPPICE_CRASH_KILLS=240 COPPICE_CRASH_REPORT=benchmarks/crash.json:docs/crash-run.md $(BIN)/python -m pytest tests/crash/test_killed_hosts.py
+	COPPICE_CRASH_KILLS=200 COPPICE_CRASH_REPORT=benchmarks/crash.json:docs/crash-run.md $(BIN)/python -m pytest tests/crash/test_killed_hosts.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

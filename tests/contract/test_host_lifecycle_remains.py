@@ -16,6 +16,7 @@ from coppice.host import AsyncHost
 from coppice.instance import capture, live, recovery, rollback
 from coppice.instance import directory as directories
 from coppice.model import Instance, State, VmmProcess
+from coppice.names import new_id
 from coppice.store import locks
 from coppice.store.store import Store
 from coppice.vmm.process import start_ticks
@@ -63,6 +64,21 @@ async def test_who_holds_on_does_not_keep_the_data_directory_closed(
         locks.release(descriptor)
     async with make_host() as next_host:
         await assert_tidy(next_host)
+
+
+async def test_a_removal_that_was_killed_before_its_last_step(fake_host: AsyncHost, make_host: HostFactory) -> None:
+    """The lock file goes after the record: alone it is nobody's. One that somebody holds may be about to go, and is left to him."""
+    vm = await boot(fake_host)
+    layout = fake_host.rooms.layout
+    stray, held = layout.lock(new_id()), layout.lock(new_id())
+    stray.touch()
+    descriptor = locks.try_lock(held)
+    assert descriptor is not None
+    async with make_host():
+        assert sorted(layout.locks.iterdir()) == sorted([layout.lock(vm.id), held])
+    locks.release(descriptor)
+    async with make_host() as next_host:
+        await assert_tidy(next_host, "oak")
 
 
 async def launcher(
@@ -150,6 +166,27 @@ async def test_a_source_whose_host_died_while_its_disk_was_frozen_is_thawed(
         assert await ask(next_host, "oak", "hostname") == "oak"
 
 
+@pytest.mark.parametrize("look", ["exec", "get", "ls", "inspect", "health"])
+async def test_a_host_that_is_open_already_resolves_what_another_left(
+    fake_host: AsyncHost, driver: FakeDriver, dead_store: Store, look: str
+) -> None:
+    """A process died while it had the guest paused: a program that holds the data directory open for days does not wait for somebody to open it anew."""
+    vm = await boot(fake_host)
+    dead_store.begin(vm, capture.OPERATION)
+    await driver.pause(fake_host.rooms.directory(vm.id))
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "exec": lambda: ask(fake_host, "oak", "echo"),
+        "get": lambda: fake_host.get("oak"),
+        "ls": fake_host.ls,
+        "inspect": lambda: fake_host.inspect("oak"),
+        "health": lambda: fake_host.health("oak"),
+    }
+    async with asyncio.timeout(10):
+        await calls[look]()
+    assert not await driver.is_paused(fake_host.rooms.directory(vm.id))
+    await assert_tidy(fake_host, "oak")
+
+
 @pytest.mark.parametrize("operation", [rollback.OPERATION, rollback.COMMITTED])
 async def test_nobody_forks_what_is_half_changed(
     fake_host: AsyncHost, dead_store: Store, operation: str, monkeypatch: pytest.MonkeyPatch
@@ -157,11 +194,11 @@ async def test_nobody_forks_what_is_half_changed(
     """A process died in the midst of a change just before the fork had its lock: the files may be of two moments."""
     vm = await make(fake_host, State.STANDBY)
 
-    async def too_early(*_: object, **__: object) -> list[str]:
+    async def too_early(*_: object, **__: object) -> Instance:
         dead_store.begin(vm, operation)
-        return []
+        return vm
 
-    monkeypatch.setattr(recovery, "recover", too_early)
+    monkeypatch.setattr(recovery, "look", too_early)
     before = snapshot(fake_host)
     with pytest.raises(Busy, match="oak"):
         await fake_host.fork("oak", names=["elm"])

@@ -61,11 +61,13 @@ class Ground:
             begin = time.monotonic()
             said = await self._end(process)
             wall_s = time.monotonic() - begin
-            assert process.returncode == 0, f"{operation.name} failed: {said}"
+            assert process.returncode == 0, f"{operation.name} failed: {said}"  # its error is above
             self.measured[operation.name] = Measured(json.loads(said[-1]), wall_s)
             async with AsyncHost(self.home) as host:
-                await survey(host, operation, self.stump)
-                await self._clear(host)
+                try:
+                    await survey(host, operation, self.stump)
+                finally:
+                    await self._clear(host)
         return self.measured[operation.name]
 
     def size_of(self, operation: Operation) -> tuple[int, float]:
@@ -154,6 +156,7 @@ class Ground:
         for vm in reversed(await host.ls()):
             if vm.name != STUMP:
                 await host.rm(vm)
+        await host.gc()  # what was found once is not found again
         (stump,) = await host.ls()
         assert fingerprint(memory_of(host, stump)) == self.stump
 

@@ -124,6 +124,7 @@ class HostBase:
             try:
                 await in_thread(self._open)
                 await recovery.recover(self.rooms)
+                await in_thread(recovery.sweep_locks, self.rooms)
             except BaseException:
                 await self.close()
                 raise
@@ -156,6 +157,14 @@ class HostBase:
         require_instance(self.owner, found, key, to_fork=to_fork)
         return found
 
+    async def _current(self, reference: Reference, *, to_fork: bool = False) -> Instance:
+        """The instance as it truly is: what a process that died left half-done is resolved first, and a VMM that ended is noticed."""
+        found = await self._get(reference, to_fork=to_fork)
+        if await recovery.is_interrupted(self.rooms, found):
+            await recovery.recover(self.rooms, only=found.id)
+            found = await self._get(found.id, to_fork=to_fork)
+        return await recovery.look(self.rooms, found)
+
     def _usable(self, image: Image) -> bool:
         return may_use_image(self.owner, image)
 
@@ -170,9 +179,7 @@ class HostBase:
         :raises NoSpace: the disk is full
         """
         to_fork = operation is Operation.FORK
-        instance = await recovery.look(self.rooms, await self._get(reference, to_fork=to_fork))
-        if shared:
-            await recovery.recover(self.rooms, only=instance.id)
+        instance = await self._current(reference, to_fork=to_fork)
         lock = self.rooms.layout.lock(instance.id)
         with os_errors(f"{operation} {instance.name}"):
             async with locks.hold(lock, shared=shared, deadline_s=self.rooms.deadlines.lock, what=instance.name):

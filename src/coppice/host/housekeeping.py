@@ -120,7 +120,7 @@ class Housekeeping(HostBase):
         present = {path.name for path in (*layout.instances.iterdir(), *layout.snapshots.iterdir())}
         present |= {path.stem for path in layout.locks.iterdir()}
         present |= {directory.name for directory in self.rooms.driver.find_orphans(layout.instances)}
-        known = {instance.id for instance in self.rooms.store.instances()} | self.rooms.store.snapshots.ids()
+        known = self.rooms.store.ids() | self.rooms.store.snapshots.ids()
         return {name for name in present if is_id(name)} - known
 
     async def _collect(self, key: str, *, dry_run: bool) -> list[tuple[str, int]]:

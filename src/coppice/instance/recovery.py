@@ -18,6 +18,7 @@ from coppice.instance import capture, destroy, last_words, live, rollback, snaps
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance, State
+from coppice.names import is_id
 from coppice.store import locks
 from coppice.store.store import JournalEntry
 from coppice.timing import Stages
@@ -53,6 +54,19 @@ async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
     for line in done:
         _log.warning("recovered: %s", line)
     return done
+
+
+def sweep_locks(rooms: Rooms) -> None:
+    """Remove the lock files of what is gone: a removal ends with its lock file, and may have been killed just before. Blocks.
+
+    Records are read last: a lock file is made after its record.
+    """
+    present = {path.stem for path in rooms.layout.locks.iterdir()}
+    gone = {key for key in present if is_id(key)} - rooms.store.ids() - rooms.store.snapshots.ids()
+    for lock in map(rooms.layout.lock, gone):
+        if (descriptor := locks.try_lock(lock)) is not None:
+            lock.unlink(missing_ok=True)
+            locks.release(descriptor)
 
 
 async def _resolve_held(rooms: Rooms, entry: JournalEntry) -> list[str]:
