@@ -41,7 +41,8 @@ def _page(report: CrashReport, raw: str) -> str:
     return f"""# Killed hosts: the full run
 
 Written by `make crash`. It kills host processes (SIGKILL; the VMMs live on) in every operation over real machines: at every step that recovery decides
-by, at a quarter of the other steps, and at random instants (where an operation boots a machine, at some of them). After each kill a new process opens the data directory, and it is checked that
+by, at a quarter of the other steps, and at random instants; where an operation boots a machine, at some of them. After each kill a new process opens the
+data directory, and it is checked that
 
 * the journal is empty, and no process works in an instance's directory but the VMM that is recorded;
 * no directory, socket, temporary file or lock file is left, and each captured memory has as many links as it has holders;
