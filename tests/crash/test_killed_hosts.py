@@ -21,7 +21,7 @@ KILLS = int(os.environ.get("COPPICE_CRASH_KILLS", "30"))
 FULL = KILLS >= 200
 CHOSEN = [operation for operation in OPERATIONS.values() if FULL or not operation.boots]
 SHARE = -(-KILLS // len(CHOSEN))  # of each operation
-_MOST_OF_BOOTS = 16  # steps of an operation that takes seconds
+_MOST_OF_BOOTS = 12  # steps of an operation that takes seconds
 
 
 @pytest.mark.timeout(1200)
@@ -37,7 +37,7 @@ async def test_a_killed_host_loses_nothing_and_leaves_nothing(ground: Ground, op
             while not await ground.kill_at_step(operation, number):
                 number = rng.randint(1, number)  # on a quick host it has fewer steps than it is known for
     _, seconds = ground.size_of(operation)
-    for _ in range(SHARE // 4 if operation.boots else SHARE // 2):
+    for _ in range(SHARE // 3 if FULL else SHARE // 2):
         delay_s = rng.uniform(0, seconds)
         with _kept(errors):
             while not await ground.kill_after(operation, delay_s):
