@@ -6,8 +6,10 @@ COPPICE_CRASH_REPORT into which files the result goes: `RAW.json:PAGE.md`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -57,4 +59,8 @@ async def ground(home: Path, image: str) -> AsyncIterator[Ground]:
             await assert_tidy(host)
             assert working_below(layout.instances) == {}
     finally:
+        for pids in working_below(layout.instances).values():  # of a run that failed: it leaves nothing all the same
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         shutil.rmtree(directory)
