@@ -39,7 +39,7 @@ def assert_links(host: AsyncHost) -> None:
             assert status.st_ino == mem_file.inode
             recorded[status.st_ino] += 1
             links[status.st_ino] = status.st_nlink
-    assert links == dict(recorded)
+    assert links == dict(recorded), f"{links} links, {dict(recorded)} holders"
 
 
 async def answer(host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
@@ -71,7 +71,8 @@ async def survey(
 
     await assert_tidy(host, STUMP, *recorded)
     running = {vm.id: {vm.vmm.pid} for vm in recorded.values() if vm.vmm is not None}
-    assert working_below(host.rooms.layout.instances.resolve()) == running
+    working = working_below(host.rooms.layout.instances.resolve())
+    assert working == running, f"{working} work there, {running} are recorded"
     assert_links(host)
     (template,) = [vm for vm in host.rooms.store.instances() if vm.name == STUMP]
     assert template.state is State.TEMPLATE
@@ -80,7 +81,7 @@ async def survey(
     for vm in recorded.values():
         await _comes_to_life(host, vm, operation)
     collected = await host.gc(dry_run=True)
-    assert collected.removed == ()
+    assert collected.removed == (), f"gc finds {collected.removed}"
     assert working_below(host.rooms.layout.instances.resolve()).keys() <= {vm.id for vm in recorded.values()}
     return {name: vm.state.value for name, vm in recorded.items()}
 

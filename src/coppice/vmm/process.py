@@ -255,9 +255,9 @@ def by_working_directory(below: Path, executables: Iterable[str]) -> dict[Path, 
 
 
 def _leads_to(process: str, names: set[str]) -> bool:
-    """Whether the command line of a launcher names one of the programs."""
+    """Whether the command line of a launcher names one of the programs; in the midst of its exec it has none yet, and is taken to."""
     try:
         words = Path(f"{process}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return any(os.fsdecode(word).rpartition("/")[2] in names for word in words)
+    return not any(words) or any(os.fsdecode(word).rpartition("/")[2] in names for word in words)
