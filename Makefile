@@ -1,6 +1,7 @@
 # make demo    see it work: one template, sixteen forks, beside a cold boot
 # make test    everything that proves it, with real virtual machines
 # make check   lint, types and fast tests: no virtual machine
+# make crash   kill several hundred host processes over real virtual machines, and say in docs/crash-run.md what was found
 # make bench   measure it on this machine, into benchmarks/
 # make docs    write the generated pages anew
 # make clean   remove what the others made, the demo's cached image and kernel too
@@ -11,7 +12,7 @@ BIN := .venv/bin
 DEMO_HOME ?= $(CURDIR)/.demo-home
 BENCH_HOME ?= $(CURDIR)/.bench-home
 
-.PHONY: demo test check bench docs clean setup-demo setup-dev lint
+.PHONY: demo test check crash bench docs clean setup-demo setup-dev lint
 
 demo: setup-demo
 	COPPICE_HOME=$(DEMO_HOME) $(BIN)/python demo/demo.py
@@ -21,6 +22,9 @@ test: setup-dev lint
 
 check: setup-dev lint
 	$(BIN)/python -m pytest tests/unit tests/bench tests/contract
+
+crash: setup-dev
+	COPPICE_CRASH_KILLS=200 COPPICE_CRASH_REPORT=benchmarks/crash.json:docs/crash-run.md $(BIN)/python -m pytest tests/crash/test_killed_hosts.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

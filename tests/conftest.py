@@ -19,6 +19,8 @@ from coppice.host import AsyncHost
 from fakes.driver import PROGRAM, FakeDriver
 from fakes.rooms import DEADLINES, make_seed, open_rooms, plant
 
+pytest_plugins = ["machine_fixtures"]
+
 
 @pytest.fixture(scope="session")
 def fake_vmm(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -145,7 +145,7 @@ async def test_a_record_without_a_directory_is_removed(
 ) -> None:
     """Record first, act second: a process that died between the two leaves only this."""
     dead_store.create([make_instance("a", State.CREATED), make_instance("b", State.CREATED)], "fork")
-    assert len(await fake_host.ls()) == 2
+    assert len(fake_host.rooms.store.instances()) == 2
     async with make_host() as next_host:
         await assert_tidy(next_host)
 
@@ -312,7 +312,7 @@ async def test_recovery_goes_on_when_one_cannot_be_resolved(
         dead_store.begin(vm, "rm")
     driver.faults.fail_at("quit")
     async with make_host() as next_host:
-        assert [vm.name for vm in await next_host.ls()] == ["stubborn"]
+        assert [vm.name for vm in next_host.rooms.store.instances()] == ["stubborn"]
     assert any("cannot be resolved yet" in record.getMessage() for record in caplog.records)
     async with make_host() as next_host:
         await assert_tidy(next_host)

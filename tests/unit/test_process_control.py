@@ -253,6 +253,29 @@ async def test_processes_are_found_by_where_they_work(tmp_path: Path) -> None:
             await kill(process)
 
 
+@pytest.mark.parametrize(
+    ("argv", "found"),
+    [(["prlimit", "--", "/usr/bin/some-vmm"], True), (["prlimit", "--", "other"], False), ([""], True)],
+    ids=["becomes a VMM", "becomes something else", "in the midst of its exec"],
+)
+def test_a_launcher_is_found_by_what_it_is_to_become(tmp_path: Path, argv: list[str], found: bool) -> None:
+    """The kernel gives a process its new program first and its new command line a moment later: in between there is none to go by."""
+    (tmp_path / "instances" / "a").mkdir(parents=True)
+    launcher = tmp_path / "prlimit"
+    shutil.copy(shutil.which("cat") or "/bin/cat", launcher)
+    launcher_argv = [argv[0], "-", *argv[2:]] if argv[1:] else argv  # cat waits for its stdin, whatever comes after
+    with subprocess.Popen(
+        launcher_argv, executable=launcher, cwd=tmp_path / "instances" / "a", stdin=subprocess.PIPE
+    ) as process:
+        try:
+            while argv[1:] and not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                pass  # an exec has no event
+            processes = by_working_directory(tmp_path / "instances", ["some-vmm"])
+            assert [each.pid for each in processes.get(tmp_path / "instances" / "a", [])] == [process.pid] * found
+        finally:
+            process.kill()
+
+
 async def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
     """A start is a thread that cannot be cancelled: what it has started is ended before the cancellation is raised."""
     started: list[VmmProcess] = []

@@ -112,6 +112,7 @@ async def _grow(
     stages = Stages()
     try:
         with stages.stage("place"):
+            await in_thread(rooms.store.get, child.id)  # another process may have removed it before it was held
             placed = await in_thread(_place, rooms, origin, source, child, target)
         with_memory = placed.mem_file is not None
         child = msgspec.structs.replace(

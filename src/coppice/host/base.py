@@ -12,7 +12,7 @@ from typing import Self
 from coppice.completion import in_thread
 from coppice.disk.atomic import os_errors
 from coppice.disk.overlay import OverlayStore
-from coppice.errors import NotFound
+from coppice.errors import Busy, NotFound
 from coppice.guest.agent import agent_binary
 from coppice.guest.kernel import KernelStore
 from coppice.host.hashing import Background, Hashing
@@ -131,6 +131,7 @@ class HostBase:
             try:
                 await in_thread(self._open)
                 await recovery.recover(self.rooms)
+                await in_thread(recovery.sweep_locks, self.rooms)
                 self._hash().resume()
             except BaseException:
                 await self.close()
@@ -175,6 +176,14 @@ class HostBase:
         require_instance(self.owner, found, key, to_fork=to_fork)
         return found
 
+    async def _current(self, reference: Reference, *, to_fork: bool = False) -> Instance:
+        """The instance as it truly is: what a process that died left half-done is resolved first, and a VMM that ended is noticed."""
+        found = await self._get(reference, to_fork=to_fork)
+        if await recovery.is_interrupted(self.rooms, found):
+            await recovery.recover(self.rooms, only=found.id)
+            found = await self._get(found.id, to_fork=to_fork)
+        return await recovery.look(self.rooms, found)
+
     def _usable(self, image: Image) -> bool:
         return may_use_image(self.owner, image)
 
@@ -189,9 +198,7 @@ class HostBase:
         :raises NoSpace: the disk is full
         """
         to_fork = operation is Operation.FORK
-        instance = await recovery.look(self.rooms, await self._get(reference, to_fork=to_fork))
-        if shared:
-            await recovery.recover(self.rooms, only=instance.id)
+        instance = await self._current(reference, to_fork=to_fork)
         lock = self.rooms.layout.lock(instance.id)
         with os_errors(f"{operation} {instance.name}"):
             async with locks.hold(lock, shared=shared, deadline_s=self.rooms.deadlines.lock, what=instance.name):
@@ -199,6 +206,11 @@ class HostBase:
                     instance = await asyncio.to_thread(self.rooms.store.get, instance.id)
                     if not shared:
                         instance = await recovery.look(self.rooms, instance, locked=True)
+                    elif await recovery.is_interrupted(self.rooms, instance):  # its files are of two moments
+                        raise Busy(
+                            f"{instance.name} was being changed by a process that died",
+                            hint=f"try again; `coppice inspect {instance.name}` shows what it is now",
+                        )
                 except NotFound:
                     lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
                     raise

@@ -145,7 +145,7 @@ class Guest(HostBase):
             yield line
 
     async def _running(self, reference: Reference) -> Instance:
-        instance = await recovery.look(self.rooms, await self._get(reference))
+        instance = await self._current(reference)
         require(Operation.EXEC, instance)
         return instance
 

@@ -14,8 +14,8 @@ from coppice.completion import in_thread
 from coppice.disk.atomic import is_temporary
 from coppice.errors import Busy, InUse, NotFound
 from coppice.host.base import HostBase
+from coppice.instance import destroy, recovery
 from coppice.instance import directory as directories
-from coppice.instance import recovery
 from coppice.model import GcReport
 from coppice.names import is_id
 from coppice.ownership import require_operator
@@ -124,8 +124,7 @@ class Housekeeping(HostBase):
         present = {path.name for path in holders}
         present |= {path.stem for path in layout.locks.iterdir()}
         present |= {directory.name for directory in self.rooms.driver.find_orphans(layout.instances)}
-        store = self.rooms.store
-        known = {instance.id for instance in store.instances()} | store.snapshots.ids() | store.volumes.ids()
+        known = self.rooms.store.known()
         return {name for name in present if is_id(name)} - known
 
     async def _collect(self, key: str, *, dry_run: bool) -> list[tuple[str, int]]:
@@ -137,8 +136,7 @@ class Housekeeping(HostBase):
         if descriptor is None:
             return []
         try:
-            orphans = await in_thread(self.rooms.driver.find_orphans, self.rooms.layout.instances)
-            processes = orphans.get(directory.resolve(), [])
+            processes = await in_thread(destroy.working_in, self.rooms, directory)
             found = [(f"process {process.pid}", 0) for process in processes]
             placed = [path for path in (directory, layout.snapshot(key), layout.volume(key)) if path.exists()]
             for path in placed:
@@ -146,8 +144,7 @@ class Housekeeping(HostBase):
             if locked_before:
                 found.append((self._shown(lock), 0))
             if not dry_run:
-                for process in processes:
-                    await self.rooms.driver.quit(directory, process)
+                await destroy.end_all_in(self.rooms, directory)
                 for path in placed:
                     await in_thread(directories.remove, path)
             return found

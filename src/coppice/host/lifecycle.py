@@ -134,6 +134,9 @@ class Lifecycle(Volumes):
             # First: a lock file without a record is nobody's.
             (instance,) = await in_thread(self.rooms.store.create, [instance], "run", admit)
             async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
+                await in_thread(
+                    self.rooms.store.get, instance.id
+                )  # another process may have removed it before it was held
                 await in_thread(self._place_new, instance)
                 await volume_disks.place(self.rooms, instance)
                 if start:

@@ -13,7 +13,7 @@ from coppice.fork.plan import make_request
 from coppice.host.admission import demand_of_activation, demand_of_forks, demand_of_snapshot
 from coppice.host.base import Reference
 from coppice.host.lifecycle import Lifecycle
-from coppice.instance import recovery, rollback, snapshot, verify
+from coppice.instance import rollback, snapshot, verify
 from coppice.lifecycle import Operation
 from coppice.model import (
     ForkReport,
@@ -69,7 +69,7 @@ class Snapshots(Lifecycle):
         """
         chosen = check_name(name) if name is not None else None
         valid_tags = check_tags(tags or {})
-        running = (await recovery.look(self.rooms, await self._get(reference))).state is State.RUNNING
+        running = (await self._current(reference)).state is State.RUNNING
         async with self._hold(reference, Operation.SNAPSHOT, shared=not running) as (source, _):
             if source.state is State.RUNNING and not running:
                 raise Busy(f"{source.name} was started at the same time", hint="try again")

@@ -35,10 +35,11 @@ class View(HostBase):
 
         :raises NotFound: there is none
         """
-        return await recovery.look(self.rooms, await self._get(reference))
+        return await self._current(reference)
 
     async def ls(self, *, state: State | None = None, tags: Mapping[str, str] | None = None) -> list[Instance]:
         """The owner's instances, oldest first, or those in `state` that have all of `tags`. The operator sees all."""
+        await recovery.recover(self.rooms)
         recorded = await asyncio.to_thread(self.rooms.store.instances)
         recorded = [instance for instance in recorded if owns(self.owner, instance)]
         found: list[Instance] = []

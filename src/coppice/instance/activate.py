@@ -20,7 +20,7 @@ from coppice.guest.client import Identity
 from coppice.instance import directory as directories
 from coppice.instance import ports
 from coppice.instance.identity import identity_message, mac_address
-from coppice.instance.last_words import console_words, cure
+from coppice.instance.last_words import cure, of_start
 from coppice.instance.rooms import Rooms
 from coppice.memory import hotset, memfile
 from coppice.memory.report import memory_report
@@ -154,7 +154,7 @@ async def _introduce(
             await control.identity(message)
         await rooms.ports(instance.id).hang_up(instance.open_ports, deadline_s)
     except TimeoutError as error:
-        words = await in_thread(console_words, rooms.directory(instance.id) / files.CONSOLE_LOG)
+        words = await in_thread(of_start, rooms.directory(instance.id) / files.CONSOLE_LOG)
         raise GuestTimeout(
             _sentence(f"{instance.name} did not answer within {deadline_s:g} s", words),
             hint=cure(known_as, words),
@@ -177,7 +177,7 @@ async def _unless_vmm_dies(rooms: Rooms, instance: Instance, known_as: Instance,
             await asyncio.wait({death}, timeout=_DEATH_S)  # its ports are closed before it is gone
         if not death.done() or (task.done() and task.exception() is None):
             return task.result()
-        words = await in_thread(console_words, directory / files.CONSOLE_LOG)
+        words = await in_thread(of_start, directory / files.CONSOLE_LOG)
         raise VmmDied(
             _sentence(f"the machine of {instance.name} ended before it answered: {death.result()}", words),
             hint=cure(known_as, words),

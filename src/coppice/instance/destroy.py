@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from coppice.completion import in_thread
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
-from coppice.model import Instance
+from coppice.model import Instance, VmmProcess
 
 
 async def end_vmm(rooms: Rooms, instance: Instance) -> None:
@@ -16,9 +18,20 @@ async def end_vmm(rooms: Rooms, instance: Instance) -> None:
     directory = rooms.directory(instance.id)
     if instance.vmm is not None:
         await rooms.driver.quit(directory, instance.vmm)
-    orphans = await in_thread(rooms.driver.find_orphans, rooms.layout.instances)
-    for process in orphans.get(directory.resolve(), []):
-        await rooms.driver.quit(directory, process)
+    await end_all_in(rooms, directory)
+
+
+async def end_all_in(rooms: Rooms, directory: Path) -> None:
+    """End every VMM that works in an instance's directory. Idempotent."""
+    while processes := await in_thread(working_in, rooms, directory):
+        for process in processes:
+            await rooms.driver.quit(directory, process)
+        # Again: a launcher that became the VMM in between is another program by now, and was left alone.
+
+
+def working_in(rooms: Rooms, directory: Path) -> list[VmmProcess]:
+    """The VMM processes that work in an instance's directory, recorded or not. Blocks."""
+    return rooms.driver.find_orphans(rooms.layout.instances).get(directory.resolve(), [])
 
 
 async def destroy(rooms: Rooms, instance: Instance) -> None:

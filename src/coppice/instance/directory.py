@@ -27,6 +27,7 @@ VOLUME_DISKS = tuple(files.VOLUME_DISK.format(number) for number in range(MAX_VO
 _LINKED = (files.MEMORY, files.HOT_SET, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *VOLUME_DISKS)
 _REMOVED = ".removed"
 LOG_KEPT = 8 << 20  # bytes
+_REMOVALS = 8  # whoever has just found the directory may still make a port's lock file in it, once for each port
 _RUNTIME = (
     files.LIVE_MEMORY,
     files.VMSTATE_NEW,
@@ -175,7 +176,10 @@ def remove(directory: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         directory.rename(doomed)
     if doomed.is_dir() and not doomed.is_symlink():
-        shutil.rmtree(doomed, ignore_errors=True)
+        for _ in range(_REMOVALS):
+            shutil.rmtree(doomed, ignore_errors=True)
+            if not doomed.exists():
+                break
     else:
         doomed.unlink(missing_ok=True)
 

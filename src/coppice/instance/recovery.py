@@ -6,24 +6,28 @@ went with a reboot, is seen when its instance is looked at, and the record is ma
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import msgspec
 
 from coppice.completion import in_thread
 from coppice.disk.atomic import os_errors
-from coppice.errors import CoppiceError, IntegrityError, NotFound
-from coppice.instance import capture, destroy, live, rollback, snapshot, volume
+from coppice.errors import Busy, CoppiceError, IntegrityError, NotFound
+from coppice.instance import capture, destroy, last_words, live, rollback, snapshot, volume
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance, State
+from coppice.names import is_id
 from coppice.store import locks
 from coppice.store.store import JournalEntry
 from coppice.timing import Stages
+from coppice.vmm import driver as files
 from coppice.vmm.process import start_ticks
 
 _log = logging.getLogger(__name__)
 
+_RELEASE_S = 5.0  # until the locks of a process that was killed are free, all together
 _HAS_RUN = frozenset({State.RUNNING, State.PAUSED, State.SHUTDOWN})
 _OF_SNAPSHOTS = frozenset({snapshot.OPERATION, snapshot.REMOVAL})
 _OF_VOLUMES = frozenset({volume.CREATION, volume.REMOVAL})
@@ -33,41 +37,65 @@ _WITH_VMM = frozenset({State.INITIALIZING, State.RUNNING, State.PAUSED, State.SH
 async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
     """Resolve every interrupted operation, or that of the instance `only`; return what was done, a line each.
 
-    What another process resolves meanwhile is left to it, and what cannot be resolved keeps nobody from the rest.
+    What another process holds for long is left to it, and what cannot be resolved keeps nobody from the rest.
     """
     done: list[str] = []
+    loop = asyncio.get_running_loop()
+    end = loop.time() + _RELEASE_S
     for entry in await in_thread(rooms.store.journal):
         if only not in (None, entry.instance) or not _interrupted(entry):
             continue
-        lock = rooms.layout.lock(entry.instance)
-        descriptor = locks.try_lock(lock)
-        if descriptor is None:
-            continue
         try:
-            # Again, now that it is locked: another process may have resolved it, and begun something new.
-            if entry.operation in _OF_SNAPSHOTS:
-                if entry.instance not in await in_thread(rooms.store.snapshots.ids):
-                    raise NotFound(f"the snapshot {entry.instance} is gone")
-            elif entry.operation in _OF_VOLUMES:
-                if entry.instance not in await in_thread(rooms.store.volumes.ids):
-                    raise NotFound(f"the volume {entry.instance} is gone")
-            else:
-                await in_thread(rooms.store.get, entry.instance)
-            current = await in_thread(rooms.store.journal_entry, entry.instance)
-            if current is not None and _interrupted(current):
-                done.append(await _resolve(rooms, current))
-        except NotFound:
-            await in_thread(rooms.store.forget, entry.instance)
-            lock.unlink(missing_ok=True)
-        except CoppiceError as error:
-            _log.warning(
-                "%s of %s was interrupted and cannot be resolved yet: %s", entry.operation, entry.instance, error
-            )
-        finally:
-            locks.release(descriptor)
+            # Waits: a killed process lets go of its locks only when its last system call has ended, and the last child that it forked runs a program.
+            lock = rooms.layout.lock(entry.instance)
+            async with locks.hold(lock, deadline_s=end - loop.time(), what=entry.instance):
+                done += await _resolve_held(rooms, entry)
+        except Busy:
+            _log.info("%s of %s was interrupted, and is in other hands", entry.operation, entry.instance)
     for line in done:
         _log.warning("recovered: %s", line)
     return done
+
+
+def sweep_locks(rooms: Rooms) -> None:
+    """Remove the lock files of what is gone: a removal ends with its lock file, and may have been killed just before. Blocks.
+
+    Records are read last: a lock file is made after its record.
+    """
+    present = {path.stem for path in rooms.layout.locks.iterdir()}
+    gone = {key for key in present if is_id(key)} - rooms.store.known()
+    for lock in map(rooms.layout.lock, gone):
+        if (descriptor := locks.try_lock(lock)) is not None:
+            lock.unlink(missing_ok=True)
+            locks.release(descriptor)
+
+
+async def _resolve_held(rooms: Rooms, entry: JournalEntry) -> list[str]:
+    """Resolve an operation, if it still is an interrupted one; the caller holds its lock. Return what was done."""
+    try:
+        # Again, now that it is locked: another process may have resolved it, and begun something new.
+        if entry.operation in _OF_SNAPSHOTS:
+            if entry.instance not in await in_thread(rooms.store.snapshots.ids):
+                raise NotFound(f"the snapshot {entry.instance} is gone")
+        elif entry.operation in _OF_VOLUMES:
+            if entry.instance not in await in_thread(rooms.store.volumes.ids):
+                raise NotFound(f"the volume {entry.instance} is gone")
+        else:
+            await in_thread(rooms.store.get, entry.instance)
+        current = await in_thread(rooms.store.journal_entry, entry.instance)
+        return [await _resolve(rooms, current)] if current is not None and _interrupted(current) else []
+    except NotFound:
+        await in_thread(rooms.store.forget, entry.instance)
+        rooms.layout.lock(entry.instance).unlink(missing_ok=True)
+    except CoppiceError as error:
+        _log.warning("%s of %s was interrupted and cannot be resolved yet: %s", entry.operation, entry.instance, error)
+    return []
+
+
+async def is_interrupted(rooms: Rooms, instance: Instance) -> bool:
+    """Whether a process died in the midst of changing this instance, and nobody has resolved it yet."""
+    entry = await in_thread(rooms.store.journal_entry, instance.id)
+    return entry is not None and _interrupted(entry)
 
 
 def _interrupted(entry: JournalEntry) -> bool:
@@ -104,7 +132,9 @@ async def _resolved(rooms: Rooms, entry: JournalEntry, instance: Instance, what:
             await rollback.undo(rooms, instance)
             return f"{what}: it is as it was"
         case capture.OPERATION | live.OPERATION if instance.vmm is not None and rooms.driver.alive(instance.vmm):
-            await capture.undo(rooms, instance)
+            # How far it came is not recorded: a guest that was frozen is thawed, and a second thaw does no harm.
+            may_be_frozen = entry.operation == live.OPERATION
+            await capture.undo(rooms, msgspec.structs.replace(instance, frozen=may_be_frozen))
             return f"{what}: the guest runs on"
         case _:
             settled = await settle(rooms, instance, f"{entry.operation} was interrupted")
@@ -173,4 +203,7 @@ async def look(rooms: Rooms, instance: Instance, *, locked: bool = False) -> Ins
 async def _last_words(rooms: Rooms, instance: Instance) -> str:
     if instance.vmm is None:
         return "the VMM is gone"
-    return f"the VMM ended: {await rooms.driver.wait_exit(rooms.directory(instance.id), instance.vmm)}"
+    directory = rooms.directory(instance.id)
+    ended = await rooms.driver.wait_exit(directory, instance.vmm)
+    said = await in_thread(last_words.of_end, directory / files.CONSOLE_LOG, instance.started_at or 0.0)
+    return said or f"the VMM ended: {ended}"

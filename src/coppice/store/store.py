@@ -91,6 +91,15 @@ class Store:
             rows = connection.execute("SELECT record FROM instances ORDER BY created_at, rowid").fetchall()
         return [_decode(row[0]) for row in rows]
 
+    def ids(self) -> set[str]:
+        """Ids of all instances."""
+        with self._db.read() as connection:
+            return {row[0] for row in connection.execute("SELECT id FROM instances").fetchall()}
+
+    def known(self) -> set[str]:
+        """Ids of all that has a record: instances, snapshots, volumes."""
+        return self.ids() | self.snapshots.ids() | self.volumes.ids()
+
     def children(self, instance_id: str) -> list[Instance]:
         """Living instances that were forked from this one: the fork count is their number."""
         with self._db.read() as connection:

@@ -31,6 +31,7 @@ _children: dict[
 ] = {}  # kept so that their ends can be collected: a zombie keeps its pid
 _ended: dict[tuple[int, int], int] = {}  # exit statuses, oldest first
 _reaping = threading.Lock()
+_LAUNCHERS = frozenset({"prlimit", "unshare"})  # programs that a VMM is started through, each of which becomes the next
 _FEW = 32
 _many = _FEW  # so many children, and those that have ended are looked for
 
@@ -227,7 +228,10 @@ async def kill(process: VmmProcess, *, deadline_s: float = _EXIT_DEADLINE_S) -> 
 
 
 def by_working_directory(below: Path, executables: Iterable[str]) -> dict[Path, list[VmmProcess]]:
-    """Processes that run one of `executables` (by file name) with a working directory directly below `below`."""
+    """Processes that run one of `executables` (by file name), or are about to, with a working directory directly below `below`.
+
+    A launcher that is to become one of them counts: the host that started it may have been killed meanwhile, and nothing else would find it.
+    """
     found: dict[Path, list[VmmProcess]] = {}
     names = set(executables)
     parent = str(below.resolve())
@@ -243,7 +247,17 @@ def by_working_directory(below: Path, executables: Iterable[str]) -> dict[Path, 
         except OSError:
             continue
         ticks = start_ticks(int(entry.name))
-        if ticks is not None and executable.rpartition("/")[2] in names:
+        program = executable.rpartition("/")[2]
+        if ticks is not None and (program in names or (program in _LAUNCHERS and _leads_to(entry.path, names))):
             process = VmmProcess(pid=int(entry.name), start_ticks=ticks, executable=executable)
             found.setdefault(Path(directory), []).append(process)
     return found
+
+
+def _leads_to(process: str, names: set[str]) -> bool:
+    """Whether the command line of a launcher names one of the programs; in the midst of its exec it has none yet, and is taken to."""
+    try:
+        words = Path(f"{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not any(words) or any(os.fsdecode(word).rpartition("/")[2] in names for word in words)
