@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -217,10 +218,11 @@ async def test_what_was_removed_before_it_was_made_is_not_made(
     await make(fake_host, State.TEMPLATE, "stump")
     create, made = Store.create, list[Path]()
 
-    def create_and_lose(store: Store, instances: list[Instance], *args: object) -> None:
-        create(store, instances, *args)  # type: ignore[arg-type]
-        for instance in instances:
+    def create_and_lose(store: Store, instances: list[Instance], *args: Any) -> list[Instance]:
+        recorded = create(store, instances, *args)
+        for instance in recorded:
             store.forget(instance.id)
+        return recorded
 
     monkeypatch.setattr(Store, "create", create_and_lose)
     monkeypatch.setattr(directories, "create", made.append)
