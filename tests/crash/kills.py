@@ -126,7 +126,7 @@ class Ground:
             async with AsyncHost(self.home) as host:
                 recovery_ms = (time.monotonic() - begin) * 1000
                 try:
-                    found = await survey(host, operation, self.stump, step)
+                    found = await survey(host, operation, self.stump)
                 except BaseException as error:
                     finding = f"{type(error).__name__}: {error}"
                     error.add_note(

@@ -33,7 +33,6 @@ class Operation:
     may_have: frozenset[str] = frozenset()  # snapshots that may be there after
     memory: str = STUMP  # what the memory of its machines knows
     disk: str = STUMP
-    lost_at: str | None = None  # steps that begin so may cost oak its memory: see known-issues.md
     boots: bool = False  # takes seconds
     steps: int = 0  # about so many, and seconds: where they have not been measured
     seconds: float = 0.0
@@ -230,7 +229,6 @@ OPERATIONS = {
             _booted,
             lambda host: host.fork(OAK, names=["elm"], from_running=True),
             {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
-            lost_at="ptrace",
             boots=True,
             memory=OAK,
             disk=OAK,

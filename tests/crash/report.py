@@ -38,7 +38,6 @@ def _page(report: CrashReport, raw: str) -> str:
     outcomes = Counter(_outcome(kill) for kill in died)
     found = "\n".join(f"* {kill.operation}, {kill.kind} {kill.at:g} ({kill.step}): {kill.finding}" for kill in findings)
     quiet = outcomes["nothing to do"]
-    lost = sum(kill.found.get("oak") == "Stopped" for kill in died if kill.operation == "fork-from-first-boot")
     return f"""# Killed hosts: the full run
 
 Written by `make crash`. It kills host processes (SIGKILL; the VMMs live on) in every operation over real machines: at every step that recovery decides
@@ -56,8 +55,7 @@ data directory, and it is checked that
 
 **{len(died)} host processes were killed, with {len(findings)} findings.** {len(report.kills) - len(died)} more had ended before the kill reached them, and
 were checked alike. Recovery undid {outcomes["undone"]} operations and finished {outcomes["finished"]}; after {quiet} kills there was nothing to recover.
-The slowest opening of a data directory after a kill took {slowest:.0f} ms. {lost} kills between two calls of ptrace cost the source its memory, as
-[known-issues.md](known-issues.md) says.
+The slowest opening of a data directory after a kill took {slowest:.0f} ms.
 {found}
 {_table(report.kills)}
 ## The steps

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coppice.host import AsyncHost
 from coppice.model import Instance, State
-from crash.operations import OAK, SEED, STUMP, Operation
+from crash.operations import SEED, STUMP, Operation
 from fakes.hosting import assert_tidy, fingerprint, memory_of
 
 
@@ -51,20 +51,12 @@ async def answer(host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
     return name, memory, disk
 
 
-async def survey(
-    host: AsyncHost, operation: Operation, stump: tuple[int, int, int, str], step: str | None = None
-) -> dict[str, str]:
-    """Assert all that must hold, on a host that has just opened the data directory; return the state of each instance by name.
-
-    `step` is where the operation was killed, if that is known.
-    """
-    may_be_lost = step is not None and operation.lost_at is not None and step.startswith(operation.lost_at)
+async def survey(host: AsyncHost, operation: Operation, stump: tuple[int, int, int, str]) -> dict[str, str]:
+    """Assert all that must hold, on a host that has just opened the data directory; return the state of each instance by name."""
     recorded = {vm.name: vm for vm in host.rooms.store.instances() if vm.name != STUMP}
     assert recorded.keys() <= operation.after.keys(), f"nobody asked for {recorded.keys() - operation.after.keys()}"
     for name, may_be in operation.after.items():
         state = recorded[name].state if name in recorded else None
-        if may_be_lost and name == OAK:
-            may_be = may_be | {State.STOPPED}
         assert state in may_be, f"{name} is {state}, {recorded[name].exit_reason if name in recorded else ''}"
     snapshots = {kept.name for kept in host.rooms.store.snapshots.snapshots()} - {SEED}
     assert operation.snapshots <= snapshots <= operation.snapshots | operation.may_have

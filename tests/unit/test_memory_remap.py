@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,49 @@ def test_writes_before_are_in_the_file_and_writes_after_are_not(ram: Path) -> No
         assert seen[4096:4098] == b"\xcc\xdd"
         assert seen[8192 : 8192 + 65536] == b"\x07" * 65536
         assert seen[100_000:] == frozen[100_000:]
+
+
+def killed_after(calls: int, pid: int, ram: Path) -> bool:
+    """Whether a tracer of its own that was to be killed after so many calls of ptrace was; else it came to its end."""
+    tracer = os.fork()
+    if tracer == 0:
+        real, made = remap._ptrace, 0
+
+        def counted(request: int, *arguments: object) -> None:
+            nonlocal made
+            real(request, *arguments)  # type: ignore[arg-type]  # whatever they are
+            made += 1
+            if made == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        remap._ptrace = counted  # type: ignore[assignment]  # the same but for its type
+        os._exit(0 if make_private(pid, identify(ram)) == SIZE else 1)
+    _, status = os.waitpid(tracer, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+def test_a_tracer_may_be_killed_at_any_instant(ram: Path) -> None:
+    """After each of its calls: the process goes on with the registers that it had, in the system call that it was in, and sees what it wrote.
+
+    The mapping is then as it was, or private; another tracer may finish it.
+    """
+    identity, calls, found = identify(ram), 0, set[bool]()
+    killed = True
+    while killed:
+        calls += 1
+        with MappingProcess(ram, "shared") as process:
+            process.write((0, b"\xaa"))
+            killed = killed_after(calls, process.pid, ram)
+            process.write((SIZE - 1, b"\xbb"))
+            found.add(all(vma.private for vma in read_maps(process.pid) if vma.file == identity))
+            make_private(process.pid, identity)
+            frozen = ram.read_bytes()
+            process.fill(4096, 4096, 7)
+            assert ram.read_bytes() == frozen
+            assert frozen[0] == 0xAA
+    assert calls > 10
+    assert found == {True, False}
 
 
 def test_nothing_to_do_for_a_private_mapping(ram: Path) -> None:
