@@ -335,3 +335,15 @@ def test_holes_are_hashed_as_the_zeros_that_they_are(tmp_path: Path) -> None:
     dense.write_bytes(sparse.read_bytes())
     assert sparse.stat().st_blocks < dense.stat().st_blocks
     assert memfile.sha256(sparse) == fingerprint(dense)[3]
+
+
+@pytest.mark.parametrize("then", ["stopped", "removed"])
+async def test_a_late_digest_leaves_the_lock_of_a_living_instance(fake_host: AsyncHost, then: str) -> None:
+    """Who has no captured memory any more is still there: without the file of its lock, two would hold it at once. Only a removed one has none."""
+    oak = await make(fake_host, State.STANDBY)
+    assert oak.mem_file is not None
+    await fake_host.restore("oak")
+    await (fake_host.stop("oak", grace_s=0) if then == "stopped" else fake_host.rm("oak"))
+    rooms = fake_host.rooms
+    assert not await digests.record(rooms.layout, rooms.store, oak, oak.mem_file.inode, "0" * 64, deadline_s=5)
+    assert rooms.layout.lock(oak.id).exists() == (then == "stopped")

@@ -369,3 +369,10 @@ async def test_what_forks_touch_first_is_kept_for_the_next(fake_host: AsyncHost)
     await fake_host.standby("ash")
     assert hotset.prefetch(memory_of(fake_host, ash), fake_host.rooms.directory(ash.id) / files.HOT_SET) == 0
     assert hotset.prefetch(memory_of(fake_host, oak), hot) > 0
+
+
+async def test_what_a_fork_does_with_a_secret_is_not_kept(fake_host: AsyncHost) -> None:
+    """Its payload is handled before it is ready: which pages that touches is nobody else's business, and no other fork's hot set."""
+    oak = await warm_source(fake_host, State.TEMPLATE)
+    await fake_host.fork("oak", names=["elm"], payload=b"secret")
+    assert not (fake_host.rooms.directory(oak.id) / files.HOT_SET).exists()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,24 @@ def test_what_the_journal_holds_is_written_back(tmp_path: Path) -> None:
     assert disk.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("check", [replay_journal, fsck])
+def test_a_journal_cannot_write_beyond_its_disk(tmp_path: Path, check: Callable[[Path], object]) -> None:
+    """A guest writes its journal itself: a block that it claims to be at 12 GB would make the file that large, and fill the host."""
+    disk = tmp_path / "data.raw"
+    volume.create(disk, 64 * MIB)
+    interrupted(disk, tmp_path / "block")
+    content = disk.read_bytes()
+    descriptor = content.index(b"\xc0\x3b\x39\x98\x00\x00\x00\x01")
+    tag = content.index((3000).to_bytes(4, "big"), descriptor + 12)
+    assert tag < descriptor + 4096
+    disk.write_bytes(content[:tag] + (3_000_000).to_bytes(4, "big") + content[tag + 4 :])
+    with contextlib.suppress(IntegrityError, HostCannot):
+        check(disk)
+    assert disk.stat().st_size == 64 * MIB
+    assert {path.name for path in tmp_path.iterdir()} == {"data.raw", "block"}
+    assert not (check is replay_journal and not needs_recovery(disk)), "it was taken for replayed"
+
+
 def test_a_journal_that_cannot_be_replayed_is_said_so(tmp_path: Path) -> None:
     """A guest may have written anything: it is an error with a hint, and not a file system that is read in half."""
     disk = tmp_path / "data.raw"
@@ -104,6 +124,7 @@ exec sleep 1000
 """
 REPLAYS = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from coppice.disk import ext4
 ext4._ENVIRONMENT["PATH"], ext4._ENVIRONMENT["HERE"] = sys.argv[2] + ":/usr/bin:/bin", sys.argv[2]

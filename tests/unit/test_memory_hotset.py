@@ -94,3 +94,13 @@ def test_a_process_that_is_gone_leaves_no_record(memory: Path, hot: Path) -> Non
     hotset.record(process.pid, memory, hot)
     assert not hot.exists()
     assert hotset.prefetch(memory.with_name("missing"), hot) == 0
+
+
+def test_more_than_a_record_can_hold(memory: Path, hot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of very many ranges the first are kept, and the record is one that can be read."""
+    monkeypatch.setattr(hotset, "_MOST_RANGES", 2)
+    with MappingProcess(memory) as process:
+        process.write((0, b"x"), (2 * MIB, b"x"), (4 * MIB, b"x"), (6 * MIB, b"x"))
+        hotset.record(process.pid, memory, hot)
+    assert hot.stat().st_size == 8 * 5
+    assert 0 < hotset.prefetch(memory, hot) < 4 * MIB

@@ -117,6 +117,14 @@ def test_picked_ports_are_read_from_what_qemu_says() -> None:
         with_picked((*asked, Publish(host_port=0, guest_port=99)), said)
 
 
+@pytest.mark.parametrize("port", [22, 0, 65536, 99999, 1023, 10**30])
+def test_a_port_that_the_kernel_would_not_pick_is_no_answer(port: int) -> None:
+    """A VMM that was taken over may say anything, and root would bind it at the next start."""
+    said = f"  TCP[HOST_FORWARD]  11      127.0.0.1 {port}       10.0.2.15    80     0     0\n"
+    with pytest.raises(VmmError):
+        with_picked((Publish(host_port=0, guest_port=80),), said)
+
+
 @pytest.mark.parametrize("run_as", [None, 1000])
 def test_qemu_is_confined(run_as: int | None) -> None:
     """It starts no program, reads no configuration, and gives up root where it had it."""

@@ -20,12 +20,16 @@ _ENVIRONMENT = {
     "PATH": "/usr/sbin:/sbin:/usr/bin:/bin",
 }
 _OUTPUT_LIMIT = 4000
-# The kernel ends it with the thread that started it: setpriv(1), which is part of util-linux.
-_ENDS_WITH_US = ("/usr/bin/setpriv", "--pdeathsig", "KILL", "--")
+_LAUNCHERS = ("setpriv", "prlimit")
+_ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # the kernel ends it with the thread that started it
 
 _SUPERBLOCK_OFFSET = 1024
 _INCOMPAT_OFFSET = 0x60  # s_feature_incompat, little endian
 _INCOMPAT_RECOVER = 0x4  # the journal holds transactions that were not written back
+
+
+class NotFinished(HostCannot):
+    """A tool ran into its deadline: nothing is known of the image."""
 
 
 class FsckResult(NamedTuple):
@@ -43,14 +47,16 @@ def fsck(path: Path, *, deadline_s: float = 300.0) -> FsckResult:
     An image that was not frozen before it was captured has a journal to replay first, which the guest's mount would do;
     that is done on a temporary clone beside it.
 
-    Raises MissingTool, HostCannot if e2fsck itself fails or exceeds the deadline, NoSpace.
+    Raises MissingTool, HostCannot if e2fsck itself fails, NotFinished beyond the deadline, NoSpace.
     """
     if not needs_recovery(path):
         return _check(path, deadline_s, replayed=False)
     copy = temporary_beside(path)
     try:
         clone_file(path, copy, sync=False)
-        run_tool("e2fsck", "-y", "-E", "journal_only", str(copy), deadline_s=deadline_s)
+        run_tool(
+            "e2fsck", "-y", "-E", "journal_only", str(copy), deadline_s=deadline_s, launcher=_within_its_size(copy)
+        )
         return _check(copy, deadline_s, replayed=True)
     finally:
         copy.unlink(missing_ok=True)
@@ -62,11 +68,12 @@ def replay_journal(path: Path, *, deadline_s: float = 300.0) -> bool:
     Nothing else may use the image meanwhile. Interrupted, it can be done again; it ends with this process, so that nobody who takes the image
     afterwards meets it.
 
-    Raises MissingTool, IntegrityError if it cannot be replayed, HostCannot beyond the deadline.
+    Raises MissingTool, IntegrityError if it cannot be replayed, NotFinished beyond the deadline.
     """
     if not needs_recovery(path):
         return False
-    done = run_tool("e2fsck", "-y", "-E", "journal_only", str(path), deadline_s=deadline_s, launcher=_ENDS_WITH_US)
+    launcher = (*_ENDS_WITH_US, *_within_its_size(path))
+    done = run_tool("e2fsck", "-y", "-E", "journal_only", str(path), deadline_s=deadline_s, launcher=launcher)
     if needs_recovery(path):
         raise IntegrityError(
             f"the journal of {path} cannot be replayed: {tail(done)}",
@@ -75,6 +82,13 @@ def replay_journal(path: Path, *, deadline_s: float = 300.0) -> bool:
     with os_errors(f"make {path} durable"), path.open("rb") as file:
         os.fsync(file.fileno())
     return True
+
+
+def _within_its_size(path: Path) -> tuple[str, ...]:
+    """What keeps a program from making any file larger than this one is. A guest writes what it likes into its journal: e2fsck would write the
+    blocks that it names wherever they are, though they are far beyond the end of the file system (seen with 1.47.0)."""
+    size = path.stat().st_size
+    return ("prlimit", f"--fsize={size}:{size}", "--")
 
 
 def _check(path: Path, deadline_s: float, *, replayed: bool) -> FsckResult:
@@ -103,14 +117,14 @@ def run_tool(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program of e2fsprogs to its end, whatever its status: the same on every host. A `launcher` becomes that program.
 
-    Raises MissingTool, or HostCannot beyond the deadline.
+    Raises MissingTool, or NotFinished beyond the deadline.
     """
-    program = shutil.which(tool, path=_ENVIRONMENT["PATH"])
-    if program is None:
-        raise MissingTool(f"{tool} is not installed", hint="install the package e2fsprogs")
+    for program, package in ((tool, "e2fsprogs"), *((name, "util-linux") for name in launcher if name in _LAUNCHERS)):
+        if shutil.which(program, path=_ENVIRONMENT["PATH"]) is None:
+            raise MissingTool(f"{program} is not installed", hint=f"install the package {package}")
     try:
         return subprocess.run(
-            (*launcher, program, *arguments),
+            (*launcher, tool, *arguments),
             env=_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -119,7 +133,7 @@ def run_tool(
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise HostCannot(
+        raise NotFinished(
             f"{tool} did not finish within {deadline_s:.0f} s",
             hint="see whether the disk is overloaded, then try again",
         ) from error

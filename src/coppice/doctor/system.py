@@ -33,6 +33,7 @@ _TOOLS = (
     _Tool("mke2fs", "e2fsprogs", "fail", "makes the disks of instances"),
     _Tool("e2fsck", "e2fsprogs", "warn", "checks the disks of instances"),
     _Tool("prlimit", "util-linux", "fail", "limits what a guest can write to its log"),
+    _Tool("setpriv", "util-linux", "warn", "ends the repair of a volume with who began it"),
     _Tool("unshare", "util-linux", "warn", "runs QEMU where Coppice is not root"),
     _Tool("apt-get", "apt", "warn", "fetches Debian's kernel"),
     _Tool("dpkg-deb", "dpkg", "warn", "unpacks Debian's kernel"),

@@ -154,12 +154,14 @@ class HostBase:
 
     async def close(self) -> None:
         """Close the data directory. Instances live on. Idempotent."""
-        if self._hashing is not None:
-            await self._hashing.close()
+        try:
+            if self._hashing is not None:
+                await self._hashing.close()
+        finally:
             self._hashing = None
-        if self._opened is not None:
-            self._opened.store.close()
-            self._opened = None
+            if self._opened is not None:
+                self._opened.store.close()
+                self._opened = None
 
     async def __aenter__(self) -> Self:
         return await self.open()

@@ -50,17 +50,15 @@ class Hashing:
 
     async def _start(self) -> None:
         try:
-            process = await in_thread(self._spawn)
+            self._processes = [each for each in self._processes if processes.reap(each) is None]
+            await in_thread(self._spawn)
         except (CoppiceError, OSError) as error:
             _log.warning("captures are not hashed in the background: %s", error)
-            return
-        if process is not None and self._background == "owned":
-            self._processes = [each for each in self._processes if processes.reap(each) is None] + [process]
 
-    def _spawn(self) -> VmmProcess | None:
+    def _spawn(self) -> None:
         """Start the program with the lock that it works under, unless there is nothing to do, or another one has it: that one looks again at its end."""
         if not sys.executable or not digests.any_lacking(self._rooms.layout, self._rooms.store):
-            return None
+            return
         lock = os.open(self._rooms.layout.locks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,10 +68,11 @@ class Hashing:
                 log=Path(os.devnull),
                 pass_fds=(lock,),
             )
+            if self._background == "owned":
+                self._processes.append(process)  # here, where no cancellation comes between
             step_aside(process.pid)
-            return process
         except BlockingIOError:
-            return None
+            return
         finally:
             os.close(lock)
 

@@ -21,7 +21,7 @@ from coppice.names import is_id
 from coppice.ownership import require_operator
 from coppice.store import locks
 
-_WRITTEN_WITHIN_S = 600.0  # no temporary file is written for longer: mke2fs has a deadline of 120 s
+_WRITTEN_WITHIN_S = 600.0  # no temporary file is written for longer: the tools of e2fsprogs have a deadline of 300 s
 _DOCTOR_PREFIX = ".coppice-doctor-"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from coppice.completion import complete, in_thread
 from coppice.disk.atomic import os_errors
-from coppice.errors import InUse, NoSpace, NotFound, UsageError
+from coppice.errors import InUse, NotFound, UsageError
 from coppice.host.admission import Admission, demand_of_volume
 from coppice.instance import volume as volumes
 from coppice.model import GIB, Record, Volume, VolumeDisk, VolumeMount
@@ -98,8 +98,8 @@ class Volumes(Admission):
                 await complete(self._remove_volume(found))
 
     async def _remove_volume(self, found: Volume) -> None:
-        with contextlib.suppress(NoSpace):  # a full disk must not keep anybody from making room
-            await in_thread(self.rooms.store.volumes.begin_removal, found, volumes.REMOVAL)
+        # Also on a full disk only with its journal row: without it somebody could be given the volume while it goes.
+        await in_thread(self.rooms.store.volumes.begin_removal, found, volumes.REMOVAL)
         await volumes.remove(self.rooms, found.id)
 
     async def _volume(self, reference: VolumeReference) -> Volume:

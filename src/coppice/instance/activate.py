@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -198,9 +197,3 @@ async def verify_sharing(rooms: Rooms, instance: Instance) -> MemoryReport:
     pid = instance.vmm.pid if instance.vmm else None
     path = rooms.directory(instance.id) / (files.MEMORY if instance.mem_file else files.LIVE_MEMORY)
     return await in_thread(memory_report, pid, instance.mem_file, path)
-
-
-async def remember_hot(instance: Instance, origin: Path) -> None:
-    """Keep, beside the mem-file in `origin` that it shares, what a machine that has just become ready has touched of it."""
-    if instance.vmm is not None:
-        await in_thread(hotset.record, instance.vmm.pid, origin / files.MEMORY, origin / files.HOT_SET)

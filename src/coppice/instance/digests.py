@@ -62,12 +62,15 @@ def holders(layout: Layout, store: Store) -> list[Holder]:
 
 def still_there(store: Store, record: Instance | Snapshot) -> bool:
     """Whether the holder has the same mem-file as when it was listed: else what was found is not about it. Blocks."""
-    now: Instance | Snapshot
     try:
-        now = store.snapshots.get(record.id) if isinstance(record, Snapshot) else store.get(record.id)
+        now = _now(store, record)
     except NotFound:
         return False
     return (now.mem_file and now.mem_file.inode) == (record.mem_file and record.mem_file.inode)
+
+
+def _now(store: Store, record: Instance | Snapshot) -> Instance | Snapshot:
+    return store.snapshots.get(record.id) if isinstance(record, Snapshot) else store.get(record.id)
 
 
 async def record(
@@ -81,8 +84,11 @@ async def record(
                 recorded = await in_thread(store.snapshots.record_sha256, holder.id, memory=digest)
             else:
                 recorded = await in_thread(store.record_sha256, holder.id, inode, digest)
-            if not recorded and not await in_thread(still_there, store, holder):
-                lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+            if not recorded:
+                try:
+                    await in_thread(_now, store, holder)
+                except NotFound:
+                    lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
             return recorded
     except Busy:
         return False

@@ -68,19 +68,16 @@ def place_overlay(directory: Path, overlays: OverlayStore, size_bytes: int) -> N
 def place_volume(directory: Path, number: int, disk: Path, *, readonly: bool) -> None:
     """Link a volume into the directory, as the machine's volume of that number. Its mode follows: read-only, nobody can write to it at all.
 
-    :raises HostCannot: it cannot be linked; a copy would be another volume
+    :raises HostCannot: it cannot be linked; a copy would be another volume, and cost the room of one
     """
     own = directory / files.VOLUME_DISK.format(number)
-    if readonly:
-        link_or_copy(disk, own)
-        return
     try:
         os.link(disk, own, follow_symlinks=False)
-        own.chmod(0o600)
+        own.chmod(0o444 if readonly else 0o600)
     except OSError as error:
         raise HostCannot(
-            f"the volume {disk} cannot be attached for writing: {error.strerror}",
-            hint="the data directory must be on one file system that has hard links",
+            f"the volume {disk} cannot be attached: {error.strerror}",
+            hint="the data directory must be on one file system that has hard links, of which a file can have only so many",
         ) from error
 
 
@@ -131,7 +128,8 @@ def link_volumes(source: Path, directory: Path, machine: MachineSpec) -> None:
         if not disk.readonly:
             raise AssertionError("a volume that is written to has one holder")
         name = files.VOLUME_DISK.format(number)
-        _link(source / name, directory / name)
+        if not os.path.lexists(directory / name):
+            place_volume(directory, number, source / name, readonly=True)
 
 
 def clear_runtime(directory: Path) -> None:
@@ -153,8 +151,11 @@ def trim_logs(directory: Path) -> None:
                 log.readline()  # half a line
                 newest = log.read()
             new = temporary_beside(path)
-            new.write_bytes(newest)
-            new.rename(path)
+            try:
+                new.write_bytes(newest)
+                new.rename(path)
+            except OSError:  # the disk is full: the log stays as it is, and the machine starts
+                new.unlink(missing_ok=True)
 
 
 def clear_temporaries(directory: Path) -> None:

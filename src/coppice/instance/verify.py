@@ -7,13 +7,14 @@ link to it, and nothing is locked meanwhile: who has another mem-file or is gone
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from coppice.completion import in_thread
-from coppice.disk.ext4 import fsck
+from coppice.disk.ext4 import NotFinished, fsck
 from coppice.errors import HostCannot, IntegrityError, MissingTool, NoSpace, NotFound
 from coppice.instance import digests
 from coppice.instance import directory as directories
@@ -188,13 +189,13 @@ def _has_stamp(directory: Path, stamp: str) -> bool:
 
 
 async def _fsck(holder: Holder, found: _Findings) -> None:
-    detail = await _fsck_file(holder.directory / files.OVERLAY_DISK, found)
+    detail = await _fsck_file(holder.directory / files.OVERLAY_DISK, holder.record.name, found)
     if detail is not None:
         found.differences.append(_differs(holder, files.OVERLAY_DISK, detail))
 
 
-async def _fsck_file(disk: Path, found: _Findings) -> str | None:
-    """What is wrong with a disk; None where nothing is."""
+async def _fsck_file(disk: Path, name: str, found: _Findings) -> str | None:
+    """What is wrong with the disk of a holder; None where nothing is, or nothing is known."""
     if not disk.exists():
         return "it is missing"
     found.disks += 1
@@ -202,6 +203,9 @@ async def _fsck_file(disk: Path, found: _Findings) -> str | None:
         result = await in_thread(fsck, disk)
     except (MissingTool, NoSpace):
         raise
+    except NotFinished:
+        found.skipped.append(name)
+        return None
     except HostCannot as error:  # it is no file system any more
         return error.message
     if result.clean:
@@ -212,12 +216,12 @@ async def _fsck_file(disk: Path, found: _Findings) -> str | None:
 
 
 async def _check_links(rooms: Rooms, holder: Holder, record: Instance, found: _Findings) -> None:
-    """See that what an instance would write to is the volume itself; one that it only reads may be a copy."""
+    """See that what an instance has is the volume itself."""
     for number, disk in enumerate(record.machine.volumes):
         own = holder.directory / files.VOLUME_DISK.format(number)
         if not own.exists():
             found.differences.append(_differs(holder, own.name, "it is missing"))
-        elif not disk.readonly and not await in_thread(_is_same, own, rooms.layout.volume_disk(disk.volume_id)):
+        elif not await in_thread(_is_same, own, rooms.layout.volume_disk(disk.volume_id)):
             found.differences.append(_differs(holder, own.name, f"it is not the volume {disk.volume_name}"))
 
 
@@ -226,27 +230,18 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 async def _check_volume(rooms: Rooms, volume: Volume, found: _Findings) -> None:
-    """Check a volume that nobody writes to, while it is held, so that nobody removes it. Who attaches it does not wait: what is found is then left out."""
-    lock = rooms.layout.lock(volume.id)
-    descriptor = locks.try_lock(lock, shared=True)
-    if descriptor is None:
-        found.skipped.append(volume.name)
-        return
-    try:
-        disk = rooms.layout.volume_disk(volume.id)
+    """Check a volume that nobody writes to. It is not held, so that nobody waits who attaches or removes it: what is found is then left out."""
+    disk = rooms.layout.volume_disk(volume.id)
+    with contextlib.suppress(NotFound):  # removed meanwhile
         before = await in_thread(_unwritten, rooms, volume)
         if before is None:
             found.skipped.append(volume.name)
             return
-        detail = await _fsck_file(disk, found)
+        detail = await _fsck_file(disk, volume.name, found)
         if detail is not None and await in_thread(_unwritten, rooms, volume) == before:
             found.differences.append(
                 Difference(holder="volume", id=volume.id, name=volume.name, file=disk.name, detail=detail)
             )
-    except NotFound:
-        lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
-    finally:
-        locks.release(descriptor)
 
 
 def _unwritten(rooms: Rooms, volume: Volume) -> str | None:

@@ -18,7 +18,8 @@ from coppice.errors import CoppiceError
 from coppice.memory.maps import identify, read_maps
 from coppice.memory.pagemap import touched_ranges
 
-_MOST_BYTES = 1 << 20  # of the record; 32 bytes suffice for a guest that touched one run of pages
+_MOST_RANGES = 65_535  # one page each would be 256 MiB
+_MOST_BYTES = 8 * (1 + 2 * _MOST_RANGES)
 
 
 def record(pid: int, memory: Path, hot: Path) -> None:
@@ -35,12 +36,16 @@ def record(pid: int, memory: Path, hot: Path) -> None:
         if not ranges:
             return
         content = array(
-            "Q", [memory.lstat().st_ino, *(number for item in ranges for number in (item.offset, item.length))]
+            "Q",
+            [
+                memory.lstat().st_ino,
+                *(number for item in ranges[:_MOST_RANGES] for number in (item.offset, item.length)),
+            ],
         )
         hot.unlink(missing_ok=True)
         descriptor = os.open(hot, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o444)
         try:
-            os.write(descriptor, content.tobytes()[:_MOST_BYTES])
+            os.write(descriptor, content.tobytes())
         finally:
             os.close(descriptor)
 

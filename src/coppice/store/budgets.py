@@ -16,15 +16,9 @@ from pathlib import Path
 from coppice.errors import CoppiceError, UsageError
 from coppice.model import GIB, MIB, Budgets, BudgetUse
 from coppice.names import parse_size
-from coppice.store.config import config_file, read_table
+from coppice.store.config import BUDGET_VARIABLES, config_file, read_table
 from coppice.store.store import Load
 
-_VARIABLES = {
-    "max_instances": "COPPICE_MAX_INSTANCES",
-    "memory": "COPPICE_MEMORY_BUDGET",
-    "memory_overcommit": "COPPICE_MEMORY_OVERCOMMIT",
-    "disk_floor": "COPPICE_DISK_FLOOR",
-}
 _OVERCOMMIT = 16.0  # a fork of a warm 512 MiB guest has a few MiB of its own; this allows it 32
 _MEMORY_SHARE = 0.9
 _DISK_SHARE = 0.05
@@ -40,7 +34,7 @@ def load_budgets(home: Path, disk: Path | None = None, environ: Mapping[str, str
     :raises UsageError: config.toml or a variable cannot be understood; the message says which
     """
     found = {key: (f"{key} in {config_file(home)}", value) for key, value in read_table(home, "budgets").items()}
-    for key, variable in _VARIABLES.items():
+    for key, variable in BUDGET_VARIABLES.items():
         if environ.get(variable):
             found[key] = (variable, environ[variable])
     defaults = default_budgets(disk or home)

@@ -13,10 +13,13 @@ from pathlib import Path
 
 from coppice.errors import UsageError
 
-_KEYS: dict[str, tuple[str, ...]] = {
-    "budgets": ("max_instances", "memory", "memory_overcommit", "disk_floor"),
-    "hashing": ("background",),
+BUDGET_VARIABLES = {
+    "max_instances": "COPPICE_MAX_INSTANCES",
+    "memory": "COPPICE_MEMORY_BUDGET",
+    "memory_overcommit": "COPPICE_MEMORY_OVERCOMMIT",
+    "disk_floor": "COPPICE_DISK_FLOOR",
 }
+_KEYS: dict[str, tuple[str, ...]] = {"budgets": tuple(BUDGET_VARIABLES), "hashing": ("background",)}
 _HASHING = "COPPICE_HASHING"
 _WORDS = {"on": True, "off": False}
 

@@ -10,19 +10,22 @@ from coppice.errors import VmmError
 from coppice.model import ANY_PORT, Publish
 
 # `  TCP[HOST_FORWARD]  11      127.66.7.8 42485       10.0.2.15    80     0     0`; `*` is any address.
-_FORWARD = re.compile(r"^\s*(TCP|UDP)\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d+)\s+\S+\s+(\d+)\s", re.MULTILINE)
+_UNPRIVILEGED, _LAST = 1024, 65535  # the kernel picks no other
+_FORWARD = re.compile(r"^\s*(TCP|UDP)\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d{1,5})\s+\S+\s+(\d{1,5})\s", re.MULTILINE)
 
 
 def with_picked(asked: tuple[Publish, ...], said: str) -> tuple[Publish, ...]:
     """The ports that were asked for, with the host port that `info usernet` says in place of each 0.
 
-    :raises VmmError: it says none
+    A VMM that a guest has broken out into may say anything, and what it says is asked for again, by root, at the next start.
+
+    :raises VmmError: it says none, or one that the kernel would not have picked
     """
     fixed = {(*_key(port), port.host_port) for port in asked}
     picked: dict[tuple[str, str, int], list[int]] = {}
     for protocol, address, host_port, guest_port in _FORWARD.findall(said):
         key = (protocol.lower(), address, int(guest_port))
-        if (*key, int(host_port)) not in fixed:
+        if (*key, int(host_port)) not in fixed and _UNPRIVILEGED <= int(host_port) <= _LAST:
             picked.setdefault(key, []).append(int(host_port))
     try:
         return tuple(
