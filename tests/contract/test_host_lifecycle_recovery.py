@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,10 +15,12 @@ import msgspec
 import pytest
 
 from conftest import HostFactory
+from coppice.fork import fanout
+from coppice.fork.plan import make_request
 from coppice.host import AsyncHost
-from coppice.instance import capture
+from coppice.instance import capture, destroy
 from coppice.memory.capture import PrivateCapture
-from coppice.model import Instance, MemFile, State, VmmProcess
+from coppice.model import Instance, MemFile, State, VmmProcess, no_progress
 from coppice.store.store import Store
 from coppice.vmm import driver as files
 from coppice.vmm.process import start_ticks
@@ -148,6 +151,53 @@ async def test_a_record_without_a_directory_is_removed(
     assert len(fake_host.rooms.store.instances()) == 2
     async with make_host() as next_host:
         await assert_tidy(next_host)
+
+
+@pytest.mark.parametrize("target", [State.RUNNING, State.STANDBY])
+@pytest.mark.parametrize("atomic", [True, False])
+async def test_all_or_none_holds_for_a_killed_host_too(
+    fake_host: AsyncHost,
+    make_host: HostFactory,
+    driver: FakeDriver,
+    dead_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    atomic: bool,
+    target: State,
+) -> None:
+    """A host dies when one child is whole and its sibling is not: with `atomic` neither is left, else the whole one stays."""
+    oak = await make(fake_host, State.TEMPLATE)
+    rooms = dataclasses.replace(fake_host.rooms, store=dead_store)
+    request = make_request(
+        count=2, names=["elm", "fir"], target=target, atomic=atomic, tags={}, publish=(), from_running=False
+    )
+
+    class Killed(BaseException):
+        """What a SIGKILL is to the code that it ends: nothing after it runs."""
+
+    save, whole = Store.save, list[str]()
+
+    def killed_before_the_second(store: Store, instance: Instance, *, done: bool = False) -> None:
+        if instance.state is target:
+            whole.append(instance.id)
+            if whole[0] != instance.id:
+                raise Killed
+        save(store, instance, done=done)
+
+    async def never(*_: object) -> None:
+        """A dead process cleans nothing up."""
+
+    monkeypatch.setattr(Store, "save", killed_before_the_second)
+    monkeypatch.setattr(fanout, "_abandon", never)
+    monkeypatch.setattr(destroy, "destroy", never)
+    monkeypatch.setattr(driver, "quit", never)
+    with pytest.raises(Killed):
+        await fanout.fan_out(rooms, oak, request, no_progress, owner=None, admit=lambda: None)
+    monkeypatch.undo()
+    async with make_host() as host:
+        left = {vm.name for vm in await host.ls()} - {"oak"}
+        assert len(left) == (0 if atomic else 1)
+        assert left <= {"elm", "fir"}
+        await assert_tidy(host, "oak", *left)
 
 
 async def test_a_vmm_that_was_never_recorded_is_ended(

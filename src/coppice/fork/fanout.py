@@ -72,7 +72,7 @@ async def fan_out(
                 with os_errors(f"fork {instance.name}"):  # not a bug: it must not take the siblings with it
                     async with locks.hold(rooms.layout.lock(instance.id), what=instance.name):
                         result: ForkResult | CoppiceError = await _grow(
-                            rooms, origin, source, instance, request.target, payload
+                            rooms, origin, source, instance, request, payload
                         )
             except CoppiceError as error:
                 result = error
@@ -87,6 +87,8 @@ async def fan_out(
         failure = next((outcome for outcome in outcomes if isinstance(outcome, CoppiceError)), None)
         if request.atomic and failure is not None:
             raise failure
+        if request.atomic:
+            await in_thread(rooms.store.finish, children, OPERATION)
     except BaseException:
         await complete(_abandon(rooms, children, tasks))
         raise
@@ -126,10 +128,11 @@ async def _remember_hot(
 
 
 async def _grow(
-    rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State, payload: bytes | None
+    rooms: Rooms, origin: Path, source: Instance, child: Instance, request: ForkRequest, payload: bytes | None
 ) -> ForkResult:
     """One child: directory, links, disk; then, if it is to run, VMM, identity, verification. Undone if it fails."""
-    stages = Stages()
+    stages, target = Stages(), request.target
+    done = not request.atomic  # else all are done together: should this process be killed before, none of them stays
     try:
         with stages.stage("place"):
             await in_thread(rooms.store.get, child.id)  # another process may have removed it before it was held
@@ -144,13 +147,13 @@ async def _grow(
             _log.warning("%s: the mem-file was copied, not linked: %s", child.name, placed.mem_file.reason)
         memory = None
         if target is State.RUNNING:
-            child = await (activate.restore if with_memory else activate.boot)(rooms, child, stages, payload)
+            child = await (activate.restore if with_memory else activate.boot)(rooms, child, stages, payload, done=done)
             with stages.stage("verify"):
                 memory = await activate.verify_sharing(rooms, child)
         else:
             child = msgspec.structs.replace(child, state=target)
             with stages.stage("record"):
-                await in_thread(rooms.store.save, child, done=True)
+                await in_thread(rooms.store.save, child, done=done)
     except BaseException:
         await complete(destroy.destroy(rooms, child))
         raise

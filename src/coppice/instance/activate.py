@@ -51,8 +51,12 @@ def require_same_host(made_on: Manifest, here: Manifest, name: str) -> None:
         )
 
 
-async def boot(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None = None) -> Instance:
+async def boot(
+    rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None = None, *, done: bool = True
+) -> Instance:
     """Start a machine from its disks and a kernel; return the Running record, saved. `payload` goes with the identity message.
+
+    With `done` this ends the operation that the journal has for the instance.
 
     :raises VmmDied: the machine ended before it answered
     :raises GuestTimeout: it did not answer in time
@@ -65,11 +69,13 @@ async def boot(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes 
         await in_thread(directories.place_kernel, directory, kernel.boot_image, initrd)
         manifest = await rooms.driver.manifest(instance.machine)
     instance = msgspec.structs.replace(instance, manifest=manifest, mem_file=None, captured_at=None)
-    return await _run(rooms, instance, stages, payload, booted=True)
+    return await _run(rooms, instance, stages, payload, booted=True, done=done)
 
 
-async def restore(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None = None) -> Instance:
-    """Start a machine from its captured memory; return the Running record, saved. `payload` goes with the identity message.
+async def restore(
+    rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None = None, *, done: bool = True
+) -> Instance:
+    """Start a machine from its captured memory; return the Running record, saved. `payload` and `done` are those of `boot`.
 
     :raises IntegrityError: the capture is not what it was, or was made on something else
     :raises VmmDied: the state could not be loaded
@@ -87,12 +93,14 @@ async def restore(rooms: Rooms, instance: Instance, stages: Stages, payload: byt
         await in_thread(directories.place_kernel, directory, *stub)
     reading = asyncio.ensure_future(in_thread(hotset.prefetch, directory / files.MEMORY, directory / files.HOT_SET))
     try:
-        return await _run(rooms, instance, stages, payload, booted=False)
+        return await _run(rooms, instance, stages, payload, booted=False, done=done)
     finally:
         await complete(reading)
 
 
-async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None, *, booted: bool) -> Instance:
+async def _run(
+    rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None, *, booted: bool, done: bool
+) -> Instance:
     directory = rooms.directory(instance.id)
     if instance.manifest is None:
         raise AssertionError("a machine is started with its manifest")
@@ -135,7 +143,7 @@ async def _run(rooms: Rooms, instance: Instance, stages: Stages, payload: bytes 
             frozen=False,
         )
         with stages.stage("record"):
-            await in_thread(rooms.store.save, instance, done=True)
+            await in_thread(rooms.store.save, instance, done=done)
         return instance
     except BaseException:
         if process is not None:

@@ -233,6 +233,14 @@ class Store:
                 (instance.state, _encode(instance), instance.id),
             )
 
+    def finish(self, instances: Iterable[Instance], operation: str) -> None:
+        """End an operation for all of these instances at once, where it still is the one that the journal has."""
+        with self._db.write() as connection:
+            connection.executemany(
+                "DELETE FROM journal WHERE instance = ? AND operation = ?",
+                [(instance.id, operation) for instance in instances],
+            )
+
     def begin_removal(self, instances: Iterable[Instance]) -> None:
         """Record that instances are to be removed, whatever they are now; those that are not there are left out."""
         with self._db.write() as connection:
