@@ -89,10 +89,10 @@ async def fan_out(
             raise failure
         if request.atomic:
             await in_thread(rooms.store.finish, children, OPERATION)
+        await _remember_hot(source, request, outcomes, origin)
     except BaseException:
         await complete(_abandon(rooms, children, tasks))
         raise
-    await _remember_hot(source, request, outcomes, origin)
     results = tuple(
         _failed(instance, outcome) if isinstance(outcome, CoppiceError) else outcome
         for instance, outcome in zip(children, outcomes, strict=True)
@@ -123,7 +123,7 @@ async def _remember_hot(
         or any(each is not None for each in request.payloads)
     ):
         return
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # but a cancellation goes on: nobody would learn of the forks
         await in_thread(hotset.record, grown.vmm.pid, origin / files.MEMORY, origin / files.HOT_SET)
 
 
