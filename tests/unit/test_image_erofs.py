@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from coppice.errors import ImageError
@@ -144,6 +144,19 @@ _NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: name not in (b".
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(st.dictionaries(st.lists(_NAMES, min_size=1, max_size=3).map(tuple), st.binary(max_size=9000), max_size=12))
+@example(  # the last inode ends where the last block does
+    files={
+        (b"\x03", b"\x01"): b"",
+        (b"\x01\x02", b"\x01"): b"\x00",
+        (b"\x01\x01\x01\x01", b"\x01"): b"\x00",
+        (b"\x01", b"\x01", b"\x01"): b"\x00",
+        (b"\x02", b"\x01", b"\x01"): b"\x00",
+        (b"\x01\x01", b"\x01", b"\x01"): b"\x00",
+        (b"\x01\x03", b"\x01", b"\x01"): b"",
+        (b"\x01\x01\x01", b"\x01", b"\x01"): b"\x00",
+        (b"\x01\x01\x01\x01\x01", b"\x01", b"\x01"): b"\x00",
+    }
+)
 def test_any_tree_comes_back(tmp_path: Path, files: dict[tuple[bytes, ...], bytes]) -> None:
     """Whatever files a tree has, the image has the same."""
     tree = FileTree()

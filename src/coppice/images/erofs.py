@@ -84,7 +84,8 @@ class _Image:
         position = _SUPERBLOCK_OFFSET + _SUPERBLOCK.size
         for inode in self.inodes:
             position = _place(inode, position)
-        block = -(-position // BLOCK)
+        # Behind the last inode, too, there is room for a header of attributes: fsck.erofs 1.5 reads one, whether there are any or not.
+        block = -(-(position + _XATTR_HEADER) // BLOCK)
         self.metadata_blocks = block
         for inode in self.inodes:
             inode.first_block = block
