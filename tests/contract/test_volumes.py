@@ -1,4 +1,4 @@
-"""Volumes: one machine writes, or any number reads, whoever asks and however many at once; and a fork never makes a second writer."""
+"""Volumes: one machine writes, or any number reads, whoever asks; and a fork never makes a second writer."""
 
 from __future__ import annotations
 
@@ -6,56 +6,22 @@ import asyncio
 import errno
 import os
 import stat
-import sys
-from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from conftest import HostFactory
 from coppice.disk.ext4 import fsck
-from coppice.errors import CoppiceError, HostCannot, IntegrityError, InUse, NameTaken, NoSpace, NotFound, UsageError
+from coppice.errors import HostCannot, IntegrityError, NameTaken, NoSpace, NotFound, UsageError
 from coppice.host import AsyncHost
-from coppice.model import MIB, Attachment, Budgets, Instance, SnapshotKind, State, VolumeMount
+from coppice.model import MIB, Attachment, Budgets, SnapshotKind, State, VolumeMount
 from coppice.names import MAX_VOLUME
 from coppice.vmm import driver as files
 from fakes.driver import FakeDriver
-from fakes.hosting import assert_tidy, boot, cancelled_at, late_to_thread, snapshot
+from fakes.hosting import assert_tidy, snapshot
 from fakes.rooms import DEADLINES, open_rooms
-
-SIZE = 16 * MIB
-
-
-def at(path: str, volume: str = "data", *, readonly: bool = False) -> VolumeMount:
-    """A volume at a path."""
-    return VolumeMount(volume=volume, mount_path=path, readonly=readonly)
-
-
-WRITES = (at("/data"),)
-READS = (at("/data", readonly=True),)
-
-
-async def with_volume(host: AsyncHost, volumes: Sequence[VolumeMount], name: str = "oak") -> Instance:
-    """A Running instance with these volumes."""
-    return await boot(host, name, volumes=volumes)
-
-
-def own_link(host: AsyncHost, instance: Instance, number: int = 0) -> Path:
-    """The instance's link to its volume."""
-    return host.rooms.directory(instance.id) / files.VOLUME_DISK.format(number)
-
-
-async def refused(host: AsyncHost, work: Awaitable[object], match: str) -> InUse:
-    """The work is refused with exit status 4 and a hint, before any side effect."""
-    before = snapshot(host)
-    with pytest.raises(InUse, match=match) as caught:
-        await work
-    assert snapshot(host) == before
-    assert caught.value.exit_code == 4
-    assert caught.value.hint
-    return caught.value
-
+from fakes.volumes import READS, SIZE, WRITES, at, own_link, refused, with_volume
 
 # The disk
 
@@ -363,116 +329,3 @@ async def test_verify_checks_volumes_that_nobody_writes_to(fake_host: AsyncHost)
     own_link(fake_host, ash).write_bytes(b"")
     found = [(each.name, each.detail) for each in (await fake_host.verify()).differences]
     assert ("ash", "it is not the volume busy") in found
-
-
-# At once
-
-RIVAL = """
-import asyncio, sys
-from pathlib import Path
-from coppice.host import AsyncHost
-from fakes.driver import FakeDriver
-from fakes.rooms import DEADLINES, open_rooms
-from test_volumes import grab
-
-async def main(program, home):
-    driver = FakeDriver(Path(program))
-    async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
-        print("begin", flush=True)
-        sys.stdin.readline()
-        await grab(host, "theirs")
-
-asyncio.run(main(*sys.argv[1:]))
-"""
-
-
-async def grab(host: AsyncHost, prefix: str) -> Counter[str]:
-    """Attach the one volume for writing and for reading, over and over; see each time that the rule is kept."""
-    seen: Counter[str] = Counter()
-    for number in range(12):
-        names = [f"{prefix}-{number}-{each}" for each in range(2)]
-        volumes = READS if number % 3 == 2 else WRITES
-        outcomes = await asyncio.gather(
-            *(boot(host, name, volumes=volumes, start=False) for name in names), return_exceptions=True
-        )
-        holders = (await host.volume_inspect("data")).volume.attachments
-        assert len(holders) <= 1 or all(holder.readonly for holder in holders), holders
-        for name, outcome in zip(names, outcomes, strict=True):
-            seen[type(outcome).__name__] += 1
-            if isinstance(outcome, BaseException):
-                assert isinstance(outcome, InUse), outcome
-            else:
-                await host.rm(name)
-    return seen
-
-
-async def test_two_processes_race_for_one_volume(fake_host: AsyncHost, fake_vmm: Path, fake_home: Path) -> None:
-    """The rule is kept in the transaction that records the holder: at no moment are there two writers, or a writer and a reader."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
-    paths = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
-    rival = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", RIVAL, str(fake_vmm), str(fake_home)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    assert rival.stdout is not None
-    assert rival.stdin is not None
-    assert await asyncio.wait_for(rival.stdout.readline(), 30) == b"begin\n"
-    rival.stdin.write(b"go\n")
-    async with asyncio.timeout(60):
-        mine, said = await asyncio.gather(grab(fake_host, "mine"), rival.communicate())
-    assert rival.returncode == 0, said[1].decode()
-    assert mine["InUse"] >= 8  # of each two that write one is refused
-    assert mine["Instance"] >= 1
-    await assert_tidy(fake_host)
-
-
-async def test_a_volume_is_removed_or_attached(fake_host: AsyncHost, make_host: HostFactory) -> None:
-    """Never both: who attaches it finds it gone, or who removes it finds it in use."""
-    async with make_host() as other:
-        for number in range(8):
-            await fake_host.volume_create("data", size_bytes=SIZE)
-            attached, removed = await asyncio.gather(
-                boot(fake_host, f"oak-{number}", volumes=WRITES, start=False),
-                other.volume_rm("data"),
-                return_exceptions=True,
-            )
-            assert isinstance(attached, CoppiceError) != isinstance(removed, CoppiceError), (attached, removed)
-            if isinstance(attached, Instance):
-                assert isinstance(removed, InUse)
-                await fake_host.rm(attached)
-                await fake_host.volume_rm("data")
-            else:
-                assert isinstance(attached, NotFound)
-            await assert_tidy(fake_host)
-
-
-@pytest.mark.parametrize("operation", ["create", "rm", "run"])
-async def test_a_cancelled_operation_is_done_or_undone(
-    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, operation: str
-) -> None:
-    """Every wait of it in turn: nothing half-made is left, and nobody keeps the volume who is not there."""
-    monkeypatch.setattr(asyncio, "to_thread", late_to_thread)
-    if operation == "run":
-        await fake_host.volume_create("data", size_bytes=SIZE)
-    for nth in range(1, 200):
-        if operation == "rm":
-            if not await fake_host.volume_ls():
-                await fake_host.volume_create("data", size_bytes=SIZE)
-            came = await cancelled_at(fake_host.volume_rm("data"), nth)
-        elif operation == "create":
-            came = await cancelled_at(fake_host.volume_create("data", size_bytes=SIZE), nth)
-        else:
-            came = await cancelled_at(boot(fake_host, volumes=READS, start=False), nth)
-        if not came:
-            break
-        await assert_tidy(fake_host)
-        if operation == "create":
-            assert await fake_host.volume_ls() == []
-    else:
-        pytest.fail("it waits more often than this test cancels")
-    assert nth > 3
-    await assert_tidy(fake_host, *(["oak"] if operation == "run" else []))
-    assert len(await fake_host.volume_ls()) == (0 if operation == "rm" else 1)
