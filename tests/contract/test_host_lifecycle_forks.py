@@ -12,7 +12,6 @@ import pytest
 
 from coppice.errors import IllegalTransition, NameTaken, UsageError, VmmError
 from coppice.host import AsyncHost
-from coppice.memory import hotset
 from coppice.model import PAGE_SIZE, Instance, Progress, Publish, Sharing, State
 from coppice.names import MAX_FORKS
 from coppice.vmm import driver as files
@@ -352,27 +351,3 @@ async def test_a_hundred_forks_at_once(fake_host: AsyncHost) -> None:
     assert len(await fake_host.ls(state=State.STANDBY)) == 100
     await asyncio.gather(*(fake_host.rm(fork) for fork in report.instances))
     await assert_tidy(fake_host, "oak")
-
-
-async def test_what_forks_touch_first_is_kept_for_the_next(fake_host: AsyncHost) -> None:
-    """The first fan-out leaves the hot set beside the mem-file; later forks and their own forks link it, and a capture of their own ends that."""
-    oak = await warm_source(fake_host, State.TEMPLATE)
-    hot = fake_host.rooms.directory(oak.id) / files.HOT_SET
-    assert not hot.exists()
-    await fake_host.fork("oak", names=["elm"])
-    first = hot.stat()
-    assert first.st_mode & 0o777 == 0o444
-    (fir,) = (await fake_host.fork("oak", names=["fir"], target=State.STANDBY)).instances
-    (ash,) = (await fake_host.fork(fir, names=["ash"])).instances
-    for fork in (fir, ash):
-        assert (fake_host.rooms.directory(fork.id) / files.HOT_SET).stat().st_ino == first.st_ino
-    await fake_host.standby("ash")
-    assert hotset.prefetch(memory_of(fake_host, ash), fake_host.rooms.directory(ash.id) / files.HOT_SET) == 0
-    assert hotset.prefetch(memory_of(fake_host, oak), hot) > 0
-
-
-async def test_what_a_fork_does_with_a_secret_is_not_kept(fake_host: AsyncHost) -> None:
-    """Its payload is handled before it is ready: which pages that touches is nobody else's business, and no other fork's hot set."""
-    oak = await warm_source(fake_host, State.TEMPLATE)
-    await fake_host.fork("oak", names=["elm"], payload=b"secret")
-    assert not (fake_host.rooms.directory(oak.id) / files.HOT_SET).exists()

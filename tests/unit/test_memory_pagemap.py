@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from coppice.errors import VmmDied
 from coppice.memory import pagemap
 from coppice.memory.maps import FileIdentity, Vma, identify, read_maps
-from coppice.memory.pagemap import Method, PageRange, merge, private_ranges, private_runs, touched_ranges
+from coppice.memory.pagemap import Method, PrivateRange, merge, private_ranges, private_runs
 from mapping_process import MappingProcess
 
 PAGE = 4096
@@ -39,7 +39,7 @@ def ram_vmas(process: MappingProcess, ram: Path) -> list[Vma]:
     return [vma for vma in read_maps(process.pid) if vma.file == identity]
 
 
-def pages_of(ranges: list[PageRange]) -> set[int]:
+def pages_of(ranges: list[PrivateRange]) -> set[int]:
     return {page for found in ranges for page in range(found.offset // PAGE, (found.offset + found.length) // PAGE)}
 
 
@@ -68,19 +68,7 @@ def test_read_pages_are_not_private(process: MappingProcess, ram: Path, method: 
     process.write((5 * PAGE + 17, b"x"))
     (vma,) = ram_vmas(process, ram)
     ranges, _ = private_ranges(process.pid, [vma], method=method)
-    assert ranges == [PageRange(5 * PAGE, vma.start + 5 * PAGE, PAGE)]
-
-
-@pytest.mark.parametrize("method", ["pagemap_scan", "pagemap"])
-def test_read_pages_are_touched(process: MappingProcess, ram: Path, method: Method) -> None:
-    """Both that were read and that were written, by either method; before that, no page is."""
-    vmas = ram_vmas(process, ram)
-    process.write((5 * PAGE, b"x"))
-    few = pages_of(touched_ranges(process.pid, vmas, method=method))
-    assert 5 in few
-    assert len(few) < PAGES // 2
-    process.touch()
-    assert pages_of(touched_ranges(process.pid, vmas, method=method)) == set(range(PAGES))
+    assert ranges == [PrivateRange(5 * PAGE, vma.start + 5 * PAGE, PAGE)]
 
 
 @pytest.mark.parametrize("method", ["pagemap_scan", "pagemap"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coppice.bench.records import CaptureBenchReport, FanOutReport, Method
+from coppice.bench.records import Cache, CaptureBenchReport, FanOutReport, Method
 from coppice.host import AsyncHost
 from coppice.model import MIB
 from documentation import environment, run
@@ -17,7 +17,10 @@ from documentation import environment, run
 
 @pytest.mark.timeout(300)
 async def test_a_quick_fan_out(host: AsyncHost, image: str, tmp_path: Path) -> None:
-    """All methods in one run. Copies are real: they write the whole file, or its data. A shared fork writes nearly nothing and owns little."""
+    """All methods in one run, each with a warm cache and a cold one. Copies are real: they write the whole file, or its data.
+
+    A shared fork writes nearly nothing and owns little.
+    """
     before = {instance.id for instance in await host.ls()}
     words = (
         "-m",
@@ -25,8 +28,6 @@ async def test_a_quick_fan_out(host: AsyncHost, image: str, tmp_path: Path) -> N
         "bench",
         "fan-out",
         "--quick",
-        "--cache",
-        "warm",
         "--image",
         image,
         "-o",
@@ -56,6 +57,10 @@ async def test_a_quick_fan_out(host: AsyncHost, image: str, tmp_path: Path) -> N
         if done.method is Method.COPY:
             assert done.host_written_bytes >= 2 * 256 * MIB
     assert {(done.method, done.cache) for done in report.rounds} == {(row.method, row.cache) for row in report.summary}
+    forks = [done for done in report.rounds if done.method is Method.SHARED]
+    assert {done.cache for done in forks} == {Cache.WARM, Cache.COLD}
+    assert all((done.cached_before or 0) > 0.9 for done in forks if done.cache is Cache.WARM)
+    assert all((done.cached_before or 0) < 0.1 for done in forks if done.cache is Cache.COLD)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert {instance.id for instance in await host.ls()} == before
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,11 +18,9 @@ from coppice.fork.plan import OPERATION, ForkRequest, grown_from, plan, takes_me
 from coppice.instance import activate, destroy
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
-from coppice.memory import hotset
 from coppice.model import ForkReport, ForkResult, Instance, Progress, ProgressSink, Sharing, Snapshot, State
 from coppice.store import locks
 from coppice.timing import Stages
-from coppice.vmm import driver as files
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +87,6 @@ async def fan_out(
             raise failure
         if request.atomic:
             await in_thread(rooms.store.finish, children, OPERATION)
-        await _remember_hot(source, request, outcomes, origin)
     except BaseException:
         await complete(_abandon(rooms, children, tasks))
         raise
@@ -105,26 +102,6 @@ async def fan_out(
         wall_ms=stages.total_ms,
         results=results,
     )
-
-
-async def _remember_hot(
-    source: Instance, request: ForkRequest, outcomes: Sequence[ForkResult | CoppiceError], origin: Path
-) -> None:
-    """Keep, beside the source's mem-file, what the first of these forks has touched of it until it was ready.
-
-    Not where that would tell one owner's forks, or those of a source without a payload, what another's has done with a secret. What cannot be kept is
-    left out: the forks are there.
-    """
-    grown = next((outcome.instance for outcome in outcomes if not isinstance(outcome, CoppiceError)), None)
-    if (
-        grown is None
-        or grown.vmm is None
-        or grown.owner != source.owner
-        or any(each is not None for each in request.payloads)
-    ):
-        return
-    with contextlib.suppress(Exception):  # but a cancellation goes on: nobody would learn of the forks
-        await in_thread(hotset.record, grown.vmm.pid, origin / files.MEMORY, origin / files.HOT_SET)
 
 
 async def _grow(

@@ -21,7 +21,7 @@ from coppice.instance import ports
 from coppice.instance.identity import identity_message, mac_address
 from coppice.instance.last_words import cure, of_start
 from coppice.instance.rooms import Rooms
-from coppice.memory import hotset, memfile
+from coppice.memory import memfile
 from coppice.memory.report import memory_report
 from coppice.model import ANY_PORT, Instance, Manifest, MemoryReport, State, VmmProcess
 from coppice.timing import Stages
@@ -91,11 +91,7 @@ async def restore(
         kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
         stub = await in_thread(rooms.kernels.stub, kernel)
         await in_thread(directories.place_kernel, directory, *stub)
-    reading = asyncio.ensure_future(in_thread(hotset.prefetch, directory / files.MEMORY, directory / files.HOT_SET))
-    try:
-        return await _run(rooms, instance, stages, payload, booted=False, done=done)
-    finally:
-        await complete(reading)
+    return await _run(rooms, instance, stages, payload, booted=False, done=done)
 
 
 async def _run(

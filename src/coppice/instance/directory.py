@@ -24,7 +24,7 @@ from coppice.names import MAX_VOLUMES
 from coppice.vmm import driver as files
 
 VOLUME_DISKS = tuple(files.VOLUME_DISK.format(number) for number in range(MAX_VOLUMES))
-_LINKED = (files.MEMORY, files.HOT_SET, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *VOLUME_DISKS)
+_LINKED = (files.MEMORY, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *VOLUME_DISKS)
 _REMOVED = ".removed"
 LOG_KEPT = 8 << 20  # bytes
 _REMOVALS = 8  # whoever has just found the directory may still make a port's lock file in it, once for each port
@@ -114,8 +114,6 @@ def place_capture(source: Path, directory: Path, instance: Instance, *, with_mem
         return Placed(None, 0)
     if shareable:
         mem_file, written = memfile.link(source / files.MEMORY, directory / files.MEMORY, instance.mem_file)
-        with contextlib.suppress(OSError):  # a hint: it need not be there
-            os.link(source / files.HOT_SET, directory / files.HOT_SET)
     else:
         reason = "the driver does not map mem-files privately"
         mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
@@ -167,7 +165,7 @@ def clear_temporaries(directory: Path) -> None:
 
 def clear_capture(directory: Path) -> None:
     """Remove the mem-file and vmstate: this instance's links to them, that is. Idempotent."""
-    for name in (files.MEMORY, files.HOT_SET, files.VMSTATE):
+    for name in (files.MEMORY, files.VMSTATE):
         (directory / name).unlink(missing_ok=True)
 
 

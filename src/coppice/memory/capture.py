@@ -26,7 +26,7 @@ from coppice.disk.extents import punch_hole
 from coppice.errors import IntegrityError
 from coppice.memory.maps import FileIdentity, Vma, identify, process_error, read_maps
 from coppice.memory.memfile import check, freeze
-from coppice.memory.pagemap import Method, PageRange, private_ranges
+from coppice.memory.pagemap import Method, PrivateRange, private_ranges
 from coppice.model import MemFile
 
 _BUFFER_BYTES = 4 << 20
@@ -63,7 +63,7 @@ class PrivateCapture:
         self._base: CloneResult | None = None
         self._identity: FileIdentity | None = None
         self._staging: IO[bytes] | None = None
-        self._ranges: list[PageRange] = []
+        self._ranges: list[PrivateRange] = []
         self._method: Method = "pagemap_scan"
 
     def __enter__(self) -> Self:
@@ -177,7 +177,7 @@ def guest_ram(pid: int, identity: FileIdentity, size_bytes: int) -> list[Vma]:
     return vmas
 
 
-def _batches(ranges: list[PageRange]) -> Iterator[list[tuple[int, int]]]:
+def _batches(ranges: list[PrivateRange]) -> Iterator[list[tuple[int, int]]]:
     """Cut the ranges into batches of (address, length) that one process_vm_readv can read into the buffer."""
     batch: list[tuple[int, int]] = []
     room = _BUFFER_BYTES
@@ -214,7 +214,7 @@ def _read_process(pid: int, batch: list[tuple[int, int]], buffer: mmap.mmap) -> 
     return count
 
 
-def _patch(fd: int, found: PageRange, staging: int, position: int) -> int:
+def _patch(fd: int, found: PrivateRange, staging: int, position: int) -> int:
     """Write one range from the staging file to its place, zeros as holes; returns the bytes written."""
     done = written = 0
     while done < found.length:

@@ -1,4 +1,4 @@
-"""Which pages of a private file mapping a process has made its own, and which it has touched at all.
+"""Which pages of a private file mapping a process has made its own.
 
 A page of a MAP_PRIVATE mapping that was written is anonymous: present or swapped, and not the file's. Linux 6.7 and
 later tell this by the PAGEMAP_SCAN ioctl, older ones by /proc/PID/pagemap, eight bytes a page. Both give the same
@@ -32,39 +32,23 @@ _ENTRY_BYTES = 8
 _READ_BYTES = 1 << 20  # of pagemap: 512 MiB of memory
 # Top byte of an entry: bit 63 present, bit 62 swapped, bit 61 file page or shared anonymous.
 _TO_PRIVATE = bytes(int(bool(top & 0xC0) and not top & 0x20) for top in range(256))
-_TO_TOUCHED = bytes(int(bool(top & 0xC0)) for top in range(256))
 
 
-class PageRange(NamedTuple):
-    """A run of pages: where it is in the mem-file, where in the process, and its length in bytes."""
+class PrivateRange(NamedTuple):
+    """A run of private pages: where it is in the mem-file, where in the process, and its length in bytes."""
 
     offset: int
     address: int
     length: int
 
 
-def private_ranges(pid: int, vmas: Iterable[Vma], *, method: Method | None = None) -> tuple[list[PageRange], Method]:
+def private_ranges(pid: int, vmas: Iterable[Vma], *, method: Method | None = None) -> tuple[list[PrivateRange], Method]:
     """The private pages of the given mappings, as maximal ranges in file order, and the method that found them.
 
     The process must not run meanwhile, or pages it writes may be missed. Without `method` the ioctl is tried first.
 
     Raises VmmDied if the process is gone, HostCannot if the kernel does not let us look.
     """
-    return _page_ranges(pid, vmas, PAGE_IS_FILE, _TO_PRIVATE, method)
-
-
-def touched_ranges(pid: int, vmas: Iterable[Vma], *, method: Method | None = None) -> list[PageRange]:
-    """The pages of the given mappings that the process has touched, or that the kernel has mapped around them (64 KiB by default).
-
-    Ranges, method and errors are those of `private_ranges`.
-    """
-    return _page_ranges(pid, vmas, 0, _TO_TOUCHED, method)[0]
-
-
-def _page_ranges(
-    pid: int, vmas: Iterable[Vma], without: int, wanted: bytes, method: Method | None
-) -> tuple[list[PageRange], Method]:
-    """`without` are categories of PAGEMAP_SCAN that a page must not be in; `wanted` tells the same of the top byte of a pagemap entry."""
     try:
         fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -73,12 +57,12 @@ def _page_ranges(
     try:
         if method != "pagemap":
             try:
-                return _file_ranges(ordered, lambda vma: _scan(fd, vma.start, vma.end, without)), "pagemap_scan"
+                return _file_ranges(ordered, lambda vma: _scan(fd, vma.start, vma.end)), "pagemap_scan"
             except OSError as error:
                 # ENOTTY and EINVAL: the kernel is older than 6.7; EPERM: a seccomp filter that does not know the ioctl.
                 if method is not None or error.errno not in (errno.ENOTTY, errno.EINVAL, errno.ENOSYS, errno.EPERM):
                     raise
-        return _file_ranges(ordered, lambda vma: _walk(fd, vma.start, vma.end, wanted)), "pagemap"
+        return _file_ranges(ordered, lambda vma: _walk(fd, vma.start, vma.end)), "pagemap"
     except OSError as error:
         raise process_error(pid, f"read the page map of process {pid}", error) from error
     finally:
@@ -98,9 +82,9 @@ def merge(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def private_runs(entries: bytes, wanted: bytes = _TO_PRIVATE) -> Iterator[tuple[int, int]]:
+def private_runs(entries: bytes) -> Iterator[tuple[int, int]]:
     """The runs (first index, count) of private pages in raw pagemap entries, eight bytes each, little endian."""
-    flags = entries[_ENTRY_BYTES - 1 :: _ENTRY_BYTES].translate(wanted)
+    flags = entries[_ENTRY_BYTES - 1 :: _ENTRY_BYTES].translate(_TO_PRIVATE)
     start = flags.find(1)
     while start >= 0:
         end = flags.find(0, start)
@@ -110,14 +94,16 @@ def private_runs(entries: bytes, wanted: bytes = _TO_PRIVATE) -> Iterator[tuple[
         start = flags.find(1, end)
 
 
-def _file_ranges(vmas: list[Vma], scan: Callable[[Vma], Iterator[tuple[int, int]]]) -> list[PageRange]:
+def _file_ranges(vmas: list[Vma], scan: Callable[[Vma], Iterator[tuple[int, int]]]) -> list[PrivateRange]:
     return [
-        PageRange(start - vma.start + vma.offset, start, end - start) for vma in vmas for start, end in merge(scan(vma))
+        PrivateRange(start - vma.start + vma.offset, start, end - start)
+        for vma in vmas
+        for start, end in merge(scan(vma))
     ]
 
 
-def _scan(fd: int, start: int, end: int, without: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) addresses of pages by PAGEMAP_SCAN.
+def _scan(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) addresses of private pages by PAGEMAP_SCAN.
 
     The kernel's `walk_end` is not used. It stays behind when a walk needed more than one of the kernel's own buffers of
     512 regions and then came to its end (seen with Linux 6.18): going on from there finds the last regions twice.
@@ -128,8 +114,8 @@ def _scan(fd: int, start: int, end: int, without: int) -> Iterator[tuple[int, in
         request = bytearray(
             _SCAN.pack(
                 *(_SCAN.size, 0, start, end, 0, vector, _REGIONS, 0),
-                *(without, without, PAGE_IS_PRESENT | PAGE_IS_SWAPPED),  # inverted, all of, any of
-                without,  # returned; always 0 here, so that present and swapped pages make one region
+                *(PAGE_IS_FILE, PAGE_IS_FILE, PAGE_IS_PRESENT | PAGE_IS_SWAPPED),  # inverted, all of, any of
+                PAGE_IS_FILE,  # returned; always 0 here, so that present and swapped pages make one region
             )
         )
         count = fcntl.ioctl(fd, PAGEMAP_SCAN, request, True)
@@ -140,13 +126,13 @@ def _scan(fd: int, start: int, end: int, without: int) -> Iterator[tuple[int, in
         start = regions[count * 3 - 2]
 
 
-def _walk(fd: int, start: int, end: int, kind: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) addresses of pages from the entries of /proc/PID/pagemap."""
+def _walk(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) addresses of private pages from the entries of /proc/PID/pagemap."""
     while start < end:
         wanted = min((end - start) // PAGE_SIZE * _ENTRY_BYTES, _READ_BYTES)
         entries = os.pread(fd, wanted, start // PAGE_SIZE * _ENTRY_BYTES)
         if len(entries) < _ENTRY_BYTES:  # the process ended while it was read
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        for first, count in private_runs(entries, kind):
+        for first, count in private_runs(entries):
             yield start + first * PAGE_SIZE, start + (first + count) * PAGE_SIZE
         start += len(entries) // _ENTRY_BYTES * PAGE_SIZE

@@ -20,7 +20,6 @@ from coppice.model import MachineSpec, Manifest, Publish, Record, VmmProcess
 # Files of an instance's directory that a driver knows. All else in the directory is the host's.
 LIVE_MEMORY: Final = "memory.live"  # guest RAM of a first boot, still written by the guest
 MEMORY: Final = "memory"  # the captured mem-file: 0444, never changes
-HOT_SET: Final = "memory.hot"  # which pages of it a fork touches first; a hint, may be missing
 VMSTATE: Final = "vmstate"  # device state, without RAM
 VMSTATE_NEW: Final = "vmstate.new"  # being captured
 ROOT_DISK: Final = "root.img"
