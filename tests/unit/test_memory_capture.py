@@ -11,6 +11,7 @@ import pytest
 
 from coppice.disk.extents import data_ranges
 from coppice.errors import IntegrityError, VmmDied
+from coppice.memory import capture
 from coppice.memory.capture import PrivateCapture, capture_private, guest_ram
 from coppice.memory.maps import identify
 from coppice.memory.memfile import check, freeze
@@ -19,6 +20,12 @@ from mapping_process import MappingProcess
 
 PAGE = 4096
 SIZE = 24 * MIB
+
+
+@pytest.fixture(autouse=True, params=[256 * MIB, 7 * MIB + PAGE, PAGE], ids=["in memory", "in both", "in a file"])
+def staged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where private pages are put aside: all in memory, what is more than that in a file, or nearly all in a file."""
+    monkeypatch.setattr(capture, "_IN_MEMORY_BYTES", request.param)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Capture of a guest that runs on a private mapping: a clone of the base mem-file, patched with the pages it wrote.
 
 A fork's RAM is its base mem-file plus private pages, so "the RAM is already in its file" would lose what it wrote
-since. The guest is paused only for `PrivateCapture.collect`: find the private pages and copy them to a staging file,
-one after the other. The base is cloned before the pause, the pages go to their places after it.
+since. The guest is paused only for `PrivateCapture.collect`: find the private pages and copy them aside, one after the
+other, into memory, and what is more than that may hold into a staging file, which takes several times as long. The base
+is cloned before the pause, the pages go to their places after it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import mmap
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple, Self
@@ -30,6 +31,7 @@ from coppice.memory.pagemap import Method, PrivateRange, private_ranges
 from coppice.model import MemFile
 
 _BUFFER_BYTES = 4 << 20
+_IN_MEMORY_BYTES = 256 << 20  # of one capture, until its pages are in their places
 _IOV_MAX = 1024  # limit of process_vm_readv, UIO_MAXIOV
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -63,6 +65,7 @@ class PrivateCapture:
         self._base: CloneResult | None = None
         self._identity: FileIdentity | None = None
         self._staging: IO[bytes] | None = None
+        self._memory: mmap.mmap | None = None  # the first private pages; those after them are in the staging file
         self._ranges: list[PrivateRange] = []
         self._method: Method = "pagemap_scan"
 
@@ -97,26 +100,33 @@ class PrivateCapture:
         identity, staging = self._prepared()
         vmas = guest_ram(pid, identity, self._expected.size_bytes)
         self._ranges, self._method = private_ranges(pid, vmas)
+        dirty = sum(found.length for found in self._ranges)
         with os_errors(f"stage private pages beside {self._out}"):
             staging.seek(0)
             staging.truncate()
+        self._forget_memory()
+        self._memory = _memory(min(dirty, _IN_MEMORY_BYTES))
+        position = 0
         with mmap.mmap(-1, _BUFFER_BYTES) as buffer:
-            for batch in _batches(self._ranges):
-                count = _read_process(pid, batch, buffer)
+            for batch in _batches(self._ranges, len(self._memory)):
+                if position < len(self._memory):
+                    position += _read_process(pid, batch, self._memory, position)
+                    continue
+                count = _read_process(pid, batch, buffer, 0)
                 with (
                     os_errors(f"stage private pages beside {self._out}"),
                     memoryview(buffer) as view,
                     view[:count] as part,
                 ):
                     write_all(staging.fileno(), part, staging.seek(0, os.SEEK_END))
-        return sum(found.length for found in self._ranges)
+        return dirty
 
     def finish(self) -> tuple[MemFile, CaptureStats]:
         """Patch the clone, freeze it under its final name, and return it; the guest may run.
 
         Raises NoSpace or HostCannot.
         """
-        _, staging = self._prepared()
+        self._prepared()
         base = self._base
         if base is None:
             raise RuntimeError("finish() comes after prepare()")
@@ -125,7 +135,7 @@ class PrivateCapture:
             fd = os.open(self._temporary, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 for found in self._ranges:
-                    written += _patch(fd, found, staging.fileno(), position)
+                    written += _patch(fd, found, self._staged, position)
                     position += found.length
             finally:
                 os.close(fd)
@@ -140,9 +150,23 @@ class PrivateCapture:
         if self._staging is not None:
             self._staging.close()
             self._staging = None
+        self._forget_memory()
         with contextlib.suppress(FileNotFoundError):
             self._temporary.unlink()
         self._base = None
+
+    def _staged(self, position: int, most: int) -> bytes:
+        """Private pages that were put aside, from a position on: `most` bytes, or fewer where memory ends and the file begins."""
+        _, staging = self._prepared()
+        held = len(self._memory) if self._memory is not None else 0
+        if self._memory is not None and position < held:
+            return self._memory[position : min(position + most, held)]
+        return os.pread(staging.fileno(), most, position - held)
+
+    def _forget_memory(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
     def _prepared(self) -> tuple[FileIdentity, IO[bytes]]:
         if self._identity is None or self._staging is None:
@@ -177,10 +201,19 @@ def guest_ram(pid: int, identity: FileIdentity, size_bytes: int) -> list[Vma]:
     return vmas
 
 
-def _batches(ranges: list[PrivateRange]) -> Iterator[list[tuple[int, int]]]:
-    """Cut the ranges into batches of (address, length) that one process_vm_readv can read into the buffer."""
+def _memory(size: int) -> mmap.mmap:
+    """Memory for so many bytes, in huge pages where the kernel has some: each page that is new would be a fault within the pause."""
+    memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _batches(ranges: list[PrivateRange], border: int) -> Iterator[list[tuple[int, int]]]:
+    """Cut the ranges into batches of (address, length) that one process_vm_readv can read into the buffer; none reaches over the border."""
     batch: list[tuple[int, int]] = []
-    room = _BUFFER_BYTES
+    done = 0
+    room = min(_BUFFER_BYTES, border)
     for _, address, length in ranges:
         while length:
             take = min(length, room)
@@ -188,19 +221,20 @@ def _batches(ranges: list[PrivateRange]) -> Iterator[list[tuple[int, int]]]:
             address += take
             length -= take
             room -= take
+            done += take
             if room == 0 or len(batch) == _IOV_MAX:
                 yield batch
-                batch, room = [], _BUFFER_BYTES
+                batch, room = [], min(_BUFFER_BYTES, border - done) if done < border else _BUFFER_BYTES
     if batch:
         yield batch
 
 
-def _read_process(pid: int, batch: list[tuple[int, int]], buffer: mmap.mmap) -> int:
-    """Read the memory of a batch, one piece after the other, to the start of the buffer; returns the bytes."""
+def _read_process(pid: int, batch: list[tuple[int, int]], buffer: mmap.mmap, position: int) -> int:
+    """Read the memory of a batch, one piece after the other, into the buffer from `position` on; returns the bytes."""
     wanted = sum(length for _, length in batch)
     remote = ctypes.create_string_buffer(struct.pack(f"{2 * len(batch)}Q", *itertools.chain.from_iterable(batch)))
     anchor = ctypes.c_char.from_buffer(buffer)
-    local = ctypes.create_string_buffer(struct.pack("2Q", ctypes.addressof(anchor), wanted))
+    local = ctypes.create_string_buffer(struct.pack("2Q", ctypes.addressof(anchor) + position, wanted))
     count: int = _libc.process_vm_readv(pid, local, 1, remote, len(batch), 0)
     code = ctypes.get_errno()
     del anchor  # else the buffer could not be closed
@@ -214,11 +248,11 @@ def _read_process(pid: int, batch: list[tuple[int, int]], buffer: mmap.mmap) -> 
     return count
 
 
-def _patch(fd: int, found: PrivateRange, staging: int, position: int) -> int:
-    """Write one range from the staging file to its place, zeros as holes; returns the bytes written."""
+def _patch(fd: int, found: PrivateRange, staged: Callable[[int, int], bytes], position: int) -> int:
+    """Write one range from where it was put aside to its place, zeros as holes; returns the bytes written."""
     done = written = 0
     while done < found.length:
-        chunk = os.pread(staging, min(_BUFFER_BYTES, found.length - done), position + done)
+        chunk = staged(position + done, min(_BUFFER_BYTES, found.length - done))
         if not chunk:
             raise OSError(errno.EIO, "the staging file ended early")
         target = found.offset + done
