@@ -108,7 +108,8 @@ async def _run(
         manifest=instance.manifest,
     )
     process: VmmProcess | None = None
-    await in_thread(ports.require_free, instance)
+    if instance.publish:
+        await in_thread(ports.require_free, instance)
     await in_thread(directories.trim_logs, directory)
     known_as = instance  # as it was before; if it fails, it is that again, or where it was new, gone
     try:

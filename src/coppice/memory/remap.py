@@ -31,10 +31,9 @@ _EVENT = 8  # bits of a stop from here on: an event, as that which PTRACE_INTERR
 _WALL = 0x40000000
 _NO_SYSCALL = (1 << 64) - 1  # in orig_rax: the thread is in none, so there is none to restart
 _MMAP, _RESTART_SYSCALL = 9, 219
-_RESTARTED, _RESTARTED_BY_BLOCK = (
-    frozenset({-512, -513, -514}),
-    -516,
-)  # include/linux/errno.h of the kernel: never seen by a program
+# include/linux/errno.h of the kernel: what an interrupted system call has for a result, never seen by a program.
+_RESTARTED = frozenset({-512, -513, -514})
+_RESTARTED_BY_BLOCK = -516
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _OVERCOMMIT, _STRICT = Path("/proc/sys/vm/overcommit_memory"), "2"  # Documentation/mm/overcommit-accounting.rst
 _ERROR = (1 << 64) - 4095  # a result at or above is a negated errno
@@ -110,9 +109,8 @@ def _program(stopped: _Registers, shared: list[Vma], descriptor: int) -> bytes:
     code = b""
     for vma in shared:
         code += _load("rax", _MMAP) + _load("rdi", vma.start) + _load("rsi", vma.length)
-        code += _load("rdx", mmap.PROT_READ | mmap.PROT_WRITE) + _load(
-            "r10", mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
-        )
+        code += _load("rdx", mmap.PROT_READ | mmap.PROT_WRITE)
+        code += _load("r10", mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE)
         code += _load("r8", descriptor) + _load("r9", vma.offset) + _SYSCALL
     rax, rip = _continuation(stopped)
     code += _load("rax", rax) + b"".join(_load(name, getattr(stopped, name)) for name in _MOV if name != "rax")
