@@ -17,11 +17,13 @@ from coppice.memory.maps import (
     Vma,
     VmaUsage,
     identify,
+    likely_identity,
+    maps_of,
     parse_maps,
     parse_smaps,
     process_error,
     read_maps,
-    read_smaps,
+    read_text,
     smaps_of,
     total_anonymous,
 )
@@ -81,8 +83,10 @@ def test_smaps_round_trip(usages: list[tuple[VmaUsage, str]]) -> None:
 def test_a_part_of_smaps_is_that_of_the_whole(usages: list[tuple[VmaUsage, str]]) -> None:
     """What is read of one file, or summed up over all, is what reading every block gives."""
     text = "".join(block(*usage) for usage in usages).encode()
+    maps = "".join(header(usage.vma, name) for usage, name in usages).encode()
     for file in {usage.vma.file for usage, _ in usages}:
         assert smaps_of(text, file) == [usage for usage, _ in usages if usage.vma.file == file]
+        assert maps_of(maps, file) == [usage.vma for usage, _ in usages if usage.vma.file == file]
     assert total_anonymous(text) == sum(usage.anonymous_bytes + usage.swap_bytes for usage, _ in usages)
 
 
@@ -99,7 +103,7 @@ def test_maps_and_smaps_agree_on_a_real_process(tmp_path: Path) -> None:
     """Both files of one idle process list the same mappings."""
     (tmp_path / "ram").write_bytes(b"r" * 8192)
     with MappingProcess(tmp_path / "ram") as process:
-        assert [usage.vma for usage in parse_smaps(read_smaps(process.pid))] == read_maps(process.pid)
+        assert [usage.vma for usage in parse_smaps(read_text(process.pid, "smaps"))] == read_maps(process.pid)
 
 
 def test_identity_is_what_another_process_shows(tmp_path: Path) -> None:
@@ -110,6 +114,13 @@ def test_identity_is_what_another_process_shows(tmp_path: Path) -> None:
         found = [vma for vma in read_maps(process.pid) if vma.file == identify(tmp_path / "ram")]
         assert [(vma.length, vma.private, vma.offset) for vma in found] == [(8192, True, 0)]
         assert not [vma for vma in read_maps(process.pid) if vma.file == identify(tmp_path / "other")]
+
+
+def test_the_likely_identity_is_the_true_one_here(tmp_path: Path) -> None:
+    """On an ordinary file system the kernel names a mapping's device as stat(2) does, written the same way."""
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(4096))
+    assert likely_identity(path.stat()) == identify(path)
 
 
 def test_identity_of_what_cannot_be_mapped(tmp_path: Path) -> None:
@@ -126,7 +137,7 @@ def test_ended_process_is_told() -> None:
     process = subprocess.Popen((sys.executable, "-I", "-S", "-c", ""))
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, still a zombie
     with pytest.raises(VmmDied):
-        read_smaps(process.pid)
+        read_text(process.pid, "smaps")
     process.wait()
     with pytest.raises(VmmDied):
         read_maps(process.pid)

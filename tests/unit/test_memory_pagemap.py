@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from coppice.errors import VmmDied
 from coppice.memory import pagemap
-from coppice.memory.maps import FileIdentity, Vma, identify, read_maps
-from coppice.memory.pagemap import Method, PrivateRange, merge, private_ranges, private_runs
+from coppice.memory.maps import FileIdentity, Vma, identify, read_maps, read_text, smaps_of
+from coppice.memory.pagemap import Method, PrivateRange, merge, private_ranges, private_runs, usages
 from mapping_process import MappingProcess
 
 PAGE = 4096
@@ -56,9 +56,13 @@ def test_both_methods_find_exactly_the_written_pages(ram: Path, writes: list[tup
         vmas = ram_vmas(process, ram)
         by_scan, scan = private_ranges(process.pid, vmas, method="pagemap_scan")
         by_read, read = private_ranges(process.pid, vmas, method="pagemap")
+        counted = usages(process.pid, vmas)
+        by_smaps = smaps_of(read_text(process.pid, "smaps"), identify(ram))
     assert (scan, read) == ("pagemap_scan", "pagemap")
     assert by_scan == by_read
     assert pages_of(by_scan) == written
+    assert counted == by_smaps
+    assert sum(usage.anonymous_bytes for usage in by_smaps) == len(written) * PAGE
 
 
 @pytest.mark.parametrize("method", ["pagemap_scan", "pagemap"])
@@ -99,6 +103,7 @@ def test_old_kernel_falls_back(process: MappingProcess, ram: Path, monkeypatch: 
     process.write((0, b"w"))
     ranges, method = private_ranges(process.pid, ram_vmas(process, ram))
     assert (method, len(ranges)) == ("pagemap", 1)
+    assert usages(process.pid, ram_vmas(process, ram)) is None
 
 
 def test_mapping_in_two_pieces_keeps_file_offsets(process: MappingProcess, ram: Path) -> None:

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from coppice.errors import IntegrityError, VmmDied
+from coppice.memory import pagemap
 from coppice.memory.maps import FileIdentity, Vma, VmaUsage
 from coppice.memory.memfile import freeze, link
 from coppice.memory.report import Backing, classify, mapping_is_shared, memory_report
@@ -15,6 +16,13 @@ from coppice.model import MIB, MemFile, Sharing
 from mapping_process import MappingProcess
 
 SIZE = 16 * MIB
+
+
+@pytest.fixture(autouse=True, params=["of 6.7", "older"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each report is the same on a kernel without PAGEMAP_SCAN: it is read from smaps then."""
+    if request.param == "older":
+        monkeypatch.setattr(pagemap, "PAGEMAP_SCAN", 0xC0606611)
 
 
 def ram_file(path: Path) -> Path:

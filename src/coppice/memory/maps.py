@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from coppice.disk.atomic import os_errors
 from coppice.disk.clone import open_source
@@ -71,23 +73,32 @@ def parse_smaps(text: bytes) -> list[VmaUsage]:
     return [_usage(header, text[header.end() : end]) for header, end in zip(headers, ends, strict=False)]
 
 
+def maps_of(text: bytes, file: FileIdentity) -> list[Vma]:
+    """The mappings of one file in the text of /proc/PID/maps. No other is parsed: a VMM has hundreds, and this runs after each restore."""
+    return [_vma(header) for header in _headers_of(text, file)]
+
+
 def smaps_of(text: bytes, file: FileIdentity) -> list[VmaUsage]:
-    """The mappings of one file in the text of /proc/PID/smaps. No other is parsed: a VMM has hundreds, and this runs after each restore."""
+    """The mappings of one file in the text of /proc/PID/smaps."""
     found = []
+    for header in _headers_of(text, file):
+        following = _HEADER.search(text, header.end())
+        found.append(_usage(header, text[header.end() : following.start() if following else len(text)]))
+    return found
+
+
+def _headers_of(text: bytes, file: FileIdentity) -> Iterator[re.Match[bytes]]:
     name = f" {file.device} {file.inode} ".encode()
     at = text.find(name)
     while at >= 0:
-        start = text.rfind(b"\n", 0, at) + 1
-        header = _HEADER.match(text, start)
-        if header is not None:  # else it is part of another file's path
-            following = _HEADER.search(text, header.end())
-            found.append(_usage(header, text[header.end() : following.start() if following else len(text)]))
+        header = _HEADER.match(text, text.rfind(b"\n", 0, at) + 1)
+        if header is not None and _vma(header).file == file:  # else it is part of another file's path
+            yield header
         at = text.find(name, at + 1)
-    return [usage for usage in found if usage.vma.file == file]
 
 
 def total_anonymous(text: bytes) -> int:
-    """Anonymous and swapped bytes of all mappings in the text of /proc/PID/smaps."""
+    """Anonymous and swapped bytes of all mappings in the text of /proc/PID/smaps, or of smaps_rollup."""
     values = (_KILOBYTES.match(rest) for key in (b"\nAnonymous:", b"\nSwap:") for rest in text.split(key)[1:])
     return sum(int(value[1]) * 1024 for value in values if value)
 
@@ -119,16 +130,15 @@ def _vma(match: re.Match[bytes]) -> Vma:
 
 
 def read_maps(pid: int) -> list[Vma]:
-    """The mappings of a process. Raises VmmDied if it is gone, HostCannot if the kernel does not let us look."""
-    return parse_maps(_read_proc(pid, "maps"))
+    """The mappings of a process. Raises as `read_text` does."""
+    return parse_maps(read_text(pid, "maps"))
 
 
-def read_smaps(pid: int) -> bytes:
-    """/proc/PID/smaps: the mappings of a process with their sizes; the kernel walks its page tables. Raises as `read_maps` does."""
-    return _read_proc(pid, "smaps")
+def read_text(pid: int, name: Literal["maps", "smaps", "smaps_rollup"]) -> bytes:
+    """What the kernel tells of a process's mappings. For the last two it walks the page tables.
 
-
-def _read_proc(pid: int, name: str) -> bytes:
+    Raises VmmDied if the process is gone, HostCannot if the kernel does not let us look.
+    """
     try:
         text = Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError as error:
@@ -148,6 +158,11 @@ def process_error(pid: int, action: str, error: OSError) -> CoppiceError:
             hint="run as the user who started the VMM, and where kernel.yama.ptrace_scope is not 0 as root",
         )
     return HostCannot(f"Cannot {action}: {error.strerror or error}", hint="see the kernel's log")
+
+
+def likely_identity(status: os.stat_result) -> FileIdentity:
+    """How /proc/PID/maps names a file where it names the device that stat(2) does. A mapping of that name is of that file, but there may be one of another."""
+    return FileIdentity(f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", status.st_ino)
 
 
 def identify(path: Path) -> FileIdentity:

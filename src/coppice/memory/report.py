@@ -1,4 +1,4 @@
-"""What a guest's memory costs, as /proc/PID/smaps has it, and whether it really shares its mem-file (invariant 5).
+"""What a guest's memory costs, as the kernel accounts it, and whether it really shares its mem-file (invariant 5).
 
 Unique is the anonymous and swapped part of a private guest-RAM mapping. Private_Dirty is not: it also counts pages of
 the shared file that only one process happens to map, 19 MiB against 0.5 MiB in one measurement.
@@ -16,12 +16,15 @@ from coppice.memory.maps import (
     FileIdentity,
     VmaUsage,
     identify,
+    likely_identity,
+    maps_of,
     parse_smaps,
     read_maps,
-    read_smaps,
+    read_text,
     smaps_of,
     total_anonymous,
 )
+from coppice.memory.pagemap import usages
 from coppice.model import MemFile, MemoryReport, Sharing
 
 
@@ -54,10 +57,24 @@ def classify(usages: list[VmaUsage], identity: FileIdentity | None, size_bytes: 
     return GuestRam(Backing.NONE, [])
 
 
-def _guest_ram(smaps: bytes, identity: FileIdentity | None, size_bytes: int) -> GuestRam:
-    """`classify` a process; only where it does not map the mem-file, all of its mappings have to be looked at."""
+def _account(pid: int, path: Path, info: os.stat_result | None, size_bytes: int) -> tuple[GuestRam, int]:
+    """The guest RAM of a process, and the anonymous and swapped bytes of all that it has mapped.
+
+    What is usual goes fast: the mem-file, mapped privately. Only for a process that does not map it, all of its mappings have to be looked at.
+    """
+    identity = None
+    if info is not None:
+        maps, identity = read_text(pid, "maps"), likely_identity(info)
+        vmas = maps_of(maps, identity)
+        if not vmas:
+            identity = identify(path)
+            vmas = maps_of(maps, identity)
+        private = [vma for vma in vmas if vma.private]
+        if private and (ram := usages(pid, private)) is not None:
+            return GuestRam(Backing.PRIVATE, ram), total_anonymous(read_text(pid, "smaps_rollup"))
+    smaps = read_text(pid, "smaps")
     of_file = smaps_of(smaps, identity) if identity else []
-    return classify(of_file or parse_smaps(smaps), identity, size_bytes)
+    return classify(of_file or parse_smaps(smaps), identity, size_bytes), total_anonymous(smaps)
 
 
 def mapping_is_shared(pid: int, path: Path, expected: MemFile) -> bool:
@@ -105,15 +122,14 @@ def memory_report(pid: int | None, mem: MemFile | None, path: Path, *, memory_by
             link_count=links,
             sharing=sharing,
         )
-    smaps = read_smaps(pid)
-    found = _guest_ram(smaps, identify(path) if info is not None else None, size)
+    found, all_anonymous = _account(pid, path, info, size)
     rss, anonymous, swap = (
         sum(usage.rss_bytes for usage in found.ram),
         sum(usage.anonymous_bytes for usage in found.ram),
         sum(usage.swap_bytes for usage in found.ram),
     )
     # Not Private_Clean: a page of QEMU's program that only one process happens to map is page cache all the same.
-    overhead = total_anonymous(smaps) - anonymous - swap
+    overhead = max(all_anonymous - anonymous - swap, 0)  # the guest runs on between the two looks
     unique, shared = anonymous + swap, max(rss - anonymous, 0)
     if found.backing is Backing.SHARED and info is not None:
         unique, shared = info.st_blocks * 512, 0
