@@ -110,6 +110,9 @@ static int become(const struct account *a)
 {
     if (geteuid() != 0 && a->uid == geteuid())
         return 0;
+    /* Root as root is nothing to change: no groups beside its own on either side. */
+    if (geteuid() == 0 && getegid() == 0 && a->uid == 0 && a->gid == 0 && a->group_count == 0 && getgroups(0, NULL) == 0)
+        return 0;
     /* The bare system calls: the C library's would signal threads of the parent, whose memory this is. */
     if (syscall(SYS_setgroups, a->group_count, a->groups) < 0 || syscall(SYS_setresgid, a->gid, a->gid, a->gid) < 0 ||
         syscall(SYS_setresuid, a->uid, a->uid, a->uid) < 0)
