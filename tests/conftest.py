@@ -73,7 +73,7 @@ def make_host(driver: FakeDriver, fake_home: Path) -> HostFactory:
     """Makes hosts, not yet opened, over the one data directory of the test."""
 
     def make() -> AsyncHost:
-        return AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms)
+        return AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
 
     return make
 

@@ -180,6 +180,31 @@ class DriverContract:
         for fork, restored in zip(forks, processes, strict=True):
             await driver.quit(fork.directory, restored)
 
+    async def test_a_paused_restore_runs_once_it_is_resumed(self, bench: Bench, driver: VmmDriver) -> None:
+        """The VMM answers, the guest does not; by then the mem-file's name is not needed any more, and what it maps is that file."""
+        if not driver.capabilities.restores_paused:
+            return
+        launch = await bench.launch(driver)
+        process = await driver.boot(launch)
+        await bench.identify(launch, 1, "first")
+        mem_file = await bench.capture(driver, launch, process)
+        fork = bench.fork(launch, mem_file)
+        restored = await driver.restore(fork, paused=True)
+        assert await driver.is_paused(fork.directory)
+        (fork.directory / files.MEMORY).unlink()
+        with pytest.raises(GuestTimeout):
+            await bench.health(fork, patience_s=0.3)
+        await driver.resume(fork.directory)
+        await bench.identify(fork, 2, "fork")
+        assert not await driver.is_paused(fork.directory)
+        assert (await bench.health(fork)).identity_serial == 2
+        memfile.link(launch.directory / files.MEMORY, fork.directory / files.MEMORY, mem_file)
+        assert (
+            mapping_is_shared(restored.pid, fork.directory / files.MEMORY, mem_file)
+            == driver.capabilities.maps_mem_file_privately
+        )
+        await driver.quit(fork.directory, restored)
+
     async def test_a_state_that_cannot_be_loaded_is_the_end_of_the_process(
         self, bench: Bench, driver: VmmDriver
     ) -> None:

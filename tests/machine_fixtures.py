@@ -36,10 +36,11 @@ async def host(home: Path) -> AsyncIterator[AsyncHost]:
     """One host for the session; at its end no instance is left, and so no VMM."""
     async with AsyncHost(home) as opened:
         await remove_all(opened)
+        rooms = opened.rooms
         yield opened
         await remove_all(opened)
-        assert not opened.rooms.driver.find_orphans(opened.rooms.layout.instances)
-        assert list(opened.rooms.layout.instances.iterdir()) == []
+    assert not rooms.driver.find_orphans(rooms.layout.instances)
+    assert list(rooms.layout.instances.iterdir()) == []
 
 
 @pytest.fixture(scope="session")

@@ -307,6 +307,7 @@ class ForkResult(Record, frozen=True, kw_only=True):
     instance: Instance | None = None
     error: str | None = None
     error_code: str | None = None
+    started_ahead: bool = False  # its VMM had been started before it was asked for
     sharing: Sharing | None = None
     sharing_reason: str = ""
     memory: MemoryReport | None = None

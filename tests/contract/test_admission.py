@@ -35,7 +35,9 @@ async def opened(driver: FakeDriver, fake_home: Path) -> AsyncIterator[Opener]:
 
         async def open_host(**changes: float) -> AsyncHost:
             budgets = msgspec.structs.replace(ROOMY, **changes)
-            host = AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, budgets=budgets)
+            host = AsyncHost(
+                fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, budgets=budgets, spares=0
+            )
             return await stack.enter_async_context(host)
 
         yield open_host
@@ -165,11 +167,11 @@ async def test_budgets_are_read_when_the_data_directory_is_opened(
     config = fake_home / "config.toml"
     config.write_text('[budgets]\nmax_instances = 7\nmemory = "3G"\n')
     monkeypatch.setenv("COPPICE_MAX_INSTANCES", "8")
-    host = AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms)
+    host = AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
     async with host:
         assert (host.budgets.max_instances, host.budgets.memory_bytes) == (8, 3 * GIB)
         use = await host.budget()
         assert (use.instances, use.max_instances, use.running, use.memory_bytes) == (0, 8, 0, 0)
     config.write_text("[budgets]\nmax_instance = 7\n")
     with pytest.raises(UsageError, match="max_instance"):
-        await AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms).open()
+        await AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0).open()

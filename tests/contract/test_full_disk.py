@@ -49,7 +49,7 @@ def fill(disk: Path) -> None:
 
 
 def host_on(disk: Path, driver: FakeDriver) -> AsyncHost:
-    return AsyncHost(disk / "home", driver=driver, deadlines=DEADLINES, open_rooms=open_rooms)
+    return AsyncHost(disk / "home", driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
 
 
 async def test_a_full_disk_can_be_looked_at_and_made_room_on(small_disk: Path, seed_home: Path, fake_vmm: Path) -> None:

@@ -186,7 +186,7 @@ async def test_a_capture_without_room_lets_the_guest_run_on(
 async def test_a_silent_copy_cannot_be_captured(fake_vmm: Path, fake_home: Path) -> None:
     """Memory that is not the mem-file would be lost without a word: the capture is refused, and the guest runs on."""
     driver = FakeDriver(fake_vmm, copies_silently=True)
-    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
+    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0) as host:
         await make(host, State.STANDBY)
         await host.restore("oak")
         with pytest.raises(IntegrityError):

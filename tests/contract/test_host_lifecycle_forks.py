@@ -291,7 +291,7 @@ async def test_a_driver_without_private_mapping_gets_copies(fake_vmm: Path, fake
     """A capability decides, not a name: such a driver might write into the mem-file, so no fork gets a link to it."""
     capabilities = msgspec.structs.replace(CAPABILITIES, maps_mem_file_privately=False)
     driver = FakeDriver(fake_vmm, capabilities=capabilities)
-    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
+    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0) as host:
         source = await make(host, State.TEMPLATE)
         (result,) = (await host.fork("oak")).results
         assert result.sharing is Sharing.COPY
@@ -303,7 +303,7 @@ async def test_a_driver_without_private_mapping_gets_copies(fake_vmm: Path, fake
 async def test_a_driver_that_copies_in_silence_is_seen(fake_vmm: Path, fake_home: Path) -> None:
     """Sharing is read from the kernel: the link is there, but the VMM maps other memory, and the report says so."""
     driver = FakeDriver(fake_vmm, copies_silently=True)
-    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
+    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0) as host:
         source = await make(host, State.TEMPLATE)
         (result,) = (await host.fork("oak")).results
         assert result.ok

@@ -171,7 +171,7 @@ async def test_a_host_that_cannot_be_opened_is_closed(
         raise no_room()
 
     monkeypatch.setattr(recovery, "recover", fails)
-    host = AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms)
+    host = AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
     with pytest.raises(OSError, match="No space"):
         await host.open()
     with pytest.raises(RuntimeError, match="open the host first"):

@@ -381,7 +381,7 @@ from fakes.rooms import DEADLINES, open_rooms
 
 async def main(program, home):
     driver = FakeDriver(Path(program))
-    async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
+    async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0) as host:
         print("begin", flush=True)
         while True:
             await boot(host)

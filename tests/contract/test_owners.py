@@ -24,7 +24,9 @@ async def hosts(driver: FakeDriver, fake_home: Path) -> AsyncIterator[Hosts]:
     async with AsyncExitStack() as stack:
         opened = {
             owner: await stack.enter_async_context(
-                AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, owner=owner or None)
+                AsyncHost(
+                    fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, owner=owner or None, spares=0
+                )
             )
             for owner in ("", "alice", "bob")
         }

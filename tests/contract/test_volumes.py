@@ -66,7 +66,9 @@ async def test_a_volume_needs_its_room_on_the_disk(driver: FakeDriver, fake_home
         memory_overcommit=1.0,
         disk_floor_bytes=disk.f_bavail * disk.f_frsize - 64 * MIB,  # others may free some meanwhile
     )
-    async with AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, budgets=budgets) as host:
+    async with AsyncHost(
+        fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, budgets=budgets, spares=0
+    ) as host:
         with pytest.raises(NoSpace, match="the volume data"):
             await host.volume_create("data", size_bytes=MAX_VOLUME)
         await assert_tidy(host)

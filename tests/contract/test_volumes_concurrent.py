@@ -27,7 +27,7 @@ from test_volumes_concurrent import grab
 
 async def main(program, home):
     driver = FakeDriver(Path(program))
-    async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
+    async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0) as host:
         print("begin", flush=True)
         sys.stdin.readline()
         await grab(host, "theirs")

@@ -33,6 +33,7 @@ CAPABILITIES = Capabilities(
     maps_mem_file_privately=True,
     boots_in_file=True,
     restores_without_kernel=True,
+    restores_paused=True,
     user_mode_network=True,
     relative_paths=True,
 )
@@ -99,9 +100,10 @@ class FakeDriver(VmmDriver):
         process = await self._start(launch, "shared", files.LIVE_MEMORY)
         return await self._started("booted", process)
 
-    async def restore(self, launch: Launch) -> VmmProcess:
+    async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
         await self.faults.reach("restore")
-        process = await self._start(launch, "anonymous" if self._copies_silently else "private", files.MEMORY)
+        kind: Kind = "anonymous" if self._copies_silently else "private"
+        process = await self._start(launch, kind, files.MEMORY, paused=paused)
         return await self._started("restored", process, launch)
 
     async def _started(self, step: str, process: VmmProcess, restored: Launch | None = None) -> VmmProcess:
@@ -114,10 +116,12 @@ class FakeDriver(VmmDriver):
             raise
         return process
 
-    async def _start(self, launch: Launch, kind: Kind, memory: str) -> VmmProcess:
+    async def _start(self, launch: Launch, kind: Kind, memory: str, *, paused: bool = False) -> VmmProcess:
         listeners = _listeners(launch.directory)
         try:
             process = await processes.start_in_thread(self._spawn, launch, kind, memory)
+            if paused:  # before there is a guest that could say anything
+                await complete(self._turn(process, signal.SIGUSR1, paused=True))
         except BaseException:
             for listener in listeners:
                 listener.close()

@@ -48,11 +48,11 @@ class CopyingDriver(VmmDriver):
     async def boot(self, launch: Launch) -> VmmProcess:
         return await self._inner.boot(launch)
 
-    async def restore(self, launch: Launch) -> VmmProcess:
+    async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
         if self._full:
             filled = await asyncio.to_thread(fill_holes, launch.directory / files.MEMORY)
             self.filled_bytes[launch.directory.name] = filled
-        return await self._inner.restore(launch)
+        return await self._inner.restore(launch, paused=paused)
 
     async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
         return await self._inner.published(directory, asked)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,7 +14,9 @@ import msgspec
 from coppice.completion import all_of, complete, in_thread
 from coppice.disk.atomic import os_errors
 from coppice.errors import CoppiceError, HostCannot
-from coppice.fork.plan import OPERATION, ForkRequest, grown_from, plan, takes_memory
+from coppice.fork.place import place
+from coppice.fork.plan import OPERATION, ForkRequest, grown_from, plan
+from coppice.fork.spare import Spare, adopt
 from coppice.instance import activate, destroy
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
@@ -38,13 +40,14 @@ async def fan_out(
     admit: Callable[[], None],
     parent: Instance | None = None,
     snapshot: Snapshot | None = None,
+    spares: Sequence[Spare] = (),
 ) -> ForkReport:
     """Grow all children of `source`, which the caller holds locked (shared). Every child that fails is undone.
 
     `admit` refuses, inside of the transaction that records them, what the host has no room for. The children are `owner`'s, or where the
     operator forks, the source's. `parent` is whom they are forks of, where that is not `source`: a running machine, of which `source` is the
     capture. With a `snapshot`, which `source` stands for, they are grown from its files, and `parent` is the instance that it was made of, if
-    that still lives.
+    that still lives. The first children are what the `spares` become, at most one each; a spare that keeps its lock has not become one.
     With `atomic`, one failure undoes all, and is raised.
 
     :raises CoppiceError: the plan is refused, or a child failed and the request is atomic
@@ -55,6 +58,11 @@ async def fan_out(
     children = plan(source, request, named, owner)
     if snapshot is not None:
         children = [grown_from(snapshot, child, parent) for child in children]
+    started = {child.name: spare for child, spare in zip(children, spares, strict=False)}
+    children = [
+        msgspec.structs.replace(child, id=started[child.name].id) if child.name in started else child
+        for child in children
+    ]
     try:
         children = await in_thread(rooms.store.create, children, OPERATION, admit)
     except asyncio.CancelledError:
@@ -68,9 +76,10 @@ async def fan_out(
         async with slots:
             try:
                 with os_errors(f"fork {instance.name}"):  # not a bug: it must not take the siblings with it
-                    async with locks.hold(rooms.layout.lock(instance.id), what=instance.name):
+                    spare = started.get(instance.name)
+                    async with _hold(rooms, instance, spare):
                         result: ForkResult | CoppiceError = await _grow(
-                            rooms, origin, source, instance, request, payload
+                            rooms, origin, source, instance, request, payload, spare
                         )
             except CoppiceError as error:
                 result = error
@@ -104,8 +113,28 @@ async def fan_out(
     )
 
 
+@contextlib.asynccontextmanager
+async def _hold(rooms: Rooms, child: Instance, spare: Spare | None) -> AsyncIterator[None]:
+    """Hold a child for the length of the block. What has been a spare is held already, and is let go of at its end."""
+    if spare is None:
+        async with locks.hold(rooms.layout.lock(child.id), what=child.name):
+            yield
+    else:
+        descriptor = spare.give_lock()
+        try:
+            yield
+        finally:
+            locks.release(descriptor)
+
+
 async def _grow(
-    rooms: Rooms, origin: Path, source: Instance, child: Instance, request: ForkRequest, payload: bytes | None
+    rooms: Rooms,
+    origin: Path,
+    source: Instance,
+    child: Instance,
+    request: ForkRequest,
+    payload: bytes | None,
+    spare: Spare | None,
 ) -> ForkResult:
     """One child: directory, links, disk; then, if it is to run, VMM, identity, verification. Undone if it fails."""
     stages, target = Stages(), request.target
@@ -113,7 +142,10 @@ async def _grow(
     try:
         with stages.stage("place"):
             await in_thread(rooms.store.get, child.id)  # another process may have removed it before it was held
-            placed = await in_thread(_place, rooms, origin, source, child, target)
+            if spare is None:
+                placed = await in_thread(place, rooms, origin, source, child.id, target)
+            else:
+                placed = await in_thread(adopt, rooms, spare, source)
         with_memory = placed.mem_file is not None
         child = msgspec.structs.replace(
             child,
@@ -124,7 +156,11 @@ async def _grow(
             _log.warning("%s: the mem-file was copied, not linked: %s", child.name, placed.mem_file.reason)
         memory = None
         if target is State.RUNNING:
-            child = await (activate.restore if with_memory else activate.boot)(rooms, child, stages, payload, done=done)
+            if with_memory:
+                started = spare.process if spare else None
+                child = await activate.restore(rooms, child, stages, payload, done=done, started=started)
+            else:
+                child = await activate.boot(rooms, child, stages, payload, done=done)
             with stages.stage("verify"):
                 memory = await activate.verify_sharing(rooms, child)
         else:
@@ -137,6 +173,7 @@ async def _grow(
     return ForkResult(
         name=child.name,
         ok=True,
+        started_ahead=spare is not None,
         instance=child,
         sharing=memory.sharing if memory else directories.sharing_of(child.mem_file),
         sharing_reason=child.mem_file.reason if child.mem_file else "",
@@ -144,21 +181,6 @@ async def _grow(
         disk_bytes_written=placed.bytes_written,
         stages=stages.ms,
         total_ms=stages.total_ms,
-    )
-
-
-def _place(rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State) -> directories.Placed:
-    directory = rooms.directory(child.id)
-    with_memory = takes_memory(source, target)
-    if with_memory:
-        directories.require_current(origin, source)
-    directories.create(directory)
-    return directories.place_fork(
-        origin,
-        directory,
-        source,
-        with_memory=with_memory,
-        shareable=rooms.driver.capabilities.maps_mem_file_privately,
     )
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from coppice.completion import in_thread
+from coppice.completion import all_of, in_thread
 from coppice.disk.atomic import os_errors
 from coppice.disk.overlay import OverlayStore
 from coppice.errors import Busy, NotFound
 from coppice.guest.agent import agent_binary
 from coppice.guest.kernel import KernelStore
 from coppice.host.hashing import Background, Hashing
+from coppice.host.spares import Spares, check_spares
 from coppice.images.catalog import ImageCatalog
 from coppice.instance import recovery
 from coppice.instance.rooms import Deadlines, Rooms
@@ -68,6 +69,7 @@ class HostBase:
         deadlines: Deadlines | None = None,
         budgets: Budgets | None = None,
         background: Background = "owned",
+        spares: int = 1,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
         """Prepare to use the data directory `home` (default: COPPICE_HOME and so on, see `default_home`).
@@ -77,8 +79,11 @@ class HostBase:
         `budgets` are used instead of those that config.toml and the environment say (see `coppice.store.budgets`).
         `background` says what becomes of the hashing of captures when the host is closed: `owned`, it ends, and the next host takes it up;
         `detached`, it goes on by itself; `off`, there is none. config.toml and the environment can switch it off too (see `coppice.store.config`).
+        `spares` VMMs are started ahead, while the host is open, for each template that it has forked twice within half a minute, and is expected to fork
+        again (see `coppice.fork.spare`). Each takes some 20 MiB; with 0 there are none.
 
         :raises InvalidName: the owner is not a name
+        :raises UsageError: so many spares can never be
         """
         self._home = Path(home) if home is not None else default_home()
         self._owner = check_owner(owner)
@@ -88,8 +93,10 @@ class HostBase:
         self._budgets: Budgets | None = None
         self._open_rooms = open_rooms or default_rooms
         self._background = background
+        self._spare_limit = check_spares(spares)
         self._opened: Rooms | None = None
         self._hashing: Hashing | None = None
+        self._spares: Spares | None = None
 
     @property
     def home(self) -> Path:
@@ -131,7 +138,7 @@ class HostBase:
             try:
                 await in_thread(self._open)
                 await recovery.recover(self.rooms)
-                await in_thread(recovery.sweep_locks, self.rooms)
+                await recovery.sweep(self.rooms)
                 self._hash().resume()
             except BaseException:
                 await self.close()
@@ -145,6 +152,7 @@ class HostBase:
         background = self._background if hashes_in_background(layout.home) else "off"
         self._opened = self._open_rooms(layout, self._driver, self._deadlines)
         self._hashing = Hashing(self._opened, background)
+        self._spares = Spares(self._opened, self._spare_limit, self._hold_template)
 
     def _hash(self) -> Hashing:
         """The background hashing of this host, once it is opened."""
@@ -152,13 +160,23 @@ class HostBase:
             raise AssertionError("only an opened host has captured anything")
         return self._hashing
 
+    def _spare(self) -> Spares:
+        """The spares of this host, once it is opened."""
+        if self._spares is None:
+            raise AssertionError("only an opened host has forked anything")
+        return self._spares
+
+    @contextlib.asynccontextmanager
+    async def _hold_template(self, instance_id: str) -> AsyncIterator[Instance]:
+        async with self._hold(instance_id, Operation.FORK, shared=True) as (instance, _):
+            yield instance
+
     async def close(self) -> None:
         """Close the data directory. Instances live on. Idempotent."""
         try:
-            if self._hashing is not None:
-                await self._hashing.close()
+            await all_of(part.close() for part in (self._hashing, self._spares) if part is not None)
         finally:
-            self._hashing = None
+            self._hashing = self._spares = None
             if self._opened is not None:
                 self._opened.store.close()
                 self._opened = None

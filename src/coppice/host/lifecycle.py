@@ -257,7 +257,9 @@ class Lifecycle(Volumes):
 
         :raises InUse: it has forks; the message names them
         """
-        return await self._change(reference, Operation.DEMOTE)
+        demoted = await self._change(reference, Operation.DEMOTE)
+        await self._spare().drop(demoted.id)
+        return demoted
 
     async def _change(self, reference: Reference, operation: Operation, public: bool | None = None) -> Instance:
         async with self._hold(reference, operation) as (instance, target):
@@ -311,7 +313,11 @@ class Lifecycle(Volumes):
             return await self._fork_running(reference, request, progress)
         async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
             admit = await self._admit(await in_thread(demand_of_forks, self.rooms, source, request))
-            forked = await fan_out(self.rooms, source, request, progress, owner=self.owner, admit=admit)
+            with self._spare().taken(source, request) as spares:
+                forked = await fan_out(
+                    self.rooms, source, request, progress, owner=self.owner, admit=admit, spares=spares
+                )
+        self._spare().forked(source, request)
         self._hash().captured(*forked.instances)
         return forked
 
@@ -349,6 +355,7 @@ class Lifecycle(Volumes):
         """
         async with self._hold(reference, Operation.REMOVE) as (instance, _):
             await complete(self._remove(instance))
+        await self._spare().drop(instance.id)
 
     async def _remove(self, instance: Instance) -> None:
         if any(not disk.readonly for disk in instance.machine.volumes):

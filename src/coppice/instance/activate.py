@@ -73,48 +73,79 @@ async def boot(
 
 
 async def restore(
-    rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None = None, *, done: bool = True
+    rooms: Rooms,
+    instance: Instance,
+    stages: Stages,
+    payload: bytes | None = None,
+    *,
+    done: bool = True,
+    started: VmmProcess | None = None,
 ) -> Instance:
     """Start a machine from its captured memory; return the Running record, saved. `payload` and `done` are those of `boot`.
+
+    With `started` that has been done but for the last step: the VMM has loaded the state (see `coppice.fork.spare`), and the guest has not run.
 
     :raises IntegrityError: the capture is not what it was, or was made on something else
     :raises VmmDied: the state could not be loaded
     :raises GuestTimeout: the guest did not acknowledge who it is in time
     """
+    if started is None:
+        with stages.stage("check"):
+            await check(rooms, instance)
+    return await _run(rooms, instance, stages, payload, booted=False, done=done, started=started)
+
+
+async def check(rooms: Rooms, instance: Instance) -> None:
+    """See that what was captured can be restored here, and that all a restore needs is in the instance's directory.
+
+    :raises IntegrityError: the capture is not what it was, or was made on something else
+    """
     directory = rooms.directory(instance.id)
     if instance.mem_file is None or instance.manifest is None:
         raise IntegrityError(f"{instance.name} has no captured memory", hint="start it from its disk")
-    with stages.stage("check"):
-        require_same_host(instance.manifest, await rooms.driver.manifest(instance.machine), instance.name)
-        await in_thread(memfile.check, directory / files.MEMORY, instance.mem_file)
-        await in_thread(directories.require_current, directory, instance)
-        kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
-        stub = await in_thread(rooms.kernels.stub, kernel)
-        await in_thread(directories.place_kernel, directory, *stub)
-    return await _run(rooms, instance, stages, payload, booted=False, done=done)
+    require_same_host(instance.manifest, await rooms.driver.manifest(instance.machine), instance.name)
+    await in_thread(memfile.check, directory / files.MEMORY, instance.mem_file)
+    await in_thread(directories.require_current, directory, instance)
+    kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
+    stub = await in_thread(rooms.kernels.stub, kernel)
+    await in_thread(directories.place_kernel, directory, *stub)
 
 
-async def _run(
-    rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None, *, booted: bool, done: bool
-) -> Instance:
-    directory = rooms.directory(instance.id)
+def launch(rooms: Rooms, instance: Instance) -> Launch:
+    """What the VMM of an instance is started with."""
     if instance.manifest is None:
         raise AssertionError("a machine is started with its manifest")
-    launch = Launch(
-        directory=directory,
+    return Launch(
+        directory=rooms.directory(instance.id),
         machine=instance.machine,
         mac=mac_address(instance.id),
         publish=instance.publish,
         manifest=instance.manifest,
     )
-    process: VmmProcess | None = None
+
+
+async def _run(
+    rooms: Rooms,
+    instance: Instance,
+    stages: Stages,
+    payload: bytes | None,
+    *,
+    booted: bool,
+    done: bool,
+    started: VmmProcess | None = None,
+) -> Instance:
+    directory = rooms.directory(instance.id)
+    process = started
     if instance.publish:
         await in_thread(ports.require_free, instance)
     await in_thread(directories.trim_logs, directory)
     known_as = instance  # as it was before; if it fails, it is that again, or where it was new, gone
     try:
         with stages.stage("start"):
-            process = await (rooms.driver.boot(launch) if booted else rooms.driver.restore(launch))
+            if process is not None:
+                await rooms.driver.resume(directory)
+            else:
+                process = await (rooms.driver.boot if booted else rooms.driver.restore)(launch(rooms, instance))
             instance = msgspec.structs.replace(
                 instance, state=State.INITIALIZING, vmm=process, started_at=time.time(), exit_reason=None
             )

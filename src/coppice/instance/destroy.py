@@ -40,3 +40,12 @@ async def destroy(rooms: Rooms, instance: Instance) -> None:
     await in_thread(directories.remove, rooms.directory(instance.id))
     await in_thread(rooms.store.forget, instance.id)
     rooms.layout.lock(instance.id).unlink(missing_ok=True)
+
+
+async def remove_unrecorded(rooms: Rooms, instance_id: str) -> None:
+    """Remove what is there under an id that no record has. Idempotent; the caller holds its lock."""
+    directory = rooms.directory(instance_id)
+    if directory.exists():
+        await end_all_in(rooms, directory)
+        await in_thread(directories.remove, directory)
+    rooms.layout.lock(instance_id).unlink(missing_ok=True)

@@ -57,17 +57,23 @@ async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
     return done
 
 
-def sweep_locks(rooms: Rooms) -> None:
-    """Remove the lock files of what is gone: a removal ends with its lock file, and may have been killed just before. Blocks.
+async def sweep(rooms: Rooms) -> None:
+    """Remove what has a lock file and no record, unless somebody holds it.
 
-    Records are read last: a lock file is made after its record.
+    A removal ends with the lock file, and may have been killed just before; and a spare of a host that was killed has no record.
     """
+    for key in await in_thread(_without_record, rooms):
+        if (descriptor := locks.try_lock(rooms.layout.lock(key))) is not None:
+            try:
+                await destroy.remove_unrecorded(rooms, key)
+            finally:
+                locks.release(descriptor)
+
+
+def _without_record(rooms: Rooms) -> set[str]:
+    # Records are read last: a lock file is made after its record, and but for a spare's it is not held without one.
     present = {path.stem for path in rooms.layout.locks.iterdir()}
-    gone = {key for key in present if is_id(key)} - rooms.store.known()
-    for lock in map(rooms.layout.lock, gone):
-        if (descriptor := locks.try_lock(lock)) is not None:
-            lock.unlink(missing_ok=True)
-            locks.release(descriptor)
+    return {key for key in present if is_id(key)} - rooms.store.known()
 
 
 async def _resolve_held(rooms: Rooms, entry: JournalEntry) -> list[str]:

@@ -28,6 +28,7 @@ class HostBase:
         deadlines: Deadlines | None = None,
         budgets: Budgets | None = None,
         background: Background = "owned",
+        spares: int = 1,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
         self._host = AsyncHost(
@@ -38,6 +39,7 @@ class HostBase:
             deadlines=deadlines,
             budgets=budgets,
             background=background,
+            spares=spares,
             open_rooms=open_rooms,
         )
         self._portal = Portal()

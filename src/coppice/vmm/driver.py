@@ -39,6 +39,7 @@ class Capabilities(Record, frozen=True, kw_only=True):
     maps_mem_file_privately: bool  # restore maps MEMORY with MAP_PRIVATE, so a hard link may be shared
     boots_in_file: bool  # on first boot guest RAM is LIVE_MEMORY, so a capture writes no RAM
     restores_without_kernel: bool  # restore wants only stubs in place of kernel and initrd
+    restores_paused: bool  # a restore can load the state and leave the guest stopped
     user_mode_network: bool
     relative_paths: bool  # nothing in VMSTATE names a directory
 
@@ -82,8 +83,10 @@ class VmmDriver(ABC):
         """
 
     @abstractmethod
-    async def restore(self, launch: Launch) -> VmmProcess:
-        """Start a machine from MEMORY and VMSTATE; the guest runs as soon as the state is loaded.
+    async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
+        """Start a machine from MEMORY and VMSTATE; the guest runs as soon as the state is loaded, or with `paused` (see `restores_paused`) once it is resumed.
+
+        As soon as the VMM answers (see `is_paused`), it has mapped MEMORY, and does not need its name any more.
 
         Returns when the VMM process runs. A state that cannot be loaded shows as the end of the process, which
         `wait_exit` reports: whoever waits for the guest's answer waits for that too.

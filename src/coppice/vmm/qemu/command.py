@@ -117,7 +117,9 @@ def boot_arguments(machine: MachineSpec, command_line: str) -> list[str]:
     ]  # fmt: skip
 
 
-def restore_arguments(machine: MachineSpec, vmstate_fd: int, release: tuple[int, int]) -> list[str]:
+def restore_arguments(
+    machine: MachineSpec, vmstate_fd: int, release: tuple[int, int], *, paused: bool = False
+) -> list[str]:
     """Restore: the mem-file is mapped MAP_PRIVATE; kernel and initrd are stubs, since nothing ever reads them.
 
     QEMU opens the mem-file for reading only, where its release can: then not even a guest that has broken out of it can write to what
@@ -128,6 +130,7 @@ def restore_arguments(machine: MachineSpec, vmstate_fd: int, release: tuple[int,
         "-object", _memory(machine, files.MEMORY, share=False) + read_only,
         "-kernel", files.KERNEL, "-initrd", files.INITRD, "-append", "",
         "-incoming", f"fd:{vmstate_fd}",
+        *(["-S"] if paused else []),
     ]  # fmt: skip
 
 

@@ -51,6 +51,7 @@ class QemuDriver(VmmDriver):
             maps_mem_file_privately=True,
             boots_in_file=True,
             restores_without_kernel=True,
+            restores_paused=True,
             user_mode_network=True,
             relative_paths=True,
         )
@@ -77,10 +78,12 @@ class QemuDriver(VmmDriver):
         process = await processes.start_in_thread(self._start, launch, command.boot_arguments(launch.machine, line))
         return await self._settle(launch.directory, process)
 
-    async def restore(self, launch: Launch) -> VmmProcess:
+    async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
         vmstate = os.open(launch.directory / files.VMSTATE, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            arguments = command.restore_arguments(launch.machine, vmstate, host.release(launch.manifest.vmm_version))
+            arguments = command.restore_arguments(
+                launch.machine, vmstate, host.release(launch.manifest.vmm_version), paused=paused
+            )
             process = await processes.start_in_thread(self._start, launch, arguments, vmstate)
         finally:
             os.close(vmstate)
