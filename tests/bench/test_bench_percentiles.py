@@ -49,7 +49,7 @@ def test_a_summary_per_case() -> None:
     """Method, count, RAM and cache make a case; machines of all its rounds are its samples, and rounds its wall times."""
     report = fan_out_report()
     cases = {(row.method, row.count, row.memory_bytes, row.cache) for row in report.summary}
-    assert len(cases) == len(report.summary) == 2 * 2 * 7
+    assert len(cases) == len(report.summary) == 2 * 2 * 8
     row = next(row for row in report.summary if row.method is Method.SHARED and row.count == 4)
     assert (row.rounds, row.answered_ms.samples, row.wall_ms.samples) == (2, 8, 2)
     assert row.answered_ms.p50 == 311.0

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from conftest import HostFactory
-from coppice.errors import NameTaken, UsageError
+from coppice.errors import NameTaken, NotSupported, UsageError
 from coppice.host import AsyncHost
 from coppice.host import spares as policy
 from coppice.model import ForkResult, Instance, Publish, State
@@ -182,6 +182,22 @@ async def test_several_for_each_template(fake_home: Path, driver: FakeDriver, mo
         assert len(host._spare()._ready) == 3
         report = await host.fork("oak", count=3)
         assert sum(result.started_ahead for result in report.results) in (1, 2)
+
+
+async def test_a_burst_that_is_expected_is_started_ahead(fake_home: Path, driver: FakeDriver) -> None:
+    """As many as are asked for, also by a host that keeps none of itself; no more than that, and only of a template."""
+    async with host_with(fake_home, driver, 0) as host:
+        await make(host, State.TEMPLATE)
+        assert await host.start_ahead("oak", 3) == 3
+        assert await host.start_ahead("oak", 2) == 3
+        report = await host.fork("oak", count=4)
+        assert [result.started_ahead for result in report.results] == [True, True, True, False]
+        assert host._spare()._ready == []
+        await make(host, State.STANDBY, "elm")
+        with pytest.raises(NotSupported):
+            await host.start_ahead("elm")
+        with pytest.raises(UsageError):
+            await host.start_ahead("oak", policy.MOST + 1)
 
 
 async def test_they_go_with_their_template(host: AsyncHost) -> None:

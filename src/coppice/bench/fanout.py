@@ -23,6 +23,8 @@ from coppice.vmm import driver as files
 
 # As many at once as a fan-out grows, so that the machines of a cold boot wait for each other no more than forks do.
 _PARALLEL_BOOTS = 2 * (os.cpu_count() or 1)
+# A boot reads no mem-file, and a VMM that was started ahead has read some of it.
+_WARM_ONLY = (Method.COLD, Method.AHEAD)
 
 
 class FanOutPlan(Record, frozen=True, kw_only=True):
@@ -65,7 +67,7 @@ def cases(plan: FanOutPlan, memory_bytes: int) -> Iterator[tuple[int, Case]]:
         (method, cache)
         for method in plan.methods
         for cache in plan.caches
-        if method is not Method.COLD or cache is Cache.WARM
+        if method not in _WARM_ONLY or cache is Cache.WARM
     ]
     for number in range(max(map(plan.rounds, plan.counts))):
         turn = number % len(kinds)
@@ -94,7 +96,7 @@ async def measure_fan_out(host: AsyncHost, plan: FanOutPlan, say: Say) -> FanOut
     rounds: list[Round] = []
     omitted: dict[Skipped, None] = {}
     async with contextlib.AsyncExitStack() as stack:
-        hosts = {Method.COLD: host, Method.SHARED: host}
+        hosts = {Method.COLD: host, Method.SHARED: host, Method.AHEAD: host}
         for method in (Method.COPY, Method.SPARSE):
             driver = CopyingDriver(host.rooms.driver, full=method is Method.COPY)
             hosts[method] = await stack.enter_async_context(AsyncHost(host.home, driver=driver, background="off"))
@@ -127,6 +129,8 @@ def _line(plan: FanOutPlan, done: Round) -> str:
 
 
 async def _round(host: AsyncHost, plan: FanOutPlan, template: Instance, case: Case, number: int) -> Round:
+    if case.method is Method.AHEAD and await host.start_ahead(template, case.count) < case.count:
+        raise AssertionError("another host has no part in these")
     captured = [host.rooms.directory(template.id) / name for name in (files.MEMORY, files.VMSTATE)]
     prepare = accounting.read_into_cache if case.cache is Cache.WARM else accounting.drop_from_cache
     await asyncio.to_thread(prepare, *captured)
@@ -185,11 +189,12 @@ async def _boot_all(host: AsyncHost, image: str, case: Case, tags: dict[str, str
 
 
 async def _fork_all(host: AsyncHost, template: Instance, case: Case, tags: dict[str, str]) -> list[_Grown]:
-    with contextlib.nullcontext() if case.method is Method.SHARED else expected_copies():
+    shared = case.method in (Method.SHARED, Method.AHEAD)
+    with contextlib.nullcontext() if shared else expected_copies():
         report = await host.fork(template, count=case.count, atomic=True, tags=tags)
     driver = host.rooms.driver
     filled = driver.filled_bytes if isinstance(driver, CopyingDriver) else {}
-    wanted = Sharing.HARDLINK if case.method is Method.SHARED else Sharing.COPY
+    wanted = Sharing.HARDLINK if shared else Sharing.COPY
     grown = []
     for result in report.results:
         if result.instance is None or result.sharing is not wanted:
@@ -198,6 +203,8 @@ async def _fork_all(host: AsyncHost, template: Instance, case: Case, tags: dict[
                 hint=result.sharing_reason
                 or "see what the file system of the data directory can do with `coppice doctor`",
             )
+        if result.started_ahead is not (case.method is Method.AHEAD):
+            raise GuestError(f"the VMM of {result.name} was not started when it should have been", hint="run it again")
         written = result.disk_bytes_written + filled.get(result.instance.id, 0)
         grown.append(_Grown(result.instance, result.total_ms, result.stages, written))
     return grown

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLORS = {Method.COLD: "#999999", Method.COPY: "#D55E00", Method.SPARSE: "#E69F00", Method.SHARED: "#009E73"}
+_COLORS = {
+    Method.COLD: "#999999",
+    Method.COPY: "#D55E00",
+    Method.SPARSE: "#E69F00",
+    Method.SHARED: "#009E73",
+    Method.AHEAD: "#56B4E9",
+}
 _CAPTURE_COLORS = ("#999999", "#56B4E9", "#0072B2", "#004466", "#001122")
 _DPI = 110
 

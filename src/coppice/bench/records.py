@@ -18,6 +18,7 @@ class Method(StrEnum):
     COPY = "full-copy"  # fork, with a private copy of the whole mem-file, as `cp` makes it
     SPARSE = "sparse-copy"  # the same, but blocks of zeros are skipped, as `cp --sparse=always` does
     SHARED = "shared-fork"  # fork as Coppice does it: a hard link
+    AHEAD = "started-ahead"  # the same, with a VMM that had been started before the fork was asked for
 
 
 class Cache(StrEnum):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from coppice.bench.records import Cache, CaptureBenchReport, FanOutReport, FanOutSummary, HostFacts, Method
+from coppice.bench.records import CaptureBenchReport, FanOutReport, FanOutSummary, HostFacts, Method
 from coppice.model import GIB, MIB
 
 
@@ -39,7 +39,8 @@ def fan_out_table(report: FanOutReport) -> Table:
         "p50 ms", "p90", "p99", "wall ms", "CPU ms VMM", "CPU ms host", "own MiB", "own MiB worked", "disk MiB", "x shared",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
-    for row in report.summary:
+    following = [*report.summary[1:], None]
+    for row, after in zip(report.summary, following, strict=True):
         ratio = ratio_to_shared(report.summary, row)
         table.add_row(
             size_text(row.memory_bytes),
@@ -56,7 +57,7 @@ def fan_out_table(report: FanOutReport) -> Table:
             f"{row.unique_worked_bytes.p50 / MIB:.1f}",
             f"{row.disk_written_bytes.p50 / MIB:.1f}",
             f"{ratio:.1f}" if ratio is not None else "",
-            end_section=row.method is Method.SHARED and row.cache is Cache.COLD,
+            end_section=after is not None and (after.memory_bytes, after.count) != (row.memory_bytes, row.count),
         )
     return table
 

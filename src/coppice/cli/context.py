@@ -27,7 +27,8 @@ def open_host(cli: Cli) -> AsyncHost:
     """The real host over the data directory that the user chose."""
     from coppice.host import AsyncHost
 
-    return AsyncHost(cli.home, accel=cli.accel, owner=cli.owner, background=cli.background)
+    # No spares: a command forks once.
+    return AsyncHost(cli.home, accel=cli.accel, owner=cli.owner, background=cli.background, spares=0)
 
 
 @dataclass(frozen=True)

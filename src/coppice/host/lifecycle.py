@@ -11,10 +11,11 @@ import msgspec
 
 from coppice.completion import all_of, complete, in_thread
 from coppice.disk.atomic import os_errors
-from coppice.errors import CoppiceError, NoSpace, UsageError
+from coppice.errors import CoppiceError, NoSpace, NotSupported, UsageError
 from coppice.fork.fanout import fan_out
 from coppice.fork.plan import OPERATION as FORK
 from coppice.fork.plan import ForkRequest, make_request
+from coppice.fork.spare import serves
 from coppice.host.admission import (
     demand_of_activation,
     demand_of_capture,
@@ -22,6 +23,7 @@ from coppice.host.admission import (
     demand_of_run,
 )
 from coppice.host.base import Reference
+from coppice.host.spares import check_spares
 from coppice.host.volumes import Volumes
 from coppice.instance import activate, capture, destroy, live, recovery
 from coppice.instance import directory as directories
@@ -320,6 +322,24 @@ class Lifecycle(Volumes):
         self._spare().forked(source, request)
         self._hash().captured(*forked.instances)
         return forked
+
+    async def start_ahead(self, reference: Reference, count: int = 1) -> int:
+        """Start VMMs for the next forks of a template before they are asked for; return how many wait. They are kept for half a minute.
+
+        Each has loaded the template's state, and its guest has not run: the fork that gets it is like any other, and ready sooner. A fork that
+        publishes ports does not get one.
+
+        :raises UsageError: so many can never be
+        :raises NotSupported: it is no template, or has volumes, or the VMM cannot do it
+        """
+        check_spares(count)
+        async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
+            if not serves(self.rooms, source, ForkRequest()):
+                raise NotSupported(
+                    f"no VMM can be started ahead for {source.name}",
+                    hint="it must be a template, without volumes, of a driver that can leave a guest stopped",
+                )
+            return await self._spare().prepare(source, count)
 
     async def _fork_running(self, reference: Reference, request: ForkRequest, progress: ProgressSink) -> ForkReport:
         async with self._hold(reference, Operation.FORK_RUNNING) as (source, _):

@@ -27,7 +27,7 @@ Holding = Callable[[str], AbstractAsyncContextManager[Instance]]
 
 
 def check_spares(limit: int) -> int:
-    """Validate how many spares of one template a host may keep.
+    """Validate a number of spares of one template.
 
     :raises UsageError: it can never be
     """
@@ -72,25 +72,41 @@ class Spares:
         """A fork has been made: the second within some time lets a third be expected. Does not wait, and cannot fail."""
         if self._limit == 0 or not spares.serves(self._rooms, source, request):
             return
-        before = self._expected.pop(source.id, None)
-        self._expected[source.id] = asyncio.get_running_loop().call_later(IDLE_S, self._forget, source.id)
+        if self._expect(source.id) and source.id not in self._filling:
+            task = self._filling[source.id] = asyncio.create_task(self._fill(source.id))
+            task.add_done_callback(lambda _: self._filling.pop(source.id))
+
+    def _expect(self, source_id: str) -> bool:
+        """Expect a fork for some time from now; tell whether one was expected already."""
+        before = self._expected.pop(source_id, None)
+        self._expected[source_id] = asyncio.get_running_loop().call_later(IDLE_S, self._forget, source_id)
         if before is not None:
             before.cancel()
-            if source.id not in self._filling:
-                task = self._filling[source.id] = asyncio.create_task(self._fill(source.id))
-                task.add_done_callback(lambda _: self._filling.pop(source.id))
+        return before is not None
 
     async def _fill(self, source_id: str) -> None:
         try:
             async with self._hold_template(source_id) as source:
-                while len(self._of(source_id)) < self._limit and len(self._ready) < MOST:
-                    spare = await spares.prepare(self._rooms, source)
-                    if source_id not in self._expected:  # it took too long
-                        self._remove_soon([spare])
-                        return
-                    self._ready.append(spare)
+                await self._start(source, self._limit)
         except CoppiceError as error:
             _log.info("no VMM is started ahead: %s", error)
+
+    async def prepare(self, source: Instance, count: int) -> int:
+        """Start VMMs until `count` wait for forks of a template, which the caller holds locked (shared); return how many do.
+
+        :raises CoppiceError: one could not be started
+        """
+        self._expect(source.id)
+        await self._start(source, count)
+        return len(self._of(source.id))
+
+    async def _start(self, source: Instance, count: int) -> None:
+        while len(self._of(source.id)) < count and len(self._ready) < MOST:
+            spare = await spares.prepare(self._rooms, source)
+            self._ready.append(spare)
+            if source.id not in self._expected:  # it took too long
+                self._remove_soon(self._of(source.id))
+                return
 
     def _forget(self, source_id: str) -> None:
         del self._expected[source_id]

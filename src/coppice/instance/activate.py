@@ -23,7 +23,7 @@ from coppice.instance.last_words import cure, of_start
 from coppice.instance.rooms import Rooms
 from coppice.memory import memfile
 from coppice.memory.report import memory_report
-from coppice.model import ANY_PORT, Instance, Manifest, MemoryReport, State, VmmProcess
+from coppice.model import ANY_PORT, Instance, Manifest, MemFile, MemoryReport, State, VmmProcess
 from coppice.timing import Stages
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
@@ -100,15 +100,18 @@ async def check(rooms: Rooms, instance: Instance) -> None:
 
     :raises IntegrityError: the capture is not what it was, or was made on something else
     """
-    directory = rooms.directory(instance.id)
     if instance.mem_file is None or instance.manifest is None:
         raise IntegrityError(f"{instance.name} has no captured memory", hint="start it from its disk")
     require_same_host(instance.manifest, await rooms.driver.manifest(instance.machine), instance.name)
-    await in_thread(memfile.check, directory / files.MEMORY, instance.mem_file)
-    await in_thread(directories.require_current, directory, instance)
-    kernel = await in_thread(rooms.kernels.get, instance.machine.kernel)
-    stub = await in_thread(rooms.kernels.stub, kernel)
-    await in_thread(directories.place_kernel, directory, *stub)
+    await in_thread(_check_files, rooms, instance, instance.mem_file)
+
+
+def _check_files(rooms: Rooms, instance: Instance, mem_file: MemFile) -> None:
+    directory = rooms.directory(instance.id)
+    memfile.check(directory / files.MEMORY, mem_file)
+    directories.require_current(directory, instance)
+    stub = rooms.kernels.stub(rooms.kernels.get(instance.machine.kernel))
+    directories.place_kernel(directory, *stub)
 
 
 def launch(rooms: Rooms, instance: Instance) -> Launch:

@@ -114,6 +114,9 @@ class Lifecycle(HostBase):
             )
         )
 
+    def start_ahead(self, reference: Reference, count: int = 1) -> int:
+        return self._portal.call(self._host.start_ahead(reference, count))
+
     def rm(self, reference: Reference) -> None:
         self._portal.call(self._host.rm(reference))
 
