@@ -73,6 +73,12 @@ async def _standby(host: AsyncHost) -> None:
     await host.fork(STUMP, names=[OAK], target=State.STANDBY, atomic=True)
 
 
+async def _ahead(host: AsyncHost) -> None:
+    await host.start_ahead(STUMP)
+    (result,) = (await host.fork(STUMP, names=[OAK])).results
+    assert result.started_ahead
+
+
 async def _stopped(host: AsyncHost) -> None:
     await host.fork(STUMP, names=[OAK], target=State.STOPPED, atomic=True)
 
@@ -103,6 +109,14 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, None)},
             steps=38,
             seconds=0.35,
+        ),
+        Operation(
+            "fork-started-ahead",
+            nothing,
+            _ahead,
+            {OAK: _may(_RUNNING, None)},
+            steps=60,
+            seconds=0.5,
         ),
         Operation(
             "fan-out",

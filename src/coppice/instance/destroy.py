@@ -42,10 +42,11 @@ async def destroy(rooms: Rooms, instance: Instance) -> None:
     rooms.layout.lock(instance.id).unlink(missing_ok=True)
 
 
-async def remove_unrecorded(rooms: Rooms, instance_id: str) -> None:
-    """Remove what is there under an id that no record has. Idempotent; the caller holds its lock."""
+async def remove_unrecorded(rooms: Rooms, instance_id: str) -> bool:
+    """Remove what is there under an id that no record has; tell whether that was more than a lock file. Idempotent; the caller holds its lock."""
     directory = rooms.directory(instance_id)
-    if directory.exists():
+    if present := directory.exists():
         await end_all_in(rooms, directory)
         await in_thread(directories.remove, directory)
     rooms.layout.lock(instance_id).unlink(missing_ok=True)
+    return present

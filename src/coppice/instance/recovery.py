@@ -65,7 +65,8 @@ async def sweep(rooms: Rooms) -> None:
     for key in await in_thread(_without_record, rooms):
         if (descriptor := locks.try_lock(rooms.layout.lock(key))) is not None:
             try:
-                await destroy.remove_unrecorded(rooms, key)
+                if await destroy.remove_unrecorded(rooms, key):
+                    _log.warning("recovered: %s had no record and nobody held it: removed", key)
             finally:
                 locks.release(descriptor)
 
