@@ -19,6 +19,7 @@ from coppice.errors import CoppiceError, GuestProtocolError, GuestRefused, HostC
 from coppice.guest.client import copy_in, copy_out
 from coppice.guest.session import Session
 from coppice.guest.unpack import unpack
+from coppice.model import Progress
 
 
 @pytest.fixture
@@ -77,6 +78,27 @@ async def test_a_tree_goes_in_and_comes_out(session: Session, tmp_path: Path) ->
     assert await copy_out(session, str(tmp_path / "guest" / "tree"), tmp_path / "host") == 300_004
     assert describe(tmp_path / "host" / "tree") == describe(tmp_path / "tree")
     assert (tmp_path / "host/tree/hard").stat().st_nlink == 2
+
+
+async def test_progress_is_told(session: Session, tmp_path: Path) -> None:
+    """A copy tells how far it is until all is there; the total is known but for a tree of the guest's."""
+    plant(tmp_path / "tree")
+    (tmp_path / "tree" / "large").write_bytes(os.urandom(5 << 20))
+    steps: list[Progress] = []
+    for name, total in (("tree", 300_004 + (5 << 20)), ("tree/large", 5 << 20)):
+        source, inside = tmp_path / name, str(tmp_path / f"inside-{Path(name).name}")
+        for known, copy in (
+            (total, copy_in(session, source, inside, progress=steps.append)),
+            (None if name == "tree" else total, copy_out(session, inside, tmp_path / "back", progress=steps.append)),
+        ):
+            steps.clear()
+            await copy
+            assert {(step.stage, step.total, step.unit) for step in steps} == {("copy", known, "bytes")}
+            done = [step.done for step in steps]
+            assert done == sorted(set(done))
+            assert done[0] == 0
+            assert done[-1] >= total - (1 << 20) if known is None else done[-1] == total
+            assert 5 <= len(done) <= 8
 
 
 async def test_holes_stay_holes(session: Session, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -26,10 +26,11 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Budget:
-    """How many bytes may still be written; None: as many as there are."""
+    """How many bytes may still be written; None: as many as there are. `moved` is to be told of those that come."""
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, moved: Callable[[int], None]) -> None:
         self._limit = limit
+        self.moved = moved
         self.used = 0
 
     def spend(self, size: int) -> None:
@@ -39,16 +40,24 @@ class Budget:
             raise NoSpace(f"the guest sends more than {self._limit} bytes", hint="raise the limit, or copy less")
 
 
-def unpack(stream: BinaryIO, parent: Path, name: str, *, max_bytes: int | None = None) -> int:
+def unpack(
+    stream: BinaryIO,
+    parent: Path,
+    name: str,
+    *,
+    max_bytes: int | None = None,
+    moved: Callable[[int], None] = lambda _: None,
+) -> int:
     """Unpack an archive whose members all lie below one, which becomes `parent`/`name`. Return the bytes of contents written.
 
     Owners are not taken over; of the modes, set-id bits and what others may write are not.
 
+    :param moved: is called with bytes of contents, as they come
     :raises UnsafePath: a member is absolute, leads out of the destination, or is no file, directory or link
     :raises GuestProtocolError: it is not an archive, or it is cut off
     :raises NoSpace: it is more than `max_bytes`
     """
-    budget = Budget(max_bytes)
+    budget = Budget(max_bytes, moved)
     root = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for member in _members(stream):
@@ -148,6 +157,7 @@ def _write(stream: BinaryIO, directory: int, base: str, member: tarfile.TarInfo,
             else:
                 output.write(chunk)
             left -= len(chunk)
+            budget.moved(len(chunk))
         output.truncate(member.size)
         os.fchmod(handle, member.mode & 0o755 | 0o600)
         os.utime(handle, (member.mtime, member.mtime))
