@@ -36,7 +36,7 @@ class _Meter:
 
     def moved(self, size: int) -> None:
         self._done += size
-        if self._done - self._told >= MIB or self._done == self._total:
+        if self._done - self._told >= MIB or self._told < self._done == self._total:
             self._tell()
 
     def _tell(self) -> None:
@@ -66,7 +66,7 @@ async def copy_in(
 
     def work(stream: BinaryIO) -> None:
         meter = _Meter(progress, content_bytes(source))
-        pack(stream, source, name, uid=uid, gid=gid, moved=meter.moved)
+        pack(stream, source, name, uid=uid, gid=gid, holes=session.keeps_holes, moved=meter.moved)
 
     async def send(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> Unpacked:
         return await session.tar_in(directory, _chunks(reader))
@@ -107,7 +107,7 @@ async def copy_out(
         return unpack(stream, parent, name, max_bytes=max_bytes, moved=meter.moved)
 
     async def fetch(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async for chunk in session.tar_out(source):
+        async for chunk in session.tar_out(source, holes=True):
             writer.write(chunk)
             await writer.drain()
         writer.write_eof()
