@@ -89,7 +89,7 @@ class Housekeeping(HostBase):
         """Caches by content that no instance has a link to, or was made with."""
         layout, rooms = self.rooms.layout, self.rooms
         machines = [instance.machine for instance in rooms.store.instances()]
-        machines += [snapshot.machine for snapshot in rooms.store.snapshots.snapshots()]
+        machines += [snapshot.machine for snapshot in rooms.store.snapshots.all()]
         disks = {rooms.overlays.path(machine.overlay_bytes).name for machine in machines}
         return sorted(
             [
