@@ -181,6 +181,14 @@ def kernel_ls(ctx: typer.Context) -> None:
     )
 
 
+@kernel_app.command("rm")
+def kernel_rm(ctx: typer.Context, kernel: options.KernelKey) -> None:
+    """Remove a kernel. Refused while instances or snapshots have it."""
+    cli = Cli.of(ctx)
+    cli.call(lambda host: host.kernel_rm(kernel))
+    cli.show({"removed": [kernel]}, lambda: output.line(kernel))
+
+
 def _print_kernel(cli: Cli, kernel: Kernel) -> None:
     cli.show(_kernel_fields(kernel), lambda: output.line(kernel.key))
 

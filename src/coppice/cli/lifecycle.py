@@ -53,7 +53,12 @@ def run(
     volume: options.Volumes = None,
     kernel: Annotated[
         str | None,
-        typer.Option("--kernel", metavar="KEY|PATH", help="A kernel that was added, or a bzImage (with --modules)."),
+        typer.Option(
+            "--kernel",
+            metavar="KEY|PATH",
+            help="A kernel that was added, or a bzImage (with --modules).",
+            autocompletion=complete.kernels,
+        ),
     ] = None,
     modules: Annotated[
         Path | None,
