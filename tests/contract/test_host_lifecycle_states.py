@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -235,6 +236,51 @@ async def test_ls_filters_by_state_and_tags(fake_host: AsyncHost) -> None:
     assert [vm.name for vm in await fake_host.ls(tags={"team": "x"})] == ["a", "b"]
     assert [vm.name for vm in await fake_host.ls(tags={"team": "x", "tier": "1"})] == ["a"]
     assert await fake_host.ls(tags={"team": "y"}) == []
+
+
+async def test_a_kernel_in_use_is_not_removed(fake_host: AsyncHost) -> None:
+    """The refusal names who could not be started without it, in whatever state, snapshots too; when they are gone, it goes."""
+    key = "custom-6.1.0-0123abcd"
+    directory = fake_host.rooms.layout.kernels / key
+    directory.mkdir()
+    (directory / "vmlinuz").touch()
+    await boot(fake_host, kernel=key)
+    await fake_host.snapshot_create("oak", name="kept")
+    await fake_host.standby("oak")
+    await fake_host.promote("oak")
+    await boot(fake_host, "elm")  # with another kernel
+    for users in ("kept, oak", "kept"):
+        with pytest.raises(InUse, match=f"is used by {users};"):
+            await fake_host.kernel_rm(key)
+        assert (directory / "vmlinuz").exists()
+        if "oak" in users:
+            await fake_host.rm("oak")
+    await fake_host.snapshot_rm("kept")
+    await fake_host.kernel_rm(key)
+    assert not directory.exists()
+    assert not list(directory.parent.glob(".*"))
+    for gone in (key, "../instances", "no-such"):
+        with pytest.raises(NotFound, match="no kernel"):
+            await fake_host.kernel_rm(gone)
+
+
+async def test_a_kernel_that_goes_while_a_machine_is_made(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removed after `run` has found it and before there is a record: refused, and no instance is left without its kernel."""
+    key = "custom-6.1.0-0123abcd"
+    (fake_host.rooms.layout.kernels / key).mkdir()
+    create = fake_host.rooms.store.create
+
+    def late(*arguments: Any) -> Any:
+        asyncio.run_coroutine_threadsafe(fake_host.kernel_rm(key), loop).result(10)
+        return create(*arguments)
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(fake_host.rooms.store, "create", late)
+    with pytest.raises(NotFound, match="no kernel"):
+        await boot(fake_host, kernel=key, start=False)
+    assert await fake_host.ls() == []
 
 
 async def test_an_image_in_use_is_not_removed(fake_host: AsyncHost) -> None:

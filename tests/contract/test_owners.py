@@ -225,9 +225,9 @@ async def test_a_public_template_takes_its_volumes_along(hosts: Hosts) -> None:
         await alice.volume_rm("data")
 
 
-async def test_gc_and_verify_are_the_operators(hosts: Hosts) -> None:
-    """What is left behind belongs to nobody, and a check of everything is not for everybody."""
-    for work in (hosts["alice"].gc(), hosts["alice"].verify()):
+async def test_what_concerns_all_is_the_operators(hosts: Hosts) -> None:
+    """What is left behind belongs to nobody, a check of everything is not for everybody, and kernels are for all."""
+    for work in (hosts["alice"].gc(), hosts["alice"].verify(), hosts["alice"].kernel_rm("custom-6.1-0123abcd")):
         with pytest.raises(Refused, match="operator"):
             await work
     assert (await hosts[""].gc()).removed == ()

@@ -29,7 +29,7 @@ def assert_links(host: AsyncHost) -> None:
     """Each captured memory has exactly one link per instance and snapshot that is recorded to have it: none is lost, none is leaked."""
     layout, store = host.rooms.layout, host.rooms.store
     holders = [(layout.instance(vm.id) / "memory", vm.mem_file) for vm in store.instances()]
-    holders += [(layout.snapshot(kept.id) / "memory", kept.mem_file) for kept in store.snapshots.snapshots()]
+    holders += [(layout.snapshot(kept.id) / "memory", kept.mem_file) for kept in store.snapshots.all()]
     recorded: Counter[int] = Counter()
     links: dict[int, int] = {}
     for path, mem_file in holders:
@@ -58,7 +58,7 @@ async def survey(host: AsyncHost, operation: Operation, stump: tuple[int, int, i
     for name, may_be in operation.after.items():
         state = recorded[name].state if name in recorded else None
         assert state in may_be, f"{name} is {state}, {recorded[name].exit_reason if name in recorded else ''}"
-    snapshots = {kept.name for kept in host.rooms.store.snapshots.snapshots()} - {SEED}
+    snapshots = {kept.name for kept in host.rooms.store.snapshots.all()} - {SEED}
     assert operation.snapshots <= snapshots <= operation.snapshots | operation.may_have
 
     await assert_tidy(host, STUMP, *recorded)

@@ -87,7 +87,7 @@ async def assert_tidy(host: AsyncHost, *names: str) -> list[Instance]:
     assert {path.name for path in layout.instances.iterdir()} == ids
     assert {path.stem for path in layout.locks.iterdir()} <= ids | store.snapshots.ids() | store.volumes.ids()
     assert {path.name for path in layout.volumes.iterdir()} == store.volumes.ids()
-    for volume in store.volumes.volumes():
+    for volume in store.volumes.all():
         assert [path.name for path in layout.volume(volume.id).iterdir()] == ["data.raw"]
         disk = layout.volume_disk(volume.id)
         assert disk.stat().st_nlink == 1 + len(volume.attachments)
@@ -95,7 +95,7 @@ async def assert_tidy(host: AsyncHost, *names: str) -> list[Instance]:
             found = (layout.instance if holder.holder == "instance" else layout.snapshot)(holder.instance_id)
             assert any(path.samefile(disk) for path in found.glob("volume?.raw"))
     assert {path.name for path in layout.snapshots.iterdir()} == store.snapshots.ids()
-    for kept in store.snapshots.snapshots():
+    for kept in store.snapshots.all():
         with_memory = [files.MEMORY, files.VMSTATE] if kept.mem_file is not None else []
         volumes = [files.VOLUME_DISK.format(number) for number in range(len(kept.machine.volumes))]
         expected = [files.OVERLAY_DISK, files.ROOT_DISK, *with_memory, *volumes]

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import os
 import stat
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent_process import agent_session, names
 from coppice.errors import CoppiceError, GuestProtocolError, GuestRefused, HostCannot, NoSpace, NotFound, UnsafePath
 from coppice.guest.client import copy_in, copy_out
-from coppice.guest.session import Session
+from coppice.guest.pack import pack
+from coppice.guest.session import Session, Unpacked
 from coppice.guest.unpack import unpack
+from coppice.model import Progress
 
 
 @pytest.fixture
@@ -79,19 +82,152 @@ async def test_a_tree_goes_in_and_comes_out(session: Session, tmp_path: Path) ->
     assert (tmp_path / "host/tree/hard").stat().st_nlink == 2
 
 
-async def test_holes_stay_holes(session: Session, tmp_path: Path) -> None:
-    """A sparse file takes no more room in the guest, nor back on the host, than it has data; and it is the same file."""
+async def test_progress_is_told(session: Session, tmp_path: Path) -> None:
+    """A copy tells how far it is until all is there; the total is known but for a tree of the guest's."""
+    plant(tmp_path / "tree")
+    (tmp_path / "tree" / "large").write_bytes(os.urandom(5 << 20))
+    steps: list[Progress] = []
+    for name, total in (("tree", 300_004 + (5 << 20)), ("tree/large", 5 << 20)):
+        source, inside = tmp_path / name, str(tmp_path / f"inside-{Path(name).name}")
+        for known, copy in (
+            (total, copy_in(session, source, inside, progress=steps.append)),
+            (None if name == "tree" else total, copy_out(session, inside, tmp_path / "back", progress=steps.append)),
+        ):
+            steps.clear()
+            await copy
+            assert {(step.stage, step.total, step.unit) for step in steps} == {("copy", known, "bytes")}
+            done = [step.done for step in steps]
+            assert done == sorted(set(done))
+            assert done[0] == 0
+            assert done[-1] >= total - (1 << 20) if known is None else done[-1] == total
+            assert 5 <= len(done) <= 8
+
+
+class Traffic:
+    """Counts what crosses a session's port, by way of what is uploaded and downloaded."""
+
+    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent = self.received = 0
+        tar_in, tar_out = session.tar_in, session.tar_out
+
+        async def upload(directory: str, archive: AsyncIterator[bytes], *, make: bool = False) -> Unpacked:
+            async def counted() -> AsyncIterator[bytes]:
+                async for chunk in archive:
+                    self.sent += len(chunk)
+                    yield chunk
+
+            return await tar_in(directory, counted(), make=make)
+
+        async def download(path: str, **options: bool) -> AsyncIterator[bytes]:
+            async for chunk in tar_out(path, **options):
+                self.received += len(chunk)
+                yield chunk
+
+        monkeypatch.setattr(session, "tar_in", upload)
+        monkeypatch.setattr(session, "tar_out", download)
+
+
+def write_ranges(path: Path, ranges: Iterable[tuple[int, int]], size: int) -> None:
+    """A file of this size with data (offset, length) and else holes."""
+    with path.open("wb") as file:
+        for offset, length in ranges:
+            file.seek(offset)
+            file.write(os.urandom(length))
+        file.truncate(size)
+
+
+async def test_holes_travel_as_holes(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file takes no more room in the guest, nor back on the host, than it has data, its zeros are not sent, and it is the same file."""
     source, inside, back = (tmp_path / name for name in ("source", "inside", "back"))
-    with source.open("wb") as file:
-        file.write(b"begin")
-        file.seek(24 << 20)
-        file.write(b"middle")
-        file.truncate(48 << 20)
-    await copy_in(session, source, str(inside))
-    await copy_out(session, str(inside), back)
+    write_ranges(source, [(0, 5), (24 << 20, 6)], 48 << 20)
+    traffic = Traffic(session, monkeypatch)
+    assert (await copy_in(session, source, str(inside))).content_bytes == 48 << 20
+    assert await copy_out(session, str(inside), back) == 48 << 20
     for copy in (inside, back):
         assert copy.read_bytes() == source.read_bytes()
         assert copy.stat().st_blocks * 512 < 1 << 20
+    assert traffic.sent < 100_000
+    assert traffic.received < 100_000
+
+
+async def test_more_holes_than_can_be_told(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in a thousand pieces loses its smaller holes on the way, not its large ones and nothing of its data, whoever packs it."""
+    source, back = tmp_path / "source", tmp_path / "back"
+    small, large = (range(0, 1030 * 0x11000, 0x11000), range(1 << 30, 8 << 30, 1 << 30))
+    write_ranges(source, ((offset, 100) for offset in (*small, *large)), 8 << 30)
+    packed = io.BytesIO()
+    pack(packed, source, "top")
+    traffic = Traffic(session, monkeypatch)
+    await copy_out(session, str(source), back)
+    assert back.stat().st_size == 8 << 30
+    with source.open("rb") as ours, back.open("rb") as theirs:
+        for offset, length in ((0, small.stop), *((offset - 100, 300) for offset in large)):
+            assert os.pread(ours.fileno(), length, offset) == os.pread(theirs.fileno(), length, offset)
+    for moved in (len(packed.getvalue()), traffic.received):
+        assert small.stop - 0x11000 < moved < small.stop + 100_000
+
+
+async def test_an_agent_that_knows_no_holes_gets_zeros(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that was captured with an older agent gets what it understands: the file as it is."""
+    source, inside = tmp_path / "source", tmp_path / "inside"
+    write_ranges(source, [(1 << 20, 5)], 2 << 20)
+    traffic = Traffic(session, monkeypatch)
+    monkeypatch.setattr(Session, "keeps_holes", False)
+    await copy_in(session, source, str(inside))
+    assert traffic.sent > 2 << 20
+    assert inside.read_bytes() == source.read_bytes()
+
+
+def test_a_sparse_archive_is_one_that_others_read(tmp_path: Path) -> None:
+    """Python's reader finds the same contents, with holes first, last, and without any data."""
+    (tmp_path / "tree").mkdir()
+    write_ranges(tmp_path / "tree" / "file", [(1 << 20, 70_000)], 2 << 20)
+    write_ranges(tmp_path / "tree" / "nothing", [], 1 << 20)
+    stream = io.BytesIO()
+    pack(stream, tmp_path / "tree", "top")
+    assert len(stream.getvalue()) < 100_000
+    stream.seek(0)
+    with tarfile.open(fileobj=stream) as tar:
+        for name in ("file", "nothing"):
+            read = tar.extractfile(f"top/{name}")
+            assert read is not None
+            assert read.read() == (tmp_path / "tree" / name).read_bytes()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    pieces=st.lists(
+        st.tuples(
+            st.sampled_from([0, 1, 511, 4096, 65535, 65536, 70_000, 1 << 20]),  # a hole,
+            st.binary(max_size=600),  # data,
+            st.sampled_from([0, 1, 512, 4096, 5000]),  # and zeros that are written
+        ),
+        max_size=12,
+    ),
+    tail=st.sampled_from([0, 1, 4096, 1 << 20]),
+)
+def test_any_file_with_holes_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[int, bytes, int]], tail: int
+) -> None:
+    """Whatever its holes, data and written zeros, a file goes in and comes out the same byte for byte, by the real agent."""
+    directory = tmp_path_factory.mktemp("sparse")
+    source, inside, back = (directory / name for name in ("source", "inside", "back"))
+    with source.open("wb") as file:
+        for hole, data, zeros in pieces:
+            file.seek(hole, os.SEEK_CUR)
+            file.write(data + bytes(zeros))
+        file.truncate(file.tell() + tail)
+
+    async def copy() -> None:
+        async with agent_session("sanitized") as session:
+            await copy_in(session, source, str(inside))
+            await copy_out(session, str(inside), back)
+
+    asyncio.run(copy())
+    assert inside.read_bytes() == source.read_bytes()
+    assert back.read_bytes() == source.read_bytes()
 
 
 async def test_names_are_those_of_cp(session: Session, tmp_path: Path) -> None:

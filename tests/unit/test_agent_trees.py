@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent_process import BUILDS, agent_session, names
-from coppice.errors import GuestRefused
+from coppice.errors import GuestProtocolError, GuestRefused
 from coppice.guest.session import Session
+from coppice.guest.unpack import unpack
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices take root")
 
@@ -196,6 +197,58 @@ async def test_a_directory_that_is_a_link_stays_one(session: Session, tmp_path: 
     assert (tmp_path / "usr/lib/x").read_bytes() == b"x"
 
 
+MAPS = {
+    "in order": ("0,3,70000,2,100000,0", True),
+    "empty ranges": ("0,0,5,0,5,5,100000,0", True),
+    "only holes": ("100000,0", False),  # and yet there is data
+    "too little": ("0,3,100000,0", False),
+    "too much": ("0,3,70000,3,100000,0", False),
+    "backwards": ("70000,3,0,2", False),
+    "over each other": ("0,3,2,2", False),
+    "beyond the end": ("0,3,99999,2", False),
+    "wraps": ("0,3,5,18446744073709551615,10,2", False),
+    "ends in the middle": ("0,3,70000", False),
+    "trailing comma": ("0,5,", False),
+    "negative": ("-5,5", False),
+    "no number": ("0,x", False),
+    "nothing": ("", False),
+    "too many": ("0,0," * 1024 + "0,5", False),
+}
+
+
+@pytest.mark.parametrize("case", list(MAPS))
+async def test_holes_are_believed_only_where_they_make_sense(session: Session, tmp_path: Path, case: str) -> None:
+    """A map of holes in order is followed; any other is refused, by either reader, and is not taken for one of the next file."""
+    text, valid = MAPS[case]
+    headers = {"GNU.sparse.size": "100000", "GNU.sparse.map": text}
+    members = ((member("file", pax_headers=headers), b"abcde"), (member("next"), b"next"))
+    if valid:
+        offsets = [int(number) for number in text.split(",")]
+        expected, data = bytearray(100_000), iter(b"abcde")
+        for offset, length in zip(offsets[::2], offsets[1::2], strict=True):
+            expected[offset : offset + length] = bytes(next(data) for _ in range(length))
+        result = await session.tar_in(str(tmp_path), archive(*members))
+        assert (tmp_path / "file").read_bytes() == expected
+        assert (tmp_path / "next").read_bytes() == b"next"
+        assert result.content_bytes == 100_004
+        assert unpack(io.BytesIO(archive(members[0])), tmp_path, "unpacked") == 100_000
+        assert (tmp_path / "unpacked").read_bytes() == expected
+        return
+    with pytest.raises(GuestRefused):
+        await session.tar_in(str(tmp_path), archive(*members))
+    with pytest.raises(GuestProtocolError):
+        unpack(io.BytesIO(archive(members[0])), tmp_path, "unpacked")
+    assert not {"file", "next", "unpacked"} & set(names(tmp_path))
+
+
+async def test_a_map_is_that_of_one_member(session: Session, tmp_path: Path) -> None:
+    """What is said of a link is not believed of the file that follows."""
+    headers = {"GNU.sparse.size": "100000", "GNU.sparse.map": "99996,4"}
+    link = member("link", tarfile.SYMTYPE, linkname="x", pax_headers=headers)
+    await session.tar_in(str(tmp_path), archive((link, b""), (member("next"), b"next")))
+    assert (tmp_path / "next").read_bytes() == b"next"
+
+
 async def test_a_truncated_archive_is_refused(session: Session, tmp_path: Path) -> None:
     """An archive without its end is an error, wherever it was cut."""
     whole = archive((member("file"), b"x" * 5000))
@@ -241,9 +294,9 @@ async def test_a_large_tree_with_many_files(session: Session, tmp_path: Path) ->
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    edits=st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), max_size=6),
+    edits=st.lists(st.tuples(st.integers(0, 6143), st.integers(0, 255)), max_size=6),
     fix=st.booleans(),
-    size=st.integers(0, 6000),
+    size=st.integers(0, 8000),
 )
 def test_a_damaged_archive_never_harms_the_agent(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], fix: bool, size: int
@@ -256,6 +309,10 @@ def test_a_damaged_archive_never_harms_the_agent(
         archive(
             (member("dir", tarfile.DIRTYPE), b""),
             (member(name), b"contents"),
+            (
+                member("sparse", pax_headers={"GNU.sparse.size": "700000", "GNU.sparse.map": "9,8,90000,3,700000,0"}),
+                b"sparse data",
+            ),
             (member("l", tarfile.SYMTYPE, linkname="dir"), b""),
         )
     )

@@ -19,6 +19,7 @@ from coppice.model import SnapshotKind, State, Volume
 from coppice.names import new_id
 from coppice.store.layout import Layout
 from coppice.store.store import Store
+from kernel_files import bzimage
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -37,6 +38,9 @@ def home(tmp_path: Path) -> Path:
     with tarfile.open(tmp_path / "root.tar", "w") as archive:
         archive.add(tmp_path / "etc", "etc")
     asyncio.run(ImageCatalog(layout.images).import_any("team/debian:12", tmp_path / "root.tar"))
+    kernel = layout.kernels / "custom-6.1-0011aabb"
+    kernel.mkdir()
+    (kernel / "vmlinuz").write_bytes(bzimage(release="6.1"))
     return layout.home
 
 
@@ -67,6 +71,8 @@ def complete(home: Path, line: str) -> list[str]:
         ("coppice volume rm d", ["data"]),
         ("coppice volume inspect x", []),
         ("coppice run debian --volume da", ["data:"]),
+        ("coppice kernel rm c", ["custom-6.1-0011aabb"]),
+        ("coppice run debian --kernel custom-7", []),
         ("coppice ls --state st", ["stopped", "standby"]),
         ("coppice ls --state St", ["Stopped", "Standby"]),
         ("coppice inspect %", []),
@@ -74,7 +80,7 @@ def complete(home: Path, line: str) -> list[str]:
     ],
 )
 def test_names_are_completed(home: Path, line: str, offered: list[str]) -> None:
-    """Instances, templates, images, volumes and states are offered where they fit."""
+    """Instances, templates, images, volumes, kernels and states are offered where they fit."""
     assert complete(home, line) == offered
 
 

@@ -44,13 +44,15 @@ def test_image_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_kernel_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    """add, fetch and ls print keys, which `run --kernel` takes."""
-    host = FakeHost(kernel_add=KERNEL, kernel_fetch=KERNEL, kernel_ls=[KERNEL])
+    """add, fetch and ls print keys, which `run --kernel` and rm take."""
+    host = FakeHost(kernel_add=KERNEL, kernel_fetch=KERNEL, kernel_ls=[KERNEL], kernel_rm=None)
     assert output_of(capsys, host, "kernel", "add", "bzImage", "modules") == f"{KERNEL.key}\n"
     assert host.asked("kernel_add") == {"0": Path("bzImage"), "1": Path("modules")}
     assert output_of(capsys, host, "kernel", "fetch") == f"{KERNEL.key}\n"
     assert KERNEL.key in output_of(capsys, host, "kernel", "ls")
     assert document(capsys, host, "kernel", "ls")[0]["vmlinuz"] == "/k/vmlinuz"
+    assert document(capsys, host, "kernel", "rm", KERNEL.key) == {"removed": [KERNEL.key]}
+    assert host.asked("kernel_rm") == {"0": KERNEL.key}
 
 
 def test_doctor_names_the_cure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,11 @@ async def test_copies_that_hang_leave_the_threads_to_others(tmp_path: Path) -> N
     """An event loop has a handful of threads for all its work: guests that send nothing must not be able to take them all."""
     started = asyncio.Event()
 
-    async def hang(peer: Peer, _: Frame) -> None:
+    async def hang(peer: Peer, frame: Frame) -> None:
+        if frame.type == FrameType.FILE_STAT:
+            await peer.send(FrameType.OK, encode_fields([(1, "d"), *((tag, 0) for tag in range(2, 7))]))
+            return
+        assert frame.type == FrameType.TAR_OUT
         started.set()
         await asyncio.Event().wait()
 

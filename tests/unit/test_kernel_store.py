@@ -7,11 +7,12 @@ import gzip
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from coppice.errors import HostCannot, MissingTool, NotFound, UsageError
+from coppice.errors import HostCannot, InUse, MissingTool, NotFound, UsageError
 from coppice.guest import debian
 from coppice.guest.kernel import KernelStore
 from coppice.model import Progress
@@ -65,6 +66,32 @@ def test_the_same_kernel_is_stored_once(store: KernelStore, tmp_path: Path) -> N
     (modules / "kernel/fs/erofs/more.ko").write_bytes((modules / "kernel/fs/erofs/erofs.ko").read_bytes())
     assert store.add(image, modules) != first
     assert len(store.kernels()) == 2
+
+
+def test_a_kernel_is_removed_only_unused(store: KernelStore, tmp_path: Path) -> None:
+    """Whole or not at all: who knows of users is asked, and what a killed removal leaves is swept."""
+    kernel = store.add(*built(tmp_path))
+
+    def in_use(_: object) -> None:
+        raise InUse("it is used", hint="")
+
+    with pytest.raises(InUse):
+        store.remove(kernel.key, in_use)
+    assert store.kernels() == [kernel]
+
+    def killed(retire: Callable[[], None]) -> None:
+        retire()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.remove(kernel.key, killed)
+    assert store.kernels() == []
+    assert len(store.sweep()) == 1
+    store.add(*built(tmp_path / "again"))
+    store.remove(kernel.key, lambda retire: retire())
+    assert list(store.root.iterdir()) == []
+    with pytest.raises(NotFound):
+        store.remove(kernel.key, lambda retire: retire())
 
 
 def test_kernels_added_at_the_same_time_do_not_collide(store: KernelStore, tmp_path: Path) -> None:

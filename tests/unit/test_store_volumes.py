@@ -58,7 +58,7 @@ def test_a_record_comes_back_as_it_was(store: Store) -> None:
     store.volumes.create(half, "volume", lambda: None)
     with pytest.raises(NotFound, match="no volume 'half'"):
         store.volumes.get("half")
-    assert store.volumes.volumes() == [volume]
+    assert store.volumes.all() == [volume]
     assert store.volumes.ids() == {volume.id, half.id}
 
 
@@ -87,7 +87,7 @@ def test_who_has_a_volume_is_derived(store: Store) -> None:
     data, other = made(store), made(store, "other")
     store.create([holder("oak", data, other, readonly=True), holder("elm", data, readonly=True)], "run")
     assert [each.name for each in store.volumes.get("data").attachments] == ["oak", "elm"]
-    assert [(each.name, len(each.attachments)) for each in store.volumes.volumes()] == [("data", 2), ("other", 1)]
+    assert [(each.name, len(each.attachments)) for each in store.volumes.all()] == [("data", 2), ("other", 1)]
     store.forget(store.get("oak").id)
     assert [each.name for each in store.volumes.get("data").attachments] == ["elm"]
     assert store.volumes.get("other") == other

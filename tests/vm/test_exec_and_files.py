@@ -64,6 +64,25 @@ async def test_copy_both_ways(host: AsyncHost, vm: Instance, tmp_path: Path) -> 
     assert (seen.kind, seen.mode & 0o777) == ("f", 0o755)
 
 
+async def test_a_sparse_file_is_copied_as_one(host: AsyncHost, vm: Instance, tmp_path: Path) -> None:
+    """Of 64 GiB with 1 MiB of data only that is sent, either way: else this would take an hour."""
+    source, back = tmp_path / "disk", tmp_path / "back"
+    with source.open("wb") as file:
+        file.seek(32 << 30)
+        file.write(os.urandom(1 << 20))
+        file.truncate(64 << 30)
+    assert await host.cp_in(vm, source, "/root/disk") == 64 << 30
+    inside = await host.exec(vm, ["stat", "-c", "%s %b", "/root/disk"])
+    size, blocks = map(int, inside.stdout.split())
+    assert size == 64 << 30
+    assert blocks * 512 < 2 << 20
+    assert await host.cp_out(vm, "/root/disk", back) == 64 << 30
+    assert back.stat().st_blocks * 512 < 2 << 20
+    with source.open("rb") as ours, back.open("rb") as theirs:
+        for offset in (0, 32 << 30, 63 << 30):
+            assert os.pread(ours.fileno(), 1 << 20, offset) == os.pread(theirs.fileno(), 1 << 20, offset)
+
+
 async def test_a_session_of_the_source_does_not_reach_into_the_fork(host: AsyncHost, vm: Instance) -> None:
     """Captured during a command that prints without pause: the first command on a fork gets exactly its own output."""
     async with host.open_exec(vm, ["yes", "noise"], stdin=False) as flood:

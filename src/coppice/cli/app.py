@@ -88,7 +88,7 @@ def options(
 
 app.command("doctor")(images.doctor)
 app.add_typer(images.image_app, name="image", help="Build, import and list images.")
-app.add_typer(images.kernel_app, name="kernel", help="Add, fetch and list guest kernels.")
+app.add_typer(images.kernel_app, name="kernel", help="Add, fetch, list and remove guest kernels.")
 app.command("run")(lifecycle.run)
 app.command("ls")(view.ls)
 app.command("inspect")(view.inspect)

@@ -64,6 +64,17 @@ def images(ctx: typer.Context, incomplete: str) -> list[str]:
     return []
 
 
+def kernels(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Keys of kernels that begin so."""
+    from coppice.errors import CoppiceError
+    from coppice.guest.kernel import KernelStore
+
+    with contextlib.suppress(OSError, CoppiceError):
+        found = KernelStore(_home(ctx) / "kernels").kernels()
+        return [kernel.key for kernel in found if kernel.key.startswith(incomplete)]
+    return []
+
+
 def states(incomplete: str) -> list[str]:
     """States that begin so, in the case that the user began in."""
     from coppice.model import State

@@ -71,8 +71,8 @@ class Cli:
             raise _of_the_host(error) from error
 
     def progress(self) -> AbstractContextManager[ProgressSink]:
-        """A progress bar for the length of a block."""
-        return progress.shown()
+        """A progress bar for the length of a block; none for programs."""
+        return progress.shown(wanted=not self.json)
 
     def show(self, value: object, human: Callable[[], None]) -> None:
         """Print a result: as one JSON document, or by `human` for people."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ def count(number: int, noun: str) -> str:
 def digest(sha256: str | None) -> str:
     """A SHA-256, or that there is none yet."""
     return sha256 or "pending: computed in the background, or by `coppice verify`"
+
+
+def tags(pairs: Mapping[str, str]) -> str:
+    """`team=a, env=test`."""
+    return ", ".join(f"{key}={value}" for key, value in pairs.items()) or "-"
 
 
 def ports(published: Sequence[Publish]) -> str:

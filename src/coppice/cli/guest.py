@@ -119,9 +119,10 @@ def cp(
     name, path, into = parse.copy_ends(source, target)
 
     async def work(host: AsyncHost) -> int:
-        if into:
-            return await host.cp_in(name, Path(source), path)
-        return await host.cp_out(name, path, Path(target))
+        with cli.progress() as progress:
+            if into:
+                return await host.cp_in(name, Path(source), path, progress=progress)
+            return await host.cp_out(name, path, Path(target), progress=progress)
 
     copied = cli.call(work)
     cli.show({"bytes": copied}, lambda: output.line(f"{format.size(copied)} copied"))

@@ -108,7 +108,7 @@ def image_inspect(ctx: typer.Context, image: options.ImageName) -> None:
     cli.show(found, lambda: output.fields(_details(found)))
 
 
-def _details(image: Image) -> list[tuple[str, str | Text]]:
+def _details(image: Image) -> list[output.Field]:
     import shlex
 
     config = image.config
@@ -124,10 +124,10 @@ def _details(image: Image) -> list[tuple[str, str | Text]]:
         ("Directory", config.workdir),
         ("Environment", ", ".join(f"{key}={value}" for key, value in config.env.items())),
         ("Labels", ", ".join(f"{key}={value}" for key, value in config.labels.items())),
-        ("Tags", ", ".join(f"{key}={value}" for key, value in image.tags.items())),
+        ("Tags", format.tags(image.tags) if image.tags else ""),
         ("Owner", f"{image.owner or ''}{', public' if image.public else ''}".removeprefix(", ")),
     ]
-    return [(label, output.printable(text)) for label, text in details if text]
+    return [(label, output.printable(text)) for label, text in details]
 
 
 @image_app.command("tag")
@@ -179,6 +179,14 @@ def kernel_ls(ctx: typer.Context) -> None:
             [("KEY", "left"), ("VERSION", "left")], [[kernel.key, kernel.version] for kernel in kernels]
         ),
     )
+
+
+@kernel_app.command("rm")
+def kernel_rm(ctx: typer.Context, kernel: options.KernelKey) -> None:
+    """Remove a kernel. Refused while instances or snapshots have it."""
+    cli = Cli.of(ctx)
+    cli.call(lambda host: host.kernel_rm(kernel))
+    cli.show({"removed": [kernel]}, lambda: output.line(kernel))
 
 
 def _print_kernel(cli: Cli, kernel: Kernel) -> None:

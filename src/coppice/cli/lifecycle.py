@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coppice.cli import complete, format, options, output, parse
+from coppice.cli import complete, format, options, output, parse, several
 from coppice.cli.context import Cli
 from coppice.errors import CoppiceError, UsageError
 
@@ -53,7 +53,12 @@ def run(
     volume: options.Volumes = None,
     kernel: Annotated[
         str | None,
-        typer.Option("--kernel", metavar="KEY|PATH", help="A kernel that was added, or a bzImage (with --modules)."),
+        typer.Option(
+            "--kernel",
+            metavar="KEY|PATH",
+            help="A kernel that was added, or a bzImage (with --modules).",
+            autocompletion=complete.kernels,
+        ),
     ] = None,
     modules: Annotated[
         Path | None,
@@ -225,23 +230,7 @@ def rm(
                     failed[instance.name] = outcome
         return removed, failed
 
-    show_removal(cli, *cli.call(work))
-
-
-def show_removal(cli: Cli, removed: Sequence[str], failed: Mapping[str, CoppiceError]) -> None:
-    """Print what was removed and what could not be; the program ends with the first failure's status."""
-    first = next(iter(failed.values()), None)
-    if cli.json:
-        failures = [output.error_fields(failure) | {"name": name} for name, failure in failed.items()]
-        document: dict[str, object] = {"removed": removed, "failed": failures}
-        output.document(document if first is None else document | {"error": output.error_fields(first)})
-    else:
-        for name in removed:
-            output.line(name)
-        for failure in failed.values():
-            output.complain(str(failure))
-    if first is not None:
-        raise typer.Exit(first.exit_code)
+    several.show_removal(cli, *cli.call(work))
 
 
 async def _removed(host: AsyncHost, instance: Instance) -> CoppiceError | None:

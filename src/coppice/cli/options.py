@@ -17,6 +17,9 @@ Names = Annotated[
 ImageName = Annotated[
     str, typer.Argument(metavar="IMAGE", help="Name or digest of an image.", autocompletion=complete.images)
 ]
+KernelKey = Annotated[
+    str, typer.Argument(metavar="KEY", help="Key of a kernel, as `ls` has it.", autocompletion=complete.kernels)
+]
 Tags = Annotated[list[str] | None, typer.Option("--tag", metavar="KEY=VALUE", help="A tag to put on it; repeatable.")]
 TagFilter = Annotated[
     list[str] | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from coppice.cli.ending import OutputClosed
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coppice.errors import CoppiceError
 
 Column = tuple[str, Literal["left", "right"]]
+Field = tuple[str, "str | Text | None"]
 
 _STATE_STYLES = {
     "Running": "green",
@@ -80,15 +81,21 @@ def harmless(data: bytes) -> bytes:
     return _UNSAFE.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0]).encode(), data)
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[str | Text]]) -> None:
-    """Print rows under their headings, in aligned columns. Without rows: the headings alone."""
+def table(columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], *, optional: Collection[str] = ()) -> None:
+    """Print rows under their headings, in aligned columns; `optional` ones only where a row has more than `-`. Without rows: the headings alone."""
     from rich.table import Table
 
+    rows = list(rows)
+    shown = [
+        place
+        for place, (heading, _) in enumerate(columns)
+        if heading not in optional or any(str(row[place]) != "-" for row in rows)
+    ]
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading, justify in columns:
+    for heading, justify in (columns[place] for place in shown):
         grid.add_column(heading, justify=justify, overflow="fold", no_wrap=not sys.stdout.isatty())
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(row[place] for place in shown))
     render(grid)
 
 
@@ -97,15 +104,16 @@ def width() -> int:
     return _console().width
 
 
-def fields(pairs: Iterable[tuple[str, str | Text]]) -> None:
-    """Print labels with their values, in two columns."""
+def fields(pairs: Iterable[Field]) -> None:
+    """Print labels with their values, in two columns; what has no value is left out."""
     from rich.table import Table
 
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, value in pairs:
-        grid.add_row(label, value)
+        if value:
+            grid.add_row(label, value)
     render(grid)
 
 

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[ProgressSink]:
+def shown(*, wanted: bool = True) -> Iterator[ProgressSink]:
     """A sink whose steps are drawn while the block runs, one stage at a time; nothing of it stays on the screen."""
     from coppice.model import no_progress
 
-    if not sys.stderr.isatty():
+    if not (wanted and sys.stderr.isatty()):
         yield no_progress
         return
     from rich.console import Console

@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from coppice.cli import complete, format, lifecycle, lineage, options, output, parse
+from coppice.cli import complete, format, lineage, options, output, parse, several
 from coppice.cli.context import Cli
-from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from coppice.host import AsyncHost, SnapshotInspection
     from coppice.model import ForkReport, Snapshot, VerifyReport
 
@@ -91,7 +88,7 @@ def ls(
                     format.size(snapshot.machine.memory_bytes),
                     format.size(snapshot.size_bytes),
                     format.age(snapshot.created_at),
-                    _tags(snapshot),
+                    format.tags(snapshot.tags),
                 ]
                 for snapshot in found
             ],
@@ -100,35 +97,16 @@ def ls(
     cli.show(found, human)
 
 
-def _tags(snapshot: Snapshot) -> str:
-    return ", ".join(f"{key}={value}" for key, value in snapshot.tags.items()) or "-"
-
-
 @snapshot_app.command("inspect")
 def inspect(ctx: typer.Context, names: SnapshotNames) -> None:
     """Show all that is known of snapshots. With --json: always a list."""
-    cli = Cli.of(ctx)
-
-    async def work(host: AsyncHost) -> list[SnapshotInspection]:
-        import asyncio
-
-        return list(await asyncio.gather(*(host.snapshot_inspect(name) for name in names)))
-
-    found = cli.call(work)
-
-    def human() -> None:
-        for number, inspection in enumerate(found):
-            if number:
-                output.line("")
-            output.fields(_details(inspection))
-
-    cli.show(found, human)
+    several.inspect(Cli.of(ctx), names, lambda host, name: host.snapshot_inspect(name), _details)
 
 
-def _details(found: SnapshotInspection) -> list[tuple[str, str | Text]]:
+def _details(found: SnapshotInspection) -> list[output.Field]:
     snapshot = found.snapshot
     mem_file = snapshot.mem_file
-    details: list[tuple[str, str | Text | None]] = [
+    return [
         ("Name", snapshot.name),
         ("Id", snapshot.id),
         ("Kind", output.state(snapshot.kind)),
@@ -141,7 +119,7 @@ def _details(found: SnapshotInspection) -> list[tuple[str, str | Text]]:
             f"{format.count(snapshot.machine.cpus, 'CPU')}, {format.size(snapshot.machine.memory_bytes)} of RAM",
         ),
         ("Kernel", snapshot.machine.kernel),
-        ("Tags", _tags(snapshot) if snapshot.tags else None),
+        ("Tags", format.tags(snapshot.tags) if snapshot.tags else None),
         ("Forks", f"{len(found.forks)} ({', '.join(found.forks)})" if found.forks else None),
         (
             "Memory",
@@ -154,7 +132,6 @@ def _details(found: SnapshotInspection) -> list[tuple[str, str | Text]]:
         ("SHA-256", format.digest(snapshot.disk_sha256) + " (disk)"),
         ("Files", found.directory),
     ]
-    return [(label, value) for label, value in details if value is not None]
 
 
 @snapshot_app.command("restore")
@@ -217,20 +194,7 @@ def rm(ctx: typer.Context, names: SnapshotNames) -> None:
 
     One that cannot be removed does not keep the others; the exit status is the first failure's.
     """
-    cli = Cli.of(ctx)
-
-    async def work(host: AsyncHost) -> tuple[list[str], dict[str, CoppiceError]]:
-        removed: list[str] = []
-        failed: dict[str, CoppiceError] = {}
-        for name in dict.fromkeys(names):
-            try:
-                await host.snapshot_rm(name)
-                removed.append(name)
-            except CoppiceError as error:
-                failed[name] = error
-        return removed, failed
-
-    lifecycle.show_removal(cli, *cli.call(work))
+    several.remove(Cli.of(ctx), names, lambda host, name: host.snapshot_rm(name))
 
 
 def verify(ctx: typer.Context) -> None:

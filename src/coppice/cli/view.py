@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coppice.cli import complete, format, options, output, parse
+from coppice.cli import complete, format, options, output, parse, several
 from coppice.cli.context import Cli
 
 if TYPE_CHECKING:
@@ -41,20 +41,11 @@ def ls(
             for instance in instances:
                 output.line(instance.name)
             return
-        columns: list[output.Column] = [
-            ("NAME", "left"), ("STATE", "left"), ("IMAGE", "left"), ("CPUS", "right"), ("MEMORY", "right"), ("AGE", "right"),
-            ("PARENT", "left"),
-        ]  # fmt: skip
-        with_ports, with_tags = any(i.publish for i in instances), any(i.tags for i in instances)
-        with_owners = any(i.owner for i in instances)
-        if with_owners:
-            columns.append(("OWNER", "left"))
-        if with_ports:
-            columns.append(("PORTS", "left"))
-        if with_tags:
-            columns.append(("TAGS", "left"))
         output.table(
-            columns,
+            [
+                ("NAME", "left"), ("STATE", "left"), ("IMAGE", "left"), ("CPUS", "right"), ("MEMORY", "right"), ("AGE", "right"),
+                ("PARENT", "left"), ("OWNER", "left"), ("PORTS", "left"), ("TAGS", "left"),
+            ],
             [
                 [
                     instance.name,
@@ -64,13 +55,14 @@ def ls(
                     format.size(instance.machine.memory_bytes),
                     format.age(instance.created_at),
                     instance.parent_name or "-",
-                    *([instance.owner or "-"] if with_owners else []),
-                    *([format.ports(instance.publish)] if with_ports else []),
-                    *([_tags(instance.tags)] if with_tags else []),
+                    instance.owner or "-",
+                    format.ports(instance.publish),
+                    format.tags(instance.tags),
                 ]
                 for instance in instances
             ],
-        )
+            optional=("OWNER", "PORTS", "TAGS"),
+        )  # fmt: skip
 
     cli.show(instances, human)
 
@@ -82,36 +74,17 @@ def _volumes(disks: tuple[VolumeDisk, ...]) -> str:
     )
 
 
-def _tags(tags: dict[str, str]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in tags.items()) or "-"
-
-
 def inspect(ctx: typer.Context, names: options.Names) -> None:
     """Show all that is known of instances. With --json: always a list."""
-    cli = Cli.of(ctx)
-
-    async def work(host: AsyncHost) -> list[Inspection]:
-        import asyncio
-
-        return list(await asyncio.gather(*(host.inspect(name) for name in names)))
-
-    found = cli.call(work)
-
-    def human() -> None:
-        for number, inspection in enumerate(found):
-            if number:
-                output.line("")
-            output.fields(_details(inspection))
-
-    cli.show(found, human)
+    several.inspect(Cli.of(ctx), names, lambda host, name: host.inspect(name), _details)
 
 
-def _details(found: Inspection) -> list[tuple[str, str | Text]]:
+def _details(found: Inspection) -> list[output.Field]:
     import shlex
 
     instance, memory = found.instance, found.memory
     process = instance.process
-    details: list[tuple[str, str | Text | None]] = [
+    return [
         ("Name", instance.name),
         ("Id", instance.id),
         ("State", output.state(instance.state)),
@@ -131,7 +104,7 @@ def _details(found: Inspection) -> list[tuple[str, str | Text]]:
         ("Directory", process.workdir),
         ("Environment", output.printable(", ".join(f"{key}={value}" for key, value in process.env.items())) or None),
         ("Host name", instance.hostname),
-        ("Tags", _tags(instance.tags) if instance.tags else None),
+        ("Tags", format.tags(instance.tags) if instance.tags else None),
         ("Ports", format.ports(instance.publish) if instance.publish else None),
         ("Volumes", _volumes(instance.machine.volumes) or None),
         ("Owner", instance.owner),
@@ -148,7 +121,6 @@ def _details(found: Inspection) -> list[tuple[str, str | Text]]:
         ("Disk", f"{format.size(found.disk_bytes)} of {format.size(instance.machine.overlay_bytes)} allocated"),
         ("Files", found.directory),
     ]
-    return [(label, value) for label, value in details if value is not None]
 
 
 def _vmm(instance: Instance) -> str:

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coppice.cli import complete, format, lifecycle, options, output, parse
+from coppice.cli import complete, format, options, output, parse, several
 from coppice.cli.context import Cli
-from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from coppice.host import AsyncHost, VolumeInspection
-    from coppice.model import Attachment, Volume
+    from coppice.host import VolumeInspection
+    from coppice.model import Attachment
 
 volume_app = typer.Typer(rich_markup_mode=None)
 VolumeNames = Annotated[
@@ -55,26 +52,23 @@ def ls(ctx: typer.Context, tag: options.TagFilter = None, quiet: options.Quiet =
             for volume in found:
                 output.line(volume.name)
             return
-        columns: list[output.Column] = [("NAME", "left"), ("SIZE", "right"), ("ATTACHED TO", "left"), ("AGE", "right")]
-        with_owners, with_tags = any(each.owner for each in found), any(each.tags for each in found)
-        if with_owners:
-            columns.append(("OWNER", "left"))
-        if with_tags:
-            columns.append(("TAGS", "left"))
         output.table(
-            columns,
+            [
+                ("NAME", "left"), ("SIZE", "right"), ("ATTACHED TO", "left"), ("AGE", "right"), ("OWNER", "left"), ("TAGS", "left"),
+            ],
             [
                 [
                     volume.name,
                     format.size(volume.size_bytes),
                     _holders(volume.attachments),
                     format.age(volume.created_at),
-                    *([volume.owner or "-"] if with_owners else []),
-                    *([_tags(volume)] if with_tags else []),
+                    volume.owner or "-",
+                    format.tags(volume.tags),
                 ]
                 for volume in found
             ],
-        )
+            optional=("OWNER", "TAGS"),
+        )  # fmt: skip
 
     cli.show(found, human)
 
@@ -85,44 +79,24 @@ def _holders(attachments: tuple[Attachment, ...]) -> str:
     return ", ".join(f"{each.name}{' (ro)' if each.readonly else ''}" for each in attachments) or "-"
 
 
-def _tags(volume: Volume) -> str:
-    return ", ".join(f"{key}={value}" for key, value in volume.tags.items()) or "-"
-
-
 @volume_app.command("inspect")
 def inspect(ctx: typer.Context, names: VolumeNames) -> None:
     """Show all that is known of volumes. With --json: always a list."""
-    cli = Cli.of(ctx)
-
-    async def work(host: AsyncHost) -> list[VolumeInspection]:
-        import asyncio
-
-        return list(await asyncio.gather(*(host.volume_inspect(name) for name in names)))
-
-    found = cli.call(work)
-
-    def human() -> None:
-        for number, inspection in enumerate(found):
-            if number:
-                output.line("")
-            output.fields(_details(inspection))
-
-    cli.show(found, human)
+    several.inspect(Cli.of(ctx), names, lambda host, name: host.volume_inspect(name), _details)
 
 
-def _details(found: VolumeInspection) -> list[tuple[str, str | Text]]:
+def _details(found: VolumeInspection) -> list[output.Field]:
     volume = found.volume
-    details: list[tuple[str, str | Text | None]] = [
+    return [
         ("Name", volume.name),
         ("Id", volume.id),
         ("Created", f"{format.moment(volume.created_at)} ({format.age(volume.created_at)} ago)"),
         ("Owner", volume.owner),
-        ("Tags", _tags(volume) if volume.tags else None),
+        ("Tags", format.tags(volume.tags) if volume.tags else None),
         ("Disk", f"{format.size(found.disk_bytes)} of {format.size(volume.size_bytes)} allocated"),
         *(("Attached to", _attachment(each)) for each in volume.attachments),
         ("File", f"{found.disk}, {format.count(found.link_count, 'link')}"),
     ]
-    return [(label, value) for label, value in details if value is not None]
 
 
 def _attachment(attachment: Attachment) -> str:
@@ -137,17 +111,4 @@ def rm(ctx: typer.Context, names: VolumeNames) -> None:
 
     One that cannot be removed does not keep the others; the exit status is the first failure's.
     """
-    cli = Cli.of(ctx)
-
-    async def work(host: AsyncHost) -> tuple[list[str], dict[str, CoppiceError]]:
-        removed: list[str] = []
-        failed: dict[str, CoppiceError] = {}
-        for name in dict.fromkeys(names):
-            try:
-                await host.volume_rm(name)
-                removed.append(name)
-            except CoppiceError as error:
-                failed[name] = error
-        return removed, failed
-
-    lifecycle.show_removal(cli, *cli.call(work))
+    several.remove(Cli.of(ctx), names, lambda host, name: host.volume_rm(name))

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from coppice.errors import GuestProtocolError, GuestRefused, GuestTimeout, VmmDied
 from coppice.guest.protocol import (
+    MAGIC,
     NONCE_SIZE,
     PADDING,
     Fields,
@@ -54,6 +55,7 @@ class Channel:
         self._frames: deque[Frame] = deque()
         self._clean = False  # the last session has ended, and nothing of it is half-sent
         self.patience_s = patience_s
+        self.capabilities = 0  # of the agent, as it says when it answers a HELLO
 
     @classmethod
     async def over(cls, sock: socket.socket, patience_s: float) -> Channel:
@@ -107,7 +109,9 @@ class Channel:
         if not data:
             _gone(None)
         for frame in self._decoder.feed(data):
-            if frame.type != FrameType.HELLO_ACK:
+            if frame.type == FrameType.HELLO_ACK:
+                self.capabilities = Fields(frame.payload[len(MAGIC) + NONCE_SIZE :]).integer(2, 0)
+            else:
                 self._frames.append(frame)
 
     async def reply(self) -> Fields:

@@ -8,15 +8,16 @@ import errno
 import os
 import posixpath
 import socket
-import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from coppice.errors import CoppiceError, GuestRefused, HostCannot, NoSpace, NotFound, UsageError
+from coppice.guest.pack import content_bytes, pack
 from coppice.guest.session import Session, Unpacked
 from coppice.guest.unpack import unpack
+from coppice.model import MIB, Progress, ProgressSink, no_progress
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -24,10 +25,38 @@ B = TypeVar("B")
 _CHUNK = 1 << 16
 
 
-async def copy_in(session: Session, source: Path, destination: str, *, uid: int = 0, gid: int = 0) -> Unpacked:
+class _Meter:
+    """Tells a sink how many bytes of contents have gone, once per MiB."""
+
+    def __init__(self, sink: ProgressSink, total: int | None) -> None:
+        self._sink = sink
+        self._total = total
+        self._done = self._told = 0
+        self._tell()
+
+    def moved(self, size: int) -> None:
+        self._done += size
+        if self._done - self._told >= MIB or self._told < self._done == self._total:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = self._done
+        self._sink(Progress(stage="copy", done=self._done, total=self._total, unit="bytes"))
+
+
+async def copy_in(
+    session: Session,
+    source: Path,
+    destination: str,
+    *,
+    uid: int = 0,
+    gid: int = 0,
+    progress: ProgressSink = no_progress,
+) -> Unpacked:
     """Copy a file or tree of the host into the guest, owned by `uid` and `gid`. Links stay links.
 
     :param destination: a directory that is there, to copy into; or a new name in one
+    :param progress: is called from a thread
     :raises NotFound: the source is not there
     :raises GuestRefused: the guest cannot make it
     """
@@ -35,28 +64,30 @@ async def copy_in(session: Session, source: Path, destination: str, *, uid: int 
         raise NotFound(f"{source} is not there", hint="give the path of a file or directory on this machine")
     directory, name = await _target_in_guest(session, destination, source)
 
-    def owned(member: tarfile.TarInfo) -> tarfile.TarInfo:
-        member.uid, member.gid = uid, gid
-        member.uname = member.gname = ""
-        member.mtime = int(member.mtime)  # else each member would have an extended header for its fraction
-        return member
-
-    def pack(stream: BinaryIO) -> None:
-        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=_CHUNK) as archive:
-            archive.add(source, arcname=name, filter=owned)
+    def work(stream: BinaryIO) -> None:
+        meter = _Meter(progress, content_bytes(source))
+        pack(stream, source, name, uid=uid, gid=gid, holes=session.keeps_holes, moved=meter.moved)
 
     async def send(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> Unpacked:
         return await session.tar_in(directory, _chunks(reader))
 
-    unpacked, _ = await _with_thread(send, pack)
+    unpacked, _ = await _with_thread(send, work)
     return unpacked
 
 
-async def copy_out(session: Session, source: str, destination: Path, *, max_bytes: int | None = None) -> int:
+async def copy_out(
+    session: Session,
+    source: str,
+    destination: Path,
+    *,
+    max_bytes: int | None = None,
+    progress: ProgressSink = no_progress,
+) -> int:
     """Copy a file or tree of the guest to the host; return the bytes of contents. It is ours, whoever owned it in the guest.
 
     :param destination: a directory that is there, to copy into; or a new name in one
     :param max_bytes: contents may be so large altogether
+    :param progress: is called from a thread; of a tree it does not know the total
     :raises GuestRefused: it is not there, or cannot be read
     :raises UnsafePath: the guest sent something that leads out of the destination, or a device
     """
@@ -69,11 +100,14 @@ async def copy_out(session: Session, source: str, destination: Path, *, max_byte
     if name in ("", ".", ".."):
         raise UsageError(f"{source} has no name to copy it under", hint="give the new name as the destination")
 
+    found = await session.stat(source.rstrip("/") or "/")
+
     def receive(stream: BinaryIO) -> int:
-        return unpack(stream, parent, name, max_bytes=max_bytes)
+        meter = _Meter(progress, found.size_bytes if found.kind == "f" else None)
+        return unpack(stream, parent, name, max_bytes=max_bytes, moved=meter.moved)
 
     async def fetch(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async for chunk in session.tar_out(source):
+        async for chunk in session.tar_out(source, holes=True):
             writer.write(chunk)
             await writer.drain()
         writer.write_eof()

@@ -21,7 +21,7 @@ import re
 import secrets
 import shutil
 from asyncio import to_thread
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from coppice.disk.atomic import os_errors, publish
@@ -61,9 +61,7 @@ class KernelStore:
 
     def get(self, key: str) -> Kernel:
         """The kernel with that key. Blocks. Raises NotFound."""
-        directory = self.root / key
-        if not _KEY.fullmatch(key) or not directory.is_dir():
-            raise NotFound(f"there is no kernel {key!r}", hint="list the kernels with `coppice kernel ls`")
+        directory = self._directory(key)
         vmlinuz, vmlinux = directory / "vmlinuz", directory / "vmlinux"
         with os_errors(f"read {vmlinuz}"), vmlinuz.open("rb") as file:
             version = kernel_version(file.read(STUB_BYTES))
@@ -118,6 +116,17 @@ class KernelStore:
             package = await debian.fetch(stage, progress)
             return await to_thread(self._admit_debian, package, stage / "kernel")
 
+    def remove(self, key: str, unused: Callable[[Callable[[], None]], None]) -> None:
+        """Remove a kernel. Blocks. `unused` calls what it is given while nothing uses the kernel, or raises.
+
+        Raises NotFound, or what `unused` raises.
+        """
+        directory = self._directory(key)
+        doomed = self.root / f"{_STAGE_PREFIX}{secrets.token_hex(8)}"  # what is left of it is swept
+        with os_errors(f"remove the kernel {key}"):
+            unused(lambda: publish(directory, doomed))
+        shutil.rmtree(doomed, ignore_errors=True)
+
     def sweep(self) -> tuple[str, ...]:
         """Remove what killed processes left half made; returns the names. Blocks. Idempotent."""
         stale = self.stale_staging()
@@ -138,6 +147,12 @@ class KernelStore:
         """Directories of Debian's kernels with other keys than these: they can be fetched again, as those that users added cannot. Blocks."""
         fetched = [path for path in self.root.glob("debian-*") if _KEY.fullmatch(path.name)]
         return sorted(path for path in fetched if path.name not in keys)
+
+    def _directory(self, key: str) -> Path:
+        directory = self.root / key
+        if not _KEY.fullmatch(key) or not directory.is_dir():
+            raise NotFound(f"there is no kernel {key!r}", hint="list the kernels with `coppice kernel ls`")
+        return directory
 
     def _admit_debian(self, package: debian.Package, prepared: Path) -> Kernel:
         with os_errors(f"take over the package of kernel {package.release}"):

@@ -29,8 +29,9 @@ DEFAULT_SIZE: Final[TerminalSize] = (24, 80)
 
 _APPEND, _MAKE_PARENTS = 1, 2
 _FOLLOW_LINKS = 1
-_CONTENTS = 1
+_CONTENTS, _HOLES = 1, 2
 _MAKE_DIRECTORY = 1
+_KEEPS_HOLES = 1  # a capability
 
 
 class Unpacked(Record, frozen=True, kw_only=True):
@@ -187,13 +188,19 @@ class Session:
 
     # ---- trees ----
 
-    def tar_out(self, path: str, *, contents: bool = False) -> AsyncIterator[bytes]:
+    @property
+    def keeps_holes(self) -> bool:
+        """Whether `tar_in` understands files with holes, as agents did not always; known when the first request has been answered."""
+        return bool(self._channel.capabilities & _KEEPS_HOLES)
+
+    def tar_out(self, path: str, *, contents: bool = False, holes: bool = False) -> AsyncIterator[bytes]:
         """A tar stream of a file or tree, as the guest packs it: not to be trusted.
 
         :param contents: the members of the directory rather than the directory itself
+        :param holes: leave out the holes of files, and say where they are (GNU tar's sparse format 0.1); older agents send them as zeros
         :raises GuestRefused: it cannot be read
         """
-        fields = encode_fields([(1, path), (2, _CONTENTS if contents else 0)])
+        fields = encode_fields([(1, path), (2, (_CONTENTS if contents else 0) | (_HOLES if holes else 0))])
         return self._download(FrameType.TAR_OUT, fields)
 
     async def tar_in(self, directory: str, archive: Source, *, make: bool = False) -> Unpacked:

@@ -10,11 +10,12 @@ import contextlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from coppice.errors import GuestProtocolError, NoSpace, UnsafePath
+from coppice.guest.pack import RANGES_MAX
 
 _BLOCK = 512
 _CHUNK = 1 << 16
@@ -25,11 +26,15 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Budget:
-    """How many bytes may still be written; None: as many as there are."""
+_Range = tuple[int, int]  # offset and length
 
-    def __init__(self, limit: int | None) -> None:
+
+class Budget:
+    """How many bytes may still be written; None: as many as there are. `moved` is to be told of those that come."""
+
+    def __init__(self, limit: int | None, moved: Callable[[int], None]) -> None:
         self._limit = limit
+        self.moved = moved
         self.used = 0
 
     def spend(self, size: int) -> None:
@@ -39,25 +44,41 @@ class Budget:
             raise NoSpace(f"the guest sends more than {self._limit} bytes", hint="raise the limit, or copy less")
 
 
-def unpack(stream: BinaryIO, parent: Path, name: str, *, max_bytes: int | None = None) -> int:
+def unpack(
+    stream: BinaryIO,
+    parent: Path,
+    name: str,
+    *,
+    max_bytes: int | None = None,
+    moved: Callable[[int], None] = lambda _: None,
+) -> int:
     """Unpack an archive whose members all lie below one, which becomes `parent`/`name`. Return the bytes of contents written.
 
     Owners are not taken over; of the modes, set-id bits and what others may write are not.
 
+    :param moved: is called with bytes of contents, as they come
     :raises UnsafePath: a member is absolute, leads out of the destination, or is no file, directory or link
     :raises GuestProtocolError: it is not an archive, or it is cut off
     :raises NoSpace: it is more than `max_bytes`
     """
-    budget = Budget(max_bytes)
+    budget = Budget(max_bytes, moved)
     root = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for member in _members(stream):
+        for member, ranges in _members(stream):
             parts = _parts(member.name)
             with _parent(root, [name, *parts[1:]]) as (directory, base):
-                _make(stream, directory, base, member, _Place(root, name, parts), budget)
+                _make(_Contents(stream, ranges, budget), directory, base, member, _Place(root, name, parts))
     finally:
         os.close(root)
     return budget.used
+
+
+class _Contents(NamedTuple):
+    """Of the member at which the stream is: the ranges of its file that follow."""
+
+    stream: BinaryIO
+    ranges: list[_Range]
+    budget: Budget
 
 
 class _Place(NamedTuple):
@@ -96,7 +117,7 @@ def _parent(root: int, parts: list[str]) -> Iterator[tuple[int, str]]:
         os.close(directory)
 
 
-def _make(stream: BinaryIO, directory: int, base: str, member: tarfile.TarInfo, place: _Place, budget: Budget) -> None:
+def _make(contents: _Contents, directory: int, base: str, member: tarfile.TarInfo, place: _Place) -> None:
     if not member.isdir():
         with contextlib.suppress(FileNotFoundError):
             os.unlink(base, dir_fd=directory)
@@ -107,7 +128,7 @@ def _make(stream: BinaryIO, directory: int, base: str, member: tarfile.TarInfo, 
         os.fchmod(inner, member.mode & 0o755 | 0o700)
         os.close(inner)
     elif member.isreg():
-        _write(stream, directory, base, member, budget)
+        _write(contents, directory, base, member)
     elif member.issym():
         if not _stays_inside(member.linkname, len(place.parts) - 1):
             raise UnsafePath(
@@ -136,22 +157,28 @@ def _stays_inside(target: str, depth: int) -> bool:
     return not target.startswith("/") and "\0" not in target and up < depth and ".." not in parts[up:]
 
 
-def _write(stream: BinaryIO, directory: int, base: str, member: tarfile.TarInfo, budget: Budget) -> None:
+def _write(contents: _Contents, directory: int, base: str, member: tarfile.TarInfo) -> None:
+    stream, ranges, budget = contents
     budget.spend(member.size)
     handle = os.open(base, _NEW_FILE, 0o600, dir_fd=directory)
     with os.fdopen(handle, "wb") as output:
-        left = member.size
-        while left > 0:
-            chunk = _exactly(stream, min(left, _CHUNK))
-            if chunk.count(0) == len(chunk):
-                output.seek(len(chunk), os.SEEK_CUR)  # a hole: what is sparse in the guest must not fill this disk
-            else:
-                output.write(chunk)
-            left -= len(chunk)
+        for offset, length in ranges:
+            output.seek(offset)
+            left = length
+            while left > 0:
+                chunk = _exactly(stream, min(left, _CHUNK))
+                if chunk.count(0) == len(chunk):
+                    output.seek(len(chunk), os.SEEK_CUR)  # a hole: what is sparse in the guest must not fill this disk
+                else:
+                    output.write(chunk)
+                left -= len(chunk)
+                budget.moved(len(chunk))
         output.truncate(member.size)
         os.fchmod(handle, member.mode & 0o755 | 0o600)
         os.utime(handle, (member.mtime, member.mtime))
-    _exactly(stream, -member.size % _BLOCK)
+    stored = sum(length for _, length in ranges)
+    budget.moved(member.size - stored)
+    _exactly(stream, -stored % _BLOCK)
 
 
 # ---- reading the archive ----
@@ -166,8 +193,8 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
     return data
 
 
-def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The members as the agent writes them: ustar, and pax records before them. The caller reads their contents."""
+def _members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, list[_Range]]]:
+    """The members as the agent writes them: ustar, and pax records before them; and the ranges of the file that the caller is to read."""
     records: dict[str, str] = {}
     while True:
         block = _exactly(stream, _BLOCK)
@@ -188,8 +215,23 @@ def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
         member.linkname = records.get("linkpath", member.linkname)
         member.size = _number(records.get("size"), member.size, signed=False) if member.isreg() else 0
         member.mtime = _number(records.get("mtime"), int(member.mtime), signed=True)
+        ranges = [(0, member.size)]
+        if member.isreg() and "GNU.sparse.map" in records:
+            ranges, member.size = _sparse(records, member.size)
         records = {}
-        yield member
+        yield member, ranges
+
+
+def _sparse(records: dict[str, str], stored: int) -> tuple[list[_Range], int]:
+    """What a file with holes has of data, and its size: GNU tar's sparse format 0.1."""
+    size = _number(records.get("GNU.sparse.size"), -1, signed=False)
+    numbers = [_number(text, -1, signed=False) for text in records["GNU.sparse.map"].split(",", 2 * RANGES_MAX)]
+    ranges = list(zip(numbers[::2], numbers[1::2], strict=False))
+    ends = [0, *(offset + length for offset, length in ranges)]
+    in_order = all(end <= offset for end, (offset, _) in zip(ends, ranges, strict=False))
+    if len(numbers) % 2 or not in_order or ends[-1] > size or sum(length for _, length in ranges) != stored:
+        raise GuestProtocolError("the guest sent a file whose holes make no sense", hint="try again")
+    return ranges, size
 
 
 def _number(text: str | None, default: int, *, signed: bool) -> int:

@@ -14,7 +14,7 @@ from coppice.host.base import HostBase, Reference
 from coppice.instance import recovery
 from coppice.instance.follow import follow_file
 from coppice.lifecycle import Operation, require
-from coppice.model import MIB, ExecResult, FileStat, Instance
+from coppice.model import MIB, ExecResult, FileStat, Instance, ProgressSink, no_progress
 from coppice.names import check_argv, check_env, check_timeout
 from coppice.vmm import driver as files
 
@@ -94,15 +94,19 @@ class Guest(HostBase):
         ):
             yield running
 
-    async def cp_in(self, reference: Reference, host_path: Path | str, guest_path: str) -> int:
+    async def cp_in(
+        self, reference: Reference, host_path: Path | str, guest_path: str, *, progress: ProgressSink = no_progress
+    ) -> int:
         """Copy a file or directory of the host into the guest, as `cp -a` would name the result. Returns bytes copied."""
         async with self._session(reference) as session:
-            return (await copy_in(session, Path(host_path), guest_path)).content_bytes
+            return (await copy_in(session, Path(host_path), guest_path, progress=progress)).content_bytes
 
-    async def cp_out(self, reference: Reference, guest_path: str, host_path: Path | str) -> int:
+    async def cp_out(
+        self, reference: Reference, guest_path: str, host_path: Path | str, *, progress: ProgressSink = no_progress
+    ) -> int:
         """Copy a file or directory out of the guest. Nothing is written outside of `host_path`. Returns bytes copied."""
         async with self._session(reference) as session:
-            return await copy_out(session, guest_path, Path(host_path))
+            return await copy_out(session, guest_path, Path(host_path), progress=progress)
 
     async def read_file(self, reference: Reference, path: str, *, max_bytes: int = 64 * MIB) -> bytes:
         """The content of a file of the guest."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from coppice.completion import in_thread
@@ -16,7 +17,7 @@ from coppice.errors import Busy, InUse, NotFound
 from coppice.host.base import HostBase
 from coppice.instance import destroy, recovery
 from coppice.instance import directory as directories
-from coppice.model import GcReport
+from coppice.model import GcReport, MachineSpec
 from coppice.names import is_id
 from coppice.ownership import require_operator
 from coppice.store import locks
@@ -54,6 +55,7 @@ class Housekeeping(HostBase):
         if caches:
             for path in await in_thread(self._unused):
                 found.append(await self._remove_path(path, dry_run=dry_run))
+            found += await in_thread(self._unused_kernels, dry_run=dry_run)
             found += await in_thread(self._unnamed_images, dry_run=dry_run)
         return GcReport(
             removed=tuple(name for name, _ in found), bytes_freed=sum(size for _, size in found), dry_run=dry_run
@@ -88,16 +90,32 @@ class Housekeeping(HostBase):
     def _unused(self) -> list[Path]:
         """Caches by content that no instance has a link to, or was made with."""
         layout, rooms = self.rooms.layout, self.rooms
-        machines = [instance.machine for instance in rooms.store.instances()]
-        machines += [snapshot.machine for snapshot in rooms.store.snapshots.snapshots()]
-        disks = {rooms.overlays.path(machine.overlay_bytes).name for machine in machines}
+        disks = {rooms.overlays.path(machine.overlay_bytes).name for machine in self._machines()}
         return sorted(
             [
                 *_named(layout.overlays, lambda name: name not in disks and not is_temporary(name)),
                 *(path for path in _named(layout.initramfs, lambda name: name.endswith(".cpio")) if _links(path) == 1),
-                *rooms.kernels.fetched_except({machine.kernel for machine in machines}),
             ]
         )
+
+    def _unused_kernels(self, *, dry_run: bool) -> list[tuple[str, int]]:
+        """Kernels that were fetched, and that no instance or snapshot is to be started with."""
+        kernels, store = self.rooms.kernels, self.rooms.store
+        found: list[tuple[str, int]] = []
+        for path in kernels.fetched_except({machine.kernel for machine in self._machines()}):
+            size = directories.allocated_bytes(path)
+            try:
+                if not dry_run:
+                    kernels.remove(path.name, partial(store.retire_kernel, path.name))
+            except (InUse, NotFound):
+                continue  # somebody was faster
+            found.append((self._shown(path), size))
+        return found
+
+    def _machines(self) -> list[MachineSpec]:
+        store = self.rooms.store
+        machines = [instance.machine for instance in store.instances()]
+        return machines + [snapshot.machine for snapshot in store.snapshots.all()]
 
     def _unnamed_images(self, *, dry_run: bool) -> list[tuple[str, int]]:
         """Images that nobody can ask for by name, and nothing runs."""

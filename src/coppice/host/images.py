@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from coppice.completion import complete, in_thread
 from coppice.doctor import run_checks
 from coppice.errors import NotFound, Refused
 from coppice.guest.kernel import Kernel
 from coppice.host.base import HostBase
 from coppice.images.catalog import BuildOptions
 from coppice.model import Check, Image, ProgressSink, no_progress
-from coppice.ownership import owns
+from coppice.ownership import owns, require_operator
 
 
 class Images(HostBase):
@@ -97,6 +98,17 @@ class Images(HostBase):
     async def kernel_ls(self) -> list[Kernel]:
         """All kernels, the newest last."""
         return await asyncio.to_thread(self.rooms.kernels.kernels)
+
+    async def kernel_rm(self, key: str) -> None:
+        """Remove a kernel.
+
+        :raises NotFound: there is none
+        :raises InUse: instances or snapshots have it; the message names them
+        :raises Refused: the host has an owner: kernels are everybody's
+        """
+        require_operator(self.owner, "kernel rm")
+        unused = partial(self.rooms.store.retire_kernel, key)
+        await complete(in_thread(self.rooms.kernels.remove, key, unused))
 
     async def doctor(self) -> list[Check]:
         """Check this host: each line with its cure."""

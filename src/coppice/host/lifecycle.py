@@ -126,15 +126,20 @@ class Lifecycle(Volumes):
             publish=check_publish(publish),
             owner=self.owner,
         )
+
+        def check() -> None:
+            admit()
+            self.rooms.kernels.get(chosen_kernel)  # it may have been removed meanwhile
+
         with os_errors(f"run {instance.name}"):
-            return await self._make(instance, admit, start=start, progress=progress)
+            return await self._make(instance, check, start=start, progress=progress)
 
     async def _make(
-        self, instance: Instance, admit: Callable[[], None], *, start: bool, progress: ProgressSink
+        self, instance: Instance, check: Callable[[], None], *, start: bool, progress: ProgressSink
     ) -> Instance:
         try:
             # First: a lock file without a record is nobody's.
-            (instance,) = await in_thread(self.rooms.store.create, [instance], "run", admit)
+            (instance,) = await in_thread(self.rooms.store.create, [instance], "run", check)
             async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
                 await in_thread(
                     self.rooms.store.get, instance.id

@@ -92,7 +92,7 @@ class Snapshots(Lifecycle):
         wanted = source.id if isinstance(source, Instance) else source
         return [
             each
-            for each in await in_thread(self.rooms.store.snapshots.snapshots)
+            for each in await in_thread(self.rooms.store.snapshots.all)
             if owns(self.owner, each)
             and (wanted is None or wanted in (each.source, each.source_name))
             and (tags or {}).items() <= each.tags.items()

@@ -63,7 +63,7 @@ class Volumes(Admission):
         """The owner's volumes, oldest first, that have all of `tags`, each with who has it. The operator sees all."""
         return [
             each
-            for each in await in_thread(self.rooms.store.volumes.volumes)
+            for each in await in_thread(self.rooms.store.volumes.all)
             if owns(self.owner, each) and (tags or {}).items() <= each.tags.items()
         ]
 

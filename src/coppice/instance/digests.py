@@ -56,7 +56,7 @@ def holders(layout: Layout, store: Store) -> list[Holder]:
     busy = {entry.instance for entry in store.journal()}
     return [
         *(Holder(each, layout.instance(each.id)) for each in store.instances() if each.id not in busy),
-        *(Holder(each, layout.snapshot(each.id)) for each in store.snapshots.snapshots()),
+        *(Holder(each, layout.snapshot(each.id)) for each in store.snapshots.all()),
     ]
 
 

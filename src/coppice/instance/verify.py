@@ -69,7 +69,7 @@ async def verify(rooms: Rooms, progress: ProgressSink) -> VerifyReport:
             await _check_snapshot_disk(rooms, holder, holder.record, found)
         else:
             await _check_disk(rooms, holder, found)
-    for volume in await in_thread(rooms.store.volumes.volumes):
+    for volume in await in_thread(rooms.store.volumes.all):
         await _check_volume(rooms, volume, found)
     return VerifyReport(
         mem_files=found.mem_files,

@@ -132,6 +132,26 @@ class Store:
             ).fetchall()
         return [row[0] for row in rows]
 
+    def retire_kernel(self, key: str, retire: Callable[[], None]) -> None:
+        """Call `retire` in a transaction that finds nobody who has the kernel. Who records an instance looks in its own whether the kernel is there.
+
+        :raises InUse: instances or snapshots have it; the message names them
+        """
+        with self._db.write() as connection:
+            users = connection.execute(
+                """
+                SELECT name FROM (SELECT name, record FROM instances UNION ALL SELECT name, record FROM snapshots)
+                WHERE json_extract(CAST(record AS TEXT), '$.machine.kernel') = ? ORDER BY name
+                """,
+                (key,),
+            ).fetchall()
+            if users:
+                raise InUse(
+                    f"the kernel {key!r} is used by {', '.join(name for (name,) in users)}",
+                    hint="remove them first with `coppice rm` or `coppice snapshot rm`",
+                )
+            retire()
+
     def create(
         self, instances: Iterable[Instance], operation: str, check: Callable[[], None] | None = None
     ) -> list[Instance]:

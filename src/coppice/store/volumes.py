@@ -1,4 +1,4 @@
-"""Records of volumes, and who may have one. A volume that the journal has a row for is being made or removed, and is not found.
+"""Records of volumes, and who may have one.
 
 Who has a volume is derived from the records of instances and snapshots. The rule is kept here, inside of each transaction that records a holder: one for
 writing and nobody else, or any number for reading.
@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from coppice.errors import InUse, NameTaken, NotFound
+from coppice.errors import InUse, NotFound
 from coppice.model import Attachment, Volume, VolumeDisk
 from coppice.ownership import no_volume
-from coppice.store.database import Database
+from coppice.store.records import WHOLE, Records
 
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Volume).decode
-_WHOLE = "id NOT IN (SELECT instance FROM journal)"
 _HOLDERS = " UNION ALL ".join(
     f"""
     SELECT '{holder}', {table}.id, {table}.name, json_extract(disk.value, '$.mount_path'), json_extract(disk.value, '$.readonly'),
@@ -29,12 +26,14 @@ _HOLDERS = " UNION ALL ".join(
 )
 
 
-class VolumeStore:
-    """All blocking; see `Database`. `journal` writes the row of an operation into an open transaction."""
+class VolumeStore(Records[Volume]):
+    """All blocking; see `Database`."""
 
-    def __init__(self, database: Database, journal: Callable[[sqlite3.Connection, str, str], None]) -> None:
-        self._db = database
-        self._journal = journal
+    _noun = "volume"
+    _type = Volume
+
+    def _missing(self, reference: str) -> NotFound:
+        return no_volume(reference)
 
     def create(self, volume: Volume, operation: str, check: Callable[[], None]) -> None:
         """Record a volume that is about to be made. `check` runs inside of the transaction.
@@ -43,27 +42,7 @@ class VolumeStore:
         """
         with self._db.write() as connection:
             check()
-            try:
-                connection.execute(
-                    "INSERT INTO volumes (id, name, created_at, record) VALUES (?, ?, ?, ?)",
-                    (volume.id, volume.name, volume.created_at, _encode(volume)),
-                )
-            except sqlite3.IntegrityError as error:
-                raise NameTaken(
-                    f"the name {volume.name!r} is taken by another volume",
-                    hint="choose another, or remove its holder with `coppice volume rm`",
-                ) from error
-            self._journal(connection, volume.id, operation)
-
-    def finish(self, volume: Volume) -> None:
-        """End the operation that made a volume: it is whole.
-
-        :raises NotFound: it is gone
-        """
-        with self._db.write() as connection:
-            if not connection.execute("SELECT 1 FROM volumes WHERE id = ?", (volume.id,)).fetchone():
-                raise NotFound(f"the volume {volume.name!r} is gone", hint="another process removed it")
-            connection.execute("DELETE FROM journal WHERE instance = ?", (volume.id,))
+            self._insert(connection, volume, operation)
 
     def begin_removal(self, volume: Volume, operation: str) -> None:
         """Record that a volume is to be removed: from then on nobody finds it or can have it attached.
@@ -84,38 +63,18 @@ class VolumeStore:
 
         :raises NotFound: there is none
         """
+        volume = super().get(reference)
         with self._db.read() as connection:
-            row = connection.execute(
-                f"SELECT record FROM volumes WHERE (id = ?1 OR name = ?1) AND {_WHOLE} ORDER BY id = ?1 DESC",  # noqa: S608 - a constant
-                (reference,),
-            ).fetchone()
-            if row is None:
-                raise no_volume(reference)
-            volume = _decode(row[0])
             return msgspec.structs.replace(volume, attachments=_holders(connection, volume.id))
 
-    def volumes(self) -> list[Volume]:
+    def all(self) -> list[Volume]:
         """All volumes, oldest first, each with who has it."""
+        volumes = super().all()
+        found: dict[str, list[Attachment]] = {}
         with self._db.read() as connection:
-            rows = connection.execute(
-                f"SELECT record FROM volumes WHERE {_WHOLE} ORDER BY created_at, rowid"  # noqa: S608 - a constant
-            ).fetchall()
-            found: dict[str, list[Attachment]] = {}
             for *attachment, volume in connection.execute(_HOLDERS):
                 found.setdefault(volume, []).append(_attachment(*attachment))
-        volumes = [_decode(row[0]) for row in rows]
         return [msgspec.structs.replace(each, attachments=tuple(found.get(each.id, ()))) for each in volumes]
-
-    def ids(self) -> set[str]:
-        """Ids of all volumes, also of those that are being made or removed."""
-        with self._db.read() as connection:
-            return {row[0] for row in connection.execute("SELECT id FROM volumes").fetchall()}
-
-    def forget(self, volume_id: str) -> None:
-        """Remove the record and the journal row of a volume whose directory is gone. Idempotent."""
-        with self._db.write() as connection:
-            connection.execute("DELETE FROM volumes WHERE id = ?", (volume_id,))
-            connection.execute("DELETE FROM journal WHERE instance = ?", (volume_id,))
 
     def require_free(self, disks: Sequence[VolumeDisk]) -> None:
         """Look whether a machine could have these volumes now. Only its record takes them: another process may be quicker.
@@ -138,7 +97,7 @@ def require_attachable(connection: sqlite3.Connection, machines: Iterable[Sequen
         for disk in machine:
             wanted.setdefault(disk.volume_id, []).append(disk)
     for volume_id, disks in wanted.items():
-        whole = connection.execute(f"SELECT 1 FROM volumes WHERE id = ? AND {_WHOLE}", (volume_id,))  # noqa: S608 - a constant
+        whole = connection.execute(f"SELECT 1 FROM volumes WHERE id = ? AND {WHOLE}", (volume_id,))  # noqa: S608 - a constant
         if not whole.fetchone():
             raise no_volume(disks[0].volume_name)
         _require_rule(disks, _holders(connection, volume_id))

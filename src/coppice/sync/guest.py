@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coppice.guest.control import Health
 from coppice.host import LogSource, Reference
-from coppice.model import MIB, ExecResult, FileStat, Instance
+from coppice.model import MIB, ExecResult, FileStat, Instance, ProgressSink, no_progress
 from coppice.sync.base import HostBase
 from coppice.sync.session import ExecSession
 
@@ -71,11 +71,15 @@ class Guest(HostBase):
         with self._portal.within(opened) as session:
             yield ExecSession(self._portal, session)
 
-    def cp_in(self, reference: Reference, host_path: Path | str, guest_path: str) -> int:
-        return self._portal.call(self._host.cp_in(reference, host_path, guest_path))
+    def cp_in(
+        self, reference: Reference, host_path: Path | str, guest_path: str, *, progress: ProgressSink = no_progress
+    ) -> int:
+        return self._portal.call(self._host.cp_in(reference, host_path, guest_path, progress=progress))
 
-    def cp_out(self, reference: Reference, guest_path: str, host_path: Path | str) -> int:
-        return self._portal.call(self._host.cp_out(reference, guest_path, host_path))
+    def cp_out(
+        self, reference: Reference, guest_path: str, host_path: Path | str, *, progress: ProgressSink = no_progress
+    ) -> int:
+        return self._portal.call(self._host.cp_out(reference, guest_path, host_path, progress=progress))
 
     def read_file(self, reference: Reference, path: str, *, max_bytes: int = 64 * MIB) -> bytes:
         return self._portal.call(self._host.read_file(reference, path, max_bytes=max_bytes))

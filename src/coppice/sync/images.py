@@ -52,5 +52,8 @@ class Images(HostBase):
     def kernel_ls(self) -> list[Kernel]:
         return self._portal.call(self._host.kernel_ls())
 
+    def kernel_rm(self, key: str) -> None:
+        self._portal.call(self._host.kernel_rm(key))
+
     def doctor(self) -> list[Check]:
         return self._portal.call(self._host.doctor())

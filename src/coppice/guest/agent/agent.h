@@ -14,6 +14,7 @@
 #include <sys/types.h>
 
 #define AGENT_VERSION "1.0.0"
+#define CAPABILITIES 1u /* bit 0: archives with holes are understood */
 #define PORT_COUNT 8 /* coppice.0 is the control port */
 
 /* ---- clock.c: small things on which the rest stands ---- */

@@ -130,7 +130,7 @@ static bool is_zero(const uint8_t *data, size_t size)
     return size > 0 && data[0] == 0 && memcmp(data, data + 1, size - 1) == 0;
 }
 
-/* Long runs of zeros become holes: what was sparse on the host must not fill the guest's disk. */
+/* Long runs of zeros become holes, as those are that the archive tells of: what was sparse on the host must not fill the guest's disk. */
 static int make_regular(struct unpack *u, int parent, const char *base)
 {
     int fd = openat(parent, base, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
@@ -138,18 +138,19 @@ static int make_regular(struct unpack *u, int parent, const char *base)
         return errno;
     const uint8_t *data;
     size_t size;
-    off_t end = 0;
+    uint64_t at;
     int error = 0;
-    while (!error && (size = tar_contents(&u->reader, &data)) > 0) {
-        if (!(is_zero(data, size) ? lseek(fd, (off_t)size, SEEK_CUR) >= 0 : write_all(fd, data, size)))
+    while (!error && (size = tar_contents(&u->reader, &data, &at)) > 0) {
+        if (!is_zero(data, size) && (lseek(fd, (off_t)at, SEEK_SET) < 0 || !write_all(fd, data, size)))
             error = errno;
-        end += (off_t)size;
-        u->bytes += size;
     }
-    if (!error && ftruncate(fd, end) < 0)
+    if (!error)
+        error = u->reader.error;
+    if (!error && ftruncate(fd, (off_t)u->reader.member.size) < 0)
         error = errno;
     if (!error)
         error = furnish(&u->reader.member, fd);
+    u->bytes += (uint64_t)u->reader.member.size;
     return close(fd) < 0 && !error ? errno : error;
 }
 

@@ -1,4 +1,4 @@
-/* TAR_OUT: a path of the guest as a ustar stream, with pax records where ustar is too small.
+/* TAR_OUT: a path of the guest as a ustar stream, with pax records where ustar is too small, and for holes where the host takes them.
  *
  * The walk keeps one open directory per level and no recursion; what changes under it does no harm: a file that shrinks is padded
  * with zeros to the size that its header promised.
@@ -19,7 +19,7 @@
 #define DEPTH_MAX 128
 #define LINKS_MAX 65536 /* files with several names that are remembered; beyond, each name is a file of its own */
 
-enum { CONTENTS = 1 };
+enum { CONTENTS = 1, HOLES = 2 };
 
 struct link {
     dev_t device;
@@ -27,9 +27,18 @@ struct link {
     char *name;
 };
 
+struct pax {
+    size_t size;
+    char data[3 * PATH_MAX + MAP_MAX];
+};
+
 struct archive {
     struct wire *wire;
-    bool gone; /* the session is over */
+    bool gone;                       /* the session is over */
+    bool holes;                      /* are told of */
+    struct range ranges[RANGES_MAX]; /* of the file that is sent */
+    char map[MAP_MAX];               /* the same as text, where it has holes */
+    struct pax pax;
     size_t used;
     struct link *links;
     size_t link_count, link_capacity; /* a power of two; open addressing */
@@ -86,11 +95,6 @@ static void put_header(struct archive *a, struct tar_header *h)
     put(a, h, sizeof *h);
 }
 
-struct pax {
-    size_t size;
-    char data[3 * PATH_MAX];
-};
-
 /* "LENGTH key=value\n", where LENGTH counts itself. */
 static void pax_add(struct pax *p, const char *key, const char *value)
 {
@@ -111,16 +115,23 @@ static void pax_number(struct pax *p, const char *key, int64_t value)
     pax_add(p, key, text);
 }
 
-static void put_member(struct archive *a, const char *name, const char *link, char type, const struct stat *s, uint64_t size)
+/* `stored`: bytes of contents that follow. */
+static void put_member(struct archive *a, const char *name, const char *link, char type, const struct stat *s, uint64_t stored)
 {
     struct tar_header h = {.type = type};
-    struct pax pax = {0};
+    struct pax *pax = &a->pax;
+    pax->size = 0;
+    if (*a->map) {
+        pax_number(pax, "GNU.sparse.size", s->st_size);
+        pax_add(pax, "GNU.sparse.map", a->map);
+        *a->map = 0;
+    }
     if (strlen(name) > sizeof h.name)
-        pax_add(&pax, "path", name);
+        pax_add(pax, "path", name);
     memcpy(h.name, name, strnlen(name, sizeof h.name));
     if (link) {
         if (strlen(link) > sizeof h.link)
-            pax_add(&pax, "linkpath", link);
+            pax_add(pax, "linkpath", link);
         memcpy(h.link, link, strnlen(link, sizeof h.link));
     }
     octal(h.mode, sizeof h.mode, s->st_mode & 07777);
@@ -132,26 +143,26 @@ static void put_member(struct archive *a, const char *name, const char *link, ch
     } numbers[] = {
         {"uid", h.uid, sizeof h.uid, s->st_uid},
         {"gid", h.gid, sizeof h.gid, s->st_gid},
-        {"size", h.size, sizeof h.size, (int64_t)size},
+        {"size", h.size, sizeof h.size, (int64_t)stored},
         {"mtime", h.mtime, sizeof h.mtime, s->st_mtim.tv_sec},
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         bool ok = numbers[i].value >= 0 && fits((uint64_t)numbers[i].value, numbers[i].width);
         octal(numbers[i].field, numbers[i].width, ok ? (uint64_t)numbers[i].value : 0);
         if (!ok)
-            pax_number(&pax, numbers[i].key, numbers[i].value);
+            pax_number(pax, numbers[i].key, numbers[i].value);
     }
     if (type == '3' || type == '4') {
         octal(h.major, sizeof h.major, major(s->st_rdev));
         octal(h.minor, sizeof h.minor, minor(s->st_rdev));
     }
-    if (pax.size > 0) {
+    if (pax->size > 0) {
         struct tar_header x = {.type = 'x', .name = "pax", .mode = "0000644", .uid = "0000000", .gid = "0000000"};
-        octal(x.size, sizeof x.size, pax.size);
+        octal(x.size, sizeof x.size, pax->size);
         octal(x.mtime, sizeof x.mtime, 0);
         put_header(a, &x);
-        put(a, pax.data, pax.size);
-        pad(a, pax.size);
+        put(a, pax->data, pax->size);
+        pad(a, pax->size);
     }
     put_header(a, &h);
 }
@@ -198,19 +209,12 @@ static const char *earlier_name(struct archive *a, const struct stat *s, const c
 
 /* ---- members ---- */
 
-static int put_regular(struct archive *a, int directory, const char *base, const char *name, const struct stat *s)
+static int put_range(struct archive *a, int fd, struct range r)
 {
-    int fd = openat(directory, base, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOATIME);
-    if (fd < 0 && errno == EPERM)
-        fd = openat(directory, base, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        return errno;
-    uint64_t left = (uint64_t)s->st_size;
-    put_member(a, name, NULL, '0', s, left);
     int error = 0;
     uint8_t buffer[16384];
-    while (left > 0 && !a->gone) {
-        ssize_t n = read(fd, buffer, left < sizeof buffer ? (size_t)left : sizeof buffer);
+    while (r.size > 0 && !a->gone) {
+        ssize_t n = pread(fd, buffer, r.size < sizeof buffer ? (size_t)r.size : sizeof buffer, (off_t)r.at);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0) {
@@ -218,15 +222,39 @@ static int put_regular(struct archive *a, int directory, const char *base, const
             break;
         }
         put(a, buffer, (size_t)n);
-        left -= (uint64_t)n;
+        r.at += (uint64_t)n;
+        r.size -= (uint64_t)n;
     }
-    close(fd);
-    while (left > 0 && !a->gone && !error) {
-        size_t n = left < BLOCK ? (size_t)left : BLOCK;
+    while (r.size > 0 && !a->gone && !error) {
+        size_t n = r.size < BLOCK ? (size_t)r.size : BLOCK;
         put(a, NULL, n);
-        left -= n;
+        r.size -= n;
     }
-    pad(a, (uint64_t)s->st_size);
+    return error;
+}
+
+static int put_regular(struct archive *a, int directory, const char *base, const char *name, const struct stat *s)
+{
+    int fd = openat(directory, base, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOATIME);
+    if (fd < 0 && errno == EPERM)
+        fd = openat(directory, base, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return errno;
+    uint64_t size = (uint64_t)s->st_size, stored = 0;
+    size_t count = 1;
+    a->ranges[0] = (struct range){0, size};
+    if (a->holes)
+        count = tar_find_ranges(fd, size, a->ranges);
+    for (size_t i = 0; i < count; i++)
+        stored += a->ranges[i].size;
+    if (stored < size)
+        tar_map(a->ranges, count, a->map);
+    put_member(a, name, NULL, '0', s, stored);
+    int error = 0;
+    for (size_t i = 0; i < count && !error; i++)
+        error = put_range(a, fd, a->ranges[i]);
+    close(fd);
+    pad(a, stored);
     return error;
 }
 
@@ -360,6 +388,7 @@ void tar_out(struct wire *w, const struct frame *f)
     int error = ENOMEM;
     if (a && k) {
         a->wire = w;
+        a->holes = flags & HOLES;
         error = begin(a, k, path, flags & CONTENTS);
         if (!error)
             error = walk(a, k);

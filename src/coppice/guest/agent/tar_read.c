@@ -106,7 +106,11 @@ static bool pax_record(struct overrides *o, const char *key, const char *value, 
     if (strcmp(key, "linkpath") == 0)
         return o->link = set_path(o->value.link, value, size);
     if (strcmp(key, "size") == 0)
+        return o->stored = decimal(value, &o->value.stored) && o->value.stored >= 0;
+    if (strcmp(key, "GNU.sparse.size") == 0)
         return o->size = decimal(value, &o->value.size) && o->value.size >= 0;
+    if (strcmp(key, "GNU.sparse.map") == 0)
+        return (o->range_count = tar_read_map(value, o->ranges)) > 0;
     if (strcmp(key, "uid") == 0)
         return o->uid = decimal(value, &o->value.uid);
     if (strcmp(key, "gid") == 0)
@@ -192,9 +196,9 @@ static bool parse(const struct tar_header *h, struct member *m)
 {
     int64_t checksum, mtime;
     if (!number(h->checksum, sizeof h->checksum, &checksum) || checksum != tar_checksum(h) ||
-        !number(h->size, sizeof h->size, &m->size) || !number(h->mode, sizeof h->mode, &m->mode) ||
+        !number(h->size, sizeof h->size, &m->stored) || !number(h->mode, sizeof h->mode, &m->mode) ||
         !number(h->uid, sizeof h->uid, &m->uid) || !number(h->gid, sizeof h->gid, &m->gid) ||
-        !number(h->mtime, sizeof h->mtime, &mtime) || m->size < 0)
+        !number(h->mtime, sizeof h->mtime, &mtime) || m->stored < 0)
         return false;
     m->type = !h->type || h->type == '7' ? '0' : h->type; /* 7: a regular file, laid out in one piece */
     m->mtime = (struct timespec){.tv_sec = mtime};
@@ -209,21 +213,44 @@ static bool parse(const struct tar_header *h, struct member *m)
     return true;
 }
 
-static void apply(struct overrides *o, struct member *m)
+static void apply(struct tar_reader *r)
 {
+    struct overrides *o = &r->overrides;
+    struct member *m = &r->member;
     if (o->name)
         strcpy(m->name, o->value.name);
     if (o->link)
         strcpy(m->link, o->value.link);
-    if (o->size)
-        m->size = o->value.size;
+    if (o->stored)
+        m->stored = o->value.stored;
+    m->size = o->size ? o->value.size : m->stored;
     if (o->uid)
         m->uid = o->value.uid;
     if (o->gid)
         m->gid = o->value.gid;
     if (o->mtime)
         m->mtime = o->value.mtime;
-    o->name = o->link = o->size = o->uid = o->gid = o->mtime = false;
+    r->range = 0;
+    r->range_count = m->type == '0' ? o->range_count : 0; /* others have no contents, even where a size is written: a hard link's may be its file's */
+    o->range_count = 0;
+    o->name = o->link = o->size = o->stored = o->uid = o->gid = o->mtime = false;
+}
+
+/* False where the ranges of the contents are not in order, or are not what there is. */
+static bool open_contents(struct tar_reader *r)
+{
+    uint64_t size = (uint64_t)r->member.size, stored = (uint64_t)r->member.stored, end = 0, sum = 0;
+    if (r->range_count == 0)
+        r->overrides.ranges[r->range_count++] = (struct range){0, stored};
+    r->padding = padding(stored);
+    for (size_t i = 0; i < r->range_count; i++) {
+        struct range range = r->overrides.ranges[i];
+        if (range.at < end || range.at > size || range.size > size - range.at)
+            return false;
+        end = range.at + range.size;
+        sum += range.size;
+    }
+    return sum == stored;
 }
 
 bool tar_next(struct tar_reader *r)
@@ -231,7 +258,8 @@ bool tar_next(struct tar_reader *r)
     static const struct tar_header zero;
     struct tar_header h;
     const uint8_t *data;
-    while (tar_contents(r, &data) > 0) {
+    uint64_t at;
+    while (tar_contents(r, &data, &at) > 0) {
     }
     if (!r->error && copy(r, NULL, r->padding))
         r->padding = 0;
@@ -244,30 +272,33 @@ bool tar_next(struct tar_reader *r)
         if (!parse(&h, &r->member))
             return fail(r, "this is not a tar archive, or it is damaged");
         if (strchr("xgLK", r->member.type)) {
-            if (!extended(r, r->member.type, r->member.size))
+            if (!extended(r, r->member.type, r->member.stored))
                 return false;
             continue;
         }
-        apply(&r->overrides, &r->member);
-        if (r->member.type == '0') { /* others have no contents, even where a size is written: a hard link's may be its file's */
-            r->left = (uint64_t)r->member.size;
-            r->padding = padding(r->left);
-        }
+        apply(r);
+        if (r->member.type == '0' && !open_contents(r))
+            return fail(r, "the holes of a file make no sense");
         return true;
     }
     return false;
 }
 
-size_t tar_contents(struct tar_reader *r, const uint8_t **data)
+size_t tar_contents(struct tar_reader *r, const uint8_t **data, uint64_t *at)
 {
-    if (r->left == 0 || r->error)
-        return 0;
-    size_t n = take(r, data, r->left < CHUNK ? (size_t)r->left : CHUNK);
-    if (n == 0) {
-        fail(r, "the archive ends in the middle");
-        return 0;
+    struct range *range = &r->overrides.ranges[r->range];
+    while (r->range < r->range_count && range->size == 0) {
+        range++;
+        r->range++;
     }
-    r->left -= n;
+    if (r->range == r->range_count || r->error)
+        return 0;
+    size_t n = take(r, data, range->size < CHUNK ? (size_t)range->size : CHUNK);
+    if (n == 0)
+        fail(r, "the archive ends in the middle");
+    *at = range->at;
+    range->at += n;
+    range->size -= n;
     return n;
 }
 

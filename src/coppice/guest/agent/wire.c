@@ -187,6 +187,7 @@ bool wire_open_session(struct wire *w)
     drop_parts(w);
     struct reply r = {0};
     reply_text(&r, 1, AGENT_VERSION);
+    reply_int(&r, 2, CAPABILITIES);
     uint8_t payload[sizeof magic + NONCE_SIZE + 64];
     memcpy(payload, magic, sizeof magic);
     memcpy(payload + sizeof magic, w->nonce, NONCE_SIZE);
