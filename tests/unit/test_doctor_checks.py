@@ -164,7 +164,14 @@ def test_pagemap_scan() -> None:
 )
 def test_ptrace(scope: int | None, root: bool, status: str) -> None:
     """Where the kernel will not let a fork be captured, that is known before."""
-    assert memory.judge_ptrace(scope, root=root).status == status
+    assert memory.judge_ptrace(scope, root=root, capable=root).status == status
+
+
+def test_root_of_a_container_is_told_what_it_lacks() -> None:
+    """Without CAP_SYS_PTRACE root can start nothing; a user needs no such thing for processes of their own."""
+    check = memory.judge_ptrace(0, root=True, capable=False)
+    assert check.status == "fail"
+    assert "SYS_PTRACE" in check.cure
 
 
 def test_smaps() -> None:

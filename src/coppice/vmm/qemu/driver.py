@@ -19,7 +19,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from coppice.errors import VmmDied
+from coppice.errors import HostCannot, VmmDied
 from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
@@ -179,9 +179,16 @@ def _unprivileged_user(instance_id: str) -> int | None:
     """A user id of its own for each VMM, so that one cannot signal or trace another; None where this process is not root already.
 
     Nothing belongs to these users: they own no file.
+
+    :raises HostCannot: this process could not tell such a VMM from a dead one
     """
     if os.geteuid() != 0:
         return None
+    if not processes.may_trace_any():
+        raise HostCannot(
+            "root has no CAP_SYS_PTRACE here, and could not look into a VMM that has given up root",
+            hint="give it to the container: `docker run --cap-add SYS_PTRACE`",
+        )
     mapped = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
     if mapped < 1 << 31:  # root of a user namespace with few ids
         return _NOBODY
