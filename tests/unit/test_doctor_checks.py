@@ -14,6 +14,7 @@ from coppice import doctor
 from coppice.doctor import memory, storage, system, virtualization
 from coppice.doctor.mounts import Mount, mount_of, parse_mountinfo
 from coppice.model import GIB, MIB, Check
+from coppice.vmm.qemu import host
 
 MOUNTINFO = r"""27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard
 22 27 0:21 / /proc rw,relatime - proc proc rw,hidepid=invisible
@@ -69,7 +70,7 @@ def test_a_path_belongs_to_its_deepest_last_mount(path: str, expected: str) -> N
         (False, "ok", "warn", "may hang"),
     ],
 )
-def test_kvm(virtual: bool, device: virtualization.Device, status: str, word: str) -> None:
+def test_kvm(virtual: bool, device: host.KvmDevice, status: str, word: str) -> None:
     """KVM counts only with the CPU's own help; without it guests are emulated, which is no failure."""
     check = virtualization.judge_kvm(virtual, device)
     assert check.status == status
