@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from coppice.errors import HostCannot
+from coppice.errors import HostCannot, VmmDied
 from coppice.vmm.qemu import host
+from coppice.vmm.qemu.driver import ended_at_once
 
 WITH_VMX = host.parse_cpuinfo("flags\t\t: fpu vmx sse\n")
 WITHOUT = host.parse_cpuinfo("flags\t\t: fpu sse\n")
@@ -44,3 +45,12 @@ def test_kvm_without_the_cpus_help_is_not_taken(monkeypatch: pytest.MonkeyPatch)
     assert host.choose_accel("auto", WITHOUT) == "tcg"
     assert host.choose_accel("auto", WITH_VMX) == "kvm"
     assert host.choose_accel("kvm", WITHOUT) == "kvm"
+
+
+def test_a_user_without_namespaces_is_told_what_the_host_lacks() -> None:
+    """It is not QEMU's fault that it was never started; what QEMU itself says is shown as it is."""
+    refused = ended_at_once("unshare: unshare failed: No space left on device")
+    assert isinstance(refused, HostCannot)
+    assert "user namespace" in refused.message
+    assert "doctor" in (refused.hint or "")
+    assert isinstance(ended_at_once("-netdev user: Could not set up host forwarding rule"), VmmDied)

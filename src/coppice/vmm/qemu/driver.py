@@ -19,7 +19,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from coppice.errors import HostCannot, VmmDied
+from coppice.errors import CoppiceError, HostCannot, VmmDied
 from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
@@ -119,9 +119,7 @@ class QemuDriver(VmmDriver):
     async def _settle(self, directory: Path, process: VmmProcess) -> VmmProcess:
         """A process that has ended already is an error now, and not a time-out later."""
         if not process.start_ticks:
-            raise VmmDied(
-                f"QEMU ended at once: {await self.wait_exit(directory, process)}", hint="see vmm.log of the instance"
-            )
+            raise ended_at_once(await self.wait_exit(directory, process))
         return process
 
     async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
@@ -173,6 +171,16 @@ class QemuDriver(VmmDriver):
 
     def find_orphans(self, instances: Path) -> dict[Path, list[VmmProcess]]:
         return processes.by_working_directory(instances, [host.PROGRAM])
+
+
+def ended_at_once(said: str) -> CoppiceError:
+    """The error of a QEMU, or of the launcher before it, that said this and ended."""
+    if said.startswith(f"{_ROOT_OF_ITS_OWN[0]}: "):
+        return HostCannot(
+            f"QEMU before {'.'.join(map(str, command.READ_ONLY_RAM))} needs a user namespace, and this user can have none ({said})",
+            hint="`coppice doctor` has the cure; root needs none",
+        )
+    return VmmDied(f"QEMU ended at once: {said}", hint="`coppice doctor` checks what it needs")
 
 
 def _unprivileged_user(instance_id: str) -> int | None:
