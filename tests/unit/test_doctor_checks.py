@@ -14,6 +14,7 @@ from coppice import doctor
 from coppice.doctor import memory, storage, system, virtualization
 from coppice.doctor.mounts import Mount, mount_of, parse_mountinfo
 from coppice.model import GIB, MIB, Check
+from coppice.vmm.qemu import host
 
 MOUNTINFO = r"""27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard
 22 27 0:21 / /proc rw,relatime - proc proc rw,hidepid=invisible
@@ -69,7 +70,7 @@ def test_a_path_belongs_to_its_deepest_last_mount(path: str, expected: str) -> N
         (False, "ok", "warn", "may hang"),
     ],
 )
-def test_kvm(virtual: bool, device: virtualization.Device, status: str, word: str) -> None:
+def test_kvm(virtual: bool, device: host.KvmDevice, status: str, word: str) -> None:
     """KVM counts only with the CPU's own help; without it guests are emulated, which is no failure."""
     check = virtualization.judge_kvm(virtual, device)
     assert check.status == status
@@ -164,7 +165,14 @@ def test_pagemap_scan() -> None:
 )
 def test_ptrace(scope: int | None, root: bool, status: str) -> None:
     """Where the kernel will not let a fork be captured, that is known before."""
-    assert memory.judge_ptrace(scope, root=root).status == status
+    assert memory.judge_ptrace(scope, root=root, capable=root).status == status
+
+
+def test_root_of_a_container_is_told_what_it_lacks() -> None:
+    """Without CAP_SYS_PTRACE root can start nothing; a user needs no such thing for processes of their own."""
+    check = memory.judge_ptrace(0, root=True, capable=False)
+    assert check.status == "fail"
+    assert "SYS_PTRACE" in check.cure
 
 
 def test_smaps() -> None:
@@ -211,8 +219,12 @@ def test_favordynmods() -> None:
 )
 def test_user_namespaces(root: bool, most: int, unprivileged: int | None, restricted: int | None, cure: str) -> None:
     """The one setting that forbids it is the one that is named."""
-    check = system.judge_user_namespaces(root=root, most=most, unprivileged=unprivileged, restricted=restricted)
-    assert (cure in check.cure) if cure else not check.cure
+    for qemu, status in ((True, "warn"), (False, "fail")):  # QEMU before 8.2 does not run without
+        check = system.judge_user_namespaces(
+            root=root, qemu=qemu, most=most, unprivileged=unprivileged, restricted=restricted
+        )
+        assert (cure in check.cure) if cure else not check.cure
+        assert check.status == (status if cure else "ok")
 
 
 def test_every_program_that_is_run_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

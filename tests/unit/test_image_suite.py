@@ -131,6 +131,18 @@ async def test_a_failed_bootstrap_says_why(tools: Path, catalog: ImageCatalog) -
     assert sorted(path.name for path in catalog.root.iterdir()) == [".lock", "names"]
 
 
+@pytest.mark.parametrize(
+    "said", ["E: unshare syscall failed: No space left on device", "E: unable to unshare the mount namespace"]
+)
+async def test_a_host_without_namespaces_is_not_the_packages_fault(
+    tools: Path, catalog: ImageCatalog, said: str
+) -> None:
+    """A user without namespaces, and root of a container, are told that the host cannot, and what can be done."""
+    program(tools, "mmdebstrap", f"#!/bin/sh\necho '{said}' >&2; echo 'E: chown failed' >&2; exit 1\n")
+    with pytest.raises(HostCannot, match=r"namespaces.*import an image"):
+        await catalog.build_suite("d")
+
+
 async def test_the_deadline_ends_it(tools: Path, catalog: ImageCatalog) -> None:
     """A bootstrap that hangs is ended with all its processes when its time is up."""
     program(tools, "mmdebstrap", '#!/bin/sh\necho "I: stuck" >&2; echo $$ > "$OUT/pid"; sleep 1000 & wait\n')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import resource
@@ -10,17 +11,19 @@ import select
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from coppice.errors import MissingTool
+from coppice.errors import HostCannot, MissingTool
 from coppice.model import VmmProcess
 from coppice.vmm.process import (
     by_working_directory,
     is_alive,
     kill,
+    may_trace_any,
     own_process,
     reap,
     spawn,
@@ -84,6 +87,36 @@ async def test_a_recycled_pid_is_another_process(tmp_path: Path, change: dict[st
         assert is_alive(process)
     finally:
         await kill(process)
+
+
+def test_a_process_that_may_not_be_looked_at_is_not_taken_for_dead() -> None:
+    """Root of a container, as an ordinary user, is not shown another user's program: to call that dead would lose a VMM that runs."""
+    init = VmmProcess(pid=1, start_ticks=start_ticks(1) or 0, executable=str(Path("/sbin/init").resolve()))
+    with as_nobody(), pytest.raises(HostCannot, match="does not show"):
+        is_alive(init)
+    with as_nobody():
+        assert not is_alive(msgspec.structs.replace(init, start_ticks=init.start_ticks + 1))
+
+
+def test_whether_others_may_be_looked_at() -> None:
+    """CAP_SYS_PTRACE is bit 19 of the effective set, whatever else is in it."""
+    assert may_trace_any("CapPrm:\t00000000a80c25fb\nCapEff:\t0000000000080000\n")
+    assert not may_trace_any("CapPrm:\t00000000a80c25fb\nCapEff:\t00000000a80425fb\n")
+    with as_nobody():
+        assert not may_trace_any()
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """For the length of a block without root's powers, where we have them."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
 
 
 async def test_the_end_is_an_event_with_a_status(tmp_path: Path) -> None:

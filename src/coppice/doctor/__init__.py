@@ -44,7 +44,7 @@ async def run_checks(home: Path) -> list[Check]:
         ("processes", _threaded(system.processes)),
         ("locked memory", _threaded(system.locked_memory)),
         ("mounts", _threaded(system.mount_count)),
-        ("user namespaces", _threaded(system.user_namespaces)),
+        ("user namespaces", system.user_namespaces),
     ]
     return list(await asyncio.gather(*(_guarded(name, probe) for name, probe in probes)))
 

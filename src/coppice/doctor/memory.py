@@ -12,6 +12,7 @@ from pathlib import Path
 from coppice.doctor.mounts import Mount, read_mounts
 from coppice.memory.pagemap import PAGEMAP_SCAN
 from coppice.model import GIB, MIB, Check
+from coppice.vmm.process import may_trace_any
 
 _FAIL_BELOW = 512 * MIB
 _WARN_BELOW = 2 * GIB
@@ -119,12 +120,18 @@ def _hides(option: str) -> bool:
 
 def ptrace() -> Check:
     """Whether one host process may read the memory of a VM that another one started."""
-    return judge_ptrace(_sysctl("kernel/yama/ptrace_scope"), root=os.geteuid() == 0)
+    return judge_ptrace(_sysctl("kernel/yama/ptrace_scope"), root=os.geteuid() == 0, capable=may_trace_any())
 
 
-def judge_ptrace(scope: int | None, *, root: bool) -> Check:
-    """`scope` of the Yama security module, None without it. Capturing a fork reads its memory by process_vm_readv."""
+def judge_ptrace(scope: int | None, *, root: bool, capable: bool) -> Check:
+    """`scope` of the Yama security module, None without it. Capturing a fork reads its memory by process_vm_readv.
+
+    `capable`: there is CAP_SYS_PTRACE. A VMM that root starts gives up root, and is then another user's.
+    """
     name = "ptrace"
+    if root and not capable:
+        detail = "root has no CAP_SYS_PTRACE here, as in most containers: no machine can be started"
+        return Check(name=name, status="fail", detail=detail, cure="docker run --cap-add SYS_PTRACE ...")
     allowed = not scope or (root and scope < 3)
     if allowed:
         return Check(name=name, status="ok", detail="the memory of running forks can be captured")

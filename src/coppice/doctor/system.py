@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from coppice.doctor.mounts import Mount, read_mounts
+from coppice.errors import MissingTool
 from coppice.guest.kernel import KernelStore
 from coppice.model import MIB, Check
-from coppice.vmm.qemu.host import read_cpu
+from coppice.vmm.qemu import host
+from coppice.vmm.qemu.command import READ_ONLY_RAM
 
 _SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _ENOUGH_FILES = 4096
@@ -121,7 +123,7 @@ def judge_mount_count(count: int) -> Check:
 
 def favordynmods() -> Check:
     """Whether threads move between control groups fast."""
-    return judge_favordynmods(read_mounts(), virtual=read_cpu().virtualization)
+    return judge_favordynmods(read_mounts(), virtual=host.read_cpu().virtualization)
 
 
 def judge_favordynmods(mounts: list[Mount], *, virtual: bool) -> Check:
@@ -144,18 +146,25 @@ def judge_favordynmods(mounts: list[Mount], *, virtual: bool) -> Check:
     )
 
 
-def user_namespaces() -> Check:
+async def user_namespaces() -> Check:
     """Whether a user who is not root can have namespaces of their own."""
+    try:
+        release = host.release(await host.version())
+    except MissingTool:  # a finding of its own
+        release = READ_ONLY_RAM
     return judge_user_namespaces(
         root=os.geteuid() == 0,
+        qemu=release >= READ_ONLY_RAM,
         most=_number("/proc/sys/user/max_user_namespaces"),
         unprivileged=_number("/proc/sys/kernel/unprivileged_userns_clone"),
         restricted=_number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"),
     )
 
 
-def judge_user_namespaces(*, root: bool, most: int | None, unprivileged: int | None, restricted: int | None) -> Check:
-    """The three settings that may forbid it, None where the kernel does not have them."""
+def judge_user_namespaces(
+    *, root: bool, qemu: bool, most: int | None, unprivileged: int | None, restricted: int | None
+) -> Check:
+    """The three settings that may forbid it, None where the kernel does not have them. `qemu`: this QEMU runs without one."""
     cures = {
         "sysctl -w user.max_user_namespaces=15000": most == 0 or most is None,
         "sysctl -w kernel.unprivileged_userns_clone=1": unprivileged == 0,
@@ -165,8 +174,12 @@ def judge_user_namespaces(*, root: bool, most: int | None, unprivileged: int | N
         return Check(name="user namespaces", status="ok", detail="not needed by root")
     for cure, needed in cures.items():
         if needed:
-            detail = "not for this user: images of Debian suites and tap networks need root"
-            return Check(name="user namespaces", status="warn", detail=detail, cure=cure)
+            images = "not for this user: images of Debian suites need root"
+            if qemu:
+                return Check(name="user namespaces", status="warn", detail=images, cure=cure)
+            oldest = ".".join(map(str, READ_ONLY_RAM))
+            detail = f"{images}, and so does QEMU before {oldest}: no machine can be started"
+            return Check(name="user namespaces", status="fail", detail=detail, cure=cure)
     return Check(name="user namespaces", status="ok", detail="work without root")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +9,8 @@ from coppice.errors import MissingTool
 from coppice.model import Check
 from coppice.vmm.qemu import host
 
-Device = Literal["ok", "missing", "denied", "broken"]
-
 OLDEST_TESTED_QEMU = (7, 2)
 
-_KVM = Path("/dev/kvm")
-_KVM_GET_API_VERSION = 0xAE00  # _IO(0xAE, 0), linux/kvm.h
-_KVM_API_VERSION = 12  # the same since 2007
 _NX_HUGE_PAGES = Path("/sys/module/kvm/parameters/nx_huge_pages")
 _ITLB_MULTIHIT = Path("/sys/devices/system/cpu/vulnerabilities/itlb_multihit")
 
@@ -25,10 +18,10 @@ _ITLB_MULTIHIT = Path("/sys/devices/system/cpu/vulnerabilities/itlb_multihit")
 def kvm() -> Check:
     """Whether guests can run on the CPU itself."""
     virtual = host.read_cpu().virtualization
-    return judge_kvm(virtual, _open_kvm() if virtual or not _KVM.exists() else "ok")
+    return judge_kvm(virtual, host.kvm_device() if virtual or not host.KVM.exists() else "ok")
 
 
-def judge_kvm(virtual: bool, device: Device) -> Check:
+def judge_kvm(virtual: bool, device: host.KvmDevice) -> Check:
     """`virtual`: the CPU shows vmx or svm. `device`: what opening /dev/kvm gave; not tried where the CPU shows neither."""
     slow = "guests are emulated (TCG), several times slower"
     if not virtual:
@@ -99,23 +92,6 @@ def judge_nx_huge_pages(virtual: bool, value: str, *, affected: bool) -> Check:
         detail=f"{value}: each start of a VM makes a worker thread that this CPU does not need",
         cure="echo options kvm nx_huge_pages=never > /etc/modprobe.d/kvm.conf, then load kvm again",
     )
-
-
-def _open_kvm() -> Device:
-    try:
-        fd = os.open(_KVM, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return "missing"
-    except PermissionError:
-        return "denied"
-    except OSError:
-        return "broken"
-    try:
-        return "ok" if fcntl.ioctl(fd, _KVM_GET_API_VERSION) == _KVM_API_VERSION else "broken"
-    except OSError:
-        return "broken"
-    finally:
-        os.close(fd)
 
 
 def _read(path: Path) -> str:

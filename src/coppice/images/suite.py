@@ -25,6 +25,7 @@ _VARIANTS = ("essential", "apt", "minbase", "buildd", "important", "standard")
 _POCKETS = ("", "-updates", "-security", "/updates")
 _DISTRIBUTIONS = ("Debian", "Ubuntu")
 _NEW_PACKAGES = re.compile(r"\d+ upgraded, (\d+) newly installed,")
+_NO_NAMESPACES = re.compile(r"E: .*\bunshare\b")
 _TERMINATION_GRACE_S = 20.0
 _POLL_S = 0.25
 _QUERY_DEADLINE_S = 60.0
@@ -116,9 +117,15 @@ def bootstrap(suite: Suite, workspace: Workspace) -> IO[bytes]:
         _end(process)
     if process.returncode:
         errors = [line for line in log if line.startswith("E:")] or list(log)
+        said = " / ".join(errors[-4:]) or "it said nothing"
+        if any(_NO_NAMESPACES.match(line) for line in errors):
+            raise HostCannot(
+                f"mmdebstrap may not have namespaces of its own here: {said}",
+                hint="`coppice doctor` has the cure; or import an image, which needs none",
+            )
         raise ImageError(
-            f"mmdebstrap could not make {suite.suite}: {' / '.join(errors[-4:]) or 'it said nothing'}",
-            hint="check the package names, and whether the mirror can be reached; another one is given by mirror",
+            f"mmdebstrap could not make {suite.suite}: {said}",
+            hint="check the package names, and whether the mirror can be reached; or give another mirror",
         )
     archive.seek(0)
     return archive

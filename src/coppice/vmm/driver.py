@@ -132,7 +132,10 @@ class VmmDriver(ABC):
 
     @abstractmethod
     def alive(self, process: VmmProcess) -> bool:
-        """Whether this very process runs: pid, start time and executable must match."""
+        """Whether this very process runs: pid, start time and executable must match.
+
+        :raises HostCannot: the kernel does not show it
+        """
 
     @abstractmethod
     def find_orphans(self, instances: Path) -> dict[Path, list[VmmProcess]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import ParamSpec
 
 from coppice.completion import complete
-from coppice.errors import MissingTool, VmmTimeout
+from coppice.errors import HostCannot, MissingTool, VmmTimeout
 from coppice.model import VmmProcess
 
 P = ParamSpec("P")
 _EXIT_DEADLINE_S = 10.0
+_CAP_SYS_PTRACE = 19  # linux/capability.h
 _REMEMBERED = 256
 _children: dict[
     tuple[int, int], subprocess.Popen[bytes]
@@ -47,13 +49,28 @@ def start_ticks(pid: int) -> int | None:
 
 
 def is_alive(process: VmmProcess) -> bool:
-    """Whether this very process runs."""
+    """Whether this very process runs.
+
+    :raises HostCannot: it cannot be told, since the kernel does not show its program: to take it for dead would be to lose it
+    """
     if start_ticks(process.pid) != process.start_ticks:
         return False
     try:
         return str(Path(f"/proc/{process.pid}/exe").readlink()).removesuffix(" (deleted)") == process.executable
+    except PermissionError as error:
+        raise HostCannot(
+            f"the kernel does not show whether process {process.pid} is a VMM",
+            hint="run as the user who started it, or as root with CAP_SYS_PTRACE",
+        ) from error
     except OSError:
         return False
+
+
+def may_trace_any(status: str | None = None) -> bool:
+    """Whether this process has CAP_SYS_PTRACE, from its /proc/PID/status: without it not even root may look into a process that gave up root."""
+    text = Path("/proc/self/status").read_text() if status is None else status
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", text, re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> _CAP_SYS_PTRACE & 1)
 
 
 def own_process() -> tuple[int, int]:

@@ -19,7 +19,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from coppice.errors import VmmDied
+from coppice.errors import CoppiceError, HostCannot, VmmDied
 from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
@@ -122,9 +122,7 @@ class QemuDriver(VmmDriver):
     async def _settle(self, directory: Path, process: VmmProcess) -> VmmProcess:
         """A process that has ended already is an error now, and not a time-out later."""
         if not process.start_ticks:
-            raise VmmDied(
-                f"QEMU ended at once: {await self.wait_exit(directory, process)}", hint="see vmm.log of the instance"
-            )
+            raise ended_at_once(await self.wait_exit(directory, process))
         return process
 
     async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
@@ -178,13 +176,30 @@ class QemuDriver(VmmDriver):
         return processes.by_working_directory(instances, [host.PROGRAM])
 
 
+def ended_at_once(said: str) -> CoppiceError:
+    """The error of a QEMU, or of the launcher before it, that said this and ended."""
+    if said.startswith(f"{_ROOT_OF_ITS_OWN[0]}: "):
+        return HostCannot(
+            f"QEMU before {'.'.join(map(str, command.READ_ONLY_RAM))} needs a user namespace, and this user can have none ({said})",
+            hint="`coppice doctor` has the cure; root needs none",
+        )
+    return VmmDied(f"QEMU ended at once: {said}", hint="`coppice doctor` checks what it needs")
+
+
 def _unprivileged_user(instance_id: str) -> int | None:
     """A user id of its own for each VMM, so that one cannot signal or trace another; None where this process is not root already.
 
     Nothing belongs to these users: they own no file.
+
+    :raises HostCannot: this process could not tell such a VMM from a dead one
     """
     if os.geteuid() != 0:
         return None
+    if not processes.may_trace_any():
+        raise HostCannot(
+            "root has no CAP_SYS_PTRACE here, and could not look into a VMM that has given up root",
+            hint="give it to the container: `docker run --cap-add SYS_PTRACE`",
+        )
     mapped = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
     if mapped < 1 << 31:  # root of a user namespace with few ids
         return _NOBODY

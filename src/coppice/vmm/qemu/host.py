@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import functools
 import hashlib
 import mmap
+import os
 import re
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from coppice.errors import HostCannot, MissingTool
 
+KvmDevice = Literal["ok", "missing", "denied", "broken"]
+
 PROGRAM = "qemu-system-x86_64"
+KVM = Path("/dev/kvm")
+_KVM_GET_API_VERSION = 0xAE00  # _IO(0xAE, 0), linux/kvm.h
+_KVM_API_VERSION = 12  # the same since 2007
 EXACT_S = 0.05  # a sample of this length is exact to about 0.01 %
 QUICK_S = 0.005
 _versions: dict[tuple[str, int], str] = {}
@@ -56,15 +64,41 @@ def read_cpu() -> CpuFacts:
     return parse_cpuinfo(Path("/proc/cpuinfo").read_text())
 
 
-def choose_accel(wanted: str, cpu: CpuFacts, kvm: Path = Path("/dev/kvm")) -> str:
-    """`auto` takes KVM only where the CPU has vmx or svm; `kvm` and `tcg` are taken at their word.
+def kvm_device(path: Path = KVM) -> KvmDevice:
+    """What opening /dev/kvm gives: on a host that has it, it may be for the group kvm only."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return "missing"
+    except PermissionError:
+        return "denied"
+    except OSError:
+        return "broken"
+    try:
+        return "ok" if fcntl.ioctl(descriptor, _KVM_GET_API_VERSION) == _KVM_API_VERSION else "broken"
+    except OSError:
+        return "broken"
+    finally:
+        os.close(descriptor)
 
-    :raises HostCannot: KVM was asked for and there is no /dev/kvm
+
+_NO_KVM: dict[KvmDevice, tuple[str, str]] = {
+    "missing": ("this host has no /dev/kvm", "use --accel tcg, or enable virtualization in the firmware"),
+    "denied": ("/dev/kvm is not for this user", "use --accel tcg, or `usermod -aG kvm $USER` and log in again"),
+    "broken": ("/dev/kvm is not what it should be", "use --accel tcg, or see `dmesg | grep -i kvm`"),
+}
+
+
+def choose_accel(wanted: str, cpu: CpuFacts, kvm: Path = KVM) -> str:
+    """`auto` takes KVM only where the CPU has vmx or svm, and this user may use it; `kvm` and `tcg` are taken at their word.
+
+    :raises HostCannot: KVM was asked for and cannot be used
     """
     if wanted == "auto":
-        return "kvm" if cpu.virtualization and kvm.exists() else "tcg"
-    if wanted == "kvm" and not kvm.exists():
-        raise HostCannot("this host has no /dev/kvm", hint="use --accel tcg, or enable virtualization in the firmware")
+        return "kvm" if cpu.virtualization and kvm_device(kvm) == "ok" else "tcg"
+    if wanted == "kvm" and (device := kvm_device(kvm)) != "ok":
+        message, hint = _NO_KVM[device]
+        raise HostCannot(message, hint=hint)
     return wanted
 
 
