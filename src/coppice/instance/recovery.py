@@ -65,7 +65,8 @@ async def sweep(rooms: Rooms) -> None:
     for key in await in_thread(_without_record, rooms):
         if (descriptor := locks.try_lock(rooms.layout.lock(key))) is not None:
             try:
-                if await destroy.remove_unrecorded(rooms, key):
+                # Again, now that it is held: a spare has become a fork meanwhile, or a snapshot is whole.
+                if key not in await in_thread(rooms.store.known) and await destroy.remove_unrecorded(rooms, key):
                     _log.warning("recovered: %s had no record and nobody held it: removed", key)
             finally:
                 locks.release(descriptor)

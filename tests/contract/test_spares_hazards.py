@@ -1,0 +1,72 @@
+"""What can happen beside a VMM that was started ahead: other hosts that tidy up, a cancellation at any wait, a removal that fails, little room."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from conftest import HostFactory
+from coppice.host import AsyncHost
+from coppice.instance import recovery
+from coppice.instance.rooms import Rooms
+from coppice.model import State
+from fakes.driver import FakeDriver
+from fakes.hosting import ask, assert_tidy, make
+from fakes.rooms import DEADLINES, open_rooms
+
+_MOST_WAITS = 400
+
+
+def host_on(home: Path, driver: FakeDriver) -> AsyncHost:
+    """A host that starts ahead only what it is asked for."""
+    return AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
+
+
+@pytest.fixture
+async def host(fake_home: Path, driver: FakeDriver) -> AsyncIterator[AsyncHost]:
+    """Such a host, with a template."""
+    async with host_on(fake_home, driver) as opened:
+        await make(opened, State.TEMPLATE)
+        yield opened
+
+
+async def test_one_that_becomes_a_fork_while_another_host_is_opened_is_left_alone(
+    host: AsyncHost, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had no record when that host looked, and nobody holds it when that host comes to it: by then it is a machine that runs."""
+    await host.start_ahead("oak")
+    list_them, loop = recovery._without_record, asyncio.get_running_loop()
+
+    def slowly(rooms: Rooms) -> set[str]:
+        found = list_them(rooms)
+        assert found
+        asyncio.run_coroutine_threadsafe(host.fork("oak", names=["elm"]), loop).result(20)
+        return found
+
+    monkeypatch.setattr(recovery, "_without_record", slowly)
+    async with make_host() as other:
+        assert await ask(other, "elm", "hostname") == "elm"
+    await assert_tidy(host, "oak", "elm")
+
+
+async def test_one_that_becomes_a_fork_while_another_host_collects_is_left_alone(
+    host: AsyncHost, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with `gc`, which takes longer between its two looks."""
+    async with make_host() as other:
+        await host.start_ahead("oak")
+        list_them, loop = other._unowned, asyncio.get_running_loop()
+
+        def slowly() -> set[str]:
+            found = list_them()
+            assert found
+            asyncio.run_coroutine_threadsafe(host.fork("oak", names=["elm"]), loop).result(20)
+            return found
+
+        monkeypatch.setattr(other, "_unowned", slowly)
+        assert (await other.gc()).removed == ()
+        assert await ask(other, "elm", "hostname") == "elm"
+    await assert_tidy(host, "oak", "elm")
