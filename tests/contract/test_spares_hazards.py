@@ -14,7 +14,7 @@ from coppice.instance import recovery
 from coppice.instance.rooms import Rooms
 from coppice.model import State
 from fakes.driver import FakeDriver
-from fakes.hosting import ask, assert_tidy, make
+from fakes.hosting import ask, assert_tidy, cancelled_at, make
 from fakes.rooms import DEADLINES, open_rooms
 
 _MOST_WAITS = 400
@@ -70,3 +70,36 @@ async def test_one_that_becomes_a_fork_while_another_host_collects_is_left_alone
         assert (await other.gc()).removed == ()
         assert await ask(other, "elm", "hostname") == "elm"
     await assert_tidy(host, "oak", "elm")
+
+
+async def test_nothing_is_left_when_closing_is_cancelled(
+    fake_home: Path, driver: FakeDriver, make_host: HostFactory
+) -> None:
+    """At every wait of it in turn: no VMM, and no lock that would keep others from removing it."""
+    async with make_host() as first:
+        await make(first, State.TEMPLATE)
+    for nth in range(1, _MOST_WAITS):
+        host = await host_on(fake_home, driver).open()
+        await host.start_ahead("oak")
+        came = await cancelled_at(host.close(), nth)
+        async with make_host() as after:
+            await assert_tidy(after, "oak")
+        if not came:
+            return
+    pytest.fail("closing waits more often than this test cancels")
+
+
+async def test_nothing_is_left_when_a_demotion_is_cancelled(host: AsyncHost) -> None:
+    """What waits goes with its template, or else when it has not been forked for long: there is none of which nobody would think again."""
+    for nth in range(1, _MOST_WAITS):
+        await host.start_ahead("oak", 2)
+        came = await cancelled_at(host.demote("oak"), nth)
+        await host._spare().settled()
+        assert host._spare()._expected or not host._spare()._ready
+        if (await host.get("oak")).state is State.STANDBY:
+            await host._spare().drop((await host.get("oak")).id)
+            await assert_tidy(host, "oak")
+            await host.promote("oak")
+        if not came:
+            return
+    pytest.fail("a demotion waits more often than this test cancels")

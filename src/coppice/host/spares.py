@@ -131,15 +131,15 @@ class Spares:
         """Remove the spares of what is a template no longer."""
         if (timer := self._expected.pop(source_id, None)) is not None:
             timer.cancel()
+            self._remove_soon(self._of(source_id))  # one that is just being started is not expected any more, and goes too
             if (filling := self._filling.get(source_id)) is not None:
                 filling.cancel()
-                await asyncio.gather(filling, return_exceptions=True)
-            self._remove_soon(self._of(source_id))
+                await asyncio.wait({filling})
             await self._gone()
 
     async def _gone(self) -> None:
         while self._removing:
-            await asyncio.gather(*self._removing, return_exceptions=True)
+            await asyncio.wait(self._removing)  # not `gather`, which would cancel them with whoever waits
 
     async def settled(self) -> None:
         """Wait until all that is being started ahead runs, and all that is being removed is gone."""
