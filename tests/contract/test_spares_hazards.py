@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from conftest import HostFactory
+from coppice.errors import VmmError
+from coppice.fork.spare import Spare
 from coppice.host import AsyncHost
 from coppice.instance import recovery
 from coppice.instance.rooms import Rooms
 from coppice.model import State
+from coppice.store import locks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, cancelled_at, make
 from fakes.rooms import DEADLINES, open_rooms
@@ -31,6 +34,15 @@ async def host(fake_home: Path, driver: FakeDriver) -> AsyncIterator[AsyncHost]:
     async with host_on(fake_home, driver) as opened:
         await make(opened, State.TEMPLATE)
         yield opened
+
+
+async def orphan(host: AsyncHost) -> Spare:
+    """A spare that its host forgets, as if it had been killed."""
+    await host.start_ahead("oak")
+    (spare,) = host._spare()._ready
+    host._spare()._ready.clear()
+    locks.release(spare.give_lock())
+    return spare
 
 
 async def test_one_that_becomes_a_fork_while_another_host_is_opened_is_left_alone(
@@ -103,3 +115,35 @@ async def test_nothing_is_left_when_a_demotion_is_cancelled(host: AsyncHost) -> 
         if not came:
             return
     pytest.fail("a demotion waits more often than this test cancels")
+
+
+async def test_one_that_cannot_be_removed_keeps_nobody_out(
+    host: AsyncHost, driver: FakeDriver, make_host: HostFactory
+) -> None:
+    """A data directory can be opened while a VMM does not end; the next one that opens it tries again."""
+    await orphan(host)
+    driver.faults.fail_at("quit")
+    async with make_host() as other:
+        assert [vm.name for vm in await other.ls()] == ["oak"]
+    async with make_host() as other:
+        await assert_tidy(other, "oak")
+
+
+async def test_one_that_was_half_removed_is_removed(host: AsyncHost, make_host: HostFactory) -> None:
+    """Its host was killed in the midst of it, when the directory had another name already."""
+    spare = await orphan(host)
+    await host.rooms.driver.quit(host.rooms.directory(spare.id), spare.process)
+    directory = host.rooms.directory(spare.id)
+    directory.rename(directory.with_name(f".{directory.name}.removed"))
+    async with make_host() as other:
+        await assert_tidy(other, "oak")
+
+
+async def test_one_that_could_be_neither_made_nor_removed_is_not_held(host: AsyncHost, driver: FakeDriver) -> None:
+    """Whoever tidies up next can have it."""
+    driver.faults.fail_at("is_paused")
+    driver.faults.fail_at("quit")
+    with pytest.raises(VmmError):
+        await host.start_ahead("oak")
+    await host.gc()
+    await assert_tidy(host, "oak")

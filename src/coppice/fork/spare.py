@@ -87,8 +87,10 @@ async def prepare(rooms: Rooms, source: Instance) -> Spare:
         await rooms.driver.is_paused(directory)  # it answers: it has mapped its memory
         await in_thread((directory / files.MEMORY).unlink)
     except BaseException:
-        await complete(destroy.remove_unrecorded(rooms, own.id))
-        locks.release(descriptor)
+        try:
+            await complete(destroy.remove_unrecorded(rooms, own.id))
+        finally:
+            locks.release(descriptor)
         raise
     return Spare(own.id, source.id, placed.mem_file, placed.bytes_written, process, descriptor)
 
