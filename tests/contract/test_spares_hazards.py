@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -146,4 +147,27 @@ async def test_one_that_could_be_neither_made_nor_removed_is_not_held(host: Asyn
     with pytest.raises(VmmError):
         await host.start_ahead("oak")
     await host.gc()
+    await assert_tidy(host, "oak")
+
+
+async def test_one_whose_lock_file_is_swept_before_it_is_locked(
+    host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another host that is just being opened finds a lock file without a record, and is quicker: it is made under another id."""
+    taking = locks.try_lock
+    swept: list[int | None] = []
+
+    def slowly(path: Path, *, shared: bool = False) -> int | None:
+        if not swept and not shared:
+            swept.append(taking(path))
+        return taking(path, shared=shared)
+
+    monkeypatch.setattr(locks, "try_lock", slowly)
+    assert await host.start_ahead("oak") == 1
+    (descriptor,) = swept
+    assert descriptor is not None
+    (lock,) = (path for path in host.rooms.layout.locks.iterdir() if path.stat().st_ino == os.fstat(descriptor).st_ino)
+    lock.unlink()
+    locks.release(descriptor)
+    await host._spare().drop((await host.get("oak")).id)
     await assert_tidy(host, "oak")
