@@ -13,6 +13,7 @@ from conftest import HostFactory
 from coppice.errors import VmmError
 from coppice.fork.spare import Spare
 from coppice.host import AsyncHost
+from coppice.host import spares as policy
 from coppice.instance import recovery
 from coppice.instance.rooms import Rooms
 from coppice.model import State
@@ -171,3 +172,12 @@ async def test_one_whose_lock_file_is_swept_before_it_is_locked(
     locks.release(descriptor)
     await host._spare().drop((await host.get("oak")).id)
     await assert_tidy(host, "oak")
+
+
+async def test_callers_at_once_get_no_more_than_they_ask_for(host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one template, and of all together: each VMM counts from before it is started."""
+    assert await asyncio.gather(*(host.start_ahead("oak", 2) for _ in range(3))) == [2, 2, 2]
+    monkeypatch.setattr(policy, "MOST", 3)
+    await make(host, State.TEMPLATE, "elm")
+    assert sorted(await asyncio.gather(host.start_ahead("oak", 3), host.start_ahead("elm", 3))) in ([0, 3], [1, 2])
+    assert len(host._spare()._ready) == 3

@@ -47,6 +47,7 @@ class Spares:
         self._expected: dict[str, asyncio.TimerHandle] = {}  # templates that may be forked again: until when
         self._filling: dict[str, asyncio.Task[None]] = {}
         self._removing: set[asyncio.Task[None]] = set()
+        self._one_at_a_time = asyncio.Lock()  # or two that count what is there would start one each for the last place
 
     @contextlib.contextmanager
     def taken(self, source: Instance, request: ForkRequest) -> Iterator[list[Spare]]:
@@ -101,12 +102,13 @@ class Spares:
         return len(self._of(source.id))
 
     async def _start(self, source: Instance, count: int) -> None:
-        while len(self._of(source.id)) < count and len(self._ready) < MOST:
-            spare = await spares.prepare(self._rooms, source)
-            self._ready.append(spare)
-            if source.id not in self._expected:  # it took too long
-                self._remove_soon(self._of(source.id))
-                return
+        async with self._one_at_a_time:
+            while len(self._of(source.id)) < count and len(self._ready) < MOST:
+                spare = await spares.prepare(self._rooms, source)
+                self._ready.append(spare)
+                if source.id not in self._expected:  # it took too long
+                    self._remove_soon(self._of(source.id))
+                    return
 
     def _forget(self, source_id: str) -> None:
         del self._expected[source_id]
