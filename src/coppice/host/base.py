@@ -152,7 +152,7 @@ class HostBase:
         background = self._background if hashes_in_background(layout.home) else "off"
         self._opened = self._open_rooms(layout, self._driver, self._deadlines)
         self._hashing = Hashing(self._opened, background)
-        self._spares = Spares(self._opened, self._spare_limit, self._hold_template)
+        self._spares = Spares(self._opened, self._spare_limit, self._hold_template, self._require_room)
 
     def _hash(self) -> Hashing:
         """The background hashing of this host, once it is opened."""
@@ -170,6 +170,10 @@ class HostBase:
     async def _hold_template(self, instance_id: str) -> AsyncIterator[Instance]:
         async with self._hold(instance_id, Operation.FORK, shared=True) as (instance, _):
             yield instance
+
+    def _require_room(self, template: Instance) -> None:
+        """Refuse to start a VMM ahead that there is no room for; what room is, `Admission` knows. Blocks."""
+        raise NotImplementedError
 
     async def close(self) -> None:
         """Close the data directory. Instances live on. Idempotent."""
