@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from coppice.instance import recovery
 from coppice.instance.rooms import Rooms
 from coppice.model import State
 from coppice.store import locks
+from coppice.vmm import driver as files
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, cancelled_at, make
 from fakes.rooms import DEADLINES, open_rooms
@@ -181,3 +183,24 @@ async def test_callers_at_once_get_no_more_than_they_ask_for(host: AsyncHost, mo
     await make(host, State.TEMPLATE, "elm")
     assert sorted(await asyncio.gather(host.start_ahead("oak", 3), host.start_ahead("elm", 3))) in ([0, 3], [1, 2])
     assert len(host._spare()._ready) == 3
+
+
+async def test_one_whose_link_cannot_be_made_is_started_anew(host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file can have only so many links. What the VMM of a fork maps is what its record names: else it could not be captured."""
+    await host.start_ahead("oak")
+    link = os.link
+
+    def refused(source: Path, destination: Path, *, follow_symlinks: bool = True) -> None:
+        if destination.name == files.MEMORY:
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+        link(source, destination, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(os, "link", refused)
+    (result,) = (await host.fork("oak", names=["elm"])).results
+    assert not result.started_ahead
+    assert result.sharing == "copy"
+    await ask(host, "elm", "remember", "key", "value")
+    await host.standby("elm")
+    await host.restore("elm")
+    assert await ask(host, "elm", "recall", "key") == "value"
+    await assert_tidy(host, "oak", "elm")
