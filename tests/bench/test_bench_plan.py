@@ -6,6 +6,7 @@ from collections import Counter
 
 from coppice.bench.fanout import Case, FanOutPlan, cases, skipped, unique_bytes
 from coppice.bench.records import Cache, Method
+from coppice.host.spares import MOST
 from coppice.model import GIB, MIB, MemoryReport, Sharing
 
 PLAN = FanOutPlan(image="debian", counts=(1, 4, 16), memory_bytes=(GIB,), samples=8, min_rounds=2)
@@ -43,6 +44,14 @@ def test_full_copies_over_the_limit_are_left_out_and_said_so() -> None:
     assert omitted is not None
     assert "5120 MiB" in omitted.reason
     assert all(skipped(plan, case(method, 5)) is None for method in Method if method is not Method.COPY)
+
+
+def test_more_than_a_host_starts_ahead_is_left_out_and_said_so() -> None:
+    """A plan with many machines at once runs to its end without that case, where it would be refused."""
+    assert skipped(PLAN, Case(method=Method.AHEAD, count=MOST, memory_bytes=GIB, cache=Cache.WARM)) is None
+    omitted = skipped(PLAN, Case(method=Method.AHEAD, count=MOST + 1, memory_bytes=GIB, cache=Cache.WARM))
+    assert omitted is not None
+    assert str(MOST) in omitted.reason
 
 
 def test_a_copy_counts_as_its_own_memory() -> None:

@@ -138,6 +138,35 @@ async def test_forks_that_copy_are_counted(opened: Opener, fake_home: Path, monk
     check()
 
 
+async def test_what_is_started_ahead_has_room(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk is copied when it is made, and counted then, and not again when it becomes a fork; it goes where there is no room for what is asked for."""
+    host = await opened()
+    await make(host, State.TEMPLATE)
+    monkeypatch.setattr("coppice.host.admission._has_reflinks", lambda _: False)
+    monkeypatch.setattr("coppice.instance.directory.overlay_bytes", lambda _: 64 * MIB)
+    disk = os.statvfs(host.home)
+    tight = msgspec.structs.replace(ROOMY, disk_floor_bytes=disk.f_bavail * disk.f_frsize - 32 * MIB)
+    monkeypatch.setattr(host, "_budgets", tight)
+    await refused(host, host.start_ahead("oak"), "floor")
+    monkeypatch.setattr(host, "_budgets", ROOMY)
+    assert await host.start_ahead("oak", 2) == 2
+    monkeypatch.setattr(host, "_budgets", tight)
+    (result,) = (await host.fork("oak", names=["elm"])).results
+    assert result.started_ahead
+    with pytest.raises(NoSpace, match="floor"):
+        await host.fork("oak", count=2)
+    await host._spare().settled()
+    await assert_tidy(host, "oak", "elm")
+    monkeypatch.setattr(host, "_budgets", ROOMY)
+    assert await host.start_ahead("oak") == 1
+    monkeypatch.setattr(host, "_budgets", msgspec.structs.replace(ROOMY, max_instances=2))
+    with pytest.raises(NoSpace, match="instances"):
+        await host.start_ahead("oak", 2)
+    with pytest.raises(NoSpace, match="instances"):
+        await boot(host, "ash")
+    await assert_tidy(host, "oak", "elm")
+
+
 async def test_the_last_place_is_given_once(opened: Opener) -> None:
     """Hosts that ask at the same moment: the budget is looked at in the transaction that takes from it."""
     hosts = [await opened(max_instances=5) for _ in range(4)]

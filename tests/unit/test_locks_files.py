@@ -22,6 +22,21 @@ print("held" if held is not None else "busy", flush=True)
 sys.stdin.read()
 """
 
+FORKING = """
+import os, sys
+from pathlib import Path
+from coppice.store.locks import release, try_lock
+held = try_lock(Path(sys.argv[1]))
+forked = os.fork() == 0
+if not forked and sys.argv[2] == "end":
+    os._exit(0)
+if not forked:
+    release(held)
+os.write(1, b"ready\\n")
+sys.stdin.read()
+os._exit(0)
+"""
+
 
 def holder(path: Path, kind: str = "exclusive") -> subprocess.Popen[str]:
     """Another process that holds the lock until it is killed or its input ends."""
@@ -174,3 +189,23 @@ async def test_an_error_inside_lets_go(tmp_path: Path) -> None:
     held = try_lock(path)
     assert held is not None
     release(held)
+
+
+@pytest.mark.parametrize("parent", ["release", "end"])
+def test_a_forked_process_holds_nothing(tmp_path: Path, parent: str) -> None:
+    """What multiprocessing forks has all descriptors: a lock would be held for as long as it lives, by nobody who could let go of it."""
+    path = tmp_path / "a.lock"
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING, str(path), parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2 if parent == "release" else 1)]
+        if parent == "end":
+            process.wait(10)
+        assert set(lines) == {"ready\n"}
+        held = try_lock(path)
+        assert held is not None
+        release(held)
+        process.stdin.close()

@@ -18,6 +18,7 @@ from coppice.bench.records import Cache, FanOutReport, MachineSample, Method, Ro
 from coppice.bench.trial import Say, answer, boot, dirty, make_template, tagged
 from coppice.errors import GuestError
 from coppice.host import AsyncHost
+from coppice.host.spares import MOST
 from coppice.model import GIB, MIB, Instance, MemoryReport, Record, Sharing
 from coppice.vmm import driver as files
 
@@ -79,6 +80,9 @@ def cases(plan: FanOutPlan, memory_bytes: int) -> Iterator[tuple[int, Case]]:
 
 def skipped(plan: FanOutPlan, case: Case) -> Skipped | None:
     """Why a case is not run, if it is not."""
+    if case.method is Method.AHEAD and case.count > MOST:
+        reason = f"a host starts no more than {MOST} machines ahead"
+        return Skipped(method=case.method, count=case.count, memory_bytes=case.memory_bytes, reason=reason)
     size = case.count * case.memory_bytes
     if case.method is not Method.COPY or size <= plan.copy_limit_bytes:
         return None

@@ -146,6 +146,10 @@ async def _grow(
                 placed = await in_thread(place, rooms, origin, source, child.id, target)
             else:
                 placed = await in_thread(adopt, rooms, spare, source)
+                if placed.mem_file is not None and placed.mem_file.sharing is Sharing.COPY:
+                    # Its VMM has mapped the source's: a capture would look for its own in vain.
+                    await rooms.driver.quit(rooms.directory(child.id), spare.process)
+                    spare = None
         with_memory = placed.mem_file is not None
         child = msgspec.structs.replace(
             child,

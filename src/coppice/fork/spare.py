@@ -70,10 +70,10 @@ async def prepare(rooms: Rooms, source: Instance) -> Spare:
     :raises CoppiceError: it could not be made; nothing is left of it
     """
     own = msgspec.structs.replace(source, id=new_id(), publish=())
+    # Whoever sweeps may have found the file, without a record, before it was locked: then by another id.
+    while (descriptor := locks.try_lock(rooms.layout.lock(own.id))) is None:
+        own = msgspec.structs.replace(own, id=new_id())
     directory = rooms.directory(own.id)
-    descriptor = locks.try_lock(rooms.layout.lock(own.id))
-    if descriptor is None:
-        raise AssertionError("nobody else knows the id")
     try:
         # Its own record: that of its template, which it is until now.
         placed = await in_thread(place, rooms, rooms.directory(source.id), source, own.id, State.RUNNING)
@@ -87,8 +87,10 @@ async def prepare(rooms: Rooms, source: Instance) -> Spare:
         await rooms.driver.is_paused(directory)  # it answers: it has mapped its memory
         await in_thread((directory / files.MEMORY).unlink)
     except BaseException:
-        await complete(destroy.remove_unrecorded(rooms, own.id))
-        locks.release(descriptor)
+        try:
+            await complete(destroy.remove_unrecorded(rooms, own.id))
+        finally:
+            locks.release(descriptor)
         raise
     return Spare(own.id, source.id, placed.mem_file, placed.bytes_written, process, descriptor)
 

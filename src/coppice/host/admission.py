@@ -60,8 +60,12 @@ class Admission(HostBase):
             await in_thread(check)
         except NoSpace:
             await self._settle_the_dead()  # they do not count
+            await self._spare().give_way()
             await in_thread(check)
         return check
+
+    def _require_room(self, template: Instance) -> None:
+        _check(self.rooms, self.budgets, demand_of_forks(self.rooms, template, ForkRequest()))
 
     async def _settle_the_dead(self) -> None:
         await recovery.recover(self.rooms)
@@ -153,13 +157,18 @@ def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:
     )
 
 
-def demand_of_forks(rooms: Rooms, source: Instance, request: ForkRequest, origin: Path | None = None) -> Demand:
-    """Of a fan-out, from the files of a snapshot where `origin` is its directory; with the capture between, where the source runs on. Blocks."""
+def demand_of_forks(
+    rooms: Rooms, source: Instance, request: ForkRequest, origin: Path | None = None, *, ahead: int = 0
+) -> Demand:
+    """Of a fan-out, from the files of a snapshot where `origin` is its directory; with the capture between, where the source runs on. Blocks.
+
+    Of the forks, `ahead` have their disks already: they are made of spares.
+    """
     directory, ram_bytes = origin or rooms.directory(source.id), source.machine.memory_bytes
     with_memory = request.from_running or takes_memory(source, request.target)
     running = request.count if request.target is State.RUNNING else 0
     captured = 1 if request.from_running else 0  # an instance while the forks are made
-    clone_bytes = directories.overlay_bytes(directory) * (request.count + captured)
+    clone_bytes = directories.overlay_bytes(directory) * (request.count - ahead + captured)
     if with_memory and not rooms.driver.capabilities.maps_mem_file_privately:
         with contextlib.suppress(FileNotFoundError):
             clone_bytes += (directory / files.MEMORY).stat().st_blocks * 512 * request.count

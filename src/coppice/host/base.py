@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from coppice.completion import all_of, in_thread
+from coppice.completion import all_of, complete, in_thread
 from coppice.disk.atomic import os_errors
 from coppice.disk.overlay import OverlayStore
 from coppice.errors import Busy, NotFound
@@ -152,7 +152,7 @@ class HostBase:
         background = self._background if hashes_in_background(layout.home) else "off"
         self._opened = self._open_rooms(layout, self._driver, self._deadlines)
         self._hashing = Hashing(self._opened, background)
-        self._spares = Spares(self._opened, self._spare_limit, self._hold_template)
+        self._spares = Spares(self._opened, self._spare_limit, self._hold_template, self._require_room)
 
     def _hash(self) -> Hashing:
         """The background hashing of this host, once it is opened."""
@@ -171,10 +171,15 @@ class HostBase:
         async with self._hold(instance_id, Operation.FORK, shared=True) as (instance, _):
             yield instance
 
+    def _require_room(self, template: Instance) -> None:
+        """Refuse to start a VMM ahead that there is no room for; what room is, `Admission` knows. Blocks."""
+        raise NotImplementedError
+
     async def close(self) -> None:
         """Close the data directory. Instances live on. Idempotent."""
         try:
-            await all_of(part.close() for part in (self._hashing, self._spares) if part is not None)
+            # A task that is cancelled before it has begun does nothing at all: not even what it would do in every case.
+            await complete(all_of(part.close() for part in (self._hashing, self._spares) if part is not None))
         finally:
             self._hashing = self._spares = None
             if self._opened is not None:

@@ -154,6 +154,9 @@ class Housekeeping(HostBase):
         if descriptor is None:
             return []
         try:
+            # Again, now that it is held: a spare has become a fork meanwhile, or a snapshot is whole.
+            if key in await in_thread(self.rooms.store.known):
+                return []
             processes = await in_thread(destroy.working_in, self.rooms, directory)
             found = [(f"process {process.pid}", 0) for process in processes]
             placed = [path for path in (directory, layout.snapshot(key), layout.volume(key)) if path.exists()]

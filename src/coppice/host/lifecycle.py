@@ -319,8 +319,9 @@ class Lifecycle(Volumes):
         if request.from_running:
             return await self._fork_running(reference, request, progress)
         async with self._hold(reference, Operation.FORK, shared=True) as (source, _):
-            admit = await self._admit(await in_thread(demand_of_forks, self.rooms, source, request))
             with self._spare().taken(source, request) as spares:
+                demand = await in_thread(demand_of_forks, self.rooms, source, request, ahead=len(spares))
+                admit = await self._admit(demand)
                 forked = await fan_out(
                     self.rooms, source, request, progress, owner=self.owner, admit=admit, spares=spares
                 )
@@ -335,6 +336,7 @@ class Lifecycle(Volumes):
         publishes ports does not get one.
 
         :raises UsageError: so many can never be
+        :raises NoSpace: there is no room for so many forks; what was started before it was seen waits
         :raises NotSupported: it is no template, or has volumes, or the VMM cannot do it
         """
         check_spares(count)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 
-from coppice.completion import complete
+from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, UsageError
 from coppice.fork import spare as spares
 from coppice.fork.plan import ForkRequest
@@ -39,14 +39,19 @@ def check_spares(limit: int) -> int:
 class Spares:
     """The spares of one opened host, `limit` at most of one template. Where none can be had, forks start their VMMs themselves: nothing fails."""
 
-    def __init__(self, rooms: Rooms, limit: int, hold_template: Holding) -> None:
+    def __init__(
+        self, rooms: Rooms, limit: int, hold_template: Holding, require_room: Callable[[Instance], None]
+    ) -> None:
+        """`require_room` refuses one more spare of a template; it blocks."""
         self._rooms = rooms
         self._limit = limit
         self._hold_template = hold_template
+        self._require_room = require_room
         self._ready: list[Spare] = []
         self._expected: dict[str, asyncio.TimerHandle] = {}  # templates that may be forked again: until when
         self._filling: dict[str, asyncio.Task[None]] = {}
         self._removing: set[asyncio.Task[None]] = set()
+        self._one_at_a_time = asyncio.Lock()  # or two that count what is there would start one each for the last place
 
     @contextlib.contextmanager
     def taken(self, source: Instance, request: ForkRequest) -> Iterator[list[Spare]]:
@@ -101,12 +106,14 @@ class Spares:
         return len(self._of(source.id))
 
     async def _start(self, source: Instance, count: int) -> None:
-        while len(self._of(source.id)) < count and len(self._ready) < MOST:
-            spare = await spares.prepare(self._rooms, source)
-            self._ready.append(spare)
-            if source.id not in self._expected:  # it took too long
-                self._remove_soon(self._of(source.id))
-                return
+        async with self._one_at_a_time:
+            while len(self._of(source.id)) < count and len(self._ready) < MOST:
+                await in_thread(self._require_room, source)
+                spare = await spares.prepare(self._rooms, source)
+                self._ready.append(spare)
+                if source.id not in self._expected:  # it took too long
+                    self._remove_soon(self._of(source.id))
+                    return
 
     def _forget(self, source_id: str) -> None:
         del self._expected[source_id]
@@ -131,15 +138,20 @@ class Spares:
         """Remove the spares of what is a template no longer."""
         if (timer := self._expected.pop(source_id, None)) is not None:
             timer.cancel()
+            self._remove_soon(self._of(source_id))  # what is just being started is expected no more: it goes too
             if (filling := self._filling.get(source_id)) is not None:
                 filling.cancel()
-                await asyncio.gather(filling, return_exceptions=True)
-            self._remove_soon(self._of(source_id))
+                await asyncio.wait({filling})
             await self._gone()
 
     async def _gone(self) -> None:
         while self._removing:
-            await asyncio.gather(*self._removing, return_exceptions=True)
+            await asyncio.wait(self._removing)  # not `gather`, which would cancel them with whoever waits
+
+    async def give_way(self) -> None:
+        """Remove all that wait: what is asked for goes before what is only expected."""
+        self._remove_soon(self._ready)
+        await self._gone()
 
     async def settled(self) -> None:
         """Wait until all that is being started ahead runs, and all that is being removed is gone."""

@@ -47,6 +47,6 @@ async def remove_unrecorded(rooms: Rooms, instance_id: str) -> bool:
     directory = rooms.directory(instance_id)
     if present := directory.exists():
         await end_all_in(rooms, directory)
-        await in_thread(directories.remove, directory)
+    await in_thread(directories.remove, directory)  # or what a removal that was killed has left of it
     rooms.layout.lock(instance_id).unlink(missing_ok=True)
     return present

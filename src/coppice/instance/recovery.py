@@ -60,13 +60,17 @@ async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
 async def sweep(rooms: Rooms) -> None:
     """Remove what has a lock file and no record, unless somebody holds it.
 
-    A removal ends with the lock file, and may have been killed just before; and a spare of a host that was killed has no record.
+    A removal ends with the lock file, and may have been killed just before; and a spare of a host that was killed has no record. What cannot be removed
+    keeps nobody from the rest.
     """
     for key in await in_thread(_without_record, rooms):
         if (descriptor := locks.try_lock(rooms.layout.lock(key))) is not None:
             try:
-                if await destroy.remove_unrecorded(rooms, key):
+                # Again, now that it is held: a spare has become a fork meanwhile, or a snapshot is whole.
+                if key not in await in_thread(rooms.store.known) and await destroy.remove_unrecorded(rooms, key):
                     _log.warning("recovered: %s had no record and nobody held it: removed", key)
+            except (CoppiceError, OSError) as error:
+                _log.warning("%s has no record and cannot be removed yet: %s", key, error)
             finally:
                 locks.release(descriptor)
 

@@ -2,6 +2,9 @@
 
 An operation that changes an instance holds its lock exclusively; a fork holds its source's lock shared, so that many forks go on at once and
 nobody promotes, demotes, removes or re-captures the source meanwhile. The kernel frees the locks of a killed process.
+
+A lock lasts as long as any descriptor of it (flock(2)): a process that this one forks, as multiprocessing does, would hold it for its whole life. So it
+closes what it has inherited.
 """
 
 from __future__ import annotations
@@ -16,9 +19,20 @@ from pathlib import Path
 
 from coppice.errors import Busy
 
+_held: set[int] = set()
+
+
+def _hold_none() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_hold_none)
+
 
 def try_lock(path: Path, *, shared: bool = False) -> int | None:
-    """Take the lock at once and return its file descriptor, or None if somebody holds it. Closing the descriptor frees it."""
+    """Take the lock at once and return its file descriptor, or None if somebody holds it. `release` frees it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -34,13 +48,16 @@ def try_lock(path: Path, *, shared: bool = False) -> int | None:
             os.close(descriptor)
             raise
         if named is not None and (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
+            _held.add(descriptor)
             return descriptor
         os.close(descriptor)  # the file was removed with its instance between open and flock: lock the new one
 
 
 def release(descriptor: int) -> None:
-    """Let go of what `try_lock` gave."""
-    os.close(descriptor)
+    """Let go of what `try_lock` gave; in a process that was forked meanwhile there is nothing to let go of."""
+    if descriptor in _held:
+        _held.remove(descriptor)
+        os.close(descriptor)
 
 
 @contextlib.asynccontextmanager
