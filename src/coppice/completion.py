@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterable
 from typing import ParamSpec, TypeVar
 
@@ -16,6 +17,20 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     A thread cannot be cancelled: `asyncio.to_thread` alone would let the caller clean up while the work still goes on.
     """
     return await complete(asyncio.to_thread(function, *args, **kwargs))
+
+
+async def in_stoppable_thread(work: Callable[[threading.Event], T]) -> T:
+    """Run `work` in a thread; on cancellation set its event, and wait until it has cleaned up."""
+    cancelled = threading.Event()
+    task = asyncio.create_task(asyncio.to_thread(work, cancelled))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        cancelled.set()
+        await complete(asyncio.wait([task]))
+        if not task.cancelled():
+            task.exception()  # seen: it is the cancellation, or the work was done just before
+        raise
 
 
 async def complete(work: Awaitable[T]) -> T:

@@ -13,7 +13,16 @@ import pytest
 
 from conftest import HostFactory
 from coppice.disk.ext4 import fsck
-from coppice.errors import HostCannot, IntegrityError, NameTaken, NoSpace, NotFound, UsageError
+from coppice.errors import (
+    HostCannot,
+    ImageError,
+    IntegrityError,
+    NameTaken,
+    NoSpace,
+    NotFound,
+    UnsafePath,
+    UsageError,
+)
 from coppice.host import AsyncHost
 from coppice.model import MIB, Attachment, Budgets, SnapshotKind, State, VolumeMount
 from coppice.names import MAX_VOLUME
@@ -22,6 +31,7 @@ from fakes.driver import FakeDriver
 from fakes.hosting import assert_tidy, snapshot
 from fakes.rooms import DEADLINES, open_rooms
 from fakes.volumes import READS, SIZE, WRITES, at, own_link, refused, with_volume
+from image_archives import file, tar
 
 # The disk
 
@@ -72,6 +82,54 @@ async def test_a_volume_needs_its_room_on_the_disk(driver: FakeDriver, fake_home
         with pytest.raises(NoSpace, match="the volume data"):
             await host.volume_create("data", size_bytes=MAX_VOLUME)
         await assert_tidy(host)
+
+
+async def test_a_volume_starts_with_an_archive(fake_host: AsyncHost, tmp_path: Path) -> None:
+    """Sound, and found as any other; one whose archive is no good, or does not fit, leaves nothing."""
+    archive = tmp_path / "data.tar"
+    archive.write_bytes(tar(file("dir/note", b"from the archive", uid=7)))
+    made = await fake_host.volume_create("data", size_bytes=SIZE, archive=archive)
+    disk = fake_host.rooms.layout.volume_disk(made.id)
+    assert (await asyncio.to_thread(fsck, disk)).clean
+    assert b"from the archive" in disk.read_bytes()
+    assert (await fake_host.volume_inspect("data")).volume == made
+    await assert_tidy(fake_host)
+    before = snapshot(fake_host)
+    for content, error in (
+        (tar(file("../note")), UnsafePath),
+        (tar(file("note", b"x" * 9000))[:5000], ImageError),
+        (b"no archive", ImageError),
+        (tar(file("large", os.urandom(SIZE))), UsageError),
+    ):
+        archive.write_bytes(content)
+        with pytest.raises(error):
+            await fake_host.volume_create("other", size_bytes=SIZE, archive=archive)
+        assert snapshot(fake_host) == before
+    with pytest.raises(ImageError, match="cannot be read"):
+        await fake_host.volume_create("other", size_bytes=SIZE, archive=tmp_path / "missing")
+    assert snapshot(fake_host) == before
+
+
+def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(event.set)
+
+
+async def test_a_volume_whose_maker_has_gone_is_not_there(fake_host: AsyncHost, tmp_path: Path) -> None:
+    """Cancelled while it is filled: the work ends at once, and nothing is left."""
+    archive = tmp_path / "data.tar"
+    archive.write_bytes(tar(*(file(f"{number}", b"x") for number in range(400))))
+    before = snapshot(fake_host)
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    made = asyncio.create_task(
+        fake_host.volume_create("data", size_bytes=SIZE, archive=archive, progress=lambda _: _wake(loop, begun))
+    )
+    await begun.wait()
+    made.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await made
+    assert snapshot(fake_host) == before
+    await assert_tidy(fake_host)
 
 
 # Attaching

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -36,10 +37,12 @@ def run(host: FakeHost, *words: str) -> int:
 
 
 def test_create_asks_for_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """Size and tags; it prints the name, or the record."""
+    """Size, tags and what it starts with; it prints the name, or the record."""
     host = FakeHost(volume_create=DATA)
-    assert run(host, "volume", "create", "data", "--size", "2G", "--tag", "team=a") == 0
-    assert host.asked("volume_create") == {"0": "data", "size_bytes": 2 * GIB, "tags": {"team": "a"}}
+    assert run(host, "volume", "create", "data", "--size", "2G", "--tag", "team=a", "--from", "a.tar") == 0
+    asked = host.asked("volume_create")
+    assert asked.pop("progress") is not None
+    assert asked == {"0": "data", "size_bytes": 2 * GIB, "archive": Path("a.tar"), "tags": {"team": "a"}}
     assert capsys.readouterr().out == "data\n"
     assert run(FakeHost(volume_create=DATA), "--json", "volume", "create", "data") == 0
     assert json.loads(capsys.readouterr().out)["attachments"][0]["name"] == "oak"

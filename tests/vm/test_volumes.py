@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from coppice.disk.ext4 import needs_recovery
+from coppice.disk.ext4 import fsck, needs_recovery
 from coppice.errors import InUse
 from coppice.host import AsyncHost
 from coppice.model import MIB, Instance, State, Volume, VolumeMount
 from coppice.names import MAX_VOLUMES
+from image_archives import directory, file, hardlink, symlink, tar
 
 MEMORY = 256 * MIB
 
@@ -50,6 +52,42 @@ async def shell(host: AsyncHost, vm: Instance, script: str, *, fails: bool = Fal
 def own_link(host: AsyncHost, vm: Instance) -> Path:
     """The machine's link to its first volume."""
     return host.rooms.directory(vm.id) / "volume0.raw"
+
+
+async def test_a_volume_starts_with_an_archive(host: AsyncHost, image: str, tmp_path: Path) -> None:
+    """A real guest finds what the archive says: owners, modes, links, attributes, contents; and it can write to it."""
+    members = [
+        directory("./", 0o1777),
+        file("dir/note", b"from the archive", mode=0o640, uid=70_000, gid=7, mtime=1_234_567_890),
+        hardlink("hard", "dir/note"),
+        symlink("soft", "dir/note"),
+        file('a "name"\nof two lines', b"odd"),
+        file("sparse", bytes(8 * MIB) + b"end"),
+    ]
+    members[1][0].pax_headers = {"SCHILY.xattr.user.note": "hello", "SCHILY.xattr.trusted.note": "root's"}
+    (tmp_path / "data.tar.gz").write_bytes(gzip.compress(tar(*members)))
+    made = await host.volume_create("seeded", size_bytes=64 * MIB, archive=tmp_path / "data.tar.gz")
+    mount = VolumeMount(volume="seeded", mount_path="/srv/data")
+    vm = await boot(host, image, "reader", [mount])
+    try:
+        assert await shell(
+            host, vm, "cd /srv/data && stat -c '%a %u %g %h %Y' dir/note && cat hard && readlink soft"
+        ) == ("640 70000 7 2 1234567890\nfrom the archivedir/note")
+        assert await shell(host, vm, "stat -c %a /srv/data && cat '/srv/data/a \"name\"\nof two lines'") == "1777\nodd"
+        assert await shell(host, vm, "tail -c 3 /srv/data/sparse && du -k /srv/data/sparse | cut -f1") == "end4"
+        script = "import os; print(*(os.getxattr('/srv/data/soft', name).decode() for name in ('user.note', 'trusted.note')))"
+        assert await shell(host, vm, f'python3 -c "{script}"') == "hello root's"
+        await shell(
+            host,
+            vm,
+            "echo more >> /srv/data/hard && mkdir /srv/data/new && sync && dmesg | grep -i 'ext4.*error'",
+            fails=True,
+        )
+        assert await shell(host, vm, "cat /srv/data/dir/note") == "from the archivemore"
+    finally:
+        await host.rm(vm)
+    assert (await asyncio.to_thread(fsck, host.rooms.layout.volume_disk(made.id))).clean
+    await host.volume_rm(made)
 
 
 async def test_what_one_machine_wrote_the_next_one_finds(host: AsyncHost, image: str, data: Volume) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,8 +11,8 @@ from coppice.cli import complete, format, options, output, parse, several
 from coppice.cli.context import Cli
 
 if TYPE_CHECKING:
-    from coppice.host import VolumeInspection
-    from coppice.model import Attachment
+    from coppice.host import AsyncHost, VolumeInspection
+    from coppice.model import Attachment, Volume
 
 volume_app = typer.Typer(rich_markup_mode=None)
 VolumeNames = Annotated[
@@ -26,9 +27,13 @@ def create(
     size: Annotated[
         str, typer.Option("--size", metavar="SIZE", help="How much it can hold, such as 512M or 20G.")
     ] = "1G",
+    archive: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="TAR", help="What it starts with: a tar archive, compressed or not."),
+    ] = None,
     tag: options.Tags = None,
 ) -> None:
-    """Make an empty volume; print its name.
+    """Make a volume, empty or with the contents of an archive; print its name.
 
     It is a disk with an ext4 file system that takes room as it is filled. `coppice run --volume NAME:PATH` attaches it.
     """
@@ -36,7 +41,12 @@ def create(
 
     cli = Cli.of(ctx)
     size_bytes, tags = parse_size(size), parse.pairs(tag or (), "tag")
-    made = cli.call(lambda host: host.volume_create(name, size_bytes=size_bytes, tags=tags))
+
+    async def work(host: AsyncHost) -> Volume:
+        with cli.progress() as progress:
+            return await host.volume_create(name, size_bytes=size_bytes, archive=archive, tags=tags, progress=progress)
+
+    made = cli.call(work)
     cli.show(made, lambda: output.line(made.name))
 
 

@@ -142,9 +142,10 @@ def demand_of_capture(instance: Instance) -> Demand:
     return Demand(what=f"standby of {instance.name}", disk_bytes=instance.machine.memory_bytes if private else 0)
 
 
-def demand_of_volume(volume: Volume) -> Demand:
-    """Of a new volume, which is empty."""
-    return Demand(what=f"the volume {volume.name}", disk_bytes=disks.empty_bytes(volume.size_bytes))
+def demand_of_volume(volume: Volume, archive: Path | None) -> Demand:
+    """Of a new volume: empty, or with an archive's content, which is there twice meanwhile, and may be larger than the archive. Blocks."""
+    content = archive.stat().st_size if archive is not None and archive.is_file() else 0
+    return Demand(what=f"the volume {volume.name}", disk_bytes=disks.empty_bytes(volume.size_bytes) + 2 * content)
 
 
 def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:

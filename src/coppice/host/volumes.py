@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
-from coppice.completion import complete, in_thread
+from coppice.completion import complete, in_stoppable_thread, in_thread
 from coppice.disk.atomic import os_errors
 from coppice.errors import InUse, NotFound, UsageError
 from coppice.host.admission import Admission, demand_of_volume
+from coppice.images.ext4 import volume_from_archive
 from coppice.instance import volume as volumes
-from coppice.model import GIB, Record, Volume, VolumeDisk, VolumeMount
+from coppice.model import GIB, ProgressSink, Record, Volume, VolumeDisk, VolumeMount, no_progress
 from coppice.names import check_mounts, check_name, check_reference, check_tags, check_volume_size, new_id
 from coppice.ownership import no_volume, owns
 from coppice.store import locks
@@ -32,10 +36,23 @@ class VolumeInspection(Record, frozen=True, kw_only=True):
 class Volumes(Admission):
     """Disks that outlive instances."""
 
-    async def volume_create(self, name: str, *, size_bytes: int = GIB, tags: Mapping[str, str] | None = None) -> Volume:
-        """Make an empty volume: a disk with an ext4 file system, which takes room as it is filled. `run` attaches it.
+    async def volume_create(
+        self,
+        name: str,
+        *,
+        size_bytes: int = GIB,
+        archive: Path | str | None = None,
+        tags: Mapping[str, str] | None = None,
+        progress: ProgressSink = no_progress,
+    ) -> Volume:
+        """Make a volume: a disk with an ext4 file system, which takes room as it is filled. `run` attaches it.
+
+        It is empty, or has what is in a tar `archive` (plain, or compressed by gzip, zstd, xz or bzip2): owners, modes, times, links and extended
+        attributes too, but no devices.
 
         :raises NameTaken: another volume has the name
+        :raises ImageError: the archive is corrupt, truncated or unsafe, or has a device in it
+        :raises UsageError: what is in the archive does not fit
         :raises NoSpace: the disk is full
         """
         made = Volume(
@@ -46,13 +63,23 @@ class Volumes(Admission):
             owner=self.owner,
             tags=check_tags(tags or {}),
         )
-        admit = await self._admit(demand_of_volume(made))
+        source = Path(archive) if archive is not None else None
+        admit = await self._admit(await in_thread(demand_of_volume, made, source))
+
+        def create(cancelled: threading.Event) -> None:
+            fill = None
+            if source is not None:
+                fill = partial(
+                    volume_from_archive, source, size_bytes=made.size_bytes, progress=progress, cancelled=cancelled
+                )
+            volumes.create(self.rooms, made, fill)
+
         with os_errors(f"make the volume {made.name}"):
             try:
                 # First: a lock file without a record is nobody's.
                 await in_thread(self.rooms.store.volumes.create, made, volumes.CREATION, admit)
                 async with locks.hold(self.rooms.layout.lock(made.id), what=made.name):
-                    await in_thread(volumes.create, self.rooms, made)
+                    await in_stoppable_thread(create)
             except BaseException:
                 with contextlib.suppress(InUse):  # it was whole, and somebody has it already
                     await complete(self._remove_volume(made))

@@ -6,7 +6,6 @@ cancellation goes on: nothing half-made stays, and nothing runs on behind the ca
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import tarfile
 import threading
@@ -18,6 +17,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from coppice.completion import in_stoppable_thread
 from coppice.errors import ImageError, NoSpace
 from coppice.images.archive import Archive, open_archive
 from coppice.images.blobs import ArchiveBundle, DirectoryBundle
@@ -184,7 +184,7 @@ class ImageCatalog(ImageStore):
 
         def work(cancelled: threading.Event) -> Image:
             with (
-                _as_image_errors(),
+                as_image_errors(),
                 staging_directory(self.root, self.lock_file) as directory,
                 Workspace(directory, limits=options.limits, progress=progress, cancelled=cancelled) as workspace,
             ):
@@ -209,7 +209,7 @@ class ImageCatalog(ImageStore):
                 workspace.check()
                 return self.publish(staged, image)
 
-        return await _in_thread(work)
+        return await in_stoppable_thread(work)
 
 
 def _write(tree: FileTree, path: Path, options: BuildOptions, workspace: Workspace) -> str:
@@ -225,27 +225,13 @@ def _write(tree: FileTree, path: Path, options: BuildOptions, workspace: Workspa
 
 
 @contextmanager
-def _as_image_errors() -> Iterator[None]:
+def as_image_errors() -> Iterator[None]:
     """Turn a full disk into NoSpace, and what the tar reader finds while reading on into ImageError."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise NoSpace("the disk is full before the image was written", hint="free some space") from error
+            raise NoSpace("the disk is full before it was written", hint="free some space") from error
         raise
     except (tarfile.TarError, EOFError) as error:
         raise ImageError(f"the archive cannot be read: {error}", hint="fetch or make it again") from error
-
-
-async def _in_thread(work: Callable[[threading.Event], T]) -> T:
-    """Run `work` in a thread; on cancellation set its event, and wait until it has cleaned up."""
-    cancelled = threading.Event()
-    task = asyncio.create_task(asyncio.to_thread(work, cancelled))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        cancelled.set()
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # seen: it is the cancellation, or the image was published just before
-        raise

@@ -6,6 +6,9 @@ finds it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 from coppice.completion import in_thread
 from coppice.disk import ext4, volume
 from coppice.disk.atomic import sync_directory
@@ -18,14 +21,16 @@ CREATION = "volume"  # journal of a volume that is not whole yet
 REMOVAL = "volume-rm"  # journal of one that is going
 
 
-def create(rooms: Rooms, made: Volume) -> None:
+def create(rooms: Rooms, made: Volume, fill: Callable[[Path], None] | None = None) -> None:
     """Make the disk of a recorded volume, durably, and finish its record. Blocks. The caller removes the volume if this fails.
 
+    :param fill: makes the disk at a path; without, it is empty
     :raises MissingTool: mke2fs is not installed
     :raises NoSpace: the disk is full
     """
     directories.create(rooms.layout.volume(made.id))
-    volume.create(rooms.layout.volume_disk(made.id), made.size_bytes)
+    disk = rooms.layout.volume_disk(made.id)
+    fill(disk) if fill is not None else volume.create(disk, made.size_bytes)
     sync_directory(rooms.layout.volumes)
     rooms.store.volumes.finish(made)
     rooms.store.sync()
