@@ -329,3 +329,29 @@ def test_ctrl_c_before_the_program_has_begun_is_quiet() -> None:
     env = {**os.environ, "PYTHONPATH": str(SOURCE)}
     ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=30, check=False)
     assert (ended.returncode, ended.stderr) == (130, b"")
+
+
+def coppice(home: Path, *words: str, closing: str = "", **streams: Any) -> subprocess.CompletedProcess[str]:
+    """A program of its own over an empty data directory; `closing` are redirections of the shell that starts it."""
+    line = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-m", "coppice", "--home", str(home), *words]
+    return subprocess.run(line, text=True, timeout=30, check=False, stderr=subprocess.PIPE, **streams)
+
+
+@pytest.mark.parametrize(
+    "words", [("ls",), ("--json", "ls"), ("--help",), ("image", "--help"), ("--json", "inspect", "x")]
+)
+def test_output_that_cannot_be_written(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """A full disk under standard output is a failure and one line, not an internal error, and not the data directory's lack of space."""
+    with Path("/dev/full").open("w") as full:
+        ended = coppice(tmp_path, *words, stdout=full)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("coppice: standard output cannot be written: No space left on device")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(tmp_path: Path, closing: str) -> None:
+    """What is opened next would get the number of a closed stream, and what is printed would go there: each is open, on nothing."""
+    assert coppice(tmp_path, "ls", closing=closing, stdout=subprocess.PIPE).returncode == 0
+    assert coppice(tmp_path, "start", "none", closing=closing, stdout=subprocess.PIPE).returncode == 3
+    assert coppice(tmp_path, "--help", closing=closing, stdout=subprocess.PIPE).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -9,12 +10,11 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from coppice.cli.ending import OutputClosed
+from coppice.errors import CoppiceError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
-
-    from coppice.errors import CoppiceError
 
 Column = tuple[str, Literal["left", "right"]]
 Field = tuple[str, "str | Text | None"]
@@ -32,17 +32,45 @@ _UNSAFE_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _WIDE = 1 << 14  # where the output is no terminal, lines are as long as they need to be
 
 
+class OutputLost(CoppiceError):
+    """Standard output does not take what is written to it: its disk is full, or its terminal is gone."""
+
+
+def open_streams() -> None:
+    """Open those of the three standard streams that are closed, on nothing.
+
+    The next file or socket that is opened would get the number of a closed one, and what is printed would go there.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
+
+
 def write(data: bytes) -> None:
     """Write to standard output, at once.
 
     :raises OutputClosed: nobody reads it any more
+    :raises OutputLost: it cannot be written
     """
     try:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
-    except BrokenPipeError as error:
+    except OSError as error:
         discard()
-        raise OutputClosed from error
+        raise unwritten(error) from error
+
+
+def unwritten(error: OSError) -> Exception:
+    """What to raise where standard output was not written."""
+    if isinstance(error, BrokenPipeError):
+        return OutputClosed()
+    return OutputLost(
+        f"standard output cannot be written: {error.strerror or error}",
+        hint="what was to be done is done; ask for the result again, to another place",
+    )
 
 
 def discard() -> None:
@@ -67,8 +95,9 @@ def document(value: object) -> None:
 
 
 def complain(text: str) -> None:
-    """Print a line to standard error. Control characters, which may come from a guest, are made visible."""
-    print(f"coppice: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - this is the one place that does
+    """Print a line to standard error, where it can be. Control characters, which may come from a guest, are made visible."""
+    with contextlib.suppress(OSError):
+        print(f"coppice: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - this is the one place that does
 
 
 def printable(text: str) -> str:

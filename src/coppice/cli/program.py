@@ -21,6 +21,7 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a program has it that does not catch the
 
 def run(arguments: Sequence[str] | None, host_factory: HostFactory | None) -> int:
     """Run one command line and return its exit status; see `coppice.cli.main`."""
+    output.open_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     ours = _global_options(words)
     try:
@@ -32,6 +33,11 @@ def run(arguments: Sequence[str] | None, host_factory: HostFactory | None) -> in
     except Exception as error:
         if "--debug" in ours:
             traceback.print_exc()
+        if isinstance(
+            error, OSError
+        ):  # not one of the work, which has made it the host's: the help could not be printed
+            output.discard()
+            error = output.unwritten(error)
         return _report(error, as_json="--json" in ours)
     return status if isinstance(status, int) else 0
 
@@ -56,11 +62,13 @@ def _report(error: Exception, *, as_json: bool) -> int:
     else:
         known = _known(error)
         fields, status = output.error_fields(known), known.exit_code
-    if as_json:
+    if as_json and not isinstance(error, output.OutputLost):
         try:
             output.document({"error": fields})
         except OutputClosed:
             return _BROKEN_PIPE
+        except output.OutputLost as lost:
+            return _report(lost, as_json=False)
     elif not isinstance(error, Interrupted):
         output.complain("; ".join(part for part in (fields["message"], fields["hint"]) if part))
     return status

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from coppice.cli.ending import OutputClosed
-from coppice.cli.output import discard
+from coppice.cli.output import discard, unwritten
 
 _CHUNK = 1 << 15
 
@@ -66,12 +66,13 @@ async def write(descriptor: int, data: bytes) -> None:
     """Write all of it, waiting for a slow reader.
 
     :raises OutputClosed: nobody reads it any more
+    :raises OutputLost: it cannot be written
     """
     try:
         await asyncio.to_thread(_write_all, descriptor, data)
-    except BrokenPipeError as error:
+    except OSError as error:
         discard()
-        raise OutputClosed from error
+        raise unwritten(error) from error
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
