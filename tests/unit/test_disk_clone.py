@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coppice.disk import clone
@@ -52,6 +52,7 @@ def test_clone_keeps_bytes_and_holes(source: Path, tmp_path: Path, reflink: bool
     assert result.bytes_written + result.shared_bytes == data_bytes(source)
 
 
+@settings(deadline=None)
 @given(
     blocks=st.dictionaries(st.integers(0, 40), st.binary(min_size=1, max_size=2 * BLOCK)), tail=st.integers(0, BLOCK)
 )

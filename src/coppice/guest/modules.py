@@ -83,7 +83,7 @@ def parse_modinfo(image: bytes) -> dict[str, str]:
             if strings[section[0] :].startswith(b".modinfo\0"):
                 return _pairs(_contents(image, section))
         raise ValueError("it has no .modinfo section")
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, IndexError, OverflowError, struct.error) as error:  # overflow: an offset that no file has
         raise UsageError(f"a file is no kernel module: {error}", hint=_HINT) from error
 
 
