@@ -1,5 +1,5 @@
 # make demo    see it work: one template, sixteen forks, beside a cold boot
-# make test    everything that proves it, with real virtual machines
+# make test    everything that proves it, with real virtual machines; two tests at a time, and those that measure time alone
 # make check   lint, types and fast tests: no virtual machine
 # make crash   kill several hundred host processes over real virtual machines, and say in docs/crash-run.md what was found
 # make bench   measure it on this machine, into benchmarks/
@@ -9,6 +9,8 @@
 # On Debian 12 each installs what it needs by itself (tools/setup says what), and works in .venv.
 
 BIN := .venv/bin
+# Where it is set, each of the thousand commands that the tests run compiles all of Coppice anew.
+unexport PYTHONDONTWRITEBYTECODE
 DEMO_HOME ?= $(CURDIR)/.demo-home
 BENCH_HOME ?= $(CURDIR)/.bench-home
 
@@ -18,7 +20,7 @@ demo: setup-demo
 	COPPICE_HOME=$(DEMO_HOME) $(BIN)/python demo/demo.py
 
 test: setup-dev lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 tests
 
 check: setup-dev lint
 	$(BIN)/python -m pytest tests/unit tests/bench tests/contract

@@ -19,7 +19,7 @@ from coppice.host import AsyncHost
 from fakes.driver import PROGRAM, FakeDriver
 from fakes.rooms import DEADLINES, make_seed, open_rooms, plant
 
-pytest_plugins = ["machine_fixtures"]
+pytest_plugins = ["machine_fixtures", "side_by_side"]
 
 
 @pytest.fixture(scope="session")

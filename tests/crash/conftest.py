@@ -1,4 +1,4 @@
-"""Where host processes are killed: a data directory of its own beside that of the other real machines, with one small warm template.
+"""Where host processes are killed: a data directory of its own beside those of the other real machines, with one small warm template.
 
 COPPICE_CRASH_KILLS says how many are killed (default 30; from 200 on it is a full run), COPPICE_CRASH_SEED at which random instants, and
 COPPICE_CRASH_REPORT into which files the result goes: `RAW.json:PAGE.md`.
@@ -25,19 +25,19 @@ from crash.operations import DISK, MEMORY, SEED, STUMP, learn
 from crash.report import CrashReport, write
 from crash.survey import working_below
 from fakes.hosting import assert_tidy, fingerprint, memory_of
+from machines import IMAGE, link_caches
 
 
 @pytest.fixture(scope="session")
-async def ground(home: Path, image: str) -> AsyncIterator[Ground]:
+async def ground(common_home: Path) -> AsyncIterator[Ground]:
     """The stump, ready to be forked; at the end nothing but it is left, and then nothing."""
-    directory = Path(tempfile.mkdtemp(prefix="coppice-crash-", dir=home.parent))
-    seed, layout = Layout(home), Layout(directory / "home")
+    directory = Path(tempfile.mkdtemp(prefix="coppice-crash-", dir=common_home / "workers"))
+    layout = Layout(directory / "home")
     layout.create()
-    for cache in ("images", "kernels", "initramfs", "overlays"):  # their files never change, so links do
-        shutil.copytree(seed.home / cache, layout.home / cache, copy_function=os.link, dirs_exist_ok=True)
+    link_caches(common_home, layout.home)
     try:
         async with AsyncHost(layout.home) as host:
-            stump = await host.run(image, ["sleep", "infinity"], name=STUMP, memory_bytes=MEMORY, overlay_bytes=DISK)
+            stump = await host.run(IMAGE, ["sleep", "infinity"], name=STUMP, memory_bytes=MEMORY, overlay_bytes=DISK)
             await learn(host, STUMP)
             facts = await host_facts(host)
             await host.standby(stump)

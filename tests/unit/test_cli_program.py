@@ -263,6 +263,7 @@ def test_tracebacks_of_asyncio_are_for_debug() -> None:
     assert b"LookupError: lost" in told("--debug")
 
 
+@pytest.mark.quiet
 def test_help_answers_at_once() -> None:
     """`coppice --help` takes less than 300 ms, the whole process: at least once in a while on a machine that does other things."""
 

@@ -41,6 +41,7 @@ async def template_of(host: AsyncHost, vm: Instance) -> Instance:
     return await host.promote(vm)
 
 
+@pytest.mark.quiet
 @pytest.mark.timeout(600)
 async def test_a_fork_is_fast_and_does_not_grow_with_ram(host: AsyncHost, image: str) -> None:
     """Fork to answered, against a cold boot of an empty machine; a guest of 4 GiB forks within 1.2x of one of 256 MiB.
@@ -71,40 +72,20 @@ async def test_a_fork_is_fast_and_does_not_grow_with_ram(host: AsyncHost, image:
         await asyncio.gather(host.rm(small), host.rm(large))
 
 
-# Named pipes and a shell: the time is not that of a client's start.
-PIPE_SERVER = """
-import os, numpy
-os.mkfifo("/run/ask"); os.mkfifo("/run/answer")
-print("WARM", flush=True)
-while True:
-    with open("/run/ask") as ask: expression = ask.readline()
-    with open("/run/answer", "w") as answer: print(eval(expression), file=answer)
-"""
-
-
-async def ask_by_pipe(host: AsyncHost, vm: Instance, number: int) -> None:
-    expression = f"int(numpy.arange({number + 1}).sum())\n"
-    result = await host.exec(vm, ["/bin/sh", "-c", "cat > /run/ask; cat /run/answer"], stdin=expression.encode())
-    assert int(result.stdout) == number * (number + 1) // 2, result.stderr
-
-
+@pytest.mark.quiet
 @pytest.mark.timeout(600)
 async def test_a_fork_saves_the_boot_and_the_warm_up(host: AsyncHost, image: str) -> None:
     """From the call to the answer of a process that has numpy loaded: a fork is many times faster than a cold boot with its warm-up."""
     begin = time.perf_counter()
-    source = await host.run(image, ["python3", "-c", PIPE_SERVER], memory_bytes=256 * MIB)
-    async with asyncio.timeout(120):
-        async for line in host.logs(source, follow=True):
-            if b"WARM" in line:
-                break
-    await ask_by_pipe(host, source, 3)
+    source = await host.run(image, ["python3", "-c", WARM_SERVER], memory_bytes=256 * MIB)
+    await warm_up(host, source)
     cold_ms = (time.perf_counter() - begin) * 1000
     await template_of(host, source)
     forks: list[float] = []
     for number in range(9):
         begin = time.perf_counter()
         (fork,) = (await host.fork(source, atomic=True)).instances
-        await ask_by_pipe(host, fork, number)
+        assert await ask(host, fork, f"int(numpy.arange({number + 1}).sum())") == str(number * (number + 1) // 2)
         forks.append((time.perf_counter() - begin) * 1000)
         await host.rm(fork)
     await host.rm(source)

@@ -7,8 +7,9 @@ import time
 
 from coppice.host import AsyncHost
 from coppice.model import Instance
+from machines import ask
 
-READ_RANDOM = "import os; print(open('/dev/urandom','rb').read(32).hex(), os.getrandom(32).hex())"
+READ_RANDOM = "open('/dev/urandom', 'rb').read(32).hex() + ' ' + os.getrandom(32).hex()"
 
 
 async def told(host: AsyncHost, vm: Instance, *argv: str) -> str:
@@ -20,10 +21,10 @@ async def told(host: AsyncHost, vm: Instance, *argv: str) -> str:
 async def test_random_numbers_differ(host: AsyncHost, template: Instance) -> None:
     """Siblings share no kernel CRNG state: the first random bytes that 16 forks read are all different."""
     async with host.forks(template, 16) as forks:
-        lines = await asyncio.gather(*(told(host, fork, "python3", "-c", READ_RANDOM) for fork in forks))
-    words = [word for line in lines for word in line.split()]
-    assert len(words) == 32
-    assert len(set(words)) == 32
+        lines = await asyncio.gather(*(ask(host, fork, READ_RANDOM) for fork in forks))
+    words = [word for line in lines for word in line.strip("'").split()]
+    assert len(words) == len(set(words)) == 32
+    assert {len(word) for word in words} == {64}
 
 
 async def test_names_and_ids_differ(host: AsyncHost, template: Instance) -> None:

@@ -26,6 +26,7 @@ async def first_boot(host: AsyncHost, image: str) -> AsyncIterator[Instance]:
     await host.rm(vm)
 
 
+@pytest.mark.quiet
 async def test_a_first_boot_is_forked_without_a_copy(host: AsyncHost, first_boot: Instance) -> None:
     """The source's mapping becomes private in place: no page is copied, the forks link the file, and the source runs on with its sessions."""
     async with host.open_exec(first_boot, ["cat"]) as session:
@@ -59,6 +60,7 @@ async def test_a_first_boot_is_forked_without_a_copy(host: AsyncHost, first_boot
         await asyncio.gather(*(host.rm(fork) for fork in report.instances))
 
 
+@pytest.mark.quiet
 async def test_a_fork_is_forked_with_its_dirty_pages(host: AsyncHost, template: Instance, vm: Instance) -> None:
     """A source on a private mapping, 64 MiB dirty, pauses for at most 150 ms; fork of a fork of a fork sees its own history."""
     base = mem_file(host, template)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from coppice.host import AsyncHost
 from coppice.model import Instance, SnapshotKind, State
 from machines import ask
@@ -23,6 +25,7 @@ async def knows(host: AsyncHost, vm: Instance) -> tuple[str, bytes]:
     return await ask(host, vm, KNOWS), await host.read_file(vm, "/root/lesson")
 
 
+@pytest.mark.quiet
 async def test_a_running_machine_is_kept_goes_on_and_goes_back(host: AsyncHost, vm: Instance) -> None:
     """The pause is short; forks of the snapshot and the machine itself, taken back, are at that moment, in memory and on disk; then the source goes."""
     await learn(host, vm, "first")
