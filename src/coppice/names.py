@@ -176,8 +176,8 @@ def check_volume_size(size_bytes: int) -> int:
     """
     if not MIN_VOLUME <= size_bytes <= MAX_VOLUME or size_bytes % MIB:
         raise UsageError(
-            f"a volume of {size_bytes / MIB:g} MiB is out of bounds",
-            hint=f"ask for whole MiB, {MIN_VOLUME // MIB} at least and {MAX_VOLUME // GIB} GiB at most",
+            f"a volume of {_in_mib(size_bytes)} is out of bounds",
+            hint=f"ask for whole MiB, {MIN_VOLUME // MIB} MiB to {MAX_VOLUME // GIB} GiB",
         )
     return size_bytes
 

@@ -50,6 +50,18 @@ async def test_a_log_that_was_full_goes_on_at_the_next_start(fake_host: AsyncHos
     assert log.read_bytes() == small + b"the fake guest runs\n"
 
 
+@pytest.mark.parametrize("call", [Operation.RESTORE, Operation.START])
+async def test_a_machine_that_a_full_disk_paused_runs_on(fake_host: AsyncHost, call: Operation) -> None:
+    """A VMM pauses a guest whose write finds no room. Nothing else would ever let it run on; to ask for it again does no harm."""
+    vm = await boot(fake_host)
+    directory = fake_host.rooms.directory(vm.id)
+    await fake_host.rooms.driver.pause(directory)
+    for _ in range(2):
+        await CALLS[call](fake_host)
+        assert not await fake_host.rooms.driver.is_paused(directory)
+    assert await ask(fake_host, vm, "echo", "on") == "on"
+
+
 async def test_a_whole_life(fake_host: AsyncHost) -> None:
     """Run, standby, restore, stop, start, standby, promote, demote, restore, remove: each state as the design spells it, nothing left."""
     host = fake_host

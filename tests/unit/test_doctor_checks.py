@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import sqlite3
 from pathlib import Path, PurePosixPath
 from resource import RLIM_INFINITY
 
@@ -14,6 +16,7 @@ from coppice import doctor
 from coppice.doctor import memory, storage, system, virtualization
 from coppice.doctor.mounts import Mount, mount_of, parse_mountinfo
 from coppice.model import GIB, MIB, Check
+from coppice.store.database import Database
 from coppice.vmm.qemu import host
 
 MOUNTINFO = r"""27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard
@@ -244,6 +247,19 @@ async def test_every_check_answers_on_this_machine(tmp_path: Path) -> None:
     assert all(check.cure for check in checks if check.status != "ok")
     assert all("could not be checked" not in check.detail for check in checks)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_database_that_no_command_can_open_is_found(tmp_path: Path) -> None:
+    """Each such error sends people to doctor, which must not call all well."""
+    assert storage.database(tmp_path).status == "ok"
+    Database(tmp_path / "coppice.db").close()
+    assert storage.database(tmp_path).status == "ok"
+    with contextlib.closing(sqlite3.connect(tmp_path / "coppice.db")) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    newer = storage.database(tmp_path)
+    assert (newer.status, "99" in newer.detail, "newer" in newer.cure) == ("fail", True, True)
+    (tmp_path / "coppice.db").write_bytes(b"nothing that SQLite ever wrote\n" * 1000)
+    assert storage.database(tmp_path).status == "fail"
 
 
 async def test_a_failing_check_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def standby(ctx: typer.Context, name: options.Name) -> None:
 
 
 def restore(ctx: typer.Context, name: options.Name) -> None:
-    """Let a Standby instance run on from its captured memory."""
+    """Let a Standby instance run on from its captured memory, or a Running one that a full disk has paused."""
     _change(ctx, lambda host: host.restore(name))
 
 

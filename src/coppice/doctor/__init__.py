@@ -28,6 +28,7 @@ async def run_checks(home: Path) -> list[Check]:
         ("kvm.nx_huge_pages", _threaded(virtualization.nx_huge_pages)),
         ("favordynmods", _threaded(system.favordynmods)),
         ("data directory", _threaded(lambda: storage.file_system(home, where))),
+        ("database", _threaded(lambda: storage.database(home))),
         ("hard links", _threaded(lambda: storage.hard_links(where))),
         ("reflinks", _threaded(lambda: storage.reflinks(where))),
         ("free space", _threaded(lambda: storage.free_space(where))),

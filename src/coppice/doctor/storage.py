@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import tempfile
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +12,8 @@ from coppice.disk.clone import clone_file
 from coppice.doctor.mounts import Mount, mount_of, read_mounts
 from coppice.errors import CoppiceError
 from coppice.model import GIB, MIB, Check
+from coppice.store.database import MIGRATIONS
+from coppice.store.layout import Layout
 
 NETWORK_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs", "fuse.s3fs"})
 MEMORY_TYPES = frozenset({"tmpfs", "ramfs"})
@@ -51,6 +55,33 @@ def judge_file_system(home: str, mount: Mount | None, *, writable: bool) -> Chec
             name=name, status="warn", detail=f"{detail}: guest memory would be mapped from there", cure=_BETTER
         )
     return Check(name=name, status="ok", detail=detail)
+
+
+def database(home: Path) -> Check:
+    """Whether the records can be read, whole, and by this version; they are only read."""
+    path = Layout(home.absolute()).database
+    if not path.exists():
+        return Check(name="database", status="ok", detail="none yet")
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=1.0)) as connection:
+            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+            damage = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.Error as error:
+        version, damage = 0, str(error)
+    return judge_database(version, damage)
+
+
+def judge_database(version: int, damage: str) -> Check:
+    """`damage` is `ok`, or what SQLite found or could not do."""
+    name = "database"
+    if damage != "ok":
+        cure = "put a copy of coppice.db in its place, or set COPPICE_HOME to another directory"
+        return Check(name=name, status="fail", detail=f"cannot be used: {damage}", cure=cure)
+    if version > len(MIGRATIONS):
+        detail = f"it has schema {version}, this Coppice knows {len(MIGRATIONS)}"
+        cure = "use the newer Coppice that wrote it, or set COPPICE_HOME to another directory"
+        return Check(name=name, status="fail", detail=detail, cure=cure)
+    return Check(name=name, status="ok", detail=f"schema {version}")
 
 
 def hard_links(where: Path) -> Check:

@@ -38,7 +38,7 @@ async def deadline(seconds: float | None, waiting_for: str) -> AsyncIterator[Non
     except TimeoutError as error:
         raise GuestTimeout(
             f"the guest did not answer within {seconds:g} s ({waiting_for})",
-            hint="it may be paused, overloaded or broken: see its console log",
+            hint="see its console log; if the host's disk was full, free some, and `coppice restore` lets it run on",
         ) from error
 
 

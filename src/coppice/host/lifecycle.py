@@ -169,27 +169,35 @@ class Lifecycle(Volumes):
         directories.place_overlay(directory, self.rooms.overlays, instance.machine.overlay_bytes)
 
     async def start(self, reference: Reference, *, progress: ProgressSink = no_progress) -> Instance:
-        """Boot a Stopped instance from its disk. A Running one is left as it is.
+        """Boot a Stopped instance from its disk. A Running one runs on, as `restore` has it.
 
         :raises VmmDied: the machine ended before it answered; it is Stopped again
         :raises InUse: another program has a port that it publishes
         """
         async with self._hold(reference, Operation.START) as (instance, target):
             if instance.state is target:
-                return instance
+                return await self._run_on(instance)
             progress(Progress(stage="boot"))
             return await self._activate(instance, "start", boot=True)
 
     async def restore(self, reference: Reference) -> Instance:
-        """Let a Standby instance run on from its captured memory. A Running one is left as it is.
+        """Let a Standby instance run on from its captured memory.
+
+        A Running one runs on, also where its VMM has paused it because the host's disk had no room for what the guest wrote.
 
         :raises IntegrityError: the capture was tampered with, or was made on another kind of host
         :raises InUse: another program has a port that it publishes; it stays Standby
         """
         async with self._hold(reference, Operation.RESTORE) as (instance, target):
             if instance.state is target:
-                return instance
+                return await self._run_on(instance)
             return await self._activate(instance, "restore", boot=False)
+
+    async def _run_on(self, instance: Instance) -> Instance:
+        directory = self.rooms.directory(instance.id)
+        if await self.rooms.driver.is_paused(directory):  # nobody's capture has paused it: we hold its lock
+            await self.rooms.driver.resume(directory)
+        return instance
 
     async def _activate(self, instance: Instance, operation: str, *, boot: bool) -> Instance:
         admit = await self._admit(demand_of_activation(instance, boot=boot))

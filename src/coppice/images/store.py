@@ -77,7 +77,10 @@ class ImageStore:
             if named is not None and allowed(named):
                 return named
             if not is_hex_prefix(reference):
-                raise NotFound(f"there is no image {reference!r}", hint="list the images, or import one")
+                raise NotFound(
+                    f"there is no image {reference!r}",
+                    hint="`coppice image ls` shows those there are; `coppice image build` and `import` make one",
+                )
         digits = digits or reference
         # One root may have names of several owners; which of them made it first does not matter.
         known = {image.digest: image for image in self.list() if allowed(image)}

@@ -19,7 +19,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from coppice.errors import CoppiceError, HostCannot, VmmDied
+from coppice.errors import CoppiceError, HostCannot, NoSpace, VmmDied, VmmError
 from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
@@ -151,6 +151,12 @@ class QemuDriver(VmmDriver):
                     # live=False keeps the disks ours: with True, QEMU would give them up as after a migration.
                     path = f"/dev/fdset/{added['fdset-id']}"
                     await qmp.execute("xen-save-devices-state", {"filename": path, "live": False})
+                except VmmError as error:
+                    if os.fstatvfs(descriptor).f_bavail == 0:  # QEMU says no more than "an IO error"
+                        raise NoSpace(
+                            "the disk is full: the machine's state could not be saved", hint="free some space"
+                        ) from error
+                    raise
                 finally:
                     await qmp.execute("remove-fd", {"fdset-id": added["fdset-id"]})
         finally:
