@@ -17,16 +17,33 @@ T = TypeVar("T")
 
 
 class _Job(Generic[T]):
-    """A coroutine that runs in the loop's thread."""
+    """A coroutine that is to run in the loop's thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
         self._loop = loop
+        self._work = work
         self._task: asyncio.Task[T] | None = None
         self.outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-        loop.call_soon_threadsafe(self._begin, work)
 
-    def _begin(self, work: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(work)
+    def run(self, part: concurrent.futures.Future[Any] | None = None) -> Any:
+        """Begin, and wait as `wait` does. Both at once: an interrupt between the two would leave work that nobody waits for."""
+        return self.wait(part, begin=True)
+
+    def wait(self, part: concurrent.futures.Future[Any] | None = None, *, begin: bool = False) -> Any:
+        """The outcome, or that of a part of the work. Interrupted, it cancels the work and waits for its cleanup."""
+        awaited = part or self.outcome
+        try:
+            if begin:
+                self._loop.call_soon_threadsafe(self._begin)
+            return awaited.result()
+        except BaseException:
+            if not awaited.done():
+                self._loop.call_soon_threadsafe(self._cancel)
+                concurrent.futures.wait([self.outcome])
+            raise
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._work)
         self._task.add_done_callback(self._settle)
 
     def _settle(self, task: asyncio.Task[T]) -> None:
@@ -37,20 +54,12 @@ class _Job(Generic[T]):
         else:
             self.outcome.set_result(task.result())
 
-    def wait(self, part: concurrent.futures.Future[Any] | None = None) -> Any:
-        """The outcome, or that of a part of the work. Interrupted, it cancels the work and waits for its cleanup."""
-        awaited = part or self.outcome
-        try:
-            return awaited.result()
-        except BaseException:
-            if not awaited.done():
-                self._loop.call_soon_threadsafe(self._cancel)
-                concurrent.futures.wait([self.outcome])
-            raise
-
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
+        else:  # interrupted before it was handed over: the loop takes what it is given in order
+            self._work.close()
+            self.outcome.set_exception(asyncio.CancelledError())
 
 
 class Portal:
@@ -63,7 +72,7 @@ class Portal:
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run the work to its end."""
-        result: T = self._start(work).wait()
+        result: T = self._job(work).run()
         return result
 
     @contextlib.contextmanager
@@ -83,8 +92,8 @@ class Portal:
                     entered.set_exception(error)
                 raise
 
-        job = self._start(hold())
-        value, left = job.wait(entered)
+        job = self._job(hold())
+        value, left = job.run(entered)
         failure: BaseException | None = None
         try:
             yield value
@@ -126,7 +135,7 @@ class Portal:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
 
-    def _start(self, work: Coroutine[Any, Any, T]) -> _Job[T]:
+    def _job(self, work: Coroutine[Any, Any, T]) -> _Job[T]:
         with self._guard:
             if self._thread is None or self._loop is None:
                 started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()

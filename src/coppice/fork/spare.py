@@ -5,7 +5,7 @@ identity: it is an instance's directory with a VMM, whose lock the host that mad
 gone, whoever opens the data directory removes it, as all that has a lock file and no record. The first that it becomes is a fork like any other, by
 `fan_out`, under the id that it was made with.
 
-It has no link of the mem-file while it waits: its VMM has mapped it, and the link count tells of forks.
+It has no link of the mem-file while it waits, only until its VMM has mapped it: so the link count tells of forks.
 """
 
 from __future__ import annotations
