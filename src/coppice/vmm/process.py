@@ -209,8 +209,8 @@ async def wait_exit(process: VmmProcess) -> int | None:
 
 
 def _is_ending(process: VmmProcess) -> bool:
-    """Whether it is a child between its last instruction and its end: it has no executable any more, and is not gone yet."""
-    if (process.pid, process.start_ticks) not in _children:
+    """Whether it is between its last instruction and its end: it has no executable any more, and is not gone yet."""
+    if (process.pid, process.start_ticks) not in _children and start_ticks(process.pid) != process.start_ticks:
         return False
     try:
         Path(f"/proc/{process.pid}/exe").readlink()
