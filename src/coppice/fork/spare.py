@@ -22,7 +22,7 @@ from coppice.instance import activate, destroy
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
 from coppice.memory import memfile
-from coppice.model import Instance, MemFile, Sharing, State, VmmProcess
+from coppice.model import Instance, Sharing, State, VmmProcess
 from coppice.names import new_id
 from coppice.store import locks
 from coppice.vmm import driver as files
@@ -34,14 +34,14 @@ class Spare:
 
     id: str
     source: str
-    mem_file: MemFile  # its own link, which is gone until it becomes a fork
+    inode: int  # of the mem-file that its VMM has mapped
     bytes_written: int
     process: VmmProcess
     lock: int | None
 
     def is_of(self, source: Instance) -> bool:
         """Whether it is what a fork of `source` would be now. An inode is not used anew while a VMM maps it."""
-        return self.source == source.id and source.mem_file is not None and source.mem_file.inode == self.mem_file.inode
+        return self.source == source.id and source.mem_file is not None and source.mem_file.inode == self.inode
 
     def give_lock(self) -> int:
         """The descriptor of its lock, which is the caller's from now on."""
@@ -92,7 +92,7 @@ async def prepare(rooms: Rooms, source: Instance) -> Spare:
         finally:
             locks.release(descriptor)
         raise
-    return Spare(own.id, source.id, placed.mem_file, placed.bytes_written, process, descriptor)
+    return Spare(own.id, source.id, placed.mem_file.inode, placed.bytes_written, process, descriptor)
 
 
 def adopt(rooms: Rooms, spare: Spare, source: Instance) -> directories.Placed:

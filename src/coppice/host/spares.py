@@ -58,10 +58,9 @@ class Spares:
         """Spares for the children of a fork, as far as there are any. What has not become a child at the end of the block is removed."""
         mine: list[Spare] = []
         if spares.serves(self._rooms, source, request):
-            stale = [each for each in self._of(source.id) if not self._is_good(each, source)]
-            mine = [each for each in self._of(source.id) if each not in stale][: request.count]
-            self._ready = [each for each in self._ready if each not in (*stale, *mine)]
-            self._remove_soon(stale)
+            self._remove_soon([each for each in self._of(source.id) if not self._is_good(each, source)])
+            mine = self._of(source.id)[: request.count]
+            self._ready = [each for each in self._ready if each not in mine]
         try:
             yield mine
         finally:
