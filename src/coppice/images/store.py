@@ -35,6 +35,8 @@ from coppice.model import Image, to_json
 
 ROOT_FILE = "root.img"
 IMAGE_FILE = "image.json"
+# Made here, where one thread imports it: two that decode a type for the first time, side by side, crash in msgspec.
+_decode = msgspec.json.Decoder(Image).decode
 
 Allowed = Callable[[Image], bool]
 """Whether a caller may see an image."""
@@ -228,7 +230,7 @@ class ImageStore:
 def _read_image(path: Path) -> Image:
     data = path.read_bytes()
     try:
-        return msgspec.json.decode(data, type=Image)
+        return _decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(
             f"{path} is damaged: {error}", hint="remove that file, and import the image again"

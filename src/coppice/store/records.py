@@ -21,12 +21,11 @@ class Records(ABC, Generic[T]):
     """All blocking; see `Database`. `journal` writes the row of an operation into an open transaction."""
 
     _noun: ClassVar[str]  # with an s, the table
-    _type: type[T]
+    _decode: Callable[[bytes], T]  # made with its class, where one thread imports it: see `coppice.images.store`
 
     def __init__(self, database: Database, journal: Callable[[sqlite3.Connection, str, str], None]) -> None:
         self._db = database
         self._journal = journal
-        self._decode: Callable[[bytes], T] = msgspec.json.Decoder(self._type).decode
         self._encode = msgspec.json.Encoder().encode
         self._table = f"{self._noun}s"
 

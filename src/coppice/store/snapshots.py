@@ -15,7 +15,7 @@ class SnapshotStore(Records[Snapshot]):
     """All blocking; see `Database`."""
 
     _noun = "snapshot"
-    _type = Snapshot
+    _decode = staticmethod(msgspec.json.Decoder(Snapshot).decode)
 
     def _missing(self, reference: str) -> NotFound:
         return no_snapshot(reference)

@@ -30,7 +30,7 @@ class VolumeStore(Records[Volume]):
     """All blocking; see `Database`."""
 
     _noun = "volume"
-    _type = Volume
+    _decode = staticmethod(msgspec.json.Decoder(Volume).decode)
 
     def _missing(self, reference: str) -> NotFound:
         return no_volume(reference)
