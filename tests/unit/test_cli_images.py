@@ -34,6 +34,8 @@ def test_image_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert (built["0"], built["suite"], built["include"]) == ("debian", "bookworm", ["python3", "curl", "git"])
     assert output_of(capsys, host, "image", "import", "debian", "a.tar") == line
     assert host.asked("image_import")["1"] == Path("a.tar")
+    output_of(capsys, host, "image", "import", "debian", "a.tar", "--tag", "app:2")
+    assert host.calls[-1][2]["tag"] == "app:2"
     assert output_of(capsys, host, "image", "tag", "debian", "other") == line
     assert host.asked("image_tag") == {"0": "debian", "1": "other", "public": False}
     assert "bookworm minbase" in output_of(capsys, host, "image", "ls")

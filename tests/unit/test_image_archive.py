@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coppice.errors import ImageError
+from coppice.errors import ImageError, UsageError
 from coppice.images.archive import Archive, open_archive
 from coppice.images.compression import Decompressor
 from coppice.images.layer import apply_archive
@@ -117,11 +117,13 @@ def test_what_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    """A fifo does not block the import, a directory and a missing path are errors."""
+    """A fifo does not block the import, a directory and a device are errors, and a missing path is a request that cannot succeed."""
     os.mkfifo(tmp_path / "fifo")
-    for path in (tmp_path / "fifo", tmp_path, tmp_path / "missing", Path("/dev/zero")):
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
         with pytest.raises(ImageError):
             opened(path)
+    with pytest.raises(UsageError):
+        opened(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in COMPRESSORS if kind != "plain"])

@@ -25,6 +25,7 @@ from coppice.errors import (
     NoSpace,
     NotFound,
     UnsafePath,
+    UsageError,
 )
 from coppice.images import BuildOptions, ImageCatalog, Limits
 from coppice.images.workspace import PREFIX
@@ -161,8 +162,10 @@ async def test_import_any_recognises(catalog: ImageCatalog, tmp_path: Path) -> N
             await catalog.import_any(f"no{number}", rootfs(tmp_path / f"no{number}", data))
     with pytest.raises(ImageError):
         await catalog.import_any("no", tmp_path)
-    with pytest.raises(ImageError):
+    with pytest.raises(UsageError):
         await catalog.import_any("no", tmp_path / "missing")
+    with pytest.raises(ImageError, match="no tags"):
+        await catalog.import_any("no", paths["rootfs"], "latest")
 
 
 async def test_squashfs_on_request(catalog: ImageCatalog, tmp_path: Path) -> None:

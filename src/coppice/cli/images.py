@@ -48,6 +48,10 @@ def import_(
     ctx: typer.Context,
     name: NewName,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A tar archive, or the directory of an OCI layout.")],
+    tag: Annotated[
+        str | None,
+        typer.Option("--tag", help="Which image, where several are in it: a tag, or a reference or digest of a layout."),
+    ] = None,
     public: options.Public = False,
 ) -> None:
     """Make an image of a root file system tar, a `docker save` archive or an OCI layout; it is recognised."""
@@ -55,7 +59,7 @@ def import_(
 
     async def work(host: AsyncHost) -> Image:
         with cli.progress() as progress:
-            return await host.image_import(name, path, public=public, progress=progress)
+            return await host.image_import(name, path, tag=tag, public=public, progress=progress)
 
     _made(cli, cli.call(work))
 

@@ -40,16 +40,24 @@ class Images(HostBase):
         )
 
     async def image_import(
-        self, name: str, path: Path | str, *, public: bool = False, progress: ProgressSink = no_progress
+        self,
+        name: str,
+        path: Path | str,
+        *,
+        tag: str | None = None,
+        public: bool = False,
+        progress: ProgressSink = no_progress,
     ) -> Image:
         """Make an image of a root file system tar, a `docker save` archive or an OCI layout (directory or tar); it is recognised.
 
-        A `public` one may be run by other owners too.
+        `tag` chooses where several images are in it: a tag in a `docker save` archive, in a layout a reference or a digest. A `public` one may be run by
+        other owners too.
 
-        :raises ImageError: it is corrupt, truncated or unsafe
+        :raises UsageError: there is no such path
+        :raises ImageError: it is corrupt, truncated or unsafe, or has several images and `tag` is none of them
         """
         options = BuildOptions(owner=self.owner, public=public)
-        return await self.rooms.images.import_any(name, Path(path), options=options, progress=progress)
+        return await self.rooms.images.import_any(name, Path(path), tag, options=options, progress=progress)
 
     async def image_ls(self) -> list[Image]:
         """The images that this host's owner may run, its own and public ones. The operator sees all."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from coppice.errors import ImageError
+from coppice.errors import ImageError, UsageError
 from coppice.images.compression import MAGIC_BYTES, Decompressor, is_compressed
 from coppice.images.workspace import CHUNK, Workspace
 
@@ -171,8 +171,12 @@ class TarContent:
 
 
 def open_archive(path: Path, workspace: Workspace) -> Archive:
-    """The tar archive at `path`: plain, or compressed by gzip, zstd, xz or bzip2. Raises ImageError for anything
-    else."""
+    """The tar archive at `path`: plain, or compressed by gzip, zstd, xz or bzip2.
+
+    Raises UsageError where there is nothing at `path`, ImageError for anything else.
+    """
+    if not path.exists():
+        raise UsageError(f"there is no {path}", hint="check the path")
     file = workspace.closing.enter_context(open_regular(path))
     size = os.fstat(file.fileno()).st_size
     if not size:

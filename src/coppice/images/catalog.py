@@ -166,6 +166,8 @@ class ImageCatalog(ImageStore):
             archive = open_archive(path, workspace)
             bundle = ArchiveBundle(archive)
             if bundle.has_top(_ROOT_DIRECTORIES):
+                if reference is not None:
+                    raise ImageError(f"{path} is one root file system: it has no tags", hint="leave out --tag")
                 apply_archive(tree, archive, workspace, whiteouts=False)
                 return ImageConfig()
             if bundle.has("manifest.json"):

@@ -101,10 +101,10 @@ def unpack_layout(bundle: Bundle, tree: FileTree, workspace: Workspace, referenc
     not well formed, has no such image, or none for this architecture; DigestMismatch where a blob is not what it is
     called.
     """
-    index = _decode(read_document(bundle, "index.json", workspace), Index, "index.json")
+    index = _decode(read_document(bundle, "index.json", workspace), _INDEX, "index.json")
     descriptor = _choose(bundle, _named(index.manifests, reference), workspace)
-    manifest = _decode(read_blob(bundle, descriptor, workspace), Manifest, "the manifest")
-    config = _decode(read_blob(bundle, manifest.config, workspace), Config, "the image config")
+    manifest = _decode(read_blob(bundle, descriptor, workspace), _MANIFEST, "the manifest")
+    config = _decode(read_blob(bundle, manifest.config, workspace), _CONFIG, "the image config")
     _check_platform(config)
     for layer in manifest.layers:
         if layer.media_type and ".tar" not in layer.media_type:
@@ -121,13 +121,13 @@ def unpack_docker_archive(bundle: ArchiveBundle, tree: FileTree, workspace: Work
     """
     if not bundle.has("manifest.json"):
         raise ImageError("the archive has no manifest.json", hint="make it with docker save, Docker 1.10 or later")
-    images = _decode(read_document(bundle, "manifest.json", workspace), tuple[SavedImage, ...], "manifest.json")
+    images = _decode(read_document(bundle, "manifest.json", workspace), _SAVED_IMAGES, "manifest.json")
     saved = _choose_saved(images, tag)
     raw_config = read_document(bundle, saved.config, workspace)
     named = re.fullmatch(r"(?:.*/)?([0-9a-f]{64})(?:\.json)?", saved.config)
     if named and hashlib.sha256(raw_config).hexdigest() != named[1]:
         raise DigestMismatch("the image config does not hash to the digest that names it", hint=_CURE)
-    config = _decode(raw_config, Config, "the image config")
+    config = _decode(raw_config, _CONFIG, "the image config")
     _check_platform(config)
     _apply_layers(bundle, [(name, None) for name in saved.layers], config, tree, workspace)
     return image_config(config.config)
@@ -179,7 +179,7 @@ def _choose(bundle: Bundle, descriptors: list[Descriptor], workspace: Workspace)
         raise ImageError(f"the layout has no image for linux/{_host_architecture()}", hint="get it for this machine")
     raise ImageError(
         f"the layout has {len(found)} images for this machine",
-        hint=f"choose one by its reference: {_names_of(descriptors)}",
+        hint=f"choose one with --tag, of: {_names_of(descriptors)}",
     )
 
 
@@ -189,7 +189,7 @@ def _manifests(bundle: Bundle, descriptors: list[Descriptor], workspace: Workspa
     for descriptor in descriptors:
         workspace.spend_member(0)
         if descriptor.media_type in _INDEX_TYPES:
-            nested = _decode(read_blob(bundle, descriptor, workspace), Index, "a nested index")
+            nested = _decode(read_blob(bundle, descriptor, workspace), _INDEX, "a nested index")
             yield from _manifests(bundle, list(nested.manifests), workspace, depth + 1)
         elif descriptor.media_type in _MANIFEST_TYPES and _is_for_host(descriptor.platform):
             yield descriptor
@@ -200,7 +200,7 @@ def _choose_saved(images: tuple[SavedImage, ...], tag: str | None) -> SavedImage
     if tag is None:
         if len(images) == 1:
             return images[0]
-        raise ImageError(f"the archive has {len(images)} images", hint=f"choose one by its tag, of: {tags}")
+        raise ImageError(f"the archive has {len(images)} images", hint=f"choose one with --tag, of: {tags}")
     for image in images:
         if _familiar(tag) in map(_familiar, image.repo_tags or ()):
             return image
@@ -232,9 +232,16 @@ def _apply_layers(
         apply_archive(tree, Archive(plain, workspace, must_end=False), workspace, whiteouts=True)
 
 
-def _decode(data: bytes, kind: type[T], what: str) -> T:
+# Made here, once: an import works in a thread, and msgspec can crash the process where two threads are the first to decode a type.
+_INDEX = msgspec.json.Decoder(Index)
+_MANIFEST = msgspec.json.Decoder(Manifest)
+_CONFIG = msgspec.json.Decoder(Config)
+_SAVED_IMAGES = msgspec.json.Decoder(tuple[SavedImage, ...])
+
+
+def _decode(data: bytes, decoder: msgspec.json.Decoder[T], what: str) -> T:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ImageError(f"{what} is not what it should be: {error}", hint=_CURE) from error
 

@@ -27,9 +27,15 @@ class Images(HostBase):
         )
 
     def image_import(
-        self, name: str, path: Path | str, *, public: bool = False, progress: ProgressSink = no_progress
+        self,
+        name: str,
+        path: Path | str,
+        *,
+        tag: str | None = None,
+        public: bool = False,
+        progress: ProgressSink = no_progress,
     ) -> Image:
-        return self._portal.call(self._host.image_import(name, path, public=public, progress=progress))
+        return self._portal.call(self._host.image_import(name, path, tag=tag, public=public, progress=progress))
 
     def image_ls(self) -> list[Image]:
         return self._portal.call(self._host.image_ls())

@@ -40,9 +40,9 @@ class Monitor:
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
-            raise VmmError(f"QEMU refused {command}: {error}", hint="see vmm.log of the instance") from error
+            raise VmmError(f"QEMU refused {command}: {error}", hint="see what it said with `coppice logs --vmm`") from error
         except QMPError as error:
-            raise VmmDied(f"QEMU hung up during {command}", hint="see vmm.log of the instance") from error
+            raise VmmDied(f"QEMU hung up during {command}", hint="see what it said with `coppice logs --vmm`") from error
 
 
 @contextlib.asynccontextmanager
@@ -80,5 +80,5 @@ async def monitor(directory: Path, socket_name: str, *, deadline_s: float = 15.0
                     await client.disconnect()
     except TimeoutError as error:
         raise VmmTimeout(
-            f"the VMM did not answer within {deadline_s:g} s", hint="see vmm.log of the instance"
+            f"the VMM did not answer within {deadline_s:g} s", hint="see what it said with `coppice logs --vmm`"
         ) from error
