@@ -35,7 +35,7 @@ lint: setup-dev
 
 bench: setup-dev
 	$(BIN)/coppice --home $(BENCH_HOME) image inspect debian >/dev/null 2>&1 || $(BIN)/coppice --home $(BENCH_HOME) image build debian
-	$(BIN)/coppice --home $(BENCH_HOME) bench fan-out --output benchmarks/fan-out.json --plot benchmarks/fan-out.png
+	$(BIN)/coppice --home $(BENCH_HOME) bench fan-out --samples 16 --output benchmarks/fan-out.json --plot benchmarks/fan-out.png
 	$(BIN)/coppice --home $(BENCH_HOME) bench capture --output benchmarks/capture.json --plot benchmarks/capture.png
 
 docs: setup-dev

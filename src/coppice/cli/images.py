@@ -50,7 +50,9 @@ def import_(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A tar archive, or the directory of an OCI layout.")],
     tag: Annotated[
         str | None,
-        typer.Option("--tag", help="Which image, where several are in it: a tag, or a reference or digest of a layout."),
+        typer.Option(
+            "--tag", help="Which image, where several are in it: a tag, or a reference or digest of a layout."
+        ),
     ] = None,
     public: options.Public = False,
 ) -> None:

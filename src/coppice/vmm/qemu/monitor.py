@@ -40,9 +40,13 @@ class Monitor:
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
-            raise VmmError(f"QEMU refused {command}: {error}", hint="see what it said with `coppice logs --vmm`") from error
+            raise VmmError(
+                f"QEMU refused {command}: {error}", hint="see what it said with `coppice logs --vmm`"
+            ) from error
         except QMPError as error:
-            raise VmmDied(f"QEMU hung up during {command}", hint="see what it said with `coppice logs --vmm`") from error
+            raise VmmDied(
+                f"QEMU hung up during {command}", hint="see what it said with `coppice logs --vmm`"
+            ) from error
 
 
 @contextlib.asynccontextmanager
