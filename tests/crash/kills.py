@@ -156,6 +156,8 @@ class Ground:
         for vm in reversed(await host.ls()):
             if vm.name != STUMP:
                 await host.rm(vm)
+        for volume in await host.volume_ls():
+            await host.volume_rm(volume)
         await host.gc()  # what was found once is not found again
         (stump,) = await host.ls()
         assert fingerprint(memory_of(host, stump)) == self.stump

@@ -6,14 +6,17 @@ each new machine is whole or absent, and each old one is as it was, or as it was
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from coppice.host import AsyncHost
-from coppice.model import MIB, State
+from coppice.model import MIB, State, VolumeMount
 
-STUMP, OAK = "stump", "oak"
-MEMORY, DISK = 192 * MIB, 256 * MIB
+STUMP, OAK, SAP = "stump", "oak", "sap"
+MEMORY, DISK, VOLUME = 192 * MIB, 256 * MIB, 32 * MIB
 SEED = "seed"  # a snapshot of the stump that is always there
 
 Act = Callable[[AsyncHost], Awaitable[object]]
@@ -31,6 +34,8 @@ class Operation:
     after: dict[str, States]  # by name, of all instances but the stump
     snapshots: frozenset[str] = frozenset()  # that are there before and after
     may_have: frozenset[str] = frozenset()  # snapshots that may be there after
+    volumes: frozenset[str] = frozenset()  # that are there before and after
+    may_have_volumes: frozenset[str] = frozenset()
     memory: str = STUMP  # what the memory of its machines knows
     disk: str = STUMP
     boots: bool = False  # takes seconds
@@ -63,10 +68,11 @@ async def _booted(host: AsyncHost) -> None:
     await learn(host, OAK)
 
 
-async def boot(host: AsyncHost) -> None:
-    """A Running oak of an image."""
+async def boot(host: AsyncHost, *volumes: str) -> None:
+    """A Running oak of an image, that writes to some volumes."""
     (image,) = {vm.image for vm in await host.ls() if vm.name == STUMP}
-    await host.run(image, ["sleep", "infinity"], name=OAK, memory_bytes=MEMORY, overlay_bytes=DISK)
+    mounts = [VolumeMount(volume=name, mount_path=f"/srv/{name}") for name in volumes]
+    await host.run(image, ["sleep", "infinity"], name=OAK, memory_bytes=MEMORY, overlay_bytes=DISK, volumes=mounts)
 
 
 async def _standby(host: AsyncHost) -> None:
@@ -95,6 +101,32 @@ async def _with_snapshot(host: AsyncHost) -> None:
 
 async def _twig(host: AsyncHost) -> None:
     await host.snapshot_create(STUMP, name="twig")
+
+
+async def _sap(host: AsyncHost) -> None:
+    await host.volume_create(SAP, size_bytes=VOLUME)
+
+
+async def _archive(host: AsyncHost) -> None:
+    with tarfile.open(_archive_of(host), "w") as archive:
+        for number in range(20):
+            member = tarfile.TarInfo(f"rings/{number}")
+            member.size = 64 << 10
+            archive.addfile(member, io.BytesIO(bytes([number]) * member.size))
+
+
+def _archive_of(host: AsyncHost) -> Path:
+    return host.rooms.layout.home.parent / "sap.tar"
+
+
+async def _drink(host: AsyncHost) -> None:
+    await boot(host, SAP)
+
+
+async def _drinking(host: AsyncHost) -> None:
+    await _sap(host)
+    await _drink(host)
+    await learn(host, OAK)
 
 
 _RUNNING, _STANDBY, _STOPPED = State.RUNNING, State.STANDBY, State.STOPPED
@@ -234,9 +266,48 @@ OPERATIONS = {
             steps=12,
             seconds=0.1,
         ),
+        Operation("volume-create", nothing, _sap, {}, may_have_volumes=frozenset({SAP}), steps=10, seconds=0.1),
+        Operation(
+            "volume-create-from-archive",
+            _archive,
+            lambda host: host.volume_create(SAP, size_bytes=VOLUME, archive=_archive_of(host)),
+            {},
+            may_have_volumes=frozenset({SAP}),
+            steps=20,
+            seconds=0.3,
+        ),
+        Operation(
+            "volume-rm",
+            _sap,
+            lambda host: host.volume_rm(SAP),
+            {},
+            may_have_volumes=frozenset({SAP}),
+            steps=6,
+            seconds=0.05,
+        ),
         Operation("run", nothing, boot, {OAK: _may(_RUNNING, None)}, memory="", disk="", boots=True),
         Operation(
             "start", _stopped, lambda host: host.start(OAK), {OAK: _may(_STOPPED, _RUNNING)}, memory="", boots=True
+        ),
+        Operation(
+            "run-with-volume",
+            _sap,
+            _drink,
+            {OAK: _may(_RUNNING, None)},
+            volumes=frozenset({SAP}),
+            memory="",
+            disk="",
+            boots=True,
+        ),
+        Operation(
+            "rm-with-volume",
+            _drinking,
+            lambda host: host.rm(OAK),
+            {OAK: _may(_RUNNING, None)},
+            volumes=frozenset({SAP}),
+            memory=OAK,
+            disk=OAK,
+            boots=True,
         ),
         Operation(
             "fork-from-first-boot",

@@ -47,6 +47,7 @@ data directory, and it is checked that
 * the journal is empty, and no process works in an instance's directory but the VMM that is recorded;
 * no directory, socket, temporary file or lock file is left, and each captured memory has as many links as it has holders;
 * the template is as it was: inode, mode, time, SHA-256;
+* a volume is whole or absent, and its file has one link for each machine that has it;
 * every machine is in a state that the operation may leave, and a new one is whole or absent;
 * those that run answer with their own name, and with what their memory and their disk know; those in standby do so after a restore;
 * `gc --dry-run` finds nothing.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -60,6 +62,8 @@ async def survey(host: AsyncHost, operation: Operation, stump: tuple[int, int, i
         assert state in may_be, f"{name} is {state}, {recorded[name].exit_reason if name in recorded else ''}"
     snapshots = {kept.name for kept in host.rooms.store.snapshots.all()} - {SEED}
     assert operation.snapshots <= snapshots <= operation.snapshots | operation.may_have
+    volumes = {each.name: each for each in host.rooms.store.volumes.all()}
+    assert operation.volumes <= volumes.keys() <= operation.volumes | operation.may_have_volumes
 
     await assert_tidy(host, STUMP, *recorded)
     running = {vm.id: {vm.vmm.pid} for vm in recorded.values() if vm.vmm is not None}
@@ -72,6 +76,9 @@ async def survey(host: AsyncHost, operation: Operation, stump: tuple[int, int, i
 
     for vm in recorded.values():
         await _comes_to_life(host, vm, operation)
+    for each in volumes.values():
+        if not each.attachments:
+            await asyncio.to_thread(_assert_sound, host.rooms.layout.volume_disk(each.id))
     collected = await host.gc(dry_run=True)
     assert collected.removed == (), f"gc finds {collected.removed}"
     assert working_below(host.rooms.layout.instances.resolve()).keys() <= {vm.id for vm in recorded.values()}
@@ -89,3 +96,14 @@ async def _comes_to_life(host: AsyncHost, vm: Instance, operation: Operation) ->
         await host.restore(vm)
     if vm.state is not State.STOPPED:
         assert await answer(host, vm) == (vm.hostname, *knows)
+        for disk in vm.machine.volumes:
+            mounted = ["mountpoint", "-q", disk.mount_path]
+            assert (await host.exec(vm, mounted, timeout_s=60)).exit_code == 0, f"{disk.volume_name} is not mounted"
+
+
+def _assert_sound(disk: Path) -> None:
+    """The file system on a volume that nobody has is whole; one that a machine was killed with has its journal replayed first, as the next mount would."""
+    checked = subprocess.run(
+        ["e2fsck", "-f", "-p", str(disk)], capture_output=True, check=False, timeout=60
+    )  # 0: whole; 1: its journal was replayed
+    assert checked.returncode in (0, 1), checked
