@@ -30,6 +30,7 @@ R = TypeVar("R", FanOutReport, CaptureBenchReport)
 app = typer.Typer(
     help="Measure what forks and captures cost here, beside what they replace.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,  # the program has it
     context_settings={"help_option_names": ["--help", "-h"]},
 )
