@@ -58,14 +58,14 @@ def api_page() -> str:
     """The Python API: the hosts, the data types, the errors."""
     parts = [
         NOTE + "# The Python API\n",
-        "Everything here is imported from `coppice`.\n",
+        "Everything here is imported from `coppice`, but for `ExecSession`, which `open_exec` makes.\n",
         "## `AsyncHost` and `Host`\n",
         _prose(host.AsyncHost.__doc__),
         "`Host` is the same without `await`: same names, parameters, results and errors. "
         "Its context managers are used with `with`, its iterators with `for`.\n",
         *_methods(host.AsyncHost),
         "## `ExecSession`\n",
-        "What `open_exec` yields.\n",
+        "What `open_exec` of `Host` yields. That of `AsyncHost` is the same with `await` and `async for`.\n",
         _prose(sync.ExecSession.__doc__),
         *_methods(sync.ExecSession),
         "## Data\n",
@@ -113,7 +113,7 @@ def _signature(function: Any, shown: str) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             starred = True
             words.append("*")
-        default = "" if parameter.default is parameter.empty else f" = {_default(parameter.default)}"
+        default = "" if parameter.default is parameter.empty else f" = {_default(parameter.name, parameter.default)}"
         words.append(f"{parameter.name}: {parameter.annotation}{default}")
     result = f" -> {signature.return_annotation}" if shown == function.__name__ else ""
     if entered:
@@ -125,9 +125,14 @@ def _signature(function: Any, shown: str) -> str:
     return f"{prefix}{shown}(\n" + "".join(f"    {word},\n" for word in words) + f"){result}"
 
 
-def _default(value: object) -> str:
+def _default(name: str, value: object) -> str:
+    """A default as people write it: modes in octal, sizes by their unit."""
     if isinstance(value, model.State):
         return str(value.__class__.__name__) + "." + value.name
+    if isinstance(value, int) and name == "mode":
+        return f"0o{value:o}"
+    if isinstance(value, int) and name.endswith("_bytes") and value % model.MIB == 0:
+        return f"{value >> 30} << 30" if value % model.GIB == 0 else f"{value >> 20} << 20"
     return getattr(value, "__name__", None) or repr(value)
 
 
@@ -137,6 +142,7 @@ def _data_types() -> list[type]:
         *(kind for kind in ours if kind is not model.Record),
         host.Inspection,
         host.SnapshotInspection,
+        host.VolumeInspection,
         Health,
         Exit,
         Kernel,

@@ -79,7 +79,7 @@ class InvalidName(UsageError):
 
 
 class NotFound(CoppiceError):
-    """No image, instance or snapshot goes by that name or id."""
+    """No image, instance, snapshot, volume or kernel goes by that name or id."""
 
     exit_code = 3
     http_status = 404
@@ -101,7 +101,7 @@ class IllegalTransition(Refused):
 
 
 class NameTaken(Refused):
-    """Another instance or image has the name."""
+    """Another instance, snapshot or volume, or another owner's image, has the name."""
 
     code = "name_conflict"
 

@@ -61,13 +61,13 @@ _LEGAL: dict[Operation, dict[State, State]] = {
 _MULTIPLIES = frozenset({Operation.FORK, Operation.FORK_RUNNING, Operation.PROMOTE, Operation.SNAPSHOT})
 
 _HINTS: dict[tuple[Operation, State], str] = {
-    (Operation.FORK, _S.RUNNING): "use --from-running, or put it into standby first",
+    (Operation.FORK, _S.RUNNING): "use --from-running, or put it into standby first: `coppice standby`",
     (Operation.START, _S.STANDBY): "use `coppice restore`",
     (Operation.RESTORE, _S.STOPPED): "use `coppice start`",
-    (Operation.EXEC, _S.STANDBY): "restore it first",
-    (Operation.EXEC, _S.STOPPED): "start it first",
+    (Operation.EXEC, _S.STANDBY): "restore it first: `coppice restore`",
+    (Operation.EXEC, _S.STOPPED): "start it first: `coppice start`",
     (Operation.PROMOTE, _S.RUNNING): "put it into standby first: `coppice standby`",
-    (Operation.STANDBY, _S.STOPPED): "start it first",
+    (Operation.STANDBY, _S.STOPPED): "start it first: `coppice start`",
     (Operation.STOP, _S.STANDBY): "it has no VMM to stop; restore it, or remove it",
 }
 

@@ -1,7 +1,7 @@
 """Plain typed data: what is stored, what is reported, what is asked for. No behaviour beyond arithmetic.
 
 Units are in the names: `_bytes`, `_ms`, `_s`. Times of day are seconds since the epoch, UTC. Everything here turns into
-JSON by msgspec, and the JSON of `coppice --json` is these types.
+JSON by msgspec; where a command shows one of these types, that is what `coppice --json` prints.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 class State(StrEnum):
     """State of an instance; the words are the same on every surface."""
 
-    CREATED = "Created"
-    INITIALIZING = "Initializing"
-    RUNNING = "Running"
-    PAUSED = "Paused"
-    SHUTDOWN = "Shutdown"
-    STOPPED = "Stopped"
-    STANDBY = "Standby"
-    TEMPLATE = "Template"
-    UNKNOWN = "Unknown"
+    CREATED = "Created"  # recorded; its directory is being made
+    INITIALIZING = "Initializing"  # its VMM runs, and its guest has not yet acknowledged who it is
+    RUNNING = "Running"  # its guest has answered, as itself
+    PAUSED = "Paused"  # its VMM runs, and could not be told to let the guest run on
+    SHUTDOWN = "Shutdown"  # asked to power off
+    STOPPED = "Stopped"  # no VMM; what it has is its disk
+    STANDBY = "Standby"  # no VMM; its memory and its disk are captured
+    TEMPLATE = "Template"  # the same, and only to be forked
+    UNKNOWN = "Unknown"  # for those who show instances; none is recorded so
 
 
 class SnapshotKind(StrEnum):

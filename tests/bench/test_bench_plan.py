@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+
+import pytest
 
 from coppice.bench.fanout import Case, FanOutPlan, cases, skipped, unique_bytes
 from coppice.bench.records import Cache, Method
+from coppice.cli import main
 from coppice.host.spares import MOST
 from coppice.model import GIB, MIB, MemoryReport, Sharing
 
@@ -52,6 +56,15 @@ def test_more_than_a_host_starts_ahead_is_left_out_and_said_so() -> None:
     omitted = skipped(PLAN, Case(method=Method.AHEAD, count=MOST + 1, memory_bytes=GIB, cache=Cache.WARM))
     assert omitted is not None
     assert str(MOST) in omitted.reason
+
+
+def test_what_reads_no_cold_file_has_no_cold_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A plan of such methods alone has no case, and the command says so before it boots anything."""
+    plan = FanOutPlan(image="debian", methods=(Method.COLD, Method.AHEAD), caches=(Cache.COLD,))
+    assert list(cases(plan, GIB)) == []
+    assert main(["--home", str(tmp_path), "bench", "fan-out", "--method", "cold-boot", "--cache", "cold"]) == 2
+    assert "add --cache warm" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_copy_counts_as_its_own_memory() -> None:

@@ -324,6 +324,23 @@ async def test_a_fork_of_another_host_is_refused(fake_host: AsyncHost, driver: F
     await assert_tidy(fake_host, "oak")
 
 
+@pytest.mark.parametrize("state", [State.TEMPLATE, State.STANDBY])
+async def test_the_disk_of_what_another_host_captured_is_kept(
+    fake_host: AsyncHost, driver: FakeDriver, state: State
+) -> None:
+    """The way out that the refusal names is one: a fork of the disk alone boots here, and can be captured anew."""
+    await make(fake_host, state)
+    driver.vmm_version = "2"
+    (result,) = (await fake_host.fork("oak")).results
+    assert "`coppice fork NAME --target stopped`" in (result.error or "")
+    (kept,) = (await fake_host.fork("oak", names=["elm"], target=State.STOPPED, atomic=True)).instances
+    assert (await fake_host.start(kept)).state is State.RUNNING
+    await fake_host.standby(kept)
+    assert (await fake_host.restore(kept)).state is State.RUNNING
+    assert (await fake_host.get("oak")).state is state
+    await assert_tidy(fake_host, "oak", "elm")
+
+
 async def test_a_mem_file_that_was_written_to_is_refused(fake_host: AsyncHost) -> None:
     """Neither forked nor restored: a captured mem-file that can be written, or is another file, is not what was captured."""
     source = await make(fake_host, State.STANDBY)

@@ -105,7 +105,7 @@ async def test_a_volume_starts_with_an_archive(fake_host: AsyncHost, tmp_path: P
         with pytest.raises(error):
             await fake_host.volume_create("other", size_bytes=SIZE, archive=archive)
         assert snapshot(fake_host) == before
-    with pytest.raises(ImageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="there is no"):
         await fake_host.volume_create("other", size_bytes=SIZE, archive=tmp_path / "missing")
     assert snapshot(fake_host) == before
 

@@ -114,6 +114,7 @@ def test_wrong_usage_is_exit_2_and_one_line(words: list[str], part: str, capsys:
     shown = capsys.readouterr()
     text = json.loads(shown.out)["error"] if words[0] == "--json" else {"message": shown.err, "hint": ""}
     assert part in text["message"] + text["hint"]
+    assert "Value error" not in text["message"]  # the parser's own word for it
     assert shown.err.count("\n") == (0 if words[0] == "--json" else 1)
     assert host.calls == []
 

@@ -59,7 +59,9 @@ def cpu_ms(pid: int) -> float:
     try:
         return parse_cpu_ms(Path(f"/proc/{pid}/stat").read_text())
     except (FileNotFoundError, ProcessLookupError) as error:
-        raise VmmDied(f"the VMM process {pid} ended while it was measured", hint="see `coppice logs --vmm`") from error
+        raise VmmDied(
+            f"the VMM process {pid} ended while it was measured", hint="see `coppice logs --vmm NAME`"
+        ) from error
 
 
 def written_bytes(pid: int) -> int:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coppice.bench.capture import CapturePlan, measure_capture
-from coppice.bench.fanout import FanOutPlan, measure_fan_out
+from coppice.bench.fanout import FanOutPlan, cases, measure_fan_out
 from coppice.bench.plot import plot_capture, plot_fan_out
 from coppice.bench.records import Cache, CaptureBenchReport, FanOutReport, Method
 from coppice.bench.report import capture_table, fan_out_table
@@ -27,35 +27,75 @@ from coppice.names import check_count, check_machine, parse_size
 
 R = TypeVar("R", FanOutReport, CaptureBenchReport)
 
-app = typer.Typer(help="Measure what forks and captures cost here, beside what they replace.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure what forks and captures cost here, beside what they replace.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,  # the program has it
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
 
-_Image = Annotated[str, typer.Option("--image", help="Image to boot; it needs coreutils.")]
+_MEMORY = ["256M", "1G", "4G"]
+_COUNTS = [1, 4, 16]
+_DIRTIED = ["0", "16M", "64M"]
+
+_Image = Annotated[str, typer.Option("--image", help="Image to boot; it must have coreutils.")]
 _Memory = Annotated[
     list[str],
-    typer.Option("--memory", help="Guest RAM; repeat it for more.", default_factory=lambda: ["256M", "1G", "4G"]),
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Guest RAM; repeatable.",
+        show_default=", ".join(_MEMORY),
+        default_factory=lambda: list(_MEMORY),
+    ),
 ]
 _Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write all samples to this JSON file.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this PNG file.")]
 _Quick = Annotated[bool, typer.Option("--quick", help="The smallest run that still measures everything once.")]
 _Count = Annotated[
     list[int],
-    typer.Option("--count", "-n", help="Machines at once; repeat it for more.", default_factory=lambda: [1, 4, 16]),
+    typer.Option(
+        "--count",
+        "-n",
+        help="Machines at once; repeatable.",
+        show_default=", ".join(map(str, _COUNTS)),
+        default_factory=lambda: list(_COUNTS),
+    ),
 ]
-_Methods = Annotated[list[Method], typer.Option("--method", help="Only these.", default_factory=lambda: list(Method))]
+_Methods = Annotated[
+    list[Method],
+    typer.Option(
+        "--method", help="Only this method; repeatable.", show_default="all", default_factory=lambda: list(Method)
+    ),
+]
 _Caches = Annotated[
     list[Cache],
-    typer.Option("--cache", help="Page cache before each round.", default_factory=lambda: list(Cache)),
+    typer.Option(
+        "--cache",
+        help="Page cache before each round; repeatable.",
+        show_default="both",
+        default_factory=lambda: list(Cache),
+    ),
 ]
 _Dirty = Annotated[
     list[str],
     typer.Option(
-        "--dirty", help="Memory that a fork fills before; repeat it.", default_factory=lambda: ["0", "16M", "64M"]
+        "--dirty",
+        metavar="SIZE",
+        help="Memory that a fork fills before it is captured; repeatable.",
+        show_default=", ".join(_DIRTIED),
+        default_factory=lambda: list(_DIRTIED),
     ),
 ]
 _Samples = Annotated[int, typer.Option("--samples", min=1, help="Machines per case, at least.")]
 _Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds per case, at least.")]
-_Workload = Annotated[str, typer.Option("--workload", help="Memory that each machine fills when it is up.")]
-_CopyLimit = Annotated[str, typer.Option("--copy-limit", help="Skip rounds of full copies that would write more.")]
+_Workload = Annotated[
+    str, typer.Option("--workload", metavar="SIZE", help="Memory that each machine fills when it is up.")
+]
+_CopyLimit = Annotated[
+    str, typer.Option("--copy-limit", metavar="SIZE", help="Skip rounds of full copies that would write more.")
+]
 
 _QUICK_MEMORY = (256 * MIB,)
 _TABLE_WIDTH = 150  # columns; a narrower terminal wraps, and a file does not
@@ -93,6 +133,10 @@ def fan_out(
     if quick:
         plan = msgspec.structs.replace(
             plan, counts=(2,), memory_bytes=_QUICK_MEMORY, samples=1, min_rounds=1, workload_bytes=MIB
+        )
+    if next(cases(plan, _QUICK_MEMORY[0]), None) is None:
+        raise UsageError(
+            f"with a cold page cache there is nothing to measure of {', '.join(method)}", hint="add --cache warm"
         )
     _measure(context, lambda host, say: measure_fan_out(host, plan, say), fan_out_table, plot_fan_out, output, plot)
 

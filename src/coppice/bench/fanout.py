@@ -70,6 +70,8 @@ def cases(plan: FanOutPlan, memory_bytes: int) -> Iterator[tuple[int, Case]]:
         for cache in plan.caches
         if method not in _WARM_ONLY or cache is Cache.WARM
     ]
+    if not kinds:
+        return
     for number in range(max(map(plan.rounds, plan.counts))):
         turn = number % len(kinds)
         for count in plan.counts:

@@ -46,10 +46,21 @@ def options(
     ctx: typer.Context,
     home: Annotated[
         Path | None,
-        typer.Option("--home", metavar="DIR", envvar="COPPICE_HOME", help="Data directory.", file_okay=False),
+        typer.Option(
+            "--home",
+            metavar="DIR",
+            envvar="COPPICE_HOME",
+            help="Data directory. Default: /var/lib/coppice as root, else ~/.local/share/coppice.",
+            file_okay=False,
+        ),
     ] = None,
     accel: Annotated[
-        Literal["auto", "kvm", "tcg"], typer.Option("--accel", envvar="COPPICE_ACCEL", help="How guests are run.")
+        Literal["auto", "kvm", "tcg"],
+        typer.Option(
+            "--accel",
+            envvar="COPPICE_ACCEL",
+            help="How guests are run: by KVM, or emulated (tcg); auto: by KVM where that can be.",
+        ),
     ] = "auto",
     owner: Annotated[
         str | None,

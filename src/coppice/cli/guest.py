@@ -35,7 +35,13 @@ def exec_(
     ] = False,
     no_stdin: Annotated[bool, typer.Option("--no-stdin", "-n", help="Leave standard input alone.")] = False,
     env: Annotated[
-        list[str] | None, typer.Option("--env", "-e", metavar="KEY=VALUE", help="A variable; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--env",
+            "-e",
+            metavar="KEY=VALUE",
+            help="A variable; repeatable. KEY alone: with the value that it has here.",
+        ),
     ] = None,
     workdir: Annotated[str | None, typer.Option("--workdir", "-w", metavar="DIR", help="Working directory.")] = None,
     user: Annotated[str | None, typer.Option("--user", "-u", help="A user name, UID, or UID:GID.")] = None,
@@ -111,9 +117,9 @@ def cp(
     source: Annotated[str, typer.Argument(metavar="SRC", help="PATH or NAME:PATH.", autocompletion=complete.paths)],
     target: Annotated[str, typer.Argument(metavar="DST", help="PATH or NAME:PATH.", autocompletion=complete.paths)],
 ) -> None:
-    """Copy files into or out of a Running guest, as `cp -a` would.
+    """Copy files into or out of a Running guest, as `cp -r` would: into a directory that is there, or under a new name.
 
-    NAME:PATH on exactly one side.
+    NAME:PATH on exactly one side. Links stay links; modes and times are kept, as far as that is safe. In the guest the copy is root's, on the host it is yours.
     """
     cli = Cli.of(ctx)
     name, path, into = parse.copy_ends(source, target)

@@ -145,7 +145,7 @@ def image_tag(ctx: typer.Context, image: options.ImageName, name: NewName, publi
 
 @image_app.command("rm")
 def image_rm(ctx: typer.Context, image: options.ImageName) -> None:
-    """Remove an image, or one of its names. Refused while instances have it as their root."""
+    """Remove an image, or one of its names. Refused while instances or snapshots have it as their root."""
     cli = Cli.of(ctx)
     cli.call(lambda host: host.image_rm(image))
     cli.show({"removed": [image]}, lambda: output.line(image))

@@ -33,7 +33,12 @@ def run(
     overlay: Annotated[str, typer.Option("--overlay", metavar="SIZE", help="Size of its own writable disk.")] = "2G",
     env: Annotated[
         list[str] | None,
-        typer.Option("--env", "-e", metavar="KEY=VALUE", help="A variable of its process; repeatable."),
+        typer.Option(
+            "--env",
+            "-e",
+            metavar="KEY=VALUE",
+            help="A variable of its process; repeatable. KEY alone: with the value that it has here.",
+        ),
     ] = None,
     env_file: Annotated[
         list[Path] | None,
@@ -46,7 +51,7 @@ def run(
         str | None, typer.Option("--user", "-u", help="User of its process: a name, UID, or UID:GID.")
     ] = None,
     hostname: Annotated[
-        str | None, typer.Option("--hostname", help="The guest's host name; its name where not given.")
+        str | None, typer.Option("--hostname", help="The guest's host name. Default: the name of the instance.")
     ] = None,
     tag: options.Tags = None,
     publish: options.Published = None,
@@ -198,7 +203,7 @@ def rm(
 ) -> None:
     """Remove instances in any state: by name, by tag, or all. Forks go before what they were forked from.
 
-    One that cannot be removed does not keep the others; the exit status is the first failure's.
+    If one cannot be removed, the others still are; the exit status is then the first failure's.
     """
     cli = Cli.of(ctx)
     if sum((bool(names), bool(tag), everything)) != 1:

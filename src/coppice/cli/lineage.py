@@ -26,7 +26,9 @@ def fork(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A Template, Standby or Stopped instance.", autocompletion=complete.sources
+            metavar="SOURCE",
+            help="A Template, Standby or Stopped instance; with --from-running a Running one.",
+            autocompletion=complete.sources,
         ),
     ],
     count: options.Count = None,
@@ -48,7 +50,7 @@ def fork(
     """Grow forks that share the source's memory. Each is running when its guest has answered, as itself.
 
     A wide terminal, and --json, show what each stage took.
-    With a payload, the image's /etc/coppice/on-fork is run after it was put there, and before the fork counts as running.
+    The image's /etc/coppice/on-fork, if it has one, is run in each fork (but one that boots) before that counts as running; its payload is there by then.
     A fork that fails is undone and does not touch its siblings; the exit status then says why, as for any other command.
     """
     cli = Cli.of(ctx)

@@ -31,16 +31,20 @@ Published = Annotated[
         "--publish",
         "-p",
         metavar="[ADDRESS:]HOST:GUEST[/udp]",
-        help="Forward a port of this host to the guest; repeatable. HOST `auto`: any that is free; ADDRESS `own`: a loopback address for each machine.",
+        help="Forward a port of this host to the guest; repeatable. HOST `auto`: any that is free. ADDRESS: 127.0.0.1 if left out; `own`: each has another.",
     ),
 ]
 Count = Annotated[
     int | None,
-    typer.Option("--count", "-n", help="How many forks to grow, in parallel; as many as names or payloads, or one."),
+    typer.Option(
+        "--count", "-n", help="How many forks to grow, in parallel. Default: as many as names or payloads, else 1."
+    ),
 ]
 ForkNames = Annotated[
     list[str] | None,
-    typer.Option("--name", help="Name of a fork, repeatable; one name for several forks is numbered."),
+    typer.Option(
+        "--name", help="Name of a fork; repeatable. One name for several forks is numbered. Default: generated."
+    ),
 ]
 Target = Annotated[Literal["running", "standby", "stopped"], typer.Option("--target", help="What the forks become.")]
 Atomic = Annotated[bool, typer.Option("--atomic", help="All or none: one failure undoes all.")]
@@ -49,7 +53,7 @@ Payload = Annotated[
     typer.Option(
         "--payload",
         metavar="FILE|JSON",
-        help="What each fork finds in /run/coppice/payload. Secrets go into a file, or `-`: others can see the words of a command.",
+        help="What each fork finds in /run/coppice/payload; `-`: standard input. Others can see the words of a command, so put secrets into a file.",
     ),
 ]
 Payloads = Annotated[
@@ -57,7 +61,7 @@ Payloads = Annotated[
     typer.Option(
         "--payloads",
         metavar="FILE",
-        help="A payload for each fork: a JSON array, or one JSON document in each line.",
+        help="A payload for each fork: a JSON array, or one JSON document in each line; `-`: standard input.",
     ),
 ]
 Volumes = Annotated[
@@ -66,7 +70,7 @@ Volumes = Annotated[
         "--volume",
         "-v",
         metavar="NAME:PATH[:ro]",
-        help="Attach a volume, mounted at PATH; repeatable.",
+        help="Attach a volume, mounted at PATH (`:ro`: to read only); repeatable.",
         autocompletion=complete.mounts,
     ),
 ]

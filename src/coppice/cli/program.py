@@ -87,7 +87,7 @@ def _misused(error: typer.TyperException) -> UsageError:
     """An error of the command line's grammar, as ours."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "coppice"
-    message = error.format_message().rstrip(".")
+    message = error.format_message().rstrip(".").replace(": Value error, ", ": ")
     message = message[:1].lower() + message[1:]
     if "\n" in message:  # a group without a command: its whole help
         message = "missing command"

@@ -192,7 +192,7 @@ def fork(
 def rm(ctx: typer.Context, names: SnapshotNames) -> None:
     """Remove snapshots. Their instances and forks keep what they have.
 
-    One that cannot be removed does not keep the others; the exit status is the first failure's.
+    If one cannot be removed, the others still are; the exit status is then the first failure's.
     """
     several.remove(Cli.of(ctx), names, lambda host, name: host.snapshot_rm(name))
 

@@ -20,7 +20,12 @@ def ls(
     ctx: typer.Context,
     state: Annotated[
         list[str] | None,
-        typer.Option("--state", help="Only those in this state; repeatable.", autocompletion=complete.states),
+        typer.Option(
+            "--state",
+            metavar="STATE",
+            help="Only those in this state, such as running; repeatable.",
+            autocompletion=complete.states,
+        ),
     ] = None,
     tag: options.TagFilter = None,
     quiet: options.Quiet = False,
@@ -215,7 +220,7 @@ def gc(
         bool,
         typer.Option(
             "--caches",
-            help="Also what no instance uses and can be had again: fetched kernels, empty disks, unnamed images.",
+            help="Also what no instance or snapshot uses and can be had again: fetched kernels, boot files, empty disks, unnamed images.",
         ),
     ] = False,
 ) -> None:

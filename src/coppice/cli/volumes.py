@@ -35,7 +35,7 @@ def create(
 ) -> None:
     """Make a volume, empty or with the contents of an archive; print its name.
 
-    It is a disk with an ext4 file system that takes room as it is filled. `coppice run --volume NAME:PATH` attaches it.
+    It is a disk with an ext4 file system that takes room as it is filled. `coppice run IMAGE --volume NAME:PATH` attaches it.
     """
     from coppice.names import parse_size
 
@@ -117,8 +117,8 @@ def _attachment(attachment: Attachment) -> str:
 
 @volume_app.command("rm")
 def rm(ctx: typer.Context, names: VolumeNames) -> None:
-    """Remove volumes and all that is on them. Refused while one is attached.
+    """Remove volumes and all that is on them. Refused for one that an instance or a snapshot has.
 
-    One that cannot be removed does not keep the others; the exit status is the first failure's.
+    If one cannot be removed, the others still are; the exit status is then the first failure's.
     """
     several.remove(Cli.of(ctx), names, lambda host, name: host.volume_rm(name))

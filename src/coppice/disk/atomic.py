@@ -61,14 +61,16 @@ def os_errors(action: str) -> Iterator[None]:
         message = f"Cannot {action}: {error.strerror or error}"
         if error.errno in _FULL:
             raise NoSpace(
-                message, hint="free some space in the data directory, or move it to a larger file system"
+                message, hint="free some space on the file system of the data directory, or move it to a larger one"
             ) from error
         if error.errno == errno.EEXIST:
             raise Refused(message, hint="remove the file that is in the way, or choose another name") from error
         if error.errno == errno.ENOENT:
             raise IntegrityError(
-                message, hint="a file that should be there is gone; delete what depends on it"
+                message, hint="a file that should be there is gone: remove what depends on it"
             ) from error
         if error.errno == errno.ELOOP:
-            raise HostCannot(message, hint="the data directory holds a symbolic link where a file belongs") from error
+            raise HostCannot(
+                message, hint="put the file itself where the data directory has a symbolic link"
+            ) from error
         raise HostCannot(message, hint="see that the data directory is writable and its disk is healthy") from error

@@ -58,6 +58,16 @@ async def _guarded(name: str, probe: Callable[[], Awaitable[Check]]) -> Check:
     try:
         return await asyncio.wait_for(probe(), _DEADLINE_S)
     except TimeoutError:
-        return Check(name=name, status="warn", detail=f"no answer within {_DEADLINE_S:.0f} s")
+        return Check(
+            name=name,
+            status="warn",
+            detail=f"no answer within {_DEADLINE_S:.0f} s",
+            cure="try again when this machine is less busy",
+        )
     except Exception as error:  # a diagnosis must go on where one reading is not possible
-        return Check(name=name, status="warn", detail=f"could not be checked: {error}")
+        return Check(
+            name=name,
+            status="warn",
+            detail=f"could not be checked: {error}",
+            cure="see whether this user may read that; the other checks do not depend on it",
+        )

@@ -40,7 +40,6 @@ _TOOLS = (
     _Tool("apt-get", "apt", "warn", "fetches Debian's kernel"),
     _Tool("dpkg-deb", "dpkg", "warn", "unpacks Debian's kernel"),
     _Tool("mmdebstrap", "mmdebstrap", "warn", "makes images of Debian suites"),
-    _Tool("sqfstar", "squashfs-tools", "warn", "makes squashfs images"),
 )
 
 

@@ -38,7 +38,7 @@ async def deadline(seconds: float | None, waiting_for: str) -> AsyncIterator[Non
     except TimeoutError as error:
         raise GuestTimeout(
             f"the guest did not answer within {seconds:g} s ({waiting_for})",
-            hint="see its console log; if the host's disk was full, free some, and `coppice restore` lets it run on",
+            hint="see its console with `coppice logs NAME`; if the host's disk was full, free some, and `coppice restore NAME` lets it run on",
         ) from error
 
 
@@ -167,5 +167,6 @@ def unexpected(frame: Frame) -> GuestProtocolError:
 
 def _gone(cause: BaseException | None) -> NoReturn:
     raise VmmDied(
-        "the machine went away while it was talked to", hint="see its state and its VMM log, and start it again"
+        "the machine went away while it was talked to",
+        hint="see `coppice inspect NAME` and `coppice logs --vmm NAME`, then start it again",
     ) from cause

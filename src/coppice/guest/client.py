@@ -172,7 +172,7 @@ class AgentPorts:
         try:
             directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise VmmDied("the instance's directory is gone", hint="see whether it was removed") from error
+            raise VmmDied("the instance's directory is gone", hint="`coppice ls` shows those there are") from error
         stack.callback(os.close, directory)
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
@@ -226,5 +226,5 @@ def _not_acquired(held: int | None, deadline_s: float) -> Busy | VmmDied:
         )
     return VmmDied(
         f"the machine offers no agent port after {deadline_s:g} s",
-        hint="see its state and its VMM log, and start it again",
+        hint="see `coppice inspect NAME` and `coppice logs --vmm NAME`, then start it again",
     )

@@ -26,9 +26,7 @@ _QUERY_DEADLINE_S = 60.0
 _DOWNLOAD_DEADLINE_S = 900.0
 _UNPACK_DEADLINE_S = 300.0
 _POLL_S = 0.2
-_HINT = (
-    f"run `apt-get update`, and see that `apt-cache policy {META_PACKAGE}` has a candidate; or add a kernel of your own"
-)
+_HINT = f"run `apt-get update`, and see that `apt-cache policy {META_PACKAGE}` has a candidate; or bring a kernel with `coppice kernel add`"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
 _PASSED_ON = ("APT_CONFIG", "HOME", "TMPDIR", "http_proxy", "https_proxy", "no_proxy")
 
@@ -107,7 +105,7 @@ async def _run(program: str, *arguments: str, cwd: Path | None = None, deadline_
     if path is None:
         raise MissingTool(
             f"{program} is not installed, and Debian's kernel is fetched with it",
-            hint="add a kernel of your own instead",
+            hint="install it, or bring a kernel with `coppice kernel add`",
         )
     starting = asyncio.ensure_future(
         asyncio.create_subprocess_exec(

@@ -29,7 +29,7 @@ _HEADER = struct.Struct("<BI")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _ZEROS = re.compile(rb"\0*")
-_HINT = "the guest's agent does not speak this protocol, or something in the guest writes to its port"
+_HINT = "start the machine anew: its agent does not speak this protocol, or something in the guest writes to its port"
 
 
 class FrameType(IntEnum):

@@ -32,7 +32,7 @@ class Housekeeping(HostBase):
     async def gc(self, *, dry_run: bool = False, caches: bool = False) -> GcReport:
         """Remove what nothing owns: directories and lock files without a record, VMMs without an instance, leftovers of builds that died.
 
-        With `caches` also what no instance uses and can be had again: kernels that were fetched, boot files, empty disks, images without a
+        With `caches` also what no instance or snapshot uses and can be had again: kernels that were fetched, boot files, empty disks, images without a
         name. With `dry_run` only says what it would remove. What is in use, or may be about to be, is never touched.
 
         :raises Refused: the host has an owner: what is left behind is nobody's

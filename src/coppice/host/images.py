@@ -31,7 +31,7 @@ class Images(HostBase):
     ) -> Image:
         """Build an image of a Debian suite with extra packages. A `public` one may be run by other owners too.
 
-        :raises MissingTool: mmdebstrap or mkfs.erofs is not installed
+        :raises MissingTool: mmdebstrap is not installed
         :raises ImageError: the suite or a package is not to be had
         """
         options = BuildOptions(owner=self.owner, public=public)
@@ -83,7 +83,7 @@ class Images(HostBase):
     async def image_rm(self, reference: str) -> None:
         """Remove an image, or one of its names.
 
-        :raises InUse: instances have it as their root; the message names them
+        :raises InUse: instances or snapshots have it as their root; the message names them
         :raises Refused: it is another owner's public image
         """
         in_use, own = self.rooms.store.users_of_image, partial(owns, self.owner)

@@ -52,7 +52,7 @@ class Volumes(Admission):
 
         :raises NameTaken: another volume has the name
         :raises ImageError: the archive is corrupt, truncated or unsafe, or has a device in it
-        :raises UsageError: what is in the archive does not fit
+        :raises UsageError: there is no such archive, or what is in it does not fit
         :raises NoSpace: the disk is full
         """
         made = Volume(

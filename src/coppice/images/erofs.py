@@ -94,7 +94,7 @@ class _Image:
         if self.blocks * BLOCK > max_bytes or self.blocks >= 1 << 32:
             raise ImageError(
                 f"the root file system takes {self.blocks * BLOCK} bytes, more than is allowed",
-                hint="raise max_bytes if you trust where it comes from",
+                hint="make it smaller; if it should be small, do not trust it",
             )
 
     def _collect(self, tree: FileTree) -> None:

@@ -108,7 +108,10 @@ def unpack_layout(bundle: Bundle, tree: FileTree, workspace: Workspace, referenc
     _check_platform(config)
     for layer in manifest.layers:
         if layer.media_type and ".tar" not in layer.media_type:
-            raise ImageError(f"a layer is {layer.media_type!r}, not a tar archive", hint="is this a container image?")
+            raise ImageError(
+                f"a layer is {layer.media_type!r}, not a tar archive",
+                hint="give a container image: this is something else",
+            )
     names = [(blob_name(layer), layer) for layer in manifest.layers]
     _apply_layers(bundle, names, config, tree, workspace)
     return image_config(config.config)
@@ -166,7 +169,10 @@ def _named(manifests: tuple[Descriptor, ...], reference: str | None) -> list[Des
         or reference in [(descriptor.annotations or {}).get(name) for name in _IMAGE_NAMES]
     ]
     if not found:
-        raise ImageError(f"the layout has no image called {reference!r}", hint=f"it has: {_names_of(manifests)}")
+        raise ImageError(
+            f"the layout has no image called {reference!r}",
+            hint=f"choose another with --tag, of: {_names_of(manifests)}",
+        )
     return found
 
 
@@ -204,7 +210,7 @@ def _choose_saved(images: tuple[SavedImage, ...], tag: str | None) -> SavedImage
     for image in images:
         if _familiar(tag) in map(_familiar, image.repo_tags or ()):
             return image
-    raise ImageError(f"the archive has no image with the tag {tag!r}", hint=f"it has: {tags}")
+    raise ImageError(f"the archive has no image with the tag {tag!r}", hint=f"choose another with --tag, of: {tags}")
 
 
 def _familiar(tag: str) -> str:

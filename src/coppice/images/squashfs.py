@@ -66,7 +66,7 @@ def write_squashfs(
     if total > max_bytes:
         raise ImageError(
             f"the root file system takes {total} bytes, more than is allowed",
-            hint="raise max_bytes if you trust where it comes from",
+            hint="make it smaller; if it should be small, do not trust it",
         )
     newest = min(max(node.mtime_ns for node in nodes) // 10**9, 0xFFFFFFFF)
     root = tree.root

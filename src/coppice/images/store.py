@@ -81,7 +81,7 @@ class ImageStore:
             if not is_hex_prefix(reference):
                 raise NotFound(
                     f"there is no image {reference!r}",
-                    hint="`coppice image ls` shows those there are; `coppice image build` and `import` make one",
+                    hint="`coppice image ls` shows those there are; `coppice image build` and `coppice image import` make one",
                 )
         digits = digits or reference
         # One root may have names of several owners; which of them made it first does not matter.
@@ -103,7 +103,9 @@ class ImageStore:
         """The image's read-only root file system. Raises NotFound where it has been removed."""
         path = self._directory(image) / ROOT_FILE
         if not path.is_file():
-            raise NotFound(f"the image {image.name or image.digest!r} has been removed", hint="import it again")
+            raise NotFound(
+                f"the image {image.name or image.digest!r} has been removed", hint="build or import it again"
+            )
         return path
 
     def tag(
@@ -128,7 +130,7 @@ class ImageStore:
     def remove(self, reference: str, in_use: Callable[[str], builtins.list[str]], allowed: Allowed = everyone) -> None:
         """Remove a name; with the last name, or when given by digest, the image. Names that are not allowed stay, and keep it.
 
-        `in_use` answers which instances need the image with a digest. Raises InUse naming them, NotFound.
+        `in_use` answers which instances and snapshots need the image with a digest. Raises InUse naming them, NotFound.
         """
         with locked(self.lock_file):
             image = self.get(reference, allowed)
@@ -142,7 +144,7 @@ class ImageStore:
             if users:
                 raise InUse(
                     f"the image {reference!r} is used by {', '.join(users)}",
-                    hint="delete those first, or remove one of several names of it",
+                    hint="remove those first with `coppice rm` or `coppice snapshot rm`, or keep it under another name with `coppice image tag`",
                 )
             for name in names:
                 self._name_file(name).unlink()
@@ -233,7 +235,7 @@ def _read_image(path: Path) -> Image:
         return _decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(
-            f"{path} is damaged: {error}", hint="remove that file, and import the image again"
+            f"{path} is damaged: {error}", hint="remove that file, and build or import the image again"
         ) from error
 
 

@@ -125,7 +125,7 @@ def bootstrap(suite: Suite, workspace: Workspace) -> IO[bytes]:
             )
         raise ImageError(
             f"mmdebstrap could not make {suite.suite}: {said}",
-            hint="check the package names, and whether the mirror can be reached; or give another mirror",
+            hint="check the names of suite and packages, and whether the mirror can be reached",
         )
     archive.seek(0)
     return archive
@@ -204,7 +204,7 @@ def _follow(process: subprocess.Popen[bytes], workspace: Workspace, deadline: fl
             if time.monotonic() > deadline:
                 raise HostCannot(
                     f"mmdebstrap did not finish in time; it last said: {lines[-1] if lines else 'nothing'}",
-                    hint="check the mirror, or raise timeout_s",
+                    hint="see whether the mirror can be reached, then try again",
                 )
             workspace.check()
             if not selector.select(_POLL_S):
@@ -220,7 +220,9 @@ def _follow(process: subprocess.Popen[bytes], workspace: Workspace, deadline: fl
     try:
         process.wait(max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired as error:
-        raise HostCannot("mmdebstrap did not end in time", hint="raise timeout_s") from error
+        raise HostCannot(
+            "mmdebstrap did not end in time", hint="see how busy this machine is, then try again"
+        ) from error
     return lines
 
 

@@ -197,7 +197,10 @@ class FileTree:
     def _count(self) -> None:
         self._nodes_left -= 1
         if self._nodes_left < 0:
-            raise ImageError("the archive has more members than are allowed", hint="raise max_members if you trust it")
+            raise ImageError(
+                "the archive has more members than are allowed",
+                hint="make it smaller; if it should be small, do not trust it",
+            )
 
 
 def _show(path: Path) -> str:

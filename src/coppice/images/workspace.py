@@ -78,7 +78,7 @@ class Workspace:
         if self._unpacked_bytes > self.limits.max_bytes:
             raise ImageError(
                 f"the archive unfolds to more than {self.limits.max_bytes} bytes",
-                hint="raise max_bytes if you trust where it comes from",
+                hint="make it smaller; if it should be small, do not trust it",
             )
 
     def spend_member(self, header_bytes: int) -> None:
@@ -91,7 +91,7 @@ class Workspace:
         if self._members > self.limits.max_members or self._header_bytes > self.limits.max_header_bytes:
             raise ImageError(
                 f"the archive has more than {self.limits.max_members} members, or absurdly long names in them",
-                hint="raise max_members or max_header_bytes if you trust where it comes from",
+                hint="make it smaller; if it should be small, do not trust it",
             )
 
     def new_file(self) -> IO[bytes]:

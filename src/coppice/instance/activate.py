@@ -31,6 +31,7 @@ from coppice.vmm.driver import Launch
 T = TypeVar("T")
 _DEATH_S = 5.0
 TSC_TOLERANCE = 0.002  # measured anew, and quickly, by each process
+_DISK_ALONE = "take its disk alone with `coppice fork NAME --target stopped`, and start that"
 
 
 def require_same_host(made_on: Manifest, here: Manifest, name: str) -> None:
@@ -47,7 +48,7 @@ def require_same_host(made_on: Manifest, here: Manifest, name: str) -> None:
     if differences:
         raise IntegrityError(
             f"{name} was captured on something else: {'; '.join(differences)}",
-            hint="restore it where it was captured, or start it anew from its disk",
+            hint=f"restore it where it was captured, or {_DISK_ALONE}",
         )
 
 
@@ -101,7 +102,7 @@ async def check(rooms: Rooms, instance: Instance) -> None:
     :raises IntegrityError: the capture is not what it was, or was made on something else
     """
     if instance.mem_file is None or instance.manifest is None:
-        raise IntegrityError(f"{instance.name} has no captured memory", hint="start it from its disk")
+        raise IntegrityError(f"{instance.name} has no captured memory", hint=_DISK_ALONE)
     require_same_host(instance.manifest, await rooms.driver.manifest(instance.machine), instance.name)
     await in_thread(_check_files, rooms, instance, instance.mem_file)
 

@@ -196,7 +196,7 @@ def guest_ram(pid: int, identity: FileIdentity, size_bytes: int) -> list[Vma]:
     if covered != size_bytes or covered != sum(vma.length for vma in vmas):
         raise IntegrityError(
             f"Process {pid} maps {covered} of {size_bytes} bytes of its mem-file privately",
-            hint="the VMM copied its memory or maps it shared; capture it by the VMM's own means",
+            hint="keep its disk with `coppice snapshot create NAME --kind stopped`, or stop it",
         )
     return vmas
 
@@ -243,7 +243,7 @@ def _read_process(pid: int, batch: list[tuple[int, int]], buffer: mmap.mmap, pos
     if count != wanted:
         raise IntegrityError(
             f"Only {count} of {wanted} bytes of the guest's private pages could be read",
-            hint="the mem-file was truncated under its mapping, or the VMM is ending; see its log",
+            hint="see `coppice logs --vmm NAME`, and what `coppice verify` says of the mem-file",
         )
     return count
 

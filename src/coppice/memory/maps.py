@@ -144,20 +144,20 @@ def read_text(pid: int, name: Literal["maps", "smaps", "smaps_rollup"]) -> bytes
     except OSError as error:
         raise process_error(pid, f"read /proc/{pid}/{name}", error) from error
     if not text:  # a zombie has no memory any more
-        raise VmmDied(f"Process {pid} has ended", hint="see the end of the VMM's log")
+        raise VmmDied(f"Process {pid} has ended", hint="see what it said with `coppice logs --vmm NAME`")
     return text
 
 
 def process_error(pid: int, action: str, error: OSError) -> CoppiceError:
     """The error for a failed look into another process: it is gone, or we are not allowed to."""
     if isinstance(error, FileNotFoundError | ProcessLookupError):
-        return VmmDied(f"Process {pid} has ended", hint="see the end of the VMM's log")
+        return VmmDied(f"Process {pid} has ended", hint="see what it said with `coppice logs --vmm NAME`")
     if isinstance(error, PermissionError):
         return HostCannot(
             f"Cannot {action}: {error.strerror}",
             hint="run as the user who started the VMM, and where kernel.yama.ptrace_scope is not 0 as root",
         )
-    return HostCannot(f"Cannot {action}: {error.strerror or error}", hint="see the kernel's log")
+    return HostCannot(f"Cannot {action}: {error.strerror or error}", hint="see the kernel's log with `dmesg`")
 
 
 def likely_identity(status: os.stat_result) -> FileIdentity:

@@ -140,5 +140,5 @@ def _mem_file(info: os.stat_result, sharing: Sharing, reason: str = "", sha256: 
 def _differs(path: Path, difference: str) -> IntegrityError:
     return IntegrityError(
         f"The mem-file {path} is not what was captured: {difference}",
-        hint="delete this instance; fork again from a source that `coppice verify` finds intact",
+        hint="remove this instance, and fork again from a source that `coppice verify` finds intact",
     )

@@ -166,7 +166,7 @@ def _ptrace(request: int, pid: int, address: int = 0, data: object = None) -> No
         error = ctypes.get_errno()
         if error == 3:  # ESRCH
             raise VmmDied(
-                "the VMM ended while its memory was remapped", hint="see what it said with `coppice logs --vmm`"
+                "the VMM ended while its memory was remapped", hint="see what it said with `coppice logs --vmm NAME`"
             )
         raise HostCannot(
             f"the VMM cannot be traced: {os.strerror(error)}", hint="run as root, or set kernel.yama.ptrace_scope to 0"
@@ -179,10 +179,12 @@ def _wait_stop(pid: int) -> int:
         _, status = os.waitpid(pid, _WALL)
     except ChildProcessError as error:
         raise VmmDied(
-            "the VMM ended while its memory was remapped", hint="see what it said with `coppice logs --vmm`"
+            "the VMM ended while its memory was remapped", hint="see what it said with `coppice logs --vmm NAME`"
         ) from error
     if not os.WIFSTOPPED(status):
-        raise VmmDied("the VMM ended while its memory was remapped", hint="see what it said with `coppice logs --vmm`")
+        raise VmmDied(
+            "the VMM ended while its memory was remapped", hint="see what it said with `coppice logs --vmm NAME`"
+        )
     return status >> 8
 
 
@@ -219,5 +221,5 @@ def _check_result(pid: int, vma: Vma) -> None:
         number = (1 << 64) - result.rax if result.rax >= _ERROR else 0
         raise VmmError(
             f"the VMM could not map its memory privately: {os.strerror(number)}",
-            hint="see what it said with `coppice logs --vmm`",
+            hint="see what it said with `coppice logs --vmm NAME`",
         )

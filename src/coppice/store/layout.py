@@ -11,7 +11,7 @@ from coppice.names import is_id
 
 
 def default_home() -> Path:
-    """COPPICE_HOME, else /var/lib/coppice as root, else ~/.local/share/coppice."""
+    """COPPICE_HOME, else /var/lib/coppice as root, else ~/.local/share/coppice, or `coppice` in XDG_DATA_HOME where that is set."""
     if chosen := os.environ.get("COPPICE_HOME"):
         return Path(chosen)
     if os.geteuid() == 0:

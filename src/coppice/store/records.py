@@ -70,7 +70,10 @@ class Records(ABC, Generic[T]):
                 (self._encode(record), record.id),
             )
             if cursor.rowcount == 0:
-                raise NotFound(f"the {self._noun} {record.name!r} is gone", hint="another process removed it")
+                raise NotFound(
+                    f"the {self._noun} {record.name!r} is gone",
+                    hint=f"another process removed it: see `coppice {self._noun} ls`",
+                )
             connection.execute("DELETE FROM journal WHERE instance = ?", (record.id,))
 
     def forget(self, record_id: str) -> None:

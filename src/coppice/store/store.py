@@ -203,7 +203,9 @@ class Store:
                 (instance.name, instance.state, instance.parent, _encode(instance), instance.id),
             )
             if cursor.rowcount == 0:
-                raise NotFound(f"the instance {instance.name!r} is gone", hint="another process removed it")
+                raise NotFound(
+                    f"the instance {instance.name!r} is gone", hint="another process removed it: see `coppice ls`"
+                )
             if done:
                 connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))
 

@@ -6,7 +6,7 @@ no state of its own between calls (another process may make the next call), and 
 `boot` or `restore` and removed after the process has ended by the caller alone.
 
 Who cleans up: a call that raises leaves no VMM process behind if it was the call that started it; any other call leaves the process as it is, and the
-caller decides. `kill` is idempotent and always ends the process.
+caller decides. `quit` is idempotent and always ends the process.
 """
 
 from __future__ import annotations

@@ -41,11 +41,11 @@ class Monitor:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
             raise VmmError(
-                f"QEMU refused {command}: {error}", hint="see what it said with `coppice logs --vmm`"
+                f"QEMU refused {command}: {error}", hint="see what it said with `coppice logs --vmm NAME`"
             ) from error
         except QMPError as error:
             raise VmmDied(
-                f"QEMU hung up during {command}", hint="see what it said with `coppice logs --vmm`"
+                f"QEMU hung up during {command}", hint="see what it said with `coppice logs --vmm NAME`"
             ) from error
 
 
@@ -75,7 +75,7 @@ async def monitor(directory: Path, socket_name: str, *, deadline_s: float = 15.0
                     os.close(descriptor)
             except (OSError, ConnectError) as error:
                 raise VmmDied(
-                    "the VMM does not answer", hint="run `coppice inspect` to see what became of it"
+                    "the VMM does not answer", hint="run `coppice inspect NAME` to see what became of it"
                 ) from error
             try:
                 yield Monitor(client)
@@ -84,5 +84,5 @@ async def monitor(directory: Path, socket_name: str, *, deadline_s: float = 15.0
                     await client.disconnect()
     except TimeoutError as error:
         raise VmmTimeout(
-            f"the VMM did not answer within {deadline_s:g} s", hint="see what it said with `coppice logs --vmm`"
+            f"the VMM did not answer within {deadline_s:g} s", hint="see what it said with `coppice logs --vmm NAME`"
         ) from error
