@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from coppice.errors import IllegalTransition, NameTaken, UsageError, VmmError
+from coppice.errors import IllegalTransition, NameTaken, Refused, UsageError, VmmError
 from coppice.host import AsyncHost
-from coppice.model import PAGE_SIZE, Instance, Progress, Publish, Sharing, State
+from coppice.model import PAGE_SIZE, Instance, Progress, Publish, Sharing, SnapshotKind, State
 from coppice.names import MAX_FORKS
 from coppice.vmm import driver as files
 from fakes.driver import CAPABILITIES, FakeDriver
@@ -339,6 +340,31 @@ async def test_the_disk_of_what_another_host_captured_is_kept(
     assert (await fake_host.restore(kept)).state is State.RUNNING
     assert (await fake_host.get("oak")).state is state
     await assert_tidy(fake_host, "oak", "elm")
+
+
+@pytest.mark.parametrize("operation", ["standby", "fork", "snapshot"])
+async def test_nothing_is_captured_that_could_not_be_loaded(
+    fake_host: AsyncHost, driver: FakeDriver, operation: str
+) -> None:
+    """The VMM was updated under a machine that runs: its memory is not given up for a capture that is of no use; the disk alone can be kept."""
+    source = await make(fake_host, State.RUNNING)
+    driver.vmm_version = "2"
+    captures: dict[str, Callable[[], Awaitable[object]]] = {
+        "standby": lambda: fake_host.standby("oak"),
+        "fork": lambda: fake_host.fork("oak", from_running=True),
+        "snapshot": lambda: fake_host.snapshot_create("oak", name="leaf"),
+    }
+    with pytest.raises(Refused, match="vmm version was 1, is 2"):
+        await captures[operation]()
+    assert (await fake_host.get("oak")).vmm == source.vmm
+    assert driver.faults.reached["pause"] == 0
+    await assert_tidy(fake_host, "oak")
+    await fake_host.snapshot_create("oak", name="leaf", kind=SnapshotKind.STOPPED)
+    await fake_host.snapshot_rm("leaf")
+    await fake_host.stop("oak")
+    await fake_host.start("oak")
+    await fake_host.standby("oak")
+    await assert_tidy(fake_host, "oak")
 
 
 async def test_a_mem_file_that_was_written_to_is_refused(fake_host: AsyncHost) -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import CoppiceError, GuestTimeout, IntegrityError, VmmDied
+from coppice.errors import CoppiceError, GuestTimeout, IntegrityError, Refused, VmmDied
 from coppice.guest.client import Identity
 from coppice.instance import directory as directories
 from coppice.instance import ports
@@ -39,17 +39,34 @@ def require_same_host(made_on: Manifest, here: Manifest, name: str) -> None:
 
     :raises IntegrityError: the message names each difference
     """
-    differences = [
-        f"{field.replace('_', ' ')} was {then or 'none'}, is {now or 'none'}"
-        for field in Manifest.__struct_fields__
-        if (then := getattr(made_on, field)) != (now := getattr(here, field))
-        and not (field == "tsc_khz" and abs(then - now) <= TSC_TOLERANCE * then)
-    ]
-    if differences:
+    if differences := _differences(made_on, here):
         raise IntegrityError(
-            f"{name} was captured on something else: {'; '.join(differences)}",
+            f"{name} was captured on something else: {differences}",
             hint=f"restore it where it was captured, or {_DISK_ALONE}",
         )
+
+
+async def require_loadable(rooms: Rooms, instance: Instance) -> None:
+    """Refuse to capture a machine that runs, where what is captured could not be loaded here: its VMM was updated meanwhile.
+
+    :raises Refused: the message names each difference
+    """
+    if instance.manifest is None:
+        raise AssertionError("a machine is started with its manifest")
+    if differences := _differences(instance.manifest, await rooms.driver.manifest(instance.machine)):
+        raise Refused(
+            f"what is captured of {instance.name} now could not be loaded: {differences}",
+            hint="install again what it was started with; or give up what it has in memory, with `coppice stop NAME` and `coppice start NAME`",
+        )
+
+
+def _differences(then: Manifest, now: Manifest) -> str:
+    return "; ".join(
+        f"{field.replace('_', ' ')} was {before or 'none'}, is {after or 'none'}"
+        for field in Manifest.__struct_fields__
+        if (before := getattr(then, field)) != (after := getattr(now, field))
+        and not (field == "tsc_khz" and abs(before - after) <= TSC_TOLERANCE * before)
+    )
 
 
 async def boot(

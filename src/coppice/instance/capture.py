@@ -16,6 +16,7 @@ import msgspec
 from coppice.completion import complete, in_thread
 from coppice.errors import Busy, CoppiceError, GuestError, IntegrityError, VmmDied
 from coppice.instance import directory as directories
+from coppice.instance.activate import require_loadable
 from coppice.instance.rooms import Rooms
 from coppice.memory import memfile
 from coppice.memory.capture import PrivateCapture
@@ -37,6 +38,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
 
     If it fails, the guest runs again.
 
+    :raises Refused: it could not be loaded here
     :raises VmmError: the VMM refused
     :raises NoSpace: the disk is full
     """
@@ -44,6 +46,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
     vmm = instance.vmm
     if vmm is None:
         raise AssertionError("a running instance has a VMM")
+    await require_loadable(rooms, instance)
     stages = Stages()
     capture = None
     instance = await with_true_base(rooms, instance)

@@ -21,6 +21,7 @@ from coppice.disk.clone import clone_file
 from coppice.errors import HostCannot
 from coppice.instance import capture, destroy
 from coppice.instance import directory as directories
+from coppice.instance.activate import require_loadable
 from coppice.instance.rooms import Rooms
 from coppice.memory import memfile
 from coppice.memory.capture import PrivateCapture
@@ -81,12 +82,14 @@ async def copy_disk(rooms: Rooms, source: Instance, target: Path) -> float:
 async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tuple[Instance, CaptureReport]:
     """Capture a Running source into the stem's directory; return the stem as Standby. The caller holds the source, and has recorded the stem.
 
+    :raises Refused: it could not be loaded here
     :raises VmmError: the VMM refused; the source runs on
     :raises NoSpace: the disk is full; the source runs on
     """
     vmm = source.vmm
     if vmm is None:
         raise AssertionError("a running instance has a VMM")
+    await require_loadable(rooms, source)
     directory, target = rooms.directory(source.id), rooms.directory(stem.id)
     stages = Stages()
     private = None
