@@ -281,7 +281,7 @@ def parse_size(text: str) -> int:
 
     :raises UsageError: it is not a size
     """
-    found = _SIZE.fullmatch(text.strip())
+    found = _SIZE.fullmatch(text.strip(string.whitespace))
     if not found:
         raise UsageError(f"{text!r} is not a size", hint="write 512M, 1G or a number of bytes")
     return int(Fraction(found[1]) * _FACTOR[found[2].upper()])  # a float would round large numbers of bytes
