@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterable
-from typing import ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_AT_ONCE = 64
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -20,9 +22,14 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
 
 async def in_stoppable_thread(work: Callable[[threading.Event], T]) -> T:
-    """Run `work` in a thread; on cancellation set its event, and wait until it has cleaned up."""
+    """Run `work` in a thread of its own; on cancellation set its event, and wait until it has cleaned up.
+
+    It may last for minutes, and the loop's threads are few, and for everybody: a handful of builds would keep all else waiting.
+    """
     cancelled = threading.Event()
-    task = asyncio.create_task(asyncio.to_thread(work, cancelled))
+    executor = ThreadPoolExecutor(1, "coppice-work")
+    task = asyncio.get_running_loop().run_in_executor(executor, work, cancelled)
+    executor.shutdown(wait=False)  # it takes no more work, and ends with this
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
@@ -56,8 +63,25 @@ async def complete(work: Awaitable[T]) -> T:
     return task.result()
 
 
-async def all_of(works: Iterable[Awaitable[object]]) -> None:
-    """Await all, side by side, each to its own end; then raise the first error. (`asyncio.gather` returns with the first, while others still work.)"""
-    for outcome in await asyncio.gather(*works, return_exceptions=True):
+async def each_of(works: Iterable[Coroutine[Any, Any, T]]) -> list[T | BaseException]:
+    """Await all, side by side, each to its own end; return their results and errors, in order.
+
+    Not more at once than a process may have files open for: each removal of a machine has its lock, and what tells of the VMM's end.
+    """
+    slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def in_turn(work: Coroutine[Any, Any, T]) -> T:
+        try:
+            async with slots:
+                return await work
+        finally:
+            work.close()  # where it was cancelled before its turn
+
+    return await asyncio.gather(*map(in_turn, works), return_exceptions=True)
+
+
+async def all_of(works: Iterable[Coroutine[Any, Any, object]]) -> None:
+    """Await all, as `each_of` does; then raise the first error. (`asyncio.gather` returns with the first, while others still work.)"""
+    for outcome in await each_of(works):
         if isinstance(outcome, BaseException):
             raise outcome

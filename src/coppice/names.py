@@ -91,7 +91,20 @@ def check_tags(tags: Mapping[str, str]) -> dict[str, str]:
                 f"{key!r} is not a valid tag",
                 hint="keys are letters, digits and ._/- (128 at most), values 256 characters",
             )
+        check_recorded(value)
     return dict(tags)
+
+
+def check_recorded(*texts: str) -> None:
+    """Check what becomes part of a record, which is UTF-8. A command line may hold any bytes, and Python passes them on.
+
+    :raises UsageError: there are bytes in it that are no text
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{text[:80]!r} is not UTF-8", hint="what is kept must be text in UTF-8") from error
 
 
 def check_argv(argv: Sequence[str]) -> tuple[str, ...]:
@@ -268,7 +281,7 @@ def parse_size(text: str) -> int:
 
     :raises UsageError: it is not a size
     """
-    found = _SIZE.fullmatch(text.strip())
+    found = _SIZE.fullmatch(text.strip(string.whitespace))
     if not found:
         raise UsageError(f"{text!r} is not a size", hint="write 512M, 1G or a number of bytes")
     return int(Fraction(found[1]) * _FACTOR[found[2].upper()])  # a float would round large numbers of bytes

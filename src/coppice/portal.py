@@ -37,7 +37,8 @@ class _Job(Generic[T]):
                 self._loop.call_soon_threadsafe(self._begin)
             return awaited.result()
         except BaseException:
-            if not awaited.done():
+            # Also where the part is done: whoever asked for it never learns that, and would not end the rest.
+            if not self.outcome.done():
                 self._loop.call_soon_threadsafe(self._cancel)
                 concurrent.futures.wait([self.outcome])
             raise
@@ -142,6 +143,11 @@ class Portal:
                 self._thread = threading.Thread(target=_run_loop, args=(started,), name="coppice-host", daemon=True)
                 self._thread.start()
                 self._loop = started.result()
+            elif not self._thread.is_alive():  # threads do not come along into a process that is forked
+                work.close()
+                raise RuntimeError(
+                    "this host was opened by the process that this one was forked from: open another one here"
+                )
             if threading.current_thread() is self._thread:
                 work.close()
                 raise RuntimeError(

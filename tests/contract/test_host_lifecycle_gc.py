@@ -10,6 +10,7 @@ from collections.abc import Callable
 from conftest import HostFactory
 from coppice.host import AsyncHost
 from coppice.model import State
+from coppice.store import locks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make, memory_of, snapshot
 from fakes.records import make_instance
@@ -104,6 +105,33 @@ async def test_gc_leaves_alone_what_is_being_made(
     await assert_tidy(fake_host, "oak", "a", "b", "c", "d")
     for name in ("a", "b", "c", "d"):
         assert await ask(fake_host, name, "hostname") == name
+
+
+async def test_what_a_check_was_killed_over_is_collected(fake_host: AsyncHost) -> None:
+    """Beside the disk of a template or snapshot, which are never started, it would stay as long as they do; what is at work is left alone."""
+    oak = await make(fake_host, State.TEMPLATE)
+    elm = await make(fake_host, State.STOPPED, "elm")
+    kept = await fake_host.snapshot_create("oak", name="kept")
+    layout = fake_host.rooms.layout
+    left = [
+        directory / ".overlay.raw.0123456789ab.tmp"
+        for directory in (layout.instance(oak.id), layout.snapshot(kept.id), layout.instance(elm.id))
+    ]
+    for path in left:
+        path.write_bytes(b"x" * 4096)
+    expected = sorted(str(path.relative_to(layout.home)) for path in left[:2])
+    held = locks.try_lock(layout.lock(elm.id), shared=True)  # as a check of its disk has it
+    assert held is not None
+    try:
+        assert sorted((await fake_host.gc(dry_run=True)).removed) == expected
+        report = await fake_host.gc()
+    finally:
+        locks.release(held)
+    assert sorted(report.removed) == expected
+    assert report.bytes_freed == 2 * 4096
+    assert [path.exists() for path in left] == [False, False, True]
+    assert (await fake_host.gc()).removed == (str(left[2].relative_to(layout.home)),)
+    await assert_tidy(fake_host, "oak", "elm")
 
 
 async def test_memory_is_freed_with_its_last_link(fake_host: AsyncHost) -> None:

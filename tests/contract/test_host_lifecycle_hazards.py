@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import subprocess
 from collections.abc import Callable, Coroutine
@@ -19,12 +20,14 @@ from coppice.host import AsyncHost
 from coppice.instance import capture, destroy, recovery
 from coppice.instance.rooms import Rooms
 from coppice.model import Instance, Publish, State
+from coppice.store import locks
 from coppice.store.store import Store
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
 from coppice.vmm.process import start_ticks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make
+from fakes.records import make_instance
 from fakes.rooms import DEADLINES, open_rooms
 
 # Captures
@@ -71,6 +74,34 @@ async def test_the_disk_of_a_capture_survives_a_power_cut(
         assert (directory / name).stat().st_ino in synced
 
 
+@pytest.mark.parametrize("source", [State.TEMPLATE, State.RUNNING])
+async def test_a_fork_that_is_kept_survives_a_power_cut(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, source: State
+) -> None:
+    """Its record can be durable at any moment, as by the sync of another's: memory or disk with holes in them would then be taken for whole."""
+    await make(fake_host, source)
+    store, save, fsync = fake_host.rooms.store, fake_host.rooms.store.save, os.fsync
+    synced: set[int] = set()
+    synced_before: dict[str, set[int]] = {}
+
+    def recorded(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def saved(instance: Instance, *, done: bool = False) -> None:
+        synced_before[instance.name] = set(synced)
+        save(instance, done=done)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(store, "save", saved)
+    running = source is State.RUNNING
+    report = await fake_host.fork("oak", names=["elm"], target=State.STANDBY, from_running=running)
+    (elm,) = report.instances
+    directory = fake_host.rooms.directory(elm.id)
+    for path in (directory, *(directory / name for name in (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK))):
+        assert path.stat().st_ino in synced_before["elm"], path
+
+
 async def test_a_guest_that_cannot_be_resumed_is_said_to_be_paused(fake_host: AsyncHost, driver: FakeDriver) -> None:
     """It is not called Running while its CPUs stand still; capturing and restoring it lets it run on."""
     await boot(fake_host)
@@ -82,6 +113,22 @@ async def test_a_guest_that_cannot_be_resumed_is_said_to_be_paused(fake_host: As
     assert (await fake_host.get("oak")).state is State.PAUSED
     await fake_host.standby("oak")
     await fake_host.restore("oak")
+    assert await ask(fake_host, "oak", "recall", "key") == "value"
+
+
+async def test_a_command_that_never_notices_the_end_keeps_nobody_from_a_restore(fake_host: AsyncHost) -> None:
+    """`coppice exec vm -- yes | less` does not read its port while nobody scrolls, and holds its lock long after the VMM is gone."""
+    oak = await boot(fake_host)
+    await ask(fake_host, "oak", "remember", "key", "value")
+    port = os.open(fake_host.rooms.directory(oak.id) / "port1.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(port, fcntl.LOCK_EX)
+        standby, _ = await fake_host.standby("oak")
+        assert standby.open_ports == (1,)
+        async with asyncio.timeout(DEADLINES.ready / 2):
+            await fake_host.restore("oak")
+    finally:
+        os.close(port)
     assert await ask(fake_host, "oak", "recall", "key") == "value"
 
 
@@ -98,6 +145,28 @@ async def test_a_full_disk_takes_one_fork_and_not_its_siblings(fake_host: AsyncH
     await make(fake_host, State.TEMPLATE)
     driver.faults.fail_at("restore", nth=2, error=no_room)
     report = await fake_host.fork("oak", names=["elm", "fir", "yew"], count=3)
+    assert sorted(result.error_code or "" for result in report.results) == ["", "", NoSpace.code]
+    await assert_tidy(fake_host, "oak", *(instance.name for instance in report.instances))
+
+
+async def test_a_fork_without_room_for_its_lock_leaves_nothing(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is recorded before it is held: its name and its place in the budgets are free again at once, not only when this process has ended."""
+    oak = await make(fake_host, State.TEMPLATE)
+    own, try_lock = fake_host.rooms.layout.lock(oak.id), locks.try_lock
+    others: list[Path] = []
+
+    def without_room(path: Path, *, shared: bool = False) -> int | None:
+        if path != own:
+            others.append(path)
+            if len(others) == 2:
+                raise no_room()
+        return try_lock(path, shared=shared)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "try_lock", without_room)
+        report = await fake_host.fork("oak", names=["elm", "fir", "yew"], count=3)
     assert sorted(result.error_code or "" for result in report.results) == ["", "", NoSpace.code]
     await assert_tidy(fake_host, "oak", *(instance.name for instance in report.instances))
 
@@ -131,6 +200,50 @@ def store_of_the_dead(host: AsyncHost) -> Store:
     process.kill()
     process.wait()
     return store
+
+
+async def test_a_lock_that_cannot_be_had_does_not_bar_the_data_directory(
+    fake_host: AsyncHost, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may have left one in an ordinary user's data directory, or there is no room for a file: the others are served all the same."""
+    oak = await make(fake_host, State.STOPPED)
+    await make(fake_host, State.STOPPED, "elm")
+    dead = store_of_the_dead(fake_host)
+    dead.begin(oak, "start")
+    dead.close()
+    layout, try_lock = fake_host.rooms.layout, locks.try_lock
+    unrecorded = layout.lock(make_instance().id)
+    unrecorded.touch()
+
+    def refused(path: Path, *, shared: bool = False) -> int | None:
+        if path in (unrecorded, layout.lock(oak.id)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return try_lock(path, shared=shared)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "try_lock", refused)
+        async with make_host() as other:
+            assert {instance.name for instance in await other.ls()} == {"oak", "elm"}
+    async with make_host():
+        pass
+    await assert_tidy(fake_host, "oak", "elm")
+
+
+async def test_a_process_that_is_not_shown_may_be_at_work(
+    fake_host: AsyncHost, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where /proc is mounted with hidepid=1, a pid of another user's cannot be looked at: what it may be doing is left to it, and nothing else fails."""
+    oak = await make(fake_host, State.STOPPED)
+    fake_host.rooms.store.begin(oak, "start")
+
+    def hidden(pid: int) -> int | None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), f"/proc/{pid}/stat")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "start_ticks", hidden)
+        async with make_host() as other:
+            assert [instance.name for instance in await other.ls()] == ["oak"]
+    assert [entry.operation for entry in fake_host.rooms.store.journal()] == ["start"]
 
 
 @pytest.mark.parametrize("gone", [files.MEMORY, files.VMSTATE, files.OVERLAY_DISK])

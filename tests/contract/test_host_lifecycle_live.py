@@ -10,8 +10,9 @@ import pytest
 from conftest import HostFactory
 from coppice.errors import CoppiceError, HostCannot, IllegalTransition, NameTaken, VmmDied, VmmError
 from coppice.host import AsyncHost
-from coppice.instance import live
-from coppice.model import PAGE_SIZE, Sharing, State
+from coppice.instance import capture, live
+from coppice.memory.capture import CaptureStats, PrivateCapture
+from coppice.model import PAGE_SIZE, MemFile, Sharing, State
 from coppice.store.store import Store
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, cancelled_at, fingerprint, late_to_thread, make, memory_of, snapshot
@@ -69,6 +70,45 @@ async def test_what_the_source_writes_later_never_reaches_a_fork(fake_host: Asyn
     assert fingerprint(memory_of(fake_host, elm)) == before
     await fake_host.restore("elm")
     assert await ask(fake_host, "elm", "recall", "lesson") == "learned"
+
+
+async def test_a_disk_that_freezes_late_is_thawed(
+    fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest with much to write freezes after nobody waits for it any more: neither it nor its forks stand still until they thaw by themselves."""
+    await warm(fake_host, private=True)
+    monkeypatch.setattr(capture, "_FREEZE_DEADLINE_S", 0.2)
+    freezing, pausing = driver.faults.hold_at("freeze"), driver.faults.hold_at("pause")
+    forking = asyncio.create_task(fake_host.fork("oak", names=["elm"], from_running=True))
+    async with asyncio.timeout(20):
+        await pausing.reached.wait()
+        monkeypatch.setattr(capture, "_FREEZE_DEADLINE_S", 10.0)
+        freezing.release.set()
+        source = fake_host.rooms.directory((await fake_host.get("oak")).id)
+        while not driver.guest_state(source).frozen:  # noqa: ASYNC110 - a guest's memory has no event
+            await asyncio.sleep(0.001)
+        pausing.release.set()
+        (elm,) = (await forking).instances
+    assert not driver.guest_state(source).frozen
+    assert not driver.guest_state(fake_host.rooms.directory(elm.id)).frozen
+
+
+async def test_the_disk_of_the_source_thaws_before_its_memory_is_written(
+    fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may take seconds on a slow disk, in which the source runs, and would wait with each write."""
+    await warm(fake_host, private=True)
+    source = fake_host.rooms.directory((await fake_host.get("oak")).id)
+    finish, frozen = PrivateCapture.finish, list[bool]()
+
+    def looked(capture: PrivateCapture) -> tuple[MemFile, CaptureStats]:
+        frozen.append(driver.guest_state(source).frozen)
+        return finish(capture)
+
+    monkeypatch.setattr(PrivateCapture, "finish", looked)
+    await fake_host.fork("oak", names=["elm"], from_running=True)
+    assert frozen == [False]
+    assert driver.faults.reached["freeze"] == 1
 
 
 async def test_the_source_can_go_any_way_afterwards(fake_host: AsyncHost, private: bool) -> None:

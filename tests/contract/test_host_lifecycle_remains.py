@@ -20,7 +20,7 @@ from coppice.model import Instance, State, VmmProcess
 from coppice.names import new_id
 from coppice.store import locks
 from coppice.store.store import Store
-from coppice.vmm.process import start_ticks
+from coppice.vmm.process import kill, start_ticks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make, snapshot
 
@@ -65,6 +65,28 @@ async def test_who_holds_on_does_not_keep_the_data_directory_closed(
         locks.release(descriptor)
     async with make_host() as next_host:
         await assert_tidy(next_host)
+
+
+async def test_a_vmm_that_does_not_get_to_its_end_keeps_nobody(
+    fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for a disk in the midst of its exit has no program any more, and is not gone: the look has an end, and shows the others."""
+    oak = await boot(fake_host)
+    await make(fake_host, State.STOPPED, "elm")
+    assert oak.vmm is not None
+    wait_exit, waits = driver.wait_exit, asyncio.Event()
+
+    async def never(*_: object) -> str:
+        await waits.wait()
+        return ""
+
+    await kill(oak.vmm)
+    monkeypatch.setattr(recovery, "_ENDING_S", 0.1)
+    monkeypatch.setattr(driver, "wait_exit", never)
+    async with asyncio.timeout(10):
+        assert [vm.name for vm in await fake_host.ls()] == ["oak", "elm"]
+    monkeypatch.setattr(driver, "wait_exit", wait_exit)
+    assert (await fake_host.get("oak")).state is State.STOPPED
 
 
 async def test_a_removal_that_was_killed_before_its_last_step(fake_host: AsyncHost, make_host: HostFactory) -> None:

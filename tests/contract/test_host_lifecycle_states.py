@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -98,6 +99,18 @@ async def test_memory_lasts_over_standby_and_is_gone_with_a_stop(fake_host: Asyn
     await fake_host.start("oak")
     assert await ask(fake_host, "oak", "load") == "on disk"
     assert (await fake_host.exec("oak", ["recall", "round"])).exit_code == 1
+
+
+async def test_a_booted_machine_is_told_the_time_when_it_can_hear_it(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """A boot takes seconds, on a loaded host half a minute: a time that was written down at its beginning would put the clock back by that."""
+    answering = driver.faults.hold_at("health")
+    booting = asyncio.create_task(boot(fake_host))
+    async with asyncio.timeout(10):
+        await answering.reached.wait()
+    up_ns = time.time_ns()
+    answering.release.set()
+    oak = await booting
+    assert driver.guest_state(fake_host.rooms.directory(oak.id)).clock_ns >= up_ns
 
 
 async def test_what_the_image_says_is_run(fake_host: AsyncHost, driver: FakeDriver) -> None:
@@ -204,6 +217,10 @@ async def test_a_name_is_taken_once(fake_host: AsyncHost) -> None:
         ({"env": {"A B": ""}}, UsageError),
         ({"env": {"A": "\0"}}, UsageError),
         ({"tags": {"": ""}}, UsageError),
+        ({"tags": {"a": "\udcff"}}, UsageError),
+        ({"env": {"A": "\udcff"}}, UsageError),
+        ({"command": ["\udcff"]}, UsageError),
+        ({"workdir": "/\udcff"}, UsageError),
         ({"command": ["a\0b"]}, UsageError),
         ({"cpus": 0}, UsageError),
         ({"kernel": "../../etc"}, NotFound),

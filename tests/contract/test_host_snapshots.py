@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from coppice.errors import HostCannot, IllegalTransition, InUse, InvalidName, NameTaken, NotFound, UsageError, VmmError
 from coppice.host import AsyncHost
-from coppice.instance import live
+from coppice.instance import live, rollback
 from coppice.memory.maps import FileIdentity
 from coppice.model import Instance, SnapshotKind, State
 from coppice.vmm import driver as files
@@ -232,6 +233,32 @@ async def test_back_to_a_snapshot(fake_host: AsyncHost, state: State, kind: Snap
     await host.standby("oak")
     await host.restore("oak")
     assert (await knows(host, "oak"))[1] == "first"
+
+
+async def test_a_commit_that_is_cancelled_goes_back_all_the_same(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that was killed while it took a commit back would have the next one finish what has no files any more."""
+    await warm(fake_host, State.RUNNING)
+    await fake_host.snapshot_create("oak", name=KEPT)
+    await learn(fake_host, "second")
+    store, loop = fake_host.rooms.store, asyncio.get_running_loop()
+    begin = store.begin
+
+    def cancelled_commit(instance: Instance, operation: str) -> None:
+        begin(instance, operation)
+        if operation == rollback.COMMITTED:
+            loop.call_soon_threadsafe(task.cancel)
+
+    monkeypatch.setattr(store, "begin", cancelled_commit)
+    task = asyncio.create_task(fake_host.snapshot_restore(KEPT))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    (oak,) = await assert_tidy(fake_host, "oak")
+    assert oak.state is State.STANDBY
+    monkeypatch.undo()
+    await fake_host.restore("oak")
+    assert await knows(fake_host, "oak") == ("first", "first")
 
 
 async def test_back_is_the_same_machine(fake_host: AsyncHost, driver: FakeDriver) -> None:

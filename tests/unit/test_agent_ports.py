@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -118,6 +121,78 @@ async def test_a_killed_process_frees_its_port(tmp_path: Path) -> None:
                     pass
             holder.kill()
             assert await _health(AgentPorts(tmp_path)) > 0
+
+
+async def test_a_machine_that_is_removed_is_not_waited_for(tmp_path: Path) -> None:
+    """Who waits for a port of an instance that somebody removes is told so."""
+    directory = tmp_path / "instance"
+    directory.mkdir()
+    ports = AgentPorts(directory)
+    holding = [os.open(directory / f"port{port}.lock", os.O_RDWR | os.O_CREAT) for port in range(1, 8)]
+    try:
+        for lock in holding:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = asyncio.create_task(_first_session(ports))
+        await asyncio.sleep(0)
+        shutil.rmtree(directory)
+        with pytest.raises(VmmDied, match="directory is gone"):
+            await waiting
+    finally:
+        for lock in holding:
+            os.close(lock)
+
+
+async def _first_session(ports: AgentPorts) -> None:
+    async with ports.session(10):
+        pass
+
+
+FORKING = """
+import asyncio, os, sys
+from pathlib import Path
+from coppice.guest.client import AgentPorts
+
+async def main():
+    async with AgentPorts(Path(sys.argv[1])).control(10) as control:
+        await control.health()
+        if os.fork() == 0:
+            sys.stdin.read()
+            os._exit(0)
+    print("ready", flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_forked_process_does_not_keep_a_port(tmp_path: Path) -> None:
+    """A worker of multiprocessing lives on when the session that was open at its birth has ended: the port is free again all the same."""
+    forking = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "ignore", "-c", FORKING, str(tmp_path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert forking.stdin is not None
+    assert forking.stdout is not None
+    try:
+        async with listening(tmp_path, "port0.sock", control=True):
+            assert await forking.stdout.readline() == b"ready\n"
+            async with AgentPorts(tmp_path).control(5) as control:
+                assert (await control.health()).uptime_ms > 0
+    finally:
+        forking.stdin.close()
+        await forking.wait()
+
+
+async def test_a_session_ends_though_somebody_else_has_its_socket(tmp_path: Path) -> None:
+    """As a process has that was forked meanwhile: a VMM serves one connection at a time, and would serve nobody else."""
+    ours, theirs = socket.socketpair()
+    with ours.dup():
+        process = await asyncio.create_subprocess_exec(
+            agent_binary("static"), "--control", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+        )
+        theirs.close()
+        async with AgentPorts(tmp_path).control(10, sock=ours) as control:
+            assert (await control.health()).uptime_ms > 0
+        async with asyncio.timeout(10):
+            assert await process.wait() == 0
 
 
 async def test_there_is_no_machine(tmp_path: Path) -> None:

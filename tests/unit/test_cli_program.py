@@ -82,6 +82,13 @@ def test_an_error_is_one_json_document(words: list[str], capsys: pytest.CaptureF
     assert shown.err == ""
 
 
+def test_an_error_about_a_name_that_is_no_text_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """File names are bytes, and JSON is text: what cannot be said is replaced, and the program still says what is wrong."""
+    error = NotFound(f"there is no {os.fsdecode(bytes([0x2F, 0xFF]))}", hint="look")
+    assert run("--json", "start", "vm", host=FakeHost(start=error)) == 3
+    assert json.loads(capsys.readouterr().out)["error"]["message"] == "there is no /?"
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

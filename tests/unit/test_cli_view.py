@@ -77,6 +77,20 @@ def test_inspect_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None
     assert [found["instance"]["name"] for found in document(capsys, host, "inspect", "vm")] == ["vm"]
 
 
+def test_what_others_have_written_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tags are another owner's, the working directory is the image's, and what a VMM said last may be its guest's."""
+    evil = "\x1b]0;owned\x07"
+    found = instance("vm", tags={"a": evil}, exit_reason=f"the VMM ended: {evil}")
+    found = msgspec.structs.replace(found, process=msgspec.structs.replace(found.process, workdir=f"/{evil}"))
+    seen = Inspection(instance=found, fork_count=0, forks=(), directory="/i", disk_bytes=0, memory=None)
+    host = FakeHost(ls=[found], inspect=seen)
+    for words in (["ls"], ["inspect", "vm"]):
+        text = output_of(capsys, host, *words)
+        assert "owned" in text
+        assert "\x1b" not in text
+        assert "\x07" not in text
+
+
 def test_stats_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
     """One line for each machine, and the sum of what cannot be shared."""
     resting = msgspec.structs.replace(memory(), shared_bytes=0, unique_bytes=0, vmm_overhead_bytes=0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from coppice.completion import all_of, complete, in_thread
+from coppice.completion import all_of, complete, in_stoppable_thread, in_thread
 
 
 async def test_the_result_comes_through() -> None:
@@ -143,3 +145,81 @@ async def test_all_of_them_end_before_an_error_is_raised() -> None:
     with pytest.raises(ValueError, match="1"):
         await all_of(work(number) for number in (1, 2, 3))
     assert ended == [1, 2, 3]
+
+
+async def test_a_thousand_works_are_not_all_at_once() -> None:
+    """Each removal has files open, and a process may have a thousand: the last of so many would fail for want of one."""
+    running = most = 0
+
+    async def work() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        running -= 1
+
+    await all_of(work() for _ in range(1000))
+    assert 1 < most <= 100
+
+
+async def test_works_that_are_cancelled_before_their_turn_are_over(recwarn: pytest.WarningsRecorder) -> None:
+    """Without the warning of a coroutine that nobody has awaited."""
+    begun: list[int] = []
+
+    async def work(number: int) -> None:
+        begun.append(number)
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(all_of(work(number) for number in range(200)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gc.collect()
+    assert 0 < len(begun) < 200
+    assert not recwarn.list
+
+
+async def test_long_work_takes_nobody_elses_thread() -> None:
+    """A handful of image builds at once must not keep every fork and every look at the database waiting for minutes."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    started, proceed = threading.Event(), threading.Event()
+
+    def work(_: threading.Event) -> str:
+        started.set()
+        proceed.wait(30)
+        return "built"
+
+    building = asyncio.create_task(in_stoppable_thread(work))
+    try:
+        async with asyncio.timeout(10):
+            assert await in_thread(started.wait, 5)
+    finally:
+        proceed.set()
+    assert await building == "built"
+
+
+async def test_work_that_can_be_stopped_cleans_up_before_the_cancellation_is_raised() -> None:
+    """It is told, and waited for."""
+    order: list[str] = []
+    started = threading.Event()
+
+    def work(cancelled: threading.Event) -> None:
+        started.set()
+        assert cancelled.wait(30)
+        order.append("work")
+
+    async def caller() -> None:
+        try:
+            await in_stoppable_thread(work)
+        finally:
+            order.append("caller")
+
+    task = asyncio.create_task(caller())
+    assert await in_thread(started.wait, 30)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert order == ["work", "caller"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coppice.disk import ext4
-from coppice.disk.ext4 import fsck
+from coppice.disk.ext4 import NotFinished, fsck
 from coppice.disk.overlay import OverlayStore
 from coppice.errors import HostCannot, IntegrityError, MissingTool, UsageError
 from coppice.model import GIB, MIB
@@ -91,6 +91,21 @@ def test_fsck_of_something_else_is_an_error(tmp_path: Path) -> None:
         fsck(tmp_path / "junk")
     with pytest.raises(IntegrityError):
         fsck(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("name", ["KILL", "TERM", "INT"])
+def test_a_check_that_is_killed_says_nothing_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The kernel ends e2fsck where memory runs out: a sound disk must not be called damaged for that."""
+    OverlayStore(tmp_path).create(16 * MIB, tmp_path / "disk")
+    fake = tmp_path / "bin" / "e2fsck"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\nkill -{name} $$\n")
+    fake.chmod(0o755)
+    monkeypatch.setitem(ext4._ENVIRONMENT, "PATH", f"{fake.parent}:/usr/bin:/bin")
+    with pytest.raises(NotFinished, match=f"SIG{name}"):
+        fsck(tmp_path / "disk")
 
 
 @pytest.mark.parametrize("size", [0, 4096, 16 * MIB + 1, 16 << 40])

@@ -62,6 +62,12 @@ def staged(catalog: ImageCatalog) -> list[str]:
     return [path.name for path in catalog.root.iterdir() if path.name.startswith(PREFIX)]
 
 
+async def test_a_file_whose_name_is_no_text(catalog: ImageCatalog, tmp_path: Path) -> None:
+    """File names are bytes, and records are text."""
+    image = await catalog.import_any("demo", rootfs(tmp_path / os.fsdecode(b"r\xff.tar")))
+    assert (catalog.get("demo").source, image.source) == ("r?.tar",) * 2
+
+
 async def test_an_imported_image(catalog: ImageCatalog, tmp_path: Path) -> None:
     """The file hashes to the image's digest, is read-only, and holds the archive plus the guest's mount points."""
     seen: list[Progress] = []

@@ -14,7 +14,9 @@ import pytest
 
 from coppice.errors import HostCannot, InUse, MissingTool, NotFound, UsageError
 from coppice.guest import debian
+from coppice.guest import kernel as kernel_store
 from coppice.guest.kernel import KernelStore
+from coppice.guest.modules import ModuleTree
 from coppice.model import Progress
 from kernel_files import RELEASE, bzimage, module_tree, vmlinux
 
@@ -30,7 +32,7 @@ def built(directory: Path, release: str = RELEASE) -> tuple[Path, Path]:
     """A kernel and its modules, as a build leaves them."""
     modules = module_tree(directory / release, release=release)
     image = directory / f"bzImage-{release}"
-    image.write_bytes(bzimage(gzip.compress(vmlinux()), release=release))
+    image.write_bytes(bzimage(gzip.compress(vmlinux(), mtime=0), release=release))
     return image, modules
 
 
@@ -268,6 +270,34 @@ async def test_cancelling_a_download_leaves_nothing(store: KernelStore, apt: Fak
     with pytest.raises(asyncio.CancelledError):
         await task
     assert list(store.root.iterdir()) == []
+
+
+async def test_cancelling_the_last_step_waits_for_it(
+    store: KernelStore, apt: FakeApt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread cannot be cancelled: a directory that is removed under it could get its name with half of its modules gone."""
+    started, proceed = threading.Event(), threading.Event()
+    freeze = kernel_store._freeze
+
+    def slow(directory: Path) -> None:
+        started.set()
+        proceed.wait(30)
+        freeze(directory)
+
+    monkeypatch.setattr(kernel_store, "_freeze", slow)
+    task = asyncio.create_task(store.ensure_debian())
+    assert await asyncio.to_thread(started.wait, 30)
+    task.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    ended = task.done()
+    proceed.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not ended
+    (kernel,) = store.kernels()
+    assert ModuleTree(kernel.modules).files
+    assert [path.name for path in store.root.iterdir()] == [kernel.key]
 
 
 def test_stanza_is_the_first_one() -> None:

@@ -149,6 +149,7 @@ def test_sizes_are_exact(number: int, unit: str) -> None:
 @example("1.M")
 @example("0x10")
 @example("inf")
+@example("0\x85")
 def test_what_is_no_size_is_refused_as_usage(text: str) -> None:
     """No text at all makes the parser fail in another way than with UsageError, nor gives a negative size."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import resource
@@ -19,6 +20,7 @@ import pytest
 
 from coppice.errors import HostCannot, MissingTool
 from coppice.model import VmmProcess
+from coppice.vmm import process as process_control
 from coppice.vmm.process import (
     by_working_directory,
     is_alive,
@@ -96,6 +98,17 @@ def test_a_process_that_may_not_be_looked_at_is_not_taken_for_dead() -> None:
         is_alive(init)
     with as_nobody():
         assert not is_alive(msgspec.structs.replace(init, start_ticks=init.start_ticks + 1))
+
+
+def test_a_process_that_is_hidden_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With /proc mounted hidepid=1 not even its start time is shown."""
+
+    def hidden(pid: int) -> int | None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), f"/proc/{pid}/stat")
+
+    monkeypatch.setattr(process_control, "start_ticks", hidden)
+    with pytest.raises(HostCannot, match="does not show"):
+        is_alive(VmmProcess(pid=1, start_ticks=1, executable="/sbin/init"))
 
 
 def test_whether_others_may_be_looked_at() -> None:

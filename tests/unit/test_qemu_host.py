@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from coppice.errors import HostCannot, VmmDied
+from coppice.vmm.process import start_ticks
 from coppice.vmm.qemu import host
 from coppice.vmm.qemu.driver import ended_at_once
 
@@ -54,3 +56,24 @@ def test_a_user_without_namespaces_is_told_what_the_host_lacks() -> None:
     assert "user namespace" in refused.message
     assert "doctor" in (refused.hint or "")
     assert isinstance(ended_at_once("-netdev user: Could not set up host forwarding rule"), VmmDied)
+
+
+async def test_a_program_that_does_not_say_its_version_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that is overloaded, or another program of that name: an error of ours within the deadline, or a cancellation; and no process is left."""
+    told = tmp_path / "pid"
+    program = tmp_path / "qemu"
+    program.write_text(f"#!/bin/sh\necho $$ > {told}\nexec sleep 600\n")
+    program.chmod(0o755)
+    os.mkfifo(told)
+    asking = asyncio.create_task(host.version(str(program)))
+    pid = int(await asyncio.to_thread(told.read_text))
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert start_ticks(pid) is None
+    told.unlink()
+    monkeypatch.setattr(host, "_VERSION_DEADLINE_S", 0.2)
+    with pytest.raises(HostCannot, match="--version"):
+        await host.version(str(program))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
 from pathlib import Path
 
 import pytest
 
-from coppice.errors import NoSpace
+from coppice.errors import Busy, NoSpace
+from coppice.store import database
 from coppice.store.database import Database
+from coppice.store.reserve import keep
 
 
 def test_a_full_disk_is_said_to_be_one_and_the_next_write_works(tmp_path: Path) -> None:
@@ -42,3 +46,32 @@ def test_a_commit_that_fails_does_not_keep_the_others_out(tmp_path: Path) -> Non
         connection.execute("INSERT INTO journal VALUES ('a', 'b', 1, 1, 0.0)")
     first.close()
     second.close()
+
+
+def test_a_data_directory_that_somebody_holds_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped while it opened it, or another program with a lock of its own, must not hang all that come after."""
+    monkeypatch.setattr(database, "_BUSY_TIMEOUT_S", 0.05)
+    holder = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match="another process holds"):
+            Database(tmp_path / "coppice.db")
+    finally:
+        os.close(holder)
+    Database(tmp_path / "coppice.db").close()
+
+
+def test_the_reserve_of_a_copied_data_directory_is_filled_again(tmp_path: Path) -> None:
+    """`cp` leaves out blocks that were never written, and a hole gives no room back on a full disk."""
+    reserve = tmp_path / "coppice.db-reserve"
+    keep(reserve)
+    held = reserve.stat()
+    assert held.st_blocks * 512 >= held.st_size > 0
+    reserve.unlink()
+    with reserve.open("wb") as copied:
+        copied.truncate(held.st_size)
+    assert reserve.stat().st_blocks == 0
+    keep(reserve)
+    assert reserve.stat().st_blocks == held.st_blocks

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import inspect
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -168,6 +170,31 @@ def test_ctrl_c_while_a_block_is_entered(portal: Portal) -> None:
     assert work.done == ["cleaned"]
 
 
+class InterruptedWhenDone(concurrent.futures.Future[None]):
+    """The keys are pressed when the work is done, and the caller has not learned of it yet."""
+
+    def result(self, timeout: float | None = None) -> None:
+        super().result(timeout)
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_when_a_block_has_just_been_entered(portal: Portal) -> None:
+    """Nobody would ever leave it: what it holds, such as the forks of `with host.forks(...)`, would stay."""
+    done: list[str] = []
+
+    async def hold(entered: concurrent.futures.Future[None]) -> None:
+        entered.set_result(None)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            done.append("cleaned")
+
+    entered = InterruptedWhenDone()
+    with pytest.raises(KeyboardInterrupt):
+        portal._job(hold(entered)).run(entered)
+    assert done == ["cleaned"]
+
+
 class Manager:
     """A context manager that needs one task to enter and leave it, as asyncio.timeout does."""
 
@@ -307,4 +334,46 @@ def test_a_host_that_cannot_be_opened_leaves_no_thread(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Exception, match="cannot be used"), Host(tmp_path / "file" / "home"):
         pytest.fail("it was never opened")
+    assert "coppice-host" not in {thread.name for thread in threading.enumerate()}
+
+
+FORKING = """
+import asyncio, os, signal, sys
+from coppice.portal import Portal
+portal = Portal()
+portal.call(asyncio.sleep(0))
+if os.fork() == 0:
+    signal.alarm(10)
+    try:
+        portal.call(asyncio.sleep(0))
+    except RuntimeError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+portal.close()
+"""
+
+
+def test_a_host_does_not_come_along_into_a_process_that_is_forked() -> None:
+    """Its thread does not: a worker of multiprocessing that uses its parent's host is told so, and does not wait for ever."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKING], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "opened by the process that this one was forked from" in done.stdout
+
+
+def test_a_host_that_cannot_be_closed_leaves_no_thread(
+    fake_vmm: Path, fake_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error at the end of the block ends the thread too."""
+    host = Host(fake_home, driver=FakeDriver(fake_vmm), deadlines=DEADLINES, open_rooms=open_rooms).open()
+    close = host._host.close
+
+    async def failing() -> None:
+        await close()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(host._host, "close", failing)
+    with pytest.raises(ZeroDivisionError):
+        host.close()
     assert "coppice-host" not in {thread.name for thread in threading.enumerate()}

@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from coppice.host import AsyncHost
-from coppice.model import Instance
+from coppice.model import MIB, Instance
 from machines import ask
 
 READ_RANDOM = "open('/dev/urandom', 'rb').read(32).hex() + ' ' + os.getrandom(32).hex()"
@@ -66,6 +66,17 @@ async def test_the_clock_is_stepped(host: AsyncHost, vm: Instance) -> None:
         before = time.time()
         guest = float(await told(host, fork, "date", "+%s.%N"))
         assert before - 1 < guest < time.time() + 1
+
+
+async def test_the_clock_of_a_boot_is_right(host: AsyncHost, image: str) -> None:
+    """The time that a machine is told when it has booted is that of the moment, and not of when its VMM was started, seconds before."""
+    vm = await host.run(image, ["sleep", "infinity"], memory_bytes=256 * MIB)
+    try:
+        before = time.time()
+        guest = float(await told(host, vm, "date", "+%s.%N"))
+        assert before - 1 < guest < time.time() + 1
+    finally:
+        await host.rm(vm)
 
 
 async def test_keys_and_seeds_on_the_disk_are_not_inherited(host: AsyncHost, vm: Instance) -> None:

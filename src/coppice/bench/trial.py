@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 
 from coppice.completion import complete
-from coppice.errors import GuestError
+from coppice.errors import CoppiceError, GuestError
 from coppice.host import AsyncHost
 from coppice.model import MIB, Instance
 from coppice.names import new_name
@@ -30,9 +30,18 @@ async def tagged(host: AsyncHost) -> AsyncIterator[dict[str, str]]:
 
 
 async def remove_tagged(host: AsyncHost, tags: dict[str, str]) -> None:
-    """Remove the machines that have these tags, youngest first: a template goes after its forks."""
+    """Remove the machines that have these tags, youngest first: a template goes after its forks.
+
+    :raises CoppiceError: one could not be removed, which kept nobody from the others
+    """
+    failure: CoppiceError | None = None
     for instance in reversed(await host.ls(tags=tags)):
-        await host.rm(instance)
+        try:
+            await host.rm(instance)
+        except CoppiceError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 async def boot(host: AsyncHost, image: str, memory_bytes: int, tags: dict[str, str]) -> Instance:

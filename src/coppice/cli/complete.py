@@ -115,7 +115,12 @@ def _owner(ctx: typer.Context) -> str | None:
 
 
 def _home(ctx: typer.Context) -> Path:
+    from coppice.errors import CoppiceError
     from coppice.store.layout import default_home
 
-    chosen = ctx.find_root().params.get("home")
-    return Path(chosen) if chosen else default_home()
+    if chosen := ctx.find_root().params.get("home"):
+        return Path(chosen)
+    try:
+        return default_home()
+    except CoppiceError:
+        return Path(os.devnull)  # where nothing is found

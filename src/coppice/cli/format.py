@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from coppice.cli.output import printable
+
 if TYPE_CHECKING:
     from coppice.model import Publish
 
@@ -61,8 +63,8 @@ def digest(sha256: str | None) -> str:
 
 
 def tags(pairs: Mapping[str, str]) -> str:
-    """`team=a, env=test`."""
-    return ", ".join(f"{key}={value}" for key, value in pairs.items()) or "-"
+    """`team=a, env=test`. They may be another owner's: what a terminal would obey is made visible."""
+    return printable(", ".join(f"{key}={value}" for key, value in pairs.items())) or "-"
 
 
 def ports(published: Sequence[Publish]) -> str:

@@ -213,7 +213,7 @@ def rm(
     tags = parse.pairs(tag or (), "tag")
 
     async def work(host: AsyncHost) -> tuple[list[str], dict[str, CoppiceError]]:
-        import asyncio
+        from coppice.completion import each_of
 
         failed: dict[str, CoppiceError] = {}
         found: dict[str, Instance] = {}
@@ -227,23 +227,17 @@ def rm(
             found = {instance.id: instance for instance in await host.ls(tags=tags)}
         removed: list[str] = []
         for generation in _youngest_first(found):
-            outcomes = await asyncio.gather(*(_removed(host, instance) for instance in generation))
+            outcomes = await each_of(host.rm(instance) for instance in generation)
             for instance, outcome in zip(generation, outcomes, strict=True):
                 if outcome is None:
                     removed.append(instance.name)
-                else:
+                elif isinstance(outcome, CoppiceError):
                     failed[instance.name] = outcome
+                else:
+                    raise outcome
         return removed, failed
 
     several.show_removal(cli, *cli.call(work))
-
-
-async def _removed(host: AsyncHost, instance: Instance) -> CoppiceError | None:
-    try:
-        await host.rm(instance)
-    except CoppiceError as error:
-        return error
-    return None
 
 
 def _youngest_first(instances: dict[str, Instance]) -> Sequence[list[Instance]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ _ENVIRONMENT = {
 }
 _OUTPUT_LIMIT = 4000
 _LAUNCHERS = ("setpriv", "prlimit")
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # any other is the program's own, for what it has met
 _ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # the kernel ends it with the thread that started it
 
 _SUPERBLOCK_OFFSET = 1024
@@ -29,7 +31,7 @@ _INCOMPAT_RECOVER = 0x4  # the journal holds transactions that were not written 
 
 
 class NotFinished(HostCannot):
-    """A tool ran into its deadline: nothing is known of the image."""
+    """A tool ran into its deadline, or was killed: nothing is known of the image."""
 
 
 class FsckResult(NamedTuple):
@@ -117,13 +119,13 @@ def run_tool(
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program of e2fsprogs to its end, whatever its status: the same on every host. A `launcher` becomes that program.
 
-    Raises MissingTool, or NotFinished beyond the deadline.
+    Raises MissingTool, or NotFinished beyond the deadline or where somebody kills it.
     """
     for program, package in ((tool, "e2fsprogs"), *((name, "util-linux") for name in launcher if name in _LAUNCHERS)):
         if shutil.which(program, path=_ENVIRONMENT["PATH"]) is None:
             raise MissingTool(f"{program} is not installed", hint=f"install the package {package}")
     try:
-        return subprocess.run(
+        done = subprocess.run(
             (*launcher, tool, *arguments),
             env=_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
@@ -137,6 +139,12 @@ def run_tool(
             f"{tool} did not finish within {deadline_s:.0f} s",
             hint="see whether the disk is overloaded, then try again",
         ) from error
+    if -done.returncode in _FROM_OUTSIDE:
+        raise NotFinished(
+            f"{tool} was ended by {signal.Signals(-done.returncode).name} before it had finished",
+            hint="see in the kernel's log whether memory ran out, then try again",
+        )
+    return done
 
 
 def tail(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -117,7 +117,12 @@ async def fan_out(
 async def _hold(rooms: Rooms, child: Instance, spare: Spare | None) -> AsyncIterator[None]:
     """Hold a child for the length of the block. What has been a spare is held already, and is let go of at its end."""
     if spare is None:
-        async with locks.hold(rooms.layout.lock(child.id), what=child.name):
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(locks.hold(rooms.layout.lock(child.id), what=child.name))
+            except BaseException:  # it is recorded, and nobody else would undo that
+                await complete(destroy.destroy(rooms, child))
+                raise
             yield
     else:
         descriptor = spare.give_lock()
@@ -168,6 +173,8 @@ async def _grow(
             with stages.stage("verify"):
                 memory = await activate.verify_sharing(rooms, child)
         else:
+            with stages.stage("sync"):  # it is kept, and its record may be durable any moment
+                await in_thread(directories.make_durable, rooms.directory(child.id))
             child = msgspec.structs.replace(child, state=target)
             with stages.stage("record"):
                 await in_thread(rooms.store.save, child, done=done)

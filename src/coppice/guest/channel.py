@@ -142,6 +142,9 @@ class Channel:
 
     async def close(self) -> None:
         """Close the port; the agent ends the session. Idempotent."""
+        with contextlib.suppress(OSError):
+            # A process that was forked meanwhile has the socket too, and would keep the port connected as long as it lives.
+            self._writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self._writer.transport.abort()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()

@@ -22,6 +22,7 @@ from coppice.guest.control import Control, Health, Identity, Mount
 from coppice.guest.copy import copy_in, copy_out
 from coppice.guest.process import ExecSession, Exit
 from coppice.guest.session import Session, Unpacked
+from coppice.store import locks
 
 __all__ = [
     "AgentPorts",
@@ -148,11 +149,14 @@ class AgentPorts:
         A port of QEMU that was captured in the middle of a write is restored with its output held back, and nothing but a hang-up
         makes it drop what it holds (virtio_serial_close in QEMU's hw/char/virtio-serial-bus.c).
 
-        :raises Busy: another process uses one of them all the time
+        No lock is waited for: nobody has a session with a machine that has just been restored. Who holds one had it with the VMM before, and may not
+        notice for long that it is gone: a command whose output nobody takes does not read.
+
+        :raises VmmDied: there is no machine
         """
         for port in ports:
             async with contextlib.AsyncExitStack() as stack:
-                (await self._acquire(stack, (port,), deadline_s)).close()
+                (await self._acquire(stack, (port,), deadline_s, locked=False)).close()
 
     @contextlib.asynccontextmanager
     async def _channel(
@@ -166,21 +170,24 @@ class AgentPorts:
             yield channel
 
     async def _acquire(
-        self, stack: contextlib.AsyncExitStack, ports: tuple[int, ...], deadline_s: float
+        self, stack: contextlib.AsyncExitStack, ports: tuple[int, ...], deadline_s: float, *, locked: bool = True
     ) -> socket.socket:
-        """Lock one of the ports and connect to it; the stack gives the lock back."""
+        """Lock one of the ports and connect to it; the stack gives the lock back. Without `locked` it is the first, whoever holds it."""
         try:
             directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise VmmDied("the instance's directory is gone", hint="`coppice ls` shows those there are") from error
+            raise _no_directory() from error
         stack.callback(os.close, directory)
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
         pause = 0.001
-        held: int | None = None
+        held: int | None = None if locked else ports[0]
         while True:
             if held is None:
-                held = _lock_first(directory, ports, stack)
+                try:
+                    held = _lock_first(directory, ports, stack)
+                except FileNotFoundError as error:  # it was removed under us
+                    raise _no_directory() from error
             if held is not None:
                 with contextlib.suppress(*_NOT_YET):
                     return await self._connect(directory, held)
@@ -213,9 +220,14 @@ def _lock_first(directory: int, ports: tuple[int, ...], stack: contextlib.AsyncE
             os.close(lock)
             raise
         else:
-            stack.callback(os.close, lock)
+            locks.keep(lock)
+            stack.callback(locks.release, lock)
             return port
     return None
+
+
+def _no_directory() -> VmmDied:
+    return VmmDied("the instance's directory is gone", hint="`coppice ls` shows those there are")
 
 
 def _not_acquired(held: int | None, deadline_s: float) -> Busy | VmmDied:

@@ -24,6 +24,7 @@ from asyncio import to_thread
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from coppice.completion import in_thread
 from coppice.disk.atomic import os_errors, publish
 from coppice.errors import NotFound, UsageError
 from coppice.guest import debian
@@ -114,7 +115,7 @@ class KernelStore:
             return present[-1]
         with self._staging() as stage:
             package = await debian.fetch(stage, progress)
-            return await to_thread(self._admit_debian, package, stage / "kernel")
+            return await in_thread(self._admit_debian, package, stage / "kernel")
 
     def remove(self, key: str, unused: Callable[[Callable[[], None]], None]) -> None:
         """Remove a kernel. Blocks. `unused` calls what it is given while nothing uses the kernel, or raises.

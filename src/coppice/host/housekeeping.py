@@ -30,7 +30,7 @@ class Housekeeping(HostBase):
     """Tidying up."""
 
     async def gc(self, *, dry_run: bool = False, caches: bool = False) -> GcReport:
-        """Remove what nothing owns: directories and lock files without a record, VMMs without an instance, leftovers of builds that died.
+        """Remove what nothing owns: directories and lock files without a record, VMMs without an instance, leftovers of builds and checks that died.
 
         With `caches` also what no instance or snapshot uses and can be had again: kernels that were fetched, boot files, empty disks, images without a
         name. With `dry_run` only says what it would remove. What is in use, or may be about to be, is never touched.
@@ -50,6 +50,8 @@ class Housekeeping(HostBase):
             found.append(await self._remove_path(path, dry_run=dry_run))
         for key in sorted(await in_thread(self._unowned)):
             found += await self._collect(key, dry_run=dry_run)
+        for directory in await in_thread(self._with_copies):
+            found += await self._remove_copies(directory, dry_run=dry_run)
         if not dry_run:
             await in_thread(self.rooms.kernels.sweep)
         if caches:
@@ -172,6 +174,28 @@ class Housekeeping(HostBase):
         finally:
             if not (dry_run and locked_before):
                 lock.unlink(missing_ok=True)
+            locks.release(descriptor)
+
+    def _with_copies(self) -> list[Path]:
+        """Instances and snapshots that have beside their disk what a check of it was killed over. It may also be at work."""
+        holders = (*self.rooms.layout.instances.iterdir(), *self.rooms.layout.snapshots.iterdir())
+        known = self.rooms.store.known()
+        return sorted(path for path in holders if path.name in known and any(_named(path, is_temporary)))
+
+    async def _remove_copies(self, directory: Path, *, dry_run: bool) -> list[tuple[str, int]]:
+        """Remove what is half-written in a directory that nobody holds, and that no operation is at work on."""
+        lock = self.rooms.layout.lock(directory.name)
+        descriptor = locks.try_lock(lock)
+        if descriptor is None:
+            return []
+        try:
+            if directory.name not in await in_thread(self.rooms.store.known):
+                lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+                return []
+            if await in_thread(self.rooms.store.journal_entry, directory.name) is not None:
+                return []
+            return [await self._remove_path(path, dry_run=dry_run) for path in _named(directory, is_temporary)]
+        finally:
             locks.release(descriptor)
 
 

@@ -76,7 +76,7 @@ class Images(HostBase):
 
         :raises NameTaken: the name is another owner's
         """
-        return await asyncio.to_thread(
+        return await in_thread(
             self.rooms.images.tag, reference, name, owner=self.owner, public=public, allowed=self._usable
         )
 
@@ -88,7 +88,7 @@ class Images(HostBase):
         """
         in_use, own = self.rooms.store.users_of_image, partial(owns, self.owner)
         try:
-            await asyncio.to_thread(self.rooms.images.remove, reference, in_use, own)
+            await in_thread(self.rooms.images.remove, reference, in_use, own)
         except NotFound:
             await self.image_inspect(reference)
             raise Refused(
@@ -97,7 +97,7 @@ class Images(HostBase):
 
     async def kernel_add(self, kernel: Path | str, modules: Path | str) -> Kernel:
         """Add a kernel of your own: the bzImage, and its directory of modules (`.../lib/modules/VERSION`)."""
-        return await asyncio.to_thread(self.rooms.kernels.add, Path(kernel), Path(modules))
+        return await in_thread(self.rooms.kernels.add, Path(kernel), Path(modules))
 
     async def kernel_fetch(self, *, progress: ProgressSink = no_progress) -> Kernel:
         """Debian's cloud kernel, fetched and unpacked into the data directory where it is not there yet."""

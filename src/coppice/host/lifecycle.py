@@ -51,6 +51,7 @@ from coppice.names import (
     check_machine,
     check_name,
     check_publish,
+    check_recorded,
     check_tags,
     new_id,
     new_name,
@@ -99,6 +100,7 @@ class Lifecycle(Volumes):
         found = await in_thread(self.rooms.images.get, image, self._usable)
         chosen_name = check_name(name) if name is not None else new_name(_stem(found.name))
         environment = check_env(env or {})
+        check_recorded(*check_argv(command), *environment.values(), workdir or "", user or "")
         disks = await self._disks(volumes)
         admit = await self._admit(demand_of_run(memory_bytes, start=start))
         chosen_kernel = await self._kernel(kernel, progress)

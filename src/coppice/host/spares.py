@@ -92,7 +92,7 @@ class Spares:
         try:
             async with self._hold_template(source_id) as source:
                 await self._start(source, self._limit)
-        except CoppiceError as error:
+        except (CoppiceError, OSError) as error:
             _log.info("no VMM is started ahead: %s", error)
 
     async def prepare(self, source: Instance, count: int) -> int:

@@ -111,7 +111,7 @@ class ImageCatalog(ImageStore):
             apply_archive(tree, open_archive(path, workspace), workspace, whiteouts=False)
             return ImageConfig()
 
-        return await self._build(name, f"rootfs archive {path.name}", fill, options, progress)
+        return await self._build(name, f"rootfs archive {_shown(path)}", fill, options, progress)
 
     async def import_docker_archive(
         self,
@@ -127,7 +127,7 @@ class ImageCatalog(ImageStore):
         def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
             return unpack_docker_archive(ArchiveBundle(open_archive(path, workspace)), tree, workspace, tag)
 
-        return await self._build(name, f"docker archive {path.name}", fill, options, progress)
+        return await self._build(name, f"docker archive {_shown(path)}", fill, options, progress)
 
     async def import_oci_layout(
         self,
@@ -147,7 +147,7 @@ class ImageCatalog(ImageStore):
                 raise ImageError(f"{path} has no index.json", hint="make it with skopeo copy ... oci:DIRECTORY")
             return unpack_layout(bundle, tree, workspace, reference)
 
-        return await self._build(name, f"OCI layout {path.name}", fill, options, progress)
+        return await self._build(name, f"OCI layout {_shown(path)}", fill, options, progress)
 
     async def import_any(
         self,
@@ -179,7 +179,7 @@ class ImageCatalog(ImageStore):
                 hint="a root file system has directories such as /usr and /etc at its top",
             )
 
-        return await self._build(name, path.name, fill, options, progress)
+        return await self._build(name, _shown(path), fill, options, progress)
 
     async def _build(self, name: str, source: str, fill: _Fill, options: BuildOptions, progress: ProgressSink) -> Image:
         check_name(name)
@@ -212,6 +212,11 @@ class ImageCatalog(ImageStore):
                 return self.publish(staged, image)
 
         return await in_stoppable_thread(work)
+
+
+def _shown(path: Path) -> str:
+    """The name of a file as a record can have it: in UTF-8, whatever its bytes are."""
+    return path.name.encode(errors="replace").decode()
 
 
 def _write(tree: FileTree, path: Path, options: BuildOptions, workspace: Workspace) -> str:

@@ -15,7 +15,6 @@ import msgspec
 
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, GuestTimeout, IntegrityError, Refused, VmmDied
-from coppice.guest.client import Identity
 from coppice.instance import directory as directories
 from coppice.instance import ports
 from coppice.instance.identity import identity_message, mac_address
@@ -179,10 +178,8 @@ async def _run(
                 )
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
-            message = identity_message(instance, booted=booted, payload=payload)
-            await _unless_vmm_dies(
-                rooms, instance, known_as, _introduce(rooms, instance, known_as, message, deadline_s)
-            )
+            introduction = _introduce(rooms, instance, known_as, deadline_s, payload, booted=booted)
+            await _unless_vmm_dies(rooms, instance, known_as, introduction)
         instance = msgspec.structs.replace(
             instance,
             state=State.RUNNING,
@@ -202,12 +199,15 @@ async def _run(
 
 
 async def _introduce(
-    rooms: Rooms, instance: Instance, known_as: Instance, message: Identity, deadline_s: float
+    rooms: Rooms, instance: Instance, known_as: Instance, deadline_s: float, payload: bytes | None, *, booted: bool
 ) -> None:
     """Send the identity message and wait for its acknowledgement."""
     try:
         async with asyncio.timeout(deadline_s), rooms.ports(instance.id).control(deadline_s) as control:
-            await control.identity(message)
+            if booted:
+                # The message tells the time, and would wait for all of the boot: first see that somebody is there to read it.
+                await control.health()
+            await control.identity(identity_message(instance, booted=booted, payload=payload))
         await rooms.ports(instance.id).hang_up(instance.open_ports, deadline_s)
     except TimeoutError as error:
         words = await in_thread(of_start, rooms.directory(instance.id) / files.CONSOLE_LOG)

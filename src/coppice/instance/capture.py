@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import Busy, CoppiceError, GuestError, IntegrityError, VmmDied
+from coppice.errors import Busy, CoppiceError, GuestError, GuestTimeout, IntegrityError, VmmDied
 from coppice.instance import directory as directories
 from coppice.instance.activate import require_loadable
 from coppice.instance.rooms import Rooms
@@ -113,14 +113,19 @@ async def sync_disk(rooms: Rooms, instance: Instance) -> None:
 async def freeze_disk(rooms: Rooms, instance: Instance) -> Instance:
     """Freeze the guest's file system, so that its disk is clean at the capture; return the record that says so.
 
-    A guest that does not answer is captured without: its disk then needs its journal replayed, as after a power cut.
+    A guest that does not answer is captured without: its disk then needs its journal replayed, as after a power cut. It is called frozen all the same:
+    one with much to write first may come to be, here and in each fork, and would then write nothing until it thaws by itself. To thaw what is not
+    frozen does no harm.
     """
     frozen = False
     if instance.state is State.RUNNING:
         with contextlib.suppress(GuestError, VmmDied, Busy):
             async with rooms.ports(instance.id).control(_FREEZE_DEADLINE_S) as control:
-                await control.freeze(FREEZE_S)
-            frozen = True
+                try:
+                    await control.freeze(FREEZE_S)
+                    frozen = True
+                except GuestTimeout:
+                    frozen = True
     return msgspec.structs.replace(instance, frozen=frozen)
 
 

@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import NamedTuple
 
-from coppice.disk.atomic import is_temporary, temporary_beside
+from coppice.disk.atomic import is_temporary, os_errors, sync_directory, temporary_beside
 from coppice.disk.clone import clone_directory
 from coppice.disk.link import link_or_copy
 from coppice.disk.overlay import OverlayStore
@@ -118,6 +118,20 @@ def place_capture(source: Path, directory: Path, instance: Instance, *, with_mem
         reason = "the driver does not map mem-files privately"
         mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
     return Placed(mem_file, written + link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written)
+
+
+def make_durable(directory: Path) -> None:
+    """Have what was placed survive a power cut: its memory may be what a guest wrote a moment ago, and its disk is a copy of now.
+
+    :raises NoSpace: delayed allocation finds no room
+    """
+    with os_errors(f"make {directory} durable"):
+        for path in (directory / name for name in (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK)):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        sync_directory(directory)
+        sync_directory(directory.parent)
 
 
 def link_volumes(source: Path, directory: Path, machine: MachineSpec) -> None:

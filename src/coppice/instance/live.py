@@ -123,6 +123,8 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
             with stages.stage("resume"):
                 await complete(rooms.driver.resume(directory))
         pause_ms = (time.perf_counter() - begin) * 1000
+        with stages.stage("thaw"):  # its disk is cloned: what it writes need not wait until its memory is on ours
+            await capture.thaw_disk(rooms, source)
         with stages.stage("finish"):
             mem_file, written = await in_thread(_finish, directory, target, source, private)
         ready = msgspec.structs.replace(
@@ -134,7 +136,6 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
             frozen=source.frozen,
             disk_stamp=directories.disk_stamp(target),
         )
-        await capture.thaw_disk(rooms, source)
         await in_thread(rooms.store.save, msgspec.structs.replace(source, frozen=False), done=True)
     except BaseException:
         await complete(capture.undo(rooms, source, private))

@@ -13,7 +13,7 @@ import msgspec
 
 from coppice.completion import in_thread
 from coppice.disk.atomic import os_errors
-from coppice.errors import Busy, CoppiceError, IntegrityError, NotFound
+from coppice.errors import Busy, CoppiceError, IntegrityError, NotFound, VmmTimeout
 from coppice.instance import capture, destroy, last_words, live, rollback, snapshot, volume
 from coppice.instance import directory as directories
 from coppice.instance.rooms import Rooms
@@ -27,6 +27,7 @@ from coppice.vmm.process import start_ticks
 
 _log = logging.getLogger(__name__)
 
+_ENDING_S = 10.0  # a process that has no program any more is gone in milliseconds, unless the kernel waits for a disk
 _RELEASE_S = 5.0  # until the locks of a process that was killed are free, all together
 _HAS_RUN = frozenset({State.RUNNING, State.PAUSED, State.SHUTDOWN})
 _OF_SNAPSHOTS = frozenset({snapshot.OPERATION, snapshot.REMOVAL})
@@ -52,6 +53,10 @@ async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
                 done += await _resolve_held(rooms, entry)
         except Busy:
             _log.info("%s of %s was interrupted, and is in other hands", entry.operation, entry.instance)
+        except OSError as error:  # its lock: another user's, or there is no room for a file
+            _log.warning(
+                "%s of %s was interrupted and cannot be resolved yet: %s", entry.operation, entry.instance, error
+            )
     for line in done:
         _log.warning("recovered: %s", line)
     return done
@@ -64,7 +69,12 @@ async def sweep(rooms: Rooms) -> None:
     keeps nobody from the rest.
     """
     for key in await in_thread(_without_record, rooms):
-        if (descriptor := locks.try_lock(rooms.layout.lock(key))) is not None:
+        try:
+            descriptor = locks.try_lock(rooms.layout.lock(key))
+        except OSError as error:
+            _log.warning("%s has no record and cannot be looked at: %s", key, error)
+            continue
+        if descriptor is not None:
             try:
                 # Again, now that it is held: a spare has become a fork meanwhile, or a snapshot is whole.
                 if key not in await in_thread(rooms.store.known) and await destroy.remove_unrecorded(rooms, key):
@@ -110,7 +120,10 @@ async def is_interrupted(rooms: Rooms, instance: Instance) -> bool:
 
 
 def _interrupted(entry: JournalEntry) -> bool:
-    return start_ticks(entry.owner_pid) != entry.owner_ticks
+    try:
+        return start_ticks(entry.owner_pid) != entry.owner_ticks
+    except PermissionError:  # another user's process, of which the kernel says nothing (hidepid=1): it may be that one
+        return False
 
 
 async def _resolve(rooms: Rooms, entry: JournalEntry) -> str:
@@ -215,6 +228,13 @@ async def _last_words(rooms: Rooms, instance: Instance) -> str:
     if instance.vmm is None:
         return "the VMM is gone"
     directory = rooms.directory(instance.id)
-    ended = await rooms.driver.wait_exit(directory, instance.vmm)
+    try:
+        async with asyncio.timeout(_ENDING_S):
+            ended = await rooms.driver.wait_exit(directory, instance.vmm)
+    except TimeoutError as error:
+        raise VmmTimeout(
+            f"the VMM of {instance.name} is ending, and not gone after {_ENDING_S:g} s",
+            hint="look for it in `ps` (state D)",
+        ) from error
     said = await in_thread(last_words.of_end, directory / files.CONSOLE_LOG, instance.started_at or 0.0)
     return said or f"the VMM ended: {ended}"

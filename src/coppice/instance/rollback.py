@@ -53,9 +53,17 @@ async def roll_back(rooms: Rooms, instance: Instance, moment: Snapshot) -> Insta
         )
         await in_thread(rooms.store.begin, target, COMMITTED)
     except BaseException:
-        await complete(undo(rooms, instance))
+        if await complete(_committed(rooms, instance)):  # it was cancelled too late
+            await complete(finish(rooms, target))
+        else:
+            await complete(undo(rooms, instance))
         raise
     return await complete(finish(rooms, target))
+
+
+async def _committed(rooms: Rooms, instance: Instance) -> bool:
+    entry = await in_thread(rooms.store.journal_entry, instance.id)
+    return entry is not None and entry.operation == COMMITTED
 
 
 def _stage(rooms: Rooms, instance: Instance, moment: Snapshot) -> tuple[MemFile | None, str]:

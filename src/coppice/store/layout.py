@@ -11,12 +11,20 @@ from coppice.names import is_id
 
 
 def default_home() -> Path:
-    """COPPICE_HOME, else /var/lib/coppice as root, else ~/.local/share/coppice, or `coppice` in XDG_DATA_HOME where that is set."""
+    """COPPICE_HOME, else /var/lib/coppice as root, else ~/.local/share/coppice, or `coppice` in XDG_DATA_HOME where that is set.
+
+    :raises HostCannot: this user has no home directory
+    """
     if chosen := os.environ.get("COPPICE_HOME"):
         return Path(chosen)
     if os.geteuid() == 0:
         return Path("/var/lib/coppice")
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "coppice"
+    try:
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "coppice"
+    except RuntimeError as error:  # a user id that is in no list of users, as containers have them
+        raise HostCannot(
+            "this user has no home directory", hint="set COPPICE_HOME to a directory of its own"
+        ) from error
 
 
 @dataclass(frozen=True)

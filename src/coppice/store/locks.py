@@ -31,6 +31,11 @@ def _hold_none() -> None:
 os.register_at_fork(after_in_child=_hold_none)
 
 
+def keep(descriptor: int) -> None:
+    """Have a lock that was taken elsewhere closed in processes that are forked; `release` frees it."""
+    _held.add(descriptor)
+
+
 def try_lock(path: Path, *, shared: bool = False) -> int | None:
     """Take the lock at once and return its file descriptor, or None if somebody holds it. `release` frees it."""
     while True:
@@ -48,13 +53,13 @@ def try_lock(path: Path, *, shared: bool = False) -> int | None:
             os.close(descriptor)
             raise
         if named is not None and (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
-            _held.add(descriptor)
+            keep(descriptor)
             return descriptor
         os.close(descriptor)  # the file was removed with its instance between open and flock: lock the new one
 
 
 def release(descriptor: int) -> None:
-    """Let go of what `try_lock` gave; in a process that was forked meanwhile there is nothing to let go of."""
+    """Let go of what `try_lock` gave or `keep` took; in a process that was forked meanwhile there is nothing to let go of."""
     if descriptor in _held:
         _held.remove(descriptor)
         os.close(descriptor)

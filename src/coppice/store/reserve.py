@@ -10,13 +10,12 @@ _BYTES = 256 << 10  # the index of the write-ahead log takes 32 KiB, a removal s
 
 
 def keep(path: Path) -> None:
-    """Have the file there, with its blocks; on a full disk, another time. Idempotent."""
+    """Have the file there, with its blocks, which a copy of the data directory leaves out; on a full disk, another time. Idempotent."""
     with contextlib.suppress(OSError):
-        if path.exists():
-            return
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, _BYTES)
+            if os.fstat(descriptor).st_blocks * 512 < _BYTES:
+                os.posix_fallocate(descriptor, 0, _BYTES)
         except OSError:
             path.unlink()
         finally:

@@ -61,8 +61,10 @@ class HostBase:
         return self
 
     def close(self) -> None:
-        self._portal.call(self._host.close())
-        self._portal.close()
+        try:
+            self._portal.call(self._host.close())
+        finally:
+            self._portal.close()
 
     def __enter__(self) -> Self:
         try:

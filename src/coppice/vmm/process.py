@@ -53,9 +53,9 @@ def is_alive(process: VmmProcess) -> bool:
 
     :raises HostCannot: it cannot be told, since the kernel does not show its program: to take it for dead would be to lose it
     """
-    if start_ticks(process.pid) != process.start_ticks:
-        return False
     try:
+        if start_ticks(process.pid) != process.start_ticks:
+            return False
         return str(Path(f"/proc/{process.pid}/exe").readlink()).removesuffix(" (deleted)") == process.executable
     except PermissionError as error:
         raise HostCannot(

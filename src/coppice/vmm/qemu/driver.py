@@ -147,18 +147,22 @@ class QemuDriver(VmmDriver):
             async with monitor(directory, command.QMP_SOCKET) as qmp:
                 qmp.send_file(descriptor)
                 added = await qmp.execute("add-fd")
+                refusal: VmmError | None = None
                 try:
                     # live=False keeps the disks ours: with True, QEMU would give them up as after a migration.
                     path = f"/dev/fdset/{added['fdset-id']}"
                     await qmp.execute("xen-save-devices-state", {"filename": path, "live": False})
                 except VmmError as error:
+                    refusal = error
+                # Only of a QEMU that has answered: the deadline cuts one wait short, and not another that comes behind it. Else QEMU gives the
+                # file up by itself, at the end of a conversation.
+                await qmp.execute("remove-fd", {"fdset-id": added["fdset-id"]})
+                if refusal is not None:
                     if os.fstatvfs(descriptor).f_bavail == 0:  # QEMU says no more than "an IO error"
                         raise NoSpace(
                             "the disk is full: the machine's state could not be saved", hint="free some space"
-                        ) from error
-                    raise
-                finally:
-                    await qmp.execute("remove-fd", {"fdset-id": added["fdset-id"]})
+                        ) from refusal
+                    raise refusal
         finally:
             os.close(descriptor)
 

@@ -27,6 +27,7 @@ _KVM_GET_API_VERSION = 0xAE00  # _IO(0xAE, 0), linux/kvm.h
 _KVM_API_VERSION = 12  # the same since 2007
 EXACT_S = 0.05  # a sample of this length is exact to about 0.01 %
 QUICK_S = 0.005
+_VERSION_DEADLINE_S = 20.0
 _versions: dict[tuple[str, int], str] = {}
 
 
@@ -140,14 +141,27 @@ async def version(program: str = PROGRAM) -> str:
     """QEMU's version and package, as it says itself; asked once per program file.
 
     :raises MissingTool: QEMU is not installed
+    :raises HostCannot: it does not answer
     """
     path = shutil.which(program)
     if path is None:
         raise MissingTool(f"{program} is not installed", hint="run `apt-get install qemu-system-x86`")
     key = (path, Path(path).stat().st_mtime_ns)
     if key not in _versions:
-        process = await asyncio.create_subprocess_exec(path, "--version", stdout=asyncio.subprocess.PIPE)
-        output, _ = await asyncio.wait_for(process.communicate(), 20)
+        process = await asyncio.create_subprocess_exec(
+            path, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            output, _ = await asyncio.wait_for(process.communicate(), _VERSION_DEADLINE_S)
+        except TimeoutError as error:
+            raise HostCannot(
+                f"{path} --version did not end within {_VERSION_DEADLINE_S:g} s",
+                hint="see whether the host is overloaded",
+            ) from error
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
         found = re.search(r"version (\S+(?: \([^)]*\))?)", output.decode(errors="replace"))
         _versions[key] = found[1] if found else "unknown"
     return _versions[key]
