@@ -182,23 +182,27 @@ async def test_works_that_are_cancelled_before_their_turn_are_over(recwarn: pyte
     assert not recwarn.list
 
 
-async def test_long_work_takes_nobody_elses_thread() -> None:
+def test_long_work_takes_nobody_elses_thread() -> None:
     """A handful of image builds at once must not keep every fork and every look at the database waiting for minutes."""
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
-    started, proceed = threading.Event(), threading.Event()
 
-    def work(_: threading.Event) -> str:
-        started.set()
-        proceed.wait(30)
-        return "built"
+    async def of_one_thread() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        started, proceed = threading.Event(), threading.Event()
 
-    building = asyncio.create_task(in_stoppable_thread(work))
-    try:
-        async with asyncio.timeout(10):
-            assert await in_thread(started.wait, 5)
-    finally:
-        proceed.set()
-    assert await building == "built"
+        def work(_: threading.Event) -> str:
+            started.set()
+            proceed.wait(30)
+            return "built"
+
+        building = asyncio.create_task(in_stoppable_thread(work))
+        try:
+            async with asyncio.timeout(10):
+                assert await in_thread(started.wait, 5)
+        finally:
+            proceed.set()
+        assert await building == "built"
+
+    asyncio.run(of_one_thread())  # a loop of its own: its threads are what is few
 
 
 async def test_work_that_can_be_stopped_cleans_up_before_the_cancellation_is_raised() -> None:
