@@ -107,6 +107,11 @@ def check_recorded(*texts: str) -> None:
             raise UsageError(f"{text[:80]!r} is not UTF-8", hint="what is kept must be text in UTF-8") from error
 
 
+def as_recorded(text: str) -> str:
+    """The text as a record or a document can have it: what is no UTF-8 is replaced."""
+    return text.encode(errors="replace").decode()
+
+
 def check_argv(argv: Sequence[str]) -> tuple[str, ...]:
     """Return a command's words as a tuple.
 

@@ -117,9 +117,9 @@ def test_what_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    """A fifo does not block the import, a directory and a device are errors, and a missing path is a request that cannot succeed."""
+    """A fifo does not block the import, a directory, a device and what cannot be opened are errors, and a missing path is a request that cannot succeed."""
     os.mkfifo(tmp_path / "fifo")
-    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero"), tmp_path / ("x" * 300)):
         with pytest.raises(ImageError):
             opened(path)
     with pytest.raises(UsageError):

@@ -171,5 +171,7 @@ def state(text: str) -> Text:
 
 def error_fields(error: CoppiceError) -> dict[str, str | None]:
     """An error as the JSON output has it: in UTF-8, also where it names a file that is not."""
-    message, hint = (text and text.encode(errors="replace").decode() for text in (error.message, error.hint))
+    from coppice.names import as_recorded
+
+    message, hint = (text and as_recorded(text) for text in (error.message, error.hint))
     return {"code": error.code, "message": message, "hint": hint}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import random
 import socket
@@ -202,27 +201,22 @@ def _is_free(directory: int, port: int) -> bool:
     with contextlib.ExitStack() as stack:
         lock = os.open(f"port{port}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
         stack.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+        return locks.take(lock)
 
 
 def _lock_first(directory: int, ports: tuple[int, ...], stack: contextlib.AsyncExitStack) -> int | None:
     for port in ports:
         lock = os.open(f"port{port}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
+        locks.keep(lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
+            taken = locks.take(lock)
         except BaseException:
-            os.close(lock)
+            locks.release(lock)
             raise
-        else:
-            locks.keep(lock)
+        if taken:
             stack.callback(locks.release, lock)
             return port
+        locks.release(lock)
     return None
 
 

@@ -100,12 +100,13 @@ class Lifecycle(Volumes):
         found = await in_thread(self.rooms.images.get, image, self._usable)
         chosen_name = check_name(name) if name is not None else new_name(_stem(found.name))
         environment = check_env(env or {})
-        check_recorded(*check_argv(command), *environment.values(), workdir or "", user or "")
+        words = check_argv(command)
+        check_recorded(*words, *environment.values(), workdir or "", user or "")
         disks = await self._disks(volumes)
         admit = await self._admit(demand_of_run(memory_bytes, start=start))
         chosen_kernel = await self._kernel(kernel, progress)
         config = found.config
-        argv = (*config.entrypoint, *(check_argv(command) or config.cmd))
+        argv = (*config.entrypoint, *(words or config.cmd))
         instance = Instance(
             id=new_id(),
             name=chosen_name,

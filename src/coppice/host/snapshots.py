@@ -13,6 +13,7 @@ from coppice.fork.plan import make_request
 from coppice.host.admission import demand_of_activation, demand_of_forks, demand_of_snapshot
 from coppice.host.base import Reference
 from coppice.host.lifecycle import Lifecycle
+from coppice.instance import directory as directories
 from coppice.instance import rollback, snapshot, verify
 from coppice.lifecycle import Operation
 from coppice.model import (
@@ -108,7 +109,7 @@ class Snapshots(Lifecycle):
 
     def _inspect_snapshot(self, found: Snapshot) -> SnapshotInspection:
         directory = self.rooms.layout.snapshot(found.id)
-        present = {name: (directory / name).stat() for name in snapshot.FILES if (directory / name).exists()}
+        present = {name: (directory / name).stat() for name in directories.CAPTURED if (directory / name).exists()}
         memory, disk = present.get(files.MEMORY), present.get(files.OVERLAY_DISK)
         instances = self.rooms.store.instances()
         return SnapshotInspection(

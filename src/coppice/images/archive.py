@@ -29,10 +29,12 @@ _CURE = "fetch or make the archive again"
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file of the user's for reading. Raises ImageError where it is missing, a device or a fifo."""
+    """Open a file of the user's for reading. Raises UsageError where it is missing, ImageError where it is a device or a fifo."""
     try:
         # Without O_NONBLOCK the open of a fifo would wait for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"there is no {path}", hint="check the path") from error
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -175,8 +177,6 @@ def open_archive(path: Path, workspace: Workspace) -> Archive:
 
     Raises UsageError where there is nothing at `path`, ImageError for anything else.
     """
-    if not path.exists():
-        raise UsageError(f"there is no {path}", hint="check the path")
     file = workspace.closing.enter_context(open_regular(path))
     size = os.fstat(file.fileno()).st_size
     if not size:

@@ -16,7 +16,7 @@ from typing import IO, Protocol
 
 import msgspec
 
-from coppice.errors import DigestMismatch, ImageError
+from coppice.errors import DigestMismatch, ImageError, UsageError
 from coppice.images.archive import Archive, open_regular
 from coppice.images.compression import MAGIC_BYTES, Decompressor
 from coppice.images.workspace import CHUNK, Workspace
@@ -64,7 +64,10 @@ class DirectoryBundle:
 
     def open(self, name: str) -> IO[bytes]:
         """The file. Raises ImageError where there is none, or where it is a device or a fifo."""
-        return open_regular(self._path / name)
+        try:
+            return open_regular(self._path / name)
+        except UsageError as error:
+            raise ImageError(f"the layout names {name[:200]!r} but does not have it", hint=_CURE) from error
 
 
 class ArchiveBundle:

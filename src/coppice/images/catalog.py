@@ -31,6 +31,7 @@ from coppice.images.suite import Suite, bootstrap, make_generic
 from coppice.images.tree import FileTree
 from coppice.images.workspace import Limits, Workspace, staging_directory
 from coppice.model import Image, ImageConfig, ProgressSink, Record, no_progress
+from coppice.names import as_recorded
 
 T = TypeVar("T")
 _ROOT_DIRECTORIES = ("bin", "sbin", "usr", "etc", "lib")  # any of them at the top makes it a root file system
@@ -111,7 +112,7 @@ class ImageCatalog(ImageStore):
             apply_archive(tree, open_archive(path, workspace), workspace, whiteouts=False)
             return ImageConfig()
 
-        return await self._build(name, f"rootfs archive {_shown(path)}", fill, options, progress)
+        return await self._build(name, f"rootfs archive {as_recorded(path.name)}", fill, options, progress)
 
     async def import_docker_archive(
         self,
@@ -127,7 +128,7 @@ class ImageCatalog(ImageStore):
         def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
             return unpack_docker_archive(ArchiveBundle(open_archive(path, workspace)), tree, workspace, tag)
 
-        return await self._build(name, f"docker archive {_shown(path)}", fill, options, progress)
+        return await self._build(name, f"docker archive {as_recorded(path.name)}", fill, options, progress)
 
     async def import_oci_layout(
         self,
@@ -147,7 +148,7 @@ class ImageCatalog(ImageStore):
                 raise ImageError(f"{path} has no index.json", hint="make it with skopeo copy ... oci:DIRECTORY")
             return unpack_layout(bundle, tree, workspace, reference)
 
-        return await self._build(name, f"OCI layout {_shown(path)}", fill, options, progress)
+        return await self._build(name, f"OCI layout {as_recorded(path.name)}", fill, options, progress)
 
     async def import_any(
         self,
@@ -179,7 +180,7 @@ class ImageCatalog(ImageStore):
                 hint="a root file system has directories such as /usr and /etc at its top",
             )
 
-        return await self._build(name, _shown(path), fill, options, progress)
+        return await self._build(name, as_recorded(path.name), fill, options, progress)
 
     async def _build(self, name: str, source: str, fill: _Fill, options: BuildOptions, progress: ProgressSink) -> Image:
         check_name(name)
@@ -212,11 +213,6 @@ class ImageCatalog(ImageStore):
                 return self.publish(staged, image)
 
         return await in_stoppable_thread(work)
-
-
-def _shown(path: Path) -> str:
-    """The name of a file as a record can have it: in UTF-8, whatever its bytes are."""
-    return path.name.encode(errors="replace").decode()
 
 
 def _write(tree: FileTree, path: Path, options: BuildOptions, workspace: Workspace) -> str:

@@ -13,7 +13,6 @@ import secrets
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import IO, Literal, Self
 
 from coppice.errors import Busy, CoppiceError, ImageError
 from coppice.model import GIB, MIB, Progress, ProgressSink, Record
+from coppice.store import locks
 
 PREFIX = ".staging-"
 CHUNK = 128 * 1024
@@ -107,11 +107,8 @@ def locked(file: Path) -> Iterator[None]:
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        deadline = time.monotonic() + LOCK_DEADLINE_S
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise Busy("another process holds the image catalog", hint="try again, or end that process")
-            time.sleep(0.01)
+        busy = Busy("another process holds the image catalog", hint="try again, or end that process")
+        locks.wait_for(descriptor, LOCK_DEADLINE_S, busy)
         yield
     finally:
         os.close(descriptor)
@@ -147,14 +144,6 @@ def _is_held(path: Path) -> bool:
     except FileNotFoundError:
         return True  # its build ended just now
     try:
-        return not _try_lock(descriptor)
+        return not locks.take(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -75,8 +75,8 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
             instance = msgspec.structs.replace(instance, open_ports=open_ports)
             await in_thread(rooms.store.begin, instance, COMMITTED)
     except BaseException:
-        if await complete(
-            _committed(rooms, instance)
+        if await in_thread(
+            rooms.store.is_at, instance.id, COMMITTED
         ):  # it was cancelled too late: if the guest ran on, it would change the disk
             await complete(finish(rooms, instance, stages))
         else:
@@ -91,11 +91,6 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
         stages=stages.ms,
     )
     return captured, report
-
-
-async def _committed(rooms: Rooms, instance: Instance) -> bool:
-    entry = await in_thread(rooms.store.journal_entry, instance.id)
-    return entry is not None and entry.operation == COMMITTED
 
 
 async def sync_disk(rooms: Rooms, instance: Instance) -> None:
@@ -121,11 +116,9 @@ async def freeze_disk(rooms: Rooms, instance: Instance) -> Instance:
     if instance.state is State.RUNNING:
         with contextlib.suppress(GuestError, VmmDied, Busy):
             async with rooms.ports(instance.id).control(_FREEZE_DEADLINE_S) as control:
-                try:
+                with contextlib.suppress(GuestTimeout):
                     await control.freeze(FREEZE_S)
-                    frozen = True
-                except GuestTimeout:
-                    frozen = True
+                frozen = True
     return msgspec.structs.replace(instance, frozen=frozen)
 
 

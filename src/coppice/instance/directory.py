@@ -23,6 +23,7 @@ from coppice.model import Instance, MachineSpec, MemFile, Sharing
 from coppice.names import MAX_VOLUMES
 from coppice.vmm import driver as files
 
+CAPTURED = (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK)
 VOLUME_DISKS = tuple(files.VOLUME_DISK.format(number) for number in range(MAX_VOLUMES))
 _LINKED = (files.MEMORY, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *VOLUME_DISKS)
 _REMOVED = ".removed"
@@ -126,12 +127,18 @@ def make_durable(directory: Path) -> None:
     :raises NoSpace: delayed allocation finds no room
     """
     with os_errors(f"make {directory} durable"):
-        for path in (directory / name for name in (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK)):
-            if path.exists():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        sync_directory(directory)
+        sync_captured(directory)
         sync_directory(directory.parent)
+
+
+def sync_captured(directory: Path) -> list[Path]:
+    """Sync what there is of a memory, its device state and a disk, and their names; return their paths. Blocks; raises OSError."""
+    present = [path for name in CAPTURED if (path := directory / name).exists()]
+    for path in present:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_directory(directory)
+    return present
 
 
 def link_volumes(source: Path, directory: Path, machine: MachineSpec) -> None:

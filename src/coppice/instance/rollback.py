@@ -53,17 +53,12 @@ async def roll_back(rooms: Rooms, instance: Instance, moment: Snapshot) -> Insta
         )
         await in_thread(rooms.store.begin, target, COMMITTED)
     except BaseException:
-        if await complete(_committed(rooms, instance)):  # it was cancelled too late
+        if await in_thread(rooms.store.is_at, instance.id, COMMITTED):  # it was cancelled too late
             await complete(finish(rooms, target))
         else:
             await complete(undo(rooms, instance))
         raise
     return await complete(finish(rooms, target))
-
-
-async def _committed(rooms: Rooms, instance: Instance) -> bool:
-    entry = await in_thread(rooms.store.journal_entry, instance.id)
-    return entry is not None and entry.operation == COMMITTED
 
 
 def _stage(rooms: Rooms, instance: Instance, moment: Snapshot) -> tuple[MemFile | None, str]:
@@ -107,7 +102,7 @@ def _into_place(directory: Path, instance: Instance) -> None:
     directories.clear_runtime(directory)
     if instance.mem_file is None:
         directories.clear_capture(directory)
-    for name in (*snapshot.FILES, *directories.VOLUME_DISKS):
+    for name in (*directories.CAPTURED, *directories.VOLUME_DISKS):
         if (directory / _STAGING / name).exists():
             (directory / _STAGING / name).rename(directory / name)
     sync_directory(directory)

@@ -7,7 +7,6 @@ removing it does not touch what was forked from it. While it is made or removed 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from coppice.completion import in_thread
-from coppice.disk.atomic import os_errors, sync_directory
+from coppice.disk.atomic import os_errors
 from coppice.disk.clone import clone_file
 from coppice.disk.link import IMMUTABLE
 from coppice.errors import IllegalTransition
@@ -28,7 +27,6 @@ from coppice.vmm import driver as files
 
 OPERATION = "snapshot"  # journal of a snapshot that is not whole yet
 REMOVAL = "snapshot-rm"  # journal of one that is going
-FILES = (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK)
 
 
 def new_snapshot(source: Instance, name: str, kind: SnapshotKind | None, tags: Mapping[str, str]) -> Snapshot:
@@ -147,11 +145,7 @@ def _fill(rooms: Rooms, origin: Path, source: Instance, snapshot: Snapshot) -> S
     vmstate = directory / files.VMSTATE
     with os_errors(f"make the snapshot {directory} durable"):
         disk.chmod(IMMUTABLE)
-        present = [path for path in (directory / name for name in FILES) if path.exists()]
-        for path in present:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_directory(directory)
+        present = directories.sync_captured(directory)
         whole = msgspec.structs.replace(
             snapshot,
             disk_stamp=directories.disk_stamp(directory),

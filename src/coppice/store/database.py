@@ -7,15 +7,14 @@ instead of failing half-way. Calls block (for well below a millisecond, unless a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from coppice.errors import Busy, CoppiceError, HostCannot, NoSpace
+from coppice.store import locks
 from coppice.store.reserve import keep, release
 
 _BUSY_TIMEOUT_S = 30.0
@@ -170,25 +169,14 @@ class Database:
 def _alone_in(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        end = time.monotonic() + _BUSY_TIMEOUT_S
-        while not _try_lock(descriptor):
-            if time.monotonic() >= end:
-                raise Busy(
-                    f"another process holds the data directory {directory} for more than {_BUSY_TIMEOUT_S:g} s",
-                    hint="see who does with `lslocks`: it may have been stopped",
-                )
-            time.sleep(0.001)  # a lock has no event to wait for with a deadline
+        busy = Busy(
+            f"another process holds the data directory {directory} for more than {_BUSY_TIMEOUT_S:g} s",
+            hint="see who does with `lslocks`: it may have been stopped",
+        )
+        locks.wait_for(descriptor, _BUSY_TIMEOUT_S, busy)
         yield
     finally:
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_full(error: sqlite3.Error) -> bool:

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import os
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -29,6 +30,24 @@ def _hold_none() -> None:
 
 
 os.register_at_fork(after_in_child=_hold_none)
+
+
+def take(descriptor: int) -> bool:
+    """Lock an open file against all others, at once; False where somebody holds it. Whoever opened it closes it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def wait_for(descriptor: int, deadline_s: float, busy: Busy) -> None:
+    """Lock an open file as `take` does, and try again each millisecond: flock has no event to wait for with a deadline. Blocks; raises `busy` beyond it."""
+    end = time.monotonic() + deadline_s
+    while not take(descriptor):
+        if time.monotonic() >= end:
+            raise busy
+        time.sleep(0.001)
 
 
 def keep(descriptor: int) -> None:

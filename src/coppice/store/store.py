@@ -291,6 +291,11 @@ class Store:
         """The operation under way on an instance, or the one that was interrupted; None where there is none."""
         return next((entry for entry in self.journal() if entry.instance == instance_id), None)
 
+    def is_at(self, instance_id: str, operation: str) -> bool:
+        """Whether that operation is under way on an instance, or was interrupted."""
+        entry = self.journal_entry(instance_id)
+        return entry is not None and entry.operation == operation
+
     def _journal(self, connection: sqlite3.Connection, instance_id: str, operation: str) -> None:
         connection.execute(
             "INSERT OR REPLACE INTO journal (instance, operation, owner_pid, owner_ticks, started_at) VALUES (?, ?, ?, ?, ?)",
