@@ -1,20 +1,21 @@
-# make demo    see it work: one template, sixteen forks, beside a cold boot
-# make test    everything that proves it, with real virtual machines; two tests at a time, and those that measure time alone
-# make check   lint, types and fast tests: no virtual machine
-# make crash   kill several hundred host processes over real virtual machines, and say in docs/crash-run.md what was found
-# make bench   measure it on this machine, into benchmarks/
-# make docs    write the generated pages anew
-# make clean   remove what the others made, the demo's cached image and kernel too
+# make demo    the demo: one template, sixteen forks, compared with a cold boot
+# make test    all tests, with real virtual machines; two at a time, timing tests alone
+# make check   lint, types and fast tests, without virtual machines
+# make crash   kill hundreds of host processes over QEMU and over the tests' fake VMMs; write docs/crash-run.md
+# make bench   benchmarks on this machine, into benchmarks/
+# make docs    write the generated pages
+# make dist    build the sdist and the wheel, into dist/
+# make clean   remove everything that the others made, including the demo's image and kernel
 #
-# On Debian 12 each installs what it needs by itself (tools/setup says what), and works in .venv.
+# On Debian 12 each target installs its requirements (see tools/setup), and works in .venv.
 
 BIN := .venv/bin
-# Where it is set, each of the thousand commands that the tests run compiles all of Coppice anew.
+# If this is set, each of the thousand commands that the tests run compiles all of Coppice.
 unexport PYTHONDONTWRITEBYTECODE
 DEMO_HOME ?= $(CURDIR)/.demo-home
 BENCH_HOME ?= $(CURDIR)/.bench-home
 
-.PHONY: demo test check crash bench docs clean setup-demo setup-dev lint
+.PHONY: demo test check crash bench docs dist clean setup-demo setup-dev lint
 
 demo: setup-demo
 	COPPICE_HOME=$(DEMO_HOME) $(BIN)/python demo/demo.py
@@ -23,23 +24,30 @@ test: setup-dev lint
 	$(BIN)/python -m pytest -n 2 tests
 
 check: setup-dev lint
-	$(BIN)/python -m pytest tests/unit tests/bench tests/contract
+	$(BIN)/python -m pytest tests/unit tests/benchmarks tests/contract tests/crash/test_killed_hosts_of_fakes.py
 
 crash: setup-dev
-	COPPICE_CRASH_KILLS=200 COPPICE_CRASH_REPORT=benchmarks/crash.json:docs/crash-run.md $(BIN)/python -m pytest tests/crash/test_killed_hosts.py
+	COPPICE_CRASH_KILLS=200 COPPICE_CRASH_REPORT=benchmarks/crash.json:docs/crash-run.md $(BIN)/python -m pytest tests/crash
 
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy src tests demo/demo.py tools
+	$(BIN)/mypy
 
 bench: setup-dev
 	$(BIN)/coppice --home $(BENCH_HOME) image inspect debian >/dev/null 2>&1 || $(BIN)/coppice --home $(BENCH_HOME) image build debian
-	$(BIN)/coppice --home $(BENCH_HOME) bench fan-out --samples 16 --output benchmarks/fan-out.json --plot benchmarks/fan-out.png
-	$(BIN)/coppice --home $(BENCH_HOME) bench capture --output benchmarks/capture.json --plot benchmarks/capture.png
+	$(BIN)/python -m bench fan-out --home $(BENCH_HOME) --samples 16 --output benchmarks/fan-out.json --plot benchmarks/fan-out.png
+	$(BIN)/python -m bench capture --home $(BENCH_HOME) --output benchmarks/capture.json --plot benchmarks/capture.png
+	$(BIN)/python -m bench tree --home $(BENCH_HOME) --output benchmarks/tree.json
+	$(BIN)/python -m bench.client_cpu --home $(BENCH_HOME) --image debian --output benchmarks/client-cpu.json
+	[ "$$(id -u)" != 0 ] || $(BIN)/python -m bench.network --home $(BENCH_HOME) --output benchmarks/network.json
 
 docs: setup-dev
 	$(BIN)/python tools/generate_docs.py
+
+dist: setup-dev
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
 
 clean:
 	rm -rf .venv $(DEMO_HOME) $(BENCH_HOME) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

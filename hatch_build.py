@@ -1,6 +1,8 @@
-"""Build hook of hatchling: compile the guest agent, which goes into the wheel as one static binary.
+"""Build hook of hatchling: compile the guest agent and the VMM launcher to static binaries, and the
+provider of OpenSSL to a library. All go into the wheel.
 
-The host's C compiler does it where it can link statically; elsewhere the ziglang wheel, which brings its own libc.
+The host's C compiler is used if it can link statically; otherwise the ziglang wheel, which has its
+own libc.
 """
 
 from __future__ import annotations
@@ -17,51 +19,63 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-AGENT = Path("src/coppice/guest/agent")
-BINARY = AGENT / "coppice-agent"
+BINARIES = (Path("src/coppice/agent/c/coppice-agent"), Path("src/coppice/vmm/launcher/coppice-launcher"))
+PROVIDER = Path("src/coppice/agent/random/openssl_random.c")
+LIBRARY = PROVIDER.with_name("openssl-random.so")
+# For any C library: it uses none.
+LIBRARY_FLAGS = (
+    *("-std=gnu11", "-O2", "-fPIC", "-shared", "-nostdlib", "-s", "-Wall", "-Wextra"),
+    *("-fvisibility=hidden", "-fno-builtin", "-fno-stack-protector"),
+)
 FLAGS = (
     *("-std=gnu11", "-O2", "-static", "-s", "-Wall", "-Wextra"),
     *("-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"),
 )
-# A static binary needs no libc of the host at all; these tags say "any Linux on x86_64".
+# A static binary needs no libc of the host. These tags mean any Linux on x86_64.
 TAG = "py3-none-manylinux_2_17_x86_64.musllinux_1_1_x86_64"
 DEADLINE_S = 300
 
 
 class AgentBuildHook(BuildHookInterface[Any]):
-    """Compiles the agent for wheels and editable installs; the sdist has the sources only."""
+    """Compiles both programs for wheels and editable installs. The sdist has only the sources."""
 
     def dependencies(self) -> list[str]:
-        """What the build needs beside hatchling: a compiler, where the host has none."""
+        """Return the build's dependencies besides hatchling: a compiler, if the host has none."""
         return [] if static_compiler() else ["ziglang>=0.13"]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - the interface has it
-        """Called by hatchling before it collects the files."""
+        """Compile the programs, before hatchling collects the files."""
+        for binary in BINARIES:
+            path = Path(self.root) / binary
+            compile_program(sorted(path.parent.glob("*.c")), path)
         root = Path(self.root)
-        compile_agent(sorted((root / AGENT).glob("*.c")), root / BINARY)
+        compile_program([root / PROVIDER], root / LIBRARY, LIBRARY_FLAGS)
         build_data["pure_python"] = False
         build_data["tag"] = TAG
 
 
-def compile_agent(sources: list[Path], binary: Path) -> None:
-    """Compile and link the agent; replaces `binary` in one step. Raises RuntimeError with what the compiler said."""
+def compile_program(sources: list[Path], binary: Path, flags: tuple[str, ...] = FLAGS) -> None:
+    """Compile and link a program, or what `flags` make. `binary` is replaced in one step.
+
+    :raises RuntimeError: it cannot be compiled; the message has the compiler's output
+    """
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         raise RuntimeError(
             "coppice runs on Linux on x86_64 only: its guests are x86_64 and share the host's time-stamp counter"
         )
     if not sources:
-        raise RuntimeError(f"the sources of the guest agent are missing in {binary.parent}")
+        raise RuntimeError(f"the sources of {binary.name} are missing in {binary.parent}")
     compiler = static_compiler() or zig_compiler()
     if compiler is None:
         raise RuntimeError(
-            "no C compiler can link the guest agent statically; "
+            f"no C compiler can link {binary.name} statically; "
             "run `apt-get install gcc libc6-dev`, or `pip install ziglang` and build without isolation"
         )
     new = binary.with_name(f".{binary.name}.new")
     try:
-        done = _run([*compiler, *FLAGS, "-o", str(new), *map(str, sources)])
+        done = _run([*compiler, *flags, "-o", str(new), *map(str, sources)])
         if done.returncode != 0:
-            raise RuntimeError(f"the guest agent does not compile with {' '.join(compiler)}:\n{done.stderr}")
+            raise RuntimeError(f"{binary.name} does not compile with {' '.join(compiler)}:\n{done.stderr}")
         new.chmod(0o755)
         new.replace(binary)
     finally:
@@ -70,7 +84,9 @@ def compile_agent(sources: list[Path], binary: Path) -> None:
 
 @functools.cache
 def static_compiler() -> tuple[str, ...] | None:
-    """The host's compiler, if it makes static binaries: some distributions have no static libc."""
+    """Return the host's compiler if it can link statically: some distributions have no static
+    libc.
+    """
     for name in ("gcc", "cc"):
         if path := shutil.which(name):
             with tempfile.TemporaryDirectory() as directory:
@@ -82,7 +98,7 @@ def static_compiler() -> tuple[str, ...] | None:
 
 
 def zig_compiler() -> tuple[str, ...] | None:
-    """The compiler of the ziglang wheel, with musl."""
+    """Return the compiler of the ziglang wheel, with musl."""
     if importlib.util.find_spec("ziglang") is None:
         return None
     return (sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-musl")

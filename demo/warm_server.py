@@ -1,6 +1,7 @@
-"""Runs in the guest: a process that is slow to start, and that every fork finds started. It evaluates what it is sent.
+"""Evaluate expressions in a guest's process that is slow to start, but already runs in every fork.
 
-Two named pipes and no socket: then a shell can ask, and the time that is measured is not that of a client's start.
+It uses two named pipes instead of a socket, so that a shell can ask, and the measured time does not
+include the start of a client.
 """
 
 import os
@@ -15,7 +16,7 @@ sys.stdout.flush()
 while True:
     with open("/run/ask") as ask:
         expression = ask.readline()
-    # It comes from the host, who owns this guest.
+    # The expression comes from the host, which controls this guest anyway.
     result = eval(expression, {"numpy": numpy})  # noqa: S307
     with open("/run/answer", "w") as answer:
         answer.write(f"{result}\n")

@@ -1,4 +1,6 @@
-"""The guest agent as a process of this machine: compiled from its source, serving one session over a socket pair."""
+"""The guest agent as a local process: compiled from source, serving one session over a socket
+pair.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from coppice.guest.channel import Channel
-from coppice.guest.control import Control
-from coppice.guest.session import Session
+from coppice.agent.channel import Channel
+from coppice.agent.control import Control
+from coppice.agent.session import Session
 
-SOURCE = Path(__file__).parents[1] / "src/coppice/guest/agent"
+SOURCE = Path(__file__).parents[1] / "src/coppice/agent/c"
 _STATIC = ("-O2", "-static", "-s")
 _SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 BUILDS = ("static", "sanitized")
@@ -24,7 +26,7 @@ BUILDS = ("static", "sanitized")
 
 @functools.cache
 def _directory() -> Path:
-    # Kept until the end of the process; pytest has no hook for a cached value.
+    # Kept until the process ends; pytest has no hook for a cached value.
     directory = tempfile.TemporaryDirectory(prefix="coppice-agent-")
     _keep.append(directory)
     return Path(directory.name)
@@ -36,17 +38,22 @@ _keep: list[tempfile.TemporaryDirectory[str]] = []
 @functools.cache
 def agent_binary(build: str) -> Path:
     """Compile the agent once per test run."""
+    return compile_agent(build, SOURCE / "main.c", _STATIC if build == "static" else _SANITIZED)
+
+
+def compile_agent(name: str, main: Path, flags: tuple[str, ...] = _SANITIZED) -> Path:
+    """Compile the agent's sources with the given main program."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     assert compiler, "the agent's tests need a C compiler"
-    binary = _directory() / f"coppice-agent-{build}"
-    sources = sorted(str(path) for path in SOURCE.glob("*.c"))
-    flags = _STATIC if build == "static" else _SANITIZED
-    subprocess.run([compiler, *flags, "-Wall", "-Wextra", "-Werror", "-o", str(binary), *sources], check=True)
+    binary = _directory() / f"coppice-agent-{name}"
+    sources = sorted(str(path) for path in SOURCE.glob("*.c") if path.name != "main.c")
+    warnings = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
+    subprocess.run([compiler, *flags, *warnings, f"-I{SOURCE}", "-o", str(binary), str(main), *sources], check=True)
     return binary
 
 
 def names(directory: Path | str) -> list[str]:
-    """What is in a directory, sorted."""
+    """Return the names in a directory, sorted."""
     return sorted(path.name for path in Path(directory).iterdir())
 
 
@@ -59,24 +66,30 @@ class Agent:
         self.killed = False
 
     def kill(self) -> None:
-        """End it as a VMM that dies would."""
+        """End the session as a dying VMM does."""
         self.killed = True
         self.process.kill()
 
     def resident_bytes(self) -> int:
-        """Memory of its own that the worker holds now."""
+        """Return the private memory of the worker."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
         return int(line.split()[1]) * 1024
 
 
 @contextlib.asynccontextmanager
-async def running_agent(build: str = "static", *, control: bool = False) -> AsyncIterator[Agent]:
-    """An agent that serves one port; at the end it must leave by itself and in health (the sanitizers say so by the exit code)."""
+async def running_agent(build: str = "static", *, under: Sequence[str] = ()) -> AsyncIterator[Agent]:
+    """Run an agent that serves one connection. It must end by itself; sanitizers report through its exit
+    code.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         process = await asyncio.create_subprocess_exec(
-            agent_binary(build), "--control" if control else "--serve", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+            *under,
+            agent_binary(build),
+            "--serve",
+            str(theirs.fileno()),
+            pass_fds=[theirs.fileno()],
         )
     agent = Agent(ours, process)
     try:
@@ -94,9 +107,11 @@ async def running_agent(build: str = "static", *, control: bool = False) -> Asyn
 
 
 @contextlib.asynccontextmanager
-async def agent_session(build: str = "static", *, patience_s: float = 20.0) -> AsyncIterator[Session]:
-    """A session with a fresh agent."""
-    async with running_agent(build) as agent:
+async def agent_session(
+    build: str = "static", *, patience_s: float = 20.0, under: Sequence[str] = ()
+) -> AsyncIterator[Session]:
+    """Open a session with a new agent. `under` is a command that starts it, such as `unshare`."""
+    async with running_agent(build, under=under) as agent:
         channel = await Channel.over(agent.sock, patience_s)
         try:
             yield Session(channel)
@@ -106,8 +121,8 @@ async def agent_session(build: str = "static", *, patience_s: float = 20.0) -> A
 
 @contextlib.asynccontextmanager
 async def agent_control() -> AsyncIterator[Control]:
-    """The control port of a fresh agent, which does only what harms nobody."""
-    async with running_agent(control=True) as agent:
+    """Open the control port of a new agent, which does nothing that affects the host."""
+    async with running_agent() as agent:
         channel = await Channel.over(agent.sock, 20.0)
         try:
             yield Control(channel)

@@ -1,9 +1,9 @@
-"""Made-up benchmark results, for tests of what is done with results."""
+"""Made-up benchmark results, for tests that process results."""
 
 from __future__ import annotations
 
-from coppice.bench.percentiles import summarize_captures, summarize_fan_out
-from coppice.bench.records import (
+from bench.percentiles import summarize_captures, summarize_fan_out
+from bench.records import (
     Cache,
     Capture,
     CaptureBenchReport,
@@ -33,7 +33,7 @@ _SPEED = {Method.COLD: 3000.0, Method.COPY: 900.0, Method.SPARSE: 600.0, Method.
 
 
 def machine(answered_ms: float, unique_bytes: int = MIB) -> MachineSample:
-    """One machine that answered after so long."""
+    """Return a machine that answered after this time."""
     return MachineSample(
         answered_ms=answered_ms,
         own_ms=answered_ms / 2,
@@ -47,7 +47,7 @@ def machine(answered_ms: float, unique_bytes: int = MIB) -> MachineSample:
 
 
 def one_round(method: Method, count: int, number: int, *, memory_bytes: int = GIB, cache: Cache = Cache.WARM) -> Round:
-    """A round whose machines answer later and later."""
+    """Return a round whose machines answer one after the other."""
     machines = tuple(machine(_SPEED[method] + 10 * index + number) for index in range(count))
     return Round(
         method=method,
@@ -64,7 +64,7 @@ def one_round(method: Method, count: int, number: int, *, memory_bytes: int = GI
 
 
 def fan_out_report() -> FanOutReport:
-    """Two sizes, two counts, all methods."""
+    """Return a report with two sizes, two counts, and all methods."""
     rounds = tuple(
         one_round(method, count, number, memory_bytes=size, cache=cache)
         for size in (256 * MIB, GIB)
@@ -79,7 +79,7 @@ def fan_out_report() -> FanOutReport:
 
 
 def capture_report() -> CaptureBenchReport:
-    """One size, both kinds of source."""
+    """Return a report with one size and both kinds of source."""
     captures = tuple(
         Capture(
             source="boot" if dirtied is None else "fork",

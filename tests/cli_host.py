@@ -1,4 +1,5 @@
-"""A host that answers the command line without any machine: it records what it was asked, and its guest is a local process.
+"""A host that answers the command line without any machine. It records the requests, and its guest
+is a local process.
 
 As a program it is the real command line over that host: `python tests/cli_host.py exec vm -- cat`.
 """
@@ -13,24 +14,27 @@ import pty
 import struct
 import sys
 import termios
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
+
+import msgspec
 
 from coppice.cli import main
 from coppice.cli.context import Cli
 from coppice.errors import NotFound
-from coppice.guest.process import Exit, Stream
-from coppice.model import Instance, MachineSpec, MemoryReport, ProcessSpec, Sharing, State
+from coppice.model import Instance, MachineSpec, MemoryReport, ProcessSpec, ProgressSink, Sharing, State
+from coppice.model.guest import Exit, Stream
+from coppice.requests import LogsRequest, OpenExecRequest, Request, UnloadableRequest
 
 if TYPE_CHECKING:
-    from coppice.host import AsyncHost
+    from coppice.client import AsyncHost
 
 DIGEST = "sha256:" + "ab" * 32
 
 
 def instance(name: str, state: State = State.RUNNING, *, parent: Instance | None = None, **more: Any) -> Instance:
-    """A record as a host would return it."""
+    """Return a record as a host would."""
     return Instance(
         id="i" + name.replace("-", "").ljust(23, "0")[:23],
         name=name,
@@ -49,7 +53,7 @@ def instance(name: str, state: State = State.RUNNING, *, parent: Instance | None
 
 
 def memory(*, inode: int = 77, links: int = 3, unique_mib: int = 1) -> MemoryReport:
-    """What the kernel would say of a fork."""
+    """Return the kernel's figures for a fork."""
     return MemoryReport(
         mapped_bytes=512 << 20,
         shared_bytes=120 << 20,
@@ -61,25 +65,40 @@ def memory(*, inode: int = 77, links: int = 3, unique_mib: int = 1) -> MemoryRep
     )
 
 
+def named(request: Request[Any]) -> str:
+    """Return the name of the object that a request concerns."""
+    fields = msgspec.structs.asdict(request)
+    return str(next(fields[word] for word in ("instance", "snapshot", "volume", "image", "kernel") if word in fields))
+
+
 class FakeHost:
-    """Answers each method with what was put into `answers`: a value, an error to raise, or a function of the arguments."""
+    """A host that answers each operation with its entry in `answers`: a value, an error to raise,
+    or a function.
+
+    A function gets the request, and the progress sink if the operation has one.
+    """
 
     def __init__(self, **answers: Any) -> None:
         self.answers = answers
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Request[Any]] = []
         self.options: Cli | None = None
         self.opened = False
         self.closed = False
 
     def factory(self, options: Cli) -> AsyncHost:
-        """What `main` takes as `host_factory`."""
+        """Return this host; `main` takes this method as `host_factory`."""
         self.options = options
         return cast("AsyncHost", self)
 
-    def asked(self, name: str) -> dict[str, Any]:
-        """Positional and keyword arguments of the only call of a method; the former under their numbers."""
-        ((args, kwargs),) = [(args, kwargs) for called, args, kwargs in self.calls if called == name]
-        return {str(number): value for number, value in enumerate(args)} | kwargs
+    def asked(self, operation: str) -> dict[str, Any]:
+        """Return the fields of the only request for an operation."""
+        (request,) = [each for each in self.calls if each.operation == operation]
+        return msgspec.structs.asdict(request)
+
+    @property
+    def operations(self) -> list[str]:
+        """Return the requested operations, in order."""
+        return [each.operation for each in self.calls]
 
     async def __aenter__(self) -> Self:
         self.opened = True
@@ -88,45 +107,44 @@ class FakeHost:
     async def __aexit__(self, *_: object) -> None:
         self.closed = True
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_") or name not in self.__dict__["answers"]:
-            raise AttributeError(name)
-
-        async def method(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((name, args, kwargs))
-            answer = self.answers[name]
-            if isinstance(answer, BaseException):
-                raise answer
-            if callable(answer):
-                answer = answer(*args, **kwargs)
-                return await answer if asyncio.iscoroutine(answer) else answer
-            return answer
-
-        return method
-
-    async def logs(self, reference: str, **options: Any) -> AsyncIterator[bytes]:
-        """The lines that were put in; then, followed, silence."""
-        self.calls.append(("logs", (reference,), options))
-        for line in self.answers["logs"]:
-            yield line
-        if options["follow"]:
-            await asyncio.Event().wait()
+    async def call(self, request: Request[Any], progress: ProgressSink | None = None) -> Any:
+        """Record the request and answer it."""
+        if isinstance(request, UnloadableRequest):  # requested with every list
+            return self.answers.get("unloadable", {})
+        self.calls.append(request)
+        answer = self.answers[request.operation]
+        if isinstance(answer, BaseException):
+            raise answer
+        if callable(answer):
+            answer = answer(request) if progress is None else answer(request, progress)
+            return await answer if asyncio.iscoroutine(answer) else answer
+        return answer
 
     @contextlib.asynccontextmanager
-    async def open_exec(self, reference: str, argv: Sequence[str], **options: Any) -> AsyncIterator[LocalSession]:
-        """Run the command right here; an instance called `nobody` does not exist."""
-        self.calls.append(("open_exec", (reference, argv), options))
-        if reference == "nobody":
-            raise NotFound("there is no instance 'nobody'", hint="`coppice ls` shows those there are")
-        session = await LocalSession.start(argv, options)
+    async def stream(self, request: LogsRequest | OpenExecRequest) -> AsyncIterator[Any]:
+        """Return a log, or a local command; an instance called `nobody` does not exist."""
+        self.calls.append(request)
+        if request.instance == "nobody":
+            raise NotFound("there is no instance 'nobody'", hint="`coppice ls` lists the existing ones")
+        if isinstance(request, LogsRequest):
+            yield self._log(request)
+            return
+        session = await LocalSession.start(request)
         try:
             yield session
         finally:
             await session.close()
 
+    async def _log(self, request: LogsRequest) -> AsyncIterator[bytes]:
+        """Yield the prepared lines; if followed, then wait forever."""
+        for line in self.answers["logs"]:
+            yield line
+        if request.follow:
+            await asyncio.Event().wait()
+
 
 class LocalSession:
-    """What a guest's ExecSession does, on a process of this machine."""
+    """An ExecSession on a process of this machine."""
 
     def __init__(self, process: asyncio.subprocess.Process, terminal: int | None, timeout_s: float | None) -> None:
         self._process = process
@@ -137,22 +155,22 @@ class LocalSession:
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, argv: Sequence[str], options: dict[str, Any]) -> Self:
-        """Start the command, on a terminal of its own where it is to have one."""
-        env = {**os.environ, **options["env"]}
-        if not options["tty"]:
+    async def start(cls, request: OpenExecRequest) -> Self:
+        """Start the command, on its own terminal if it requests one."""
+        env = {**os.environ, **request.env}
+        if not request.tty:
             pipe = asyncio.subprocess.PIPE
-            stdin = pipe if options["stdin"] else asyncio.subprocess.DEVNULL
+            stdin = pipe if request.stdin else asyncio.subprocess.DEVNULL
             process = await asyncio.create_subprocess_exec(
-                *argv, stdin=stdin, stdout=pipe, stderr=pipe, env=env, start_new_session=True
+                *request.argv, stdin=stdin, stdout=pipe, stderr=pipe, env=env, start_new_session=True
             )
-            return cls(process, None, options["timeout_s"])
+            return cls(process, None, request.timeout_s)
         ours, theirs = pty.openpty()
-        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", *options["size"], 0, 0))
-        setsid = [sys.executable, "-c", _WITH_TERMINAL, *argv]
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", *(request.size or (24, 80)), 0, 0))
+        setsid = [sys.executable, "-c", _WITH_TERMINAL, *request.argv]
         process = await asyncio.create_subprocess_exec(*setsid, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
         os.close(theirs)
-        return cls(process, ours, options["timeout_s"])
+        return cls(process, ours, request.timeout_s)
 
     async def _read(self) -> None:
         try:
@@ -177,7 +195,7 @@ class LocalSession:
             await self._output.put((stream, data))
 
     async def _copy_terminal(self, terminal: int) -> None:
-        with contextlib.suppress(OSError):  # EIO: the other side has gone
+        with contextlib.suppress(OSError):  # EIO: the other side is closed
             while data := await asyncio.to_thread(os.read, terminal, 1 << 16):
                 await self._output.put(("stdout", data))
 
@@ -213,18 +231,19 @@ class LocalSession:
         return Exit(exit_code=code if code >= 0 else 128 - code, timed_out=self._timed_out)
 
     async def close(self) -> None:
-        """End the command, as the agent does when a session is left."""
+        """End the command, as the agent does at the end of a session."""
         if self._process.returncode is None:
             self._process.kill()
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
-        await self._process.communicate()  # waits for its pipes too, which `wait` would not empty
+        # waits for its pipes too, which `wait` would not read to the end
+        await self._process.communicate()
         if self._terminal is not None:
             os.close(self._terminal)
             self._terminal = None
 
 
-# Makes its standard input the controlling terminal of a new session, and becomes the command.
+# Makes standard input the controlling terminal of a new session, and executes the command.
 _WITH_TERMINAL = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 
 PROGRAM = Path(__file__)

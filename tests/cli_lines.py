@@ -1,4 +1,6 @@
-"""Command lines over a host that the test has made, in this process: their status, what they print for people, their JSON document."""
+"""Command lines over a test's host, run in this process: their status, their output for people, and
+their JSON document.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ from coppice.cli import main
 
 
 def run(host: FakeHost, *words: str) -> int:
-    """The exit status of a command line over that host."""
+    """Return the exit status of a command line over that host."""
     return main(words, host_factory=host.factory)
 
 
 def output_of(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str) -> str:
-    """What a command that succeeds prints."""
+    """Return the output of a command, which must succeed."""
     assert run(host, *words) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
@@ -25,7 +27,7 @@ def output_of(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str) -
 
 
 def document(capsys: pytest.CaptureFixture[str], host: FakeHost, *words: str, status: int = 0) -> Any:
-    """The one JSON document that a command prints, and nothing else."""
+    """Return the one JSON document that a command prints; it must print nothing else."""
     assert run(host, "--json", *words) == status
     shown = capsys.readouterr()
     assert shown.err == ""

@@ -1,4 +1,4 @@
-"""What the documents promise: their code blocks, to be run as a reader would run them."""
+"""Run the code blocks of the documents as a reader would."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """All code blocks of that language, in order."""
+    """Return all code blocks of a language, in order."""
     found = [text for marked, text in _BLOCK.findall((ROOT / page).read_text()) if marked == language]
     assert found, f"{page} has no {language} block"
     return found
 
 
 def environment(home: Path, directory: Path) -> dict[str, str]:
-    """The environment of a reader who has installed Coppice: `coppice` is a command, and is the code under test."""
+    """Return the environment of a reader whose installed `coppice` is the code under test."""
     programs = directory / "bin"
     programs.mkdir(exist_ok=True)
     command = programs / "coppice"
@@ -30,14 +30,16 @@ def environment(home: Path, directory: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
         "COPPICE_HOME": str(home),
         "COLUMNS": "150",
     }
 
 
 async def run(*argv: str, env: dict[str, str], directory: Path, deadline_s: float) -> str:
-    """Run a program to its end and return its standard output; that it fails is a failure of the document."""
+    """Run a program to its end and return its standard output. Its failure fails the document's
+    test.
+    """
     process = await asyncio.create_subprocess_exec(
         *argv,
         env=env,
@@ -57,5 +59,5 @@ async def run(*argv: str, env: dict[str, str], directory: Path, deadline_s: floa
 
 
 async def run_shell(script: str, *, env: dict[str, str], directory: Path, deadline_s: float) -> str:
-    """Run the lines of `sh` blocks: the first that fails ends it, and the trace shows which."""
+    """Run the lines of `sh` blocks. The first failure ends the run, and a trace shows the line."""
     return await run("bash", "-euxo", "pipefail", "-c", script, env=env, directory=directory, deadline_s=deadline_s)

@@ -1,7 +1,10 @@
-"""Histories of several host processes that work on one source at once, and whether some order of one after the other explains what each was told.
+"""Histories of several host processes that work on one source concurrently, and a search for a
+sequential order that explains every outcome.
 
-Each process does its operations one after the other; an operation takes effect at one instant between its begin and its end (Herlihy and Wing,
-"Linearizability", 1990). As a process has at most one operation open, the search for an order only has to choose whose next operation comes first.
+Each process does its operations one after the other; an operation takes effect at one instant
+between its begin and its end (Herlihy and Wing, "Linearizability", 1990). A process has at most one
+operation in progress, so the search for an order only has to choose which process's next operation
+comes first.
 """
 
 from __future__ import annotations
@@ -12,18 +15,20 @@ from coppice.model import Record
 
 SOURCE = "oak"
 FORKS = ("elm", "fir", "yew")
-TRANSIENT = frozenset({"Created", "Initializing", "Shutdown"})  # on the way from one state to the next
+TRANSIENT = frozenset({"Created", "Initializing", "Shutdown"})  # between two stable states
 
 
 class Call(Record, frozen=True, kw_only=True):
-    """One operation that a process is to do; `name` where it is about a fork."""
+    """One operation of a process; `name` is a fork's if the operation concerns one."""
 
     what: str
     name: str = SOURCE
 
 
 class Done(Record, frozen=True, kw_only=True):
-    """What came of it, and when, on the clock that all processes share. `outcome` is ok, the code of an error, or the state that was seen."""
+    """The outcome of a call and its times, on the clock that all processes share. `outcome` is ok,
+    the code of an error, or the state that `get` returned.
+    """
 
     call: Call
     outcome: str
@@ -32,7 +37,9 @@ class Done(Record, frozen=True, kw_only=True):
 
 
 class World(Record, frozen=True, kw_only=True):
-    """All that the operations know of: the source's state (None: it is removed), and the forks that are there."""
+    """The state that the operations act on: the source's state (None if it is removed) and the
+    existing forks.
+    """
 
     source: str | None
     forks: frozenset[str] = frozenset()
@@ -49,14 +56,15 @@ _GOES = {  # operation: {state of the source: state after it}; any other state i
 
 
 def apply(world: World, done: Done) -> World | None:
-    """The world after an operation, or None if in this world it could not have ended as it did."""
+    """Return the world after an operation, or None if it could not have ended so in this world."""
     call, outcome = done.call, done.outcome
     if call.name != SOURCE and call.what == "rm":
         if call.name not in world.forks:
             return world if outcome == "not_found" else None
         return World(source=world.source, forks=world.forks - {call.name}) if outcome == "ok" else None
     if world.source is None:
-        # A fork that was removed before its maker held it is told the same.
+        # The maker of a fork gets the same error if another process removed the fork before the
+        # maker held it.
         return world if outcome == "not_found" else None
     if call.what == "get":
         return world if outcome == world.source or outcome in TRANSIENT else None
@@ -77,12 +85,12 @@ def _fork(world: World, name: str, outcome: str) -> World | None:
         return world if outcome == "invalid_state" else None
     if name in world.forks:
         return world if outcome == "name_conflict" else None
-    # It was there for a moment: another process has removed it before its maker held it.
+    # The fork existed for a moment: another process removed it before its maker held it.
     return World(source=world.source, forks=world.forks | {name}) if outcome in ("ok", "not_found") else None
 
 
 def explained(first: World, processes: Sequence[Sequence[Done]], last: World) -> bool:
-    """Whether there is an order, one after the other, that every outcome and the world at the end agree with."""
+    """Return whether some sequential order agrees with every outcome and with the final world."""
     todo = [((0,) * len(processes), first)]
     seen = set(todo)
     while todo:
@@ -91,7 +99,7 @@ def explained(first: World, processes: Sequence[Sequence[Done]], last: World) ->
         if not any(following) and world == last:
             return True
         for process, done in enumerate(following):
-            # What ended before this one began comes before it.
+            # An operation that ended before this one began comes before it.
             if done is None or any(other and other.end < done.begin for other in following):
                 continue
             after = apply(world, done)
@@ -104,7 +112,7 @@ def explained(first: World, processes: Sequence[Sequence[Done]], last: World) ->
 
 
 def told(processes: Sequence[Sequence[Done]]) -> str:
-    """A history for people, in the order in which the operations began."""
+    """Return a history as text, in the order in which the operations began."""
     began = min((done.begin for each in processes for done in each), default=0.0)
     lines = sorted(
         (done.begin - began, done.end - began, number, done.call.what, done.call.name, done.outcome)

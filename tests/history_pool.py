@@ -1,4 +1,6 @@
-"""Several host processes for histories: they begin at once, and each wait for one of them has an end."""
+"""Several host processes for histories: they begin at once, and every wait for one of them has a
+deadline.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from history_process import Answer, Order
 
 
 class Processes:
-    """Host processes over real machines, or over fake ones where there is a `fake_vmm`. Ended with the block."""
+    """Host processes over real machines, or over fake ones if `fake_vmm` is given. They are ended
+    with the block.
+    """
 
     def __init__(self, count: int, *, fake_vmm: Path | None = None, deadline_s: float = 60.0) -> None:
         argv = [sys.executable, "-m", "history_process", *([str(fake_vmm)] if fake_vmm else [])]
@@ -47,16 +51,17 @@ class Processes:
     def run(
         self, home: Path, histories: Sequence[Sequence[Call]], *, state: str | None = None
     ) -> list[tuple[Done, ...]]:
-        """Do one history per process in the data directory; with a `state` the first makes the source before. What came of each is returned.
+        """Do one history per process in the data directory, and return the outcomes. With a `state`
+        the first process makes the source beforehand.
 
-        An answer that does not come in time is a deadlock.
+        An answer that does not arrive in time counts as a deadlock.
         """
-        everybody = range(len(histories))
-        self._order(everybody, [Order(what="open", home=str(home))] * len(histories))
+        all_processes = range(len(histories))
+        self._order(all_processes, [Order(what="open", home=str(home))] * len(histories))
         if state is not None:
             self._order([0], [Order(what="make", state=state)])
-        answers = self._order(everybody, [Order(what="go", calls=tuple(calls)) for calls in histories])
-        self._order(everybody, [Order(what="close")] * len(histories))
+        answers = self._order(all_processes, [Order(what="go", calls=tuple(calls)) for calls in histories])
+        self._order(all_processes, [Order(what="close")] * len(histories))
         return [answer.done for answer in answers]
 
     def _order(self, numbers: Sequence[int], orders: Sequence[Order]) -> list[Answer]:

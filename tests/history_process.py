@@ -1,6 +1,8 @@
-"""A host process that takes part in histories: `python -m history_process [FAKE_VMM]`, orders on stdin, answers on stdout, a line of JSON each.
+"""A host process that takes part in histories: `python -m history_process [FAKE_VMM]` reads orders
+from stdin and writes answers to stdout, a line of JSON each.
 
-It lives through many histories, so that the guests of the fake VMMs that it started answer as long as anybody may ask them.
+It lives through many histories, because the guests of the fake VMMs that it started must answer as
+long as any process may use them.
 """
 
 from __future__ import annotations
@@ -13,9 +15,20 @@ from pathlib import Path
 
 import msgspec
 
+from coppice.client import AsyncHost
 from coppice.errors import CoppiceError
-from coppice.host import AsyncHost
 from coppice.model import Record, State
+from coppice.requests import (
+    DemoteRequest,
+    ForkRequest,
+    GetRequest,
+    PromoteRequest,
+    RestoreRequest,
+    RmRequest,
+    StandbyRequest,
+    StartRequest,
+    StopRequest,
+)
 from fakes.driver import FakeDriver
 from fakes.hosting import make
 from fakes.rooms import DEADLINES, open_rooms
@@ -23,7 +36,7 @@ from histories import SOURCE, Call, Done
 
 
 class Order(Record, frozen=True, kw_only=True):
-    """`open` a data directory, `make` the source there in a state, `go`: do the calls, or `close`."""
+    """`open` a data directory, `make` the source in a state, `go` through the calls, or `close`."""
 
     what: str
     home: str = ""
@@ -32,25 +45,27 @@ class Order(Record, frozen=True, kw_only=True):
 
 
 class Answer(Record, frozen=True, kw_only=True):
-    """What was done."""
+    """The outcomes of an order."""
 
     done: tuple[Done, ...] = ()
 
 
 async def _get(host: AsyncHost, call: Call) -> State:
-    return (await host.get(call.name)).state
+    return (await host.call(GetRequest(instance=call.name))).state
 
 
 _CALLS: dict[str, Callable[[AsyncHost, Call], Awaitable[object]]] = {
     "get": _get,
-    "promote": lambda host, call: host.promote(call.name),
-    "demote": lambda host, call: host.demote(call.name),
-    "standby": lambda host, call: host.standby(call.name),
-    "restore": lambda host, call: host.restore(call.name),
-    "stop": lambda host, call: host.stop(call.name, grace_s=0),
-    "start": lambda host, call: host.start(call.name),
-    "rm": lambda host, call: host.rm(call.name),
-    "fork": lambda host, call: host.fork(SOURCE, names=[call.name], target=State.STANDBY, atomic=True),
+    "promote": lambda host, call: host.call(PromoteRequest(instance=call.name)),
+    "demote": lambda host, call: host.call(DemoteRequest(instance=call.name)),
+    "standby": lambda host, call: host.call(StandbyRequest(instance=call.name)),
+    "restore": lambda host, call: host.call(RestoreRequest(instance=call.name)),
+    "stop": lambda host, call: host.call(StopRequest(instance=call.name, grace_s=0)),
+    "start": lambda host, call: host.call(StartRequest(instance=call.name)),
+    "rm": lambda host, call: host.call(RmRequest(instance=call.name)),
+    "fork": lambda host, call: host.call(
+        ForkRequest(instance=SOURCE, names=[call.name], target=State.STANDBY, atomic=True)
+    ),
 }
 
 
@@ -65,7 +80,7 @@ async def _do(host: AsyncHost, call: Call) -> Done:
 
 
 async def main(program: str | None) -> None:
-    """Obey until stdin ends."""
+    """Carry out orders until stdin ends."""
     driver = FakeDriver(Path(program)) if program else None
     host: AsyncHost | None = None
     reader = asyncio.StreamReader(limit=1 << 20)
@@ -77,7 +92,7 @@ async def main(program: str | None) -> None:
             fake = AsyncHost(order.home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms)
             host = await (fake if driver else AsyncHost(order.home)).open()
         elif host is None:
-            raise AssertionError("a data directory is opened first")
+            raise AssertionError("the first order must open a data directory")
         elif order.what == "make":
             await make(host, State(order.state), SOURCE)
         elif order.what == "go":

@@ -1,4 +1,6 @@
-"""Archives and layouts for the image tests, and a reader of EROFS that shares no code with the writer."""
+"""Archives and layouts for the image tests, and a reader of EROFS that shares no code with the
+writer.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coppice.images.archive import Archive
+from coppice.images.catalog import ImageCatalog
 from coppice.images.layer import apply_archive
 from coppice.images.tree import FileTree
 from coppice.images.workspace import Limits, Workspace
 from coppice.model import no_progress
+from coppice.state.store import Store
+from coppice.vmm.process import own_process
 
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -31,14 +36,14 @@ Member = tuple[tarfile.TarInfo, bytes]
 
 
 def file(name: str, data: bytes = b"", *, mode: int = 0o644, uid: int = 0, gid: int = 0, mtime: float = 0) -> Member:
-    """A regular file."""
+    """Return a regular file."""
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.uid, info.gid, info.mtime = len(data), mode, uid, gid, mtime
     return info, data
 
 
 def other(kind: bytes, name: str, target: str = "", *, mode: int = 0o755, device: tuple[int, int] = (0, 0)) -> Member:
-    """A member without data: directory, link, device, fifo."""
+    """Return a member without data: directory, link, device, fifo."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.mode = kind, target, mode
     info.devmajor, info.devminor = device
@@ -46,22 +51,22 @@ def other(kind: bytes, name: str, target: str = "", *, mode: int = 0o755, device
 
 
 def directory(name: str, mode: int = 0o755) -> Member:
-    """A directory."""
+    """Return a directory."""
     return other(tarfile.DIRTYPE, name, mode=mode)
 
 
 def symlink(name: str, target: str) -> Member:
-    """A symlink."""
+    """Return a symlink."""
     return other(tarfile.SYMTYPE, name, target)
 
 
 def hardlink(name: str, target: str) -> Member:
-    """A hard link."""
+    """Return a hard link."""
     return other(tarfile.LNKTYPE, name, target)
 
 
 def tar(*members: Member) -> bytes:
-    """A whole archive."""
+    """Return a whole archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for info, data in members:
@@ -71,21 +76,33 @@ def tar(*members: Member) -> bytes:
 
 @contextmanager
 def workspace(path: Path, limits: Limits | None = None) -> Iterator[Workspace]:
-    """A workspace in `path` that nobody cancels."""
-    with Workspace(path, limits=limits or Limits(), progress=no_progress, cancelled=threading.Event()) as space:
+    """Return a workspace in `path` that is never cancelled."""
+    with Workspace(path, limits=limits or Limits(), progress=no_progress) as space:
         yield space
 
 
+def set_flag() -> threading.Event:
+    """Return the flag of work whose caller was cancelled."""
+    flag = threading.Event()
+    flag.set()
+    return flag
+
+
+def open_catalog(home: Path) -> ImageCatalog:
+    """Return the images of a data directory."""
+    return ImageCatalog(home / "images", Store(home / "coppice.db", own_process()).images)
+
+
 def apply_layers(space: Workspace, *layers: bytes, whiteouts: bool = True) -> FileTree:
-    """The tree after these layers."""
+    """Return the tree after these layers."""
     tree = FileTree(max_nodes=space.limits.max_members)
     for layer in layers:
-        apply_archive(tree, Archive(io.BytesIO(layer), space, must_end=True), space, whiteouts=whiteouts)
+        apply_archive(tree, Archive(io.BytesIO(layer), space, must_end=True), whiteouts=whiteouts)
     return tree
 
 
 def names(tree: FileTree) -> set[str]:
-    """All paths in the tree."""
+    """Return all paths in the tree."""
     paths = {id(tree.root): ""}
     found = set()
     for parent, name, node in tree.walk():
@@ -96,7 +113,7 @@ def names(tree: FileTree) -> set[str]:
 
 
 def text(tree: FileTree, path: str) -> bytes:
-    """The bytes of a file in the tree."""
+    """Return the bytes of a file in the tree."""
     node = tree.find(tuple(part.encode() for part in path.split("/")))
     assert node is not None
     assert node.content is not None
@@ -112,7 +129,7 @@ class Layout:
         (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
     def blob(self, data: bytes, media_type: str) -> dict[str, object]:
-        """Store a blob; its descriptor."""
+        """Store a blob; return its descriptor."""
         digest = hashlib.sha256(data).hexdigest()
         (self.path / "blobs" / "sha256" / digest).write_bytes(data)
         return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
@@ -125,7 +142,7 @@ class Layout:
         process: dict[str, object] | None = None,
         diff_ids: list[str] | None = None,
     ) -> dict[str, object]:
-        """Store config, layers and manifest of an image; the manifest's descriptor."""
+        """Store config, layers and manifest of an image; return the manifest's descriptor."""
         if diff_ids is None:
             diff_ids = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
         config = {
@@ -144,19 +161,21 @@ class Layout:
         return self.blob(json.dumps(manifest).encode(), MANIFEST_TYPE)
 
     def index(self, *descriptors: dict[str, object]) -> Path:
-        """Write index.json; the layout's path."""
+        """Write index.json; return the layout's path."""
         (self.path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": descriptors}))
         return self.path
 
     def tar(self, target: Path) -> Path:
-        """The whole layout as a tar archive."""
+        """Return the whole layout as a tar archive."""
         with tarfile.open(target, "w") as archive:
             archive.add(self.path, arcname=".")
         return target
 
 
 def docker_archive(target: Path, *layers: bytes, tags: tuple[str, ...] = ("demo:latest",), **process: object) -> Path:
-    """What `docker save` writes in its legacy form, where an equal layer is a symlink to the first."""
+    """Write an archive in the legacy form of `docker save`, in which a repeated layer is a symlink
+    to the first.
+    """
     config = json.dumps(
         {
             "architecture": ARCHITECTURE,
@@ -195,12 +214,12 @@ class Entry:
 
     @property
     def permissions(self) -> int:
-        """Permissions with setuid, setgid and sticky."""
+        """Return permissions with setuid, setgid and sticky."""
         return stat.S_IMODE(self.mode)
 
 
 def read_erofs(path: Path) -> dict[str, Entry]:
-    """All of an uncompressed EROFS image by path; fsck.erofs must find nothing wrong with it either."""
+    """Read an uncompressed EROFS image by path; fsck.erofs must find it sound too."""
     checked = subprocess.run(["fsck.erofs", str(path)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     image = path.read_bytes()

@@ -11,7 +11,9 @@ _PAYLOAD_OFFSET = 64
 
 
 def bzimage(payload: bytes = b"", *, release: str = RELEASE, protocol: int = 0x020F) -> bytes:
-    """A bzImage: a valid setup header, the version string, and `payload` where the compressed kernel is."""
+    """Return a bzImage: a valid setup header, the version string, and `payload` as the compressed
+    kernel.
+    """
     image = bytearray(128 << 10)
     image[0x1F1] = _SETUP_SECTORS
     image[0x202:0x206] = b"HdrS"
@@ -26,7 +28,9 @@ def bzimage(payload: bytes = b"", *, release: str = RELEASE, protocol: int = 0x0
 
 
 def vmlinux(*, note_type: int = 18, name: bytes = b"Xen\0") -> bytes:
-    """An ELF file with one note segment: by default that of a PVH entry point, behind another note."""
+    """Return an ELF file with one note segment: another note, then by default that of a PVH entry
+    point.
+    """
     other = struct.pack("<III", 4, 6, 6) + b"Xen\0" + b"linux\0\0\0"
     notes = other + struct.pack("<III", len(name), 4, note_type) + name + bytes(4)
     header = bytearray(64)
@@ -38,7 +42,7 @@ def vmlinux(*, note_type: int = 18, name: bytes = b"Xen\0") -> bytes:
 
 
 def module(name: str, depends: str = "", *, release: str = RELEASE, softdep: str = "") -> bytes:
-    """The ELF image of a module with a `.modinfo` section."""
+    """Return the ELF image of a module with a `.modinfo` section."""
     soft = (f"softdep={softdep}",) if softdep else ()
     pairs = (*soft, f"depends={depends}", "retpoline=Y", f"name={name}", f"vermagic={release} SMP preempt mod_unload ")
     modinfo = b"".join(pair.encode() + b"\0" for pair in pairs)
@@ -71,7 +75,9 @@ MODULES = {
 
 
 def module_tree(directory: Path, *, release: str = RELEASE) -> Path:
-    """A `lib/modules/VERSION` directory with the modules of a guest, ext4 built in, and the usual links out of it."""
+    """Make a `lib/modules/VERSION` directory with a guest's modules, ext4 built in, and the usual
+    links out of it.
+    """
     for path, depends in MODULES.items():
         file = directory / "kernel" / f"{path}.ko"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
-"""A real process that maps a file as a VMM maps its guest RAM, and writes or touches it when told to."""
+"""A real process that maps a file as a VMM maps guest RAM, and writes or reads it on command."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -31,6 +33,10 @@ for line in sys.stdin:
     elif word == "fill":
         offset, length, value = map(int, arguments)
         ram[offset : offset + length] = bytes([value]) * length
+    elif word == "digest":
+        import hashlib
+        print(hashlib.sha256(ram).hexdigest(), flush=True)
+        continue
     elif word == "touch":
         sum(ram[offset] for offset in range(0, size, 4096))
     print("done", flush=True)
@@ -38,15 +44,22 @@ for line in sys.stdin:
 
 
 class MappingProcess:
-    """The process; a context manager. Between two commands it does nothing, as a paused guest."""
+    """The process, as a context manager. Between commands it is idle, like a paused guest."""
 
-    def __init__(self, path: Path, kind: Literal["private", "shared", "copy"] = "private") -> None:
+    def __init__(
+        self, path: Path, kind: Literal["private", "shared", "copy"] = "private", *, holding: Sequence[Path] = ()
+    ) -> None:
+        """Start it; it has the files `holding` open."""
+        held = [os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in holding]
         self._process = subprocess.Popen(
             (sys.executable, "-I", "-S", "-c", _CHILD, str(path), kind),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            pass_fds=held,
         )
+        for descriptor in held:
+            os.close(descriptor)
         self.pid = self._process.pid
         self._answer("ready")
 
@@ -64,20 +77,29 @@ class MappingProcess:
         self._command("write", *(f"{offset}:{data.hex()}" for offset, data in pieces))
 
     def fill(self, offset: int, length: int, value: int) -> None:
-        """Store one byte value all over a range."""
+        """Store one byte value in a whole range."""
         self._command("fill", str(offset), str(length), str(value))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of what it sees."""
+        self._send("digest")
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
 
     def touch(self) -> None:
         """Read one byte of each page."""
         self._command("touch")
 
     def _command(self, *words: str) -> None:
+        self._send(*words)
+        self._answer("done")
+
+    def _send(self, *words: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(" ".join(words) + "\n")
         self._process.stdin.flush()
-        self._answer("done")
 
     def _answer(self, expected: str) -> None:
         assert self._process.stdout is not None
         answer = self._process.stdout.readline().strip()
-        assert answer == expected, f"the mapping process said {answer!r}"
+        assert answer == expected, f"the mapping process answered {answer!r}"

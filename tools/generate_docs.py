@@ -1,7 +1,7 @@
-"""Write docs/cli.md and docs/api.md from the program itself: the command line's own help, and the docstrings.
+"""Write docs/cli.md and docs/api.md from the command line's help and the docstrings.
 
 python tools/generate_docs.py           write the pages
-python tools/generate_docs.py --check   only say which are out of date; exit status 1 if any is
+python tools/generate_docs.py --check   only list outdated pages; exit status 1 if any is
 """
 
 from __future__ import annotations
@@ -12,62 +12,72 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import typer
-from typer.cli import get_docs_for_click
+import click
 
-from coppice import errors, host, model, sync
-from coppice.bench.cli import app as bench_app
+from coppice import client, errors, model
 from coppice.cli.app import app
-from coppice.guest.control import Health
-from coppice.guest.kernel import Kernel
-from coppice.guest.process import Exit
-from coppice.instance.rooms import Deadlines
+from coppice.machine.rooms import Deadlines
+from coppice.model.guest import Exit, Health
+from coppice.model.inspection import Inspection, SnapshotInspection, StandbyReport, VolumeInspection
+from coppice.model.kernel import Kernel
 
-_INTERNAL = ("rooms",)
+_INTERNAL = ("local",)
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- Written by tools/generate_docs.py: change the source, then run it. -->\n\n"
 
 
 def cli_page() -> str:
-    """The command line, as its own help has it."""
-    root, bench = (typer.main.get_command(each) for each in (app, bench_app))
-    pages = [
-        get_docs_for_click(
-            obj=command, ctx=typer.Context(command, **command.context_settings), name=name, title=title, indent=indent
-        )
-        for command, name, title, indent in (
-            (root, "coppice", "The command line", 0),
-            (bench, "coppice bench", None, 1),
-        )
-    ]
-    # The root lists `bench` too, without what it imports only when it is run.
-    stub = re.compile(r"^## `coppice bench`\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    text = stub.sub("", pages[0]).rstrip() + "\n\n" + pages[1].rstrip() + "\n"
-    for name, command in getattr(root, "commands", {}).items():  # whole sentences, where the help has half of them
-        sentence = re.split(r"(?<=\.)\s", command.help or "", maxsplit=1)[0]
-        text = re.sub(
-            rf"^\* `{name}`: .*$", f"* [`{name}`](#coppice-{name}): {sentence}", text, count=1, flags=re.MULTILINE
-        )
-    return NOTE + text
+    """Return the page of the command line, from its help."""
+    return NOTE + "\n".join(_command(_context(app, "coppice"), "The command line", 1)).rstrip() + "\n"
+
+
+def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+    return click.Context(command, parent=parent, info_name=name, **command.context_settings)
+
+
+def _command(context: click.Context, title: str, level: int) -> Iterator[str]:
+    """Yield a command and, if it is a group, its commands."""
+    command = context.command
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    yield f"{'#' * level} {title}\n"
+    yield inspect.cleandoc(command.help or "") + "\n"
+    yield f"**Usage**:\n\n```console\n$ {usage}\n```\n"
+    for kind, name in ((click.Argument, "Arguments"), (click.Option, "Options")):
+        records = [each.get_help_record(context) for each in command.get_params(context) if isinstance(each, kind)]
+        if lines := [f"* `{names}`: {text}" for names, text in filter(None, records)]:
+            yield f"**{name}**:\n\n" + "\n".join(lines) + "\n"
+    if not isinstance(command, click.Group):
+        return
+    found = {name: command.get_command(context, name) for name in command.list_commands(context)}
+    below = [_context(each, name, context) for name, each in found.items() if each is not None]
+    yield "**Commands**:\n\n" + "\n".join(map(_entry, below)) + "\n"
+    for each in below:
+        yield from _command(each, f"`{each.command_path}`", max(level + 1, 2))
+
+
+def _entry(context: click.Context) -> str:
+    """Return a help fragment as a whole sentence."""
+    sentence = re.split(r"(?<=\.)\s", context.command.help or "", maxsplit=1)[0]
+    return f"* [`{context.info_name}`](#{context.command_path.replace(' ', '-')}): {sentence}"
 
 
 def api_page() -> str:
-    """The Python API: the hosts, the data types, the errors."""
+    """Return the page of the Python API: hosts, managers, handles, data types, errors."""
     parts = [
         NOTE + "# The Python API\n",
-        "Everything here is imported from `coppice`, but for `ExecSession`, which `open_exec` makes.\n",
-        "## `AsyncHost` and `Host`\n",
-        _prose(host.AsyncHost.__doc__),
-        "`Host` is the same without `await`: same names, parameters, results and errors. "
-        "Its context managers are used with `with`, its iterators with `for`.\n",
-        *_methods(host.AsyncHost),
+        "Everything here is imported from `coppice`. `AsyncHost` and what it returns are for asyncio. `Host`, `Machine`, `Forks` and "
+        "the managers `Images`, `Kernels`, `Volumes` and `Snapshots` are the same without `await`: same names, parameters, results and "
+        "errors. Their context managers are used with `with`, their iterators with `for`.\n",
+        "`Opening[X]`: `await` it for an `X` that stays, or use `async with` for one that is removed at the end of the block.\n",
+        *(part for kind in _API for part in _class(kind)),
         "## `ExecSession`\n",
-        "What `open_exec` of `Host` yields. That of `AsyncHost` is the same with `await` and `async for`.\n",
-        _prose(sync.ExecSession.__doc__),
-        *_methods(sync.ExecSession),
+        "What `open_exec` of a `Machine` yields. That of an `AsyncMachine` is the same with `await` and `async for`.\n",
+        _prose(client.ExecSession.__doc__),
+        *_methods(client.ExecSession),
         "## Data\n",
         _prose((model.__doc__ or "").partition("\n\n")[2]),
         *(part for kind in _data_types() for part in _record(kind)),
@@ -78,8 +88,25 @@ def api_page() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+_API = (
+    client.AsyncHost,
+    client.AsyncMachine,
+    client.AsyncForks,
+    client.AsyncImages,
+    client.AsyncKernels,
+    client.AsyncVolumes,
+    client.AsyncSnapshots,
+)
+
+
+def _class(kind: type) -> Iterator[str]:
+    yield f"## `{kind.__name__}` and `{kind.__name__.removeprefix('Async')}`\n"
+    yield _prose(kind.__doc__)
+    yield from _methods(kind)
+
+
 def _prose(doc: str | None) -> str:
-    """A docstring as Markdown: `:raises X: why` becomes a list, an indented example a code block."""
+    """Return a docstring as Markdown: `:raises X: why` as a list, an indented example as code."""
     text = inspect.cleandoc(doc or "")
     text = re.sub(r"^:raises (\w+): ", r"* raises `\1`: ", text, flags=re.MULTILINE)
     text = re.sub(r"^:param (\w+): ", r"* `\1`: ", text, flags=re.MULTILINE)
@@ -91,9 +118,10 @@ def _methods(kind: type) -> Iterator[str]:
     *bases, root, _ = kind.__mro__
     for base in (root, *bases):
         for name, member in vars(base).items():
-            if isinstance(member, property) and name not in _INTERNAL:
+            getter = member.func if isinstance(member, cached_property) else getattr(member, "fget", None)
+            if getter is not None and name not in _INTERNAL:
                 yield f"### `{name}`\n"
-                yield f"```python\n{name}: {inspect.signature(member.fget or _prose).return_annotation}\n```\n"
+                yield f"```python\n{name}: {inspect.signature(getter).return_annotation}\n```\n"
                 yield _prose(member.__doc__)
             elif inspect.isfunction(member) and (not name.startswith("_") or (name == "__init__" and member.__doc__)):
                 shown = kind.__name__ if name == "__init__" else name
@@ -103,7 +131,7 @@ def _methods(kind: type) -> Iterator[str]:
 
 
 def _signature(function: Any, shown: str) -> str:
-    """The signature as it is written, without `self`; one parameter in a line where it is long."""
+    """Return a signature without `self`, with one parameter per line if it is long."""
     entered = inspect.unwrap(function) is not function  # made by contextlib: a block, not a call
     function = inspect.unwrap(function)
     signature = inspect.signature(function)
@@ -126,7 +154,7 @@ def _signature(function: Any, shown: str) -> str:
 
 
 def _default(name: str, value: object) -> str:
-    """A default as people write it: modes in octal, sizes by their unit."""
+    """Return a default as people write it: modes in octal, sizes with their unit."""
     if isinstance(value, model.State):
         return str(value.__class__.__name__) + "." + value.name
     if isinstance(value, int) and name == "mode":
@@ -137,12 +165,17 @@ def _default(name: str, value: object) -> str:
 
 
 def _data_types() -> list[type]:
-    ours = [kind for kind in vars(model).values() if isinstance(kind, type) and kind.__module__ == model.__name__]
+    ours = [
+        kind
+        for kind in vars(model).values()
+        if isinstance(kind, type) and kind.__module__.startswith(f"{model.__name__}.")
+    ]
     return [
         *(kind for kind in ours if kind is not model.Record),
-        host.Inspection,
-        host.SnapshotInspection,
-        host.VolumeInspection,
+        StandbyReport,
+        Inspection,
+        SnapshotInspection,
+        VolumeInspection,
         Health,
         Exit,
         Kernel,
@@ -151,7 +184,7 @@ def _data_types() -> list[type]:
 
 
 def _record(kind: type) -> Iterator[str]:
-    """A data type with its fields and their comments, as the source has them."""
+    """Yield a data type with its fields and their comments from the source."""
     source = inspect.getsource(kind)
     docstring = next(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr))
     lines = source.splitlines()[(docstring.end_lineno or 0) :]
@@ -179,7 +212,7 @@ def _errors() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every generated page, as it should be."""
+    """Return every generated page."""
     return {ROOT / "docs/cli.md": cli_page(), ROOT / "docs/api.md": api_page()}
 
 

@@ -1,12 +1,14 @@
-"""Coppice grows many virtual machines from one: warm templates, and copy-on-write forks that share one memory file.
+"""Coppice grows many virtual machines from one warm template.
 
-    from coppice import Host
+The forks of a template share one memory file copy-on-write:
 
-    with Host() as host, host.machine("debian") as vm:
-        print(host.exec(vm, ["uname", "-r"]).stdout)
+    import coppice
 
-`Host` blocks, `AsyncHost` is for asyncio; both are the same use cases over the same data directory. Everything here is
-imported at its first use, so that `import coppice` costs nothing.
+    with coppice.Host() as host, host.run("debian") as vm:
+        print(vm.exec(["uname", "-r"]).stdout)
+
+`Host` is for blocking code, `AsyncHost` for asyncio. Both have the same methods and use
+the same data directory. Names are imported at first use, which keeps `import coppice` fast.
 """
 
 from __future__ import annotations
@@ -15,12 +17,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from coppice.client import (
+        AsyncForks,
+        AsyncHost,
+        AsyncImages,
+        AsyncKernels,
+        AsyncMachine,
+        AsyncSnapshots,
+        AsyncVolumes,
+        Forks,
+        Host,
+        Images,
+        Kernels,
+        Machine,
+        Snapshots,
+        Volumes,
+    )
+    from coppice.client.connecting import connect, connect_async
     from coppice.errors import (
         Busy,
         CommandNotFound,
         CommandNotStarted,
         CoppiceError,
         DigestMismatch,
+        Expired,
+        Forbidden,
         GuestError,
         GuestProtocolError,
         GuestRefused,
@@ -31,27 +52,29 @@ if TYPE_CHECKING:
         IntegrityError,
         InUse,
         InvalidName,
+        KeyReused,
         MissingTool,
         NameTaken,
         NoSpace,
         NotFound,
         NotSupported,
+        OutcomeUnknown,
+        Overloaded,
         Refused,
+        TooManyOperations,
+        Unauthorized,
         UnsafePath,
         UsageError,
         VmmDied,
         VmmError,
         VmmTimeout,
     )
-    from coppice.guest.control import Health
-    from coppice.guest.kernel import Kernel
-    from coppice.guest.process import Exit
-    from coppice.host import AsyncHost, Inspection, SnapshotInspection, VolumeInspection
-    from coppice.instance.rooms import Deadlines
+    from coppice.machine.rooms import Deadlines
     from coppice.model import (
         Attachment,
         Budgets,
         BudgetUse,
+        Capture,
         CaptureReport,
         Check,
         Difference,
@@ -60,22 +83,27 @@ if TYPE_CHECKING:
         ForkReport,
         ForkResult,
         GcReport,
+        HealthCheck,
         Image,
         ImageConfig,
         Instance,
+        Limits,
         MachineSpec,
         Manifest,
         MemFile,
+        MemLayer,
         MemoryReport,
+        Observed,
         ProcessSpec,
         Progress,
         ProgressSink,
         Publish,
+        RestartPolicy,
         Sharing,
         Snapshot,
         SnapshotKind,
-        StageTimings,
         State,
+        Supervision,
         TreeNode,
         VerifyReport,
         VmmProcess,
@@ -83,42 +111,58 @@ if TYPE_CHECKING:
         VolumeDisk,
         VolumeMount,
     )
-    from coppice.sync import Host
+    from coppice.model.events import Event
+    from coppice.model.guest import ExecSession, Exit, Health
+    from coppice.model.inspection import Inspection, SnapshotInspection, StandbyReport, VolumeInspection
+    from coppice.model.kernel import Kernel
 
 __version__ = "0.1.0"
 
 _ERRORS = (
-    "Busy", "CommandNotFound", "CommandNotStarted", "CoppiceError", "DigestMismatch", "GuestError", "GuestProtocolError",
+    "Busy", "CommandNotFound", "CommandNotStarted", "CoppiceError", "DigestMismatch", "Expired", "Forbidden", "GuestError", "GuestProtocolError",
     "GuestRefused", "GuestTimeout", "HostCannot", "IllegalTransition", "ImageError", "InUse", "IntegrityError", "InvalidName",
-    "MissingTool", "NameTaken", "NoSpace", "NotFound", "NotSupported", "Refused", "UnsafePath", "UsageError", "VmmDied", "VmmError",
+    "KeyReused", "MissingTool", "NameTaken", "NoSpace", "NotFound", "NotSupported", "OutcomeUnknown",
+    "Overloaded", "Refused", "TooManyOperations", "Unauthorized", "UnsafePath", "UsageError", "VmmDied", "VmmError",
     "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
-    "Attachment", "BudgetUse", "Budgets", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport", "Image",
-    "ImageConfig", "Instance",
-    "MachineSpec", "Manifest", "MemFile", "MemoryReport", "ProcessSpec", "Progress", "ProgressSink", "Publish", "Sharing",
-    "Snapshot", "SnapshotKind", "StageTimings", "State", "TreeNode", "VerifyReport", "VmmProcess", "Volume", "VolumeDisk", "VolumeMount",
+    "Attachment", "BudgetUse", "Budgets", "Capture", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport",
+    "HealthCheck", "Image", "ImageConfig", "Instance",
+    "Limits", "MachineSpec", "Manifest", "MemFile", "MemLayer", "MemoryReport", "Observed", "ProcessSpec", "Progress", "ProgressSink", "Publish",
+    "RestartPolicy", "Sharing", "Snapshot", "SnapshotKind", "State", "Supervision", "TreeNode", "VerifyReport", "VmmProcess",
+    "Volume", "VolumeDisk", "VolumeMount",
+)  # fmt: skip
+_CLIENT = (
+    "AsyncForks", "AsyncHost", "AsyncImages", "AsyncKernels", "AsyncMachine", "AsyncSnapshots", "AsyncVolumes", "Forks", "Host",
+    "Images", "Kernels", "Machine", "Snapshots", "Volumes",
 )  # fmt: skip
 _HOME = {
-    "Host": "coppice.sync",
-    "AsyncHost": "coppice.host",
-    "Deadlines": "coppice.instance.rooms",
-    "Exit": "coppice.guest.process",
-    "Health": "coppice.guest.control",
-    "Inspection": "coppice.host",
-    "SnapshotInspection": "coppice.host",
-    "VolumeInspection": "coppice.host",
-    "Kernel": "coppice.guest.kernel",
+    "Deadlines": "coppice.machine.rooms",
+    **dict.fromkeys(("connect", "connect_async"), "coppice.client.connecting"),
+    **dict.fromkeys(_CLIENT, "coppice.client"),
+    **dict.fromkeys(("ExecSession", "Exit", "Health"), "coppice.model.guest"),
+    **dict.fromkeys(
+        ("Inspection", "SnapshotInspection", "StandbyReport", "VolumeInspection"), "coppice.model.inspection"
+    ),
+    "Event": "coppice.model.events",
+    "Kernel": "coppice.model.kernel",
     **dict.fromkeys(_ERRORS, "coppice.errors"),
     **dict.fromkeys(_MODEL, "coppice.model"),
 }
 
 __all__ = [
+    "AsyncForks",
     "AsyncHost",
+    "AsyncImages",
+    "AsyncKernels",
+    "AsyncMachine",
+    "AsyncSnapshots",
+    "AsyncVolumes",
     "Attachment",
     "BudgetUse",
     "Budgets",
     "Busy",
+    "Capture",
     "CaptureReport",
     "Check",
     "CommandNotFound",
@@ -127,50 +171,70 @@ __all__ = [
     "Deadlines",
     "Difference",
     "DigestMismatch",
+    "Event",
     "ExecResult",
+    "ExecSession",
     "Exit",
+    "Expired",
     "FileStat",
+    "Forbidden",
     "ForkReport",
     "ForkResult",
+    "Forks",
     "GcReport",
     "GuestError",
     "GuestProtocolError",
     "GuestRefused",
     "GuestTimeout",
     "Health",
+    "HealthCheck",
     "Host",
     "HostCannot",
     "IllegalTransition",
     "Image",
     "ImageConfig",
     "ImageError",
+    "Images",
     "InUse",
     "Inspection",
     "Instance",
     "IntegrityError",
     "InvalidName",
     "Kernel",
+    "Kernels",
+    "KeyReused",
+    "Limits",
+    "Machine",
     "MachineSpec",
     "Manifest",
     "MemFile",
+    "MemLayer",
     "MemoryReport",
     "MissingTool",
     "NameTaken",
     "NoSpace",
     "NotFound",
     "NotSupported",
+    "Observed",
+    "OutcomeUnknown",
+    "Overloaded",
     "ProcessSpec",
     "Progress",
     "ProgressSink",
     "Publish",
     "Refused",
+    "RestartPolicy",
     "Sharing",
     "Snapshot",
     "SnapshotInspection",
     "SnapshotKind",
-    "StageTimings",
+    "Snapshots",
+    "StandbyReport",
     "State",
+    "Supervision",
+    "TooManyOperations",
     "TreeNode",
+    "Unauthorized",
     "UnsafePath",
     "UsageError",
     "VerifyReport",
@@ -182,7 +246,10 @@ __all__ = [
     "VolumeDisk",
     "VolumeInspection",
     "VolumeMount",
+    "Volumes",
     "__version__",
+    "connect",
+    "connect_async",
 ]
 
 

@@ -1,10 +1,8 @@
-"""`python -m coppice` is `coppice`."""
+"""`python -m coppice`: the same as `coppice`."""
 
 from __future__ import annotations
 
-import sys
-
-from coppice.cli import main
+from coppice.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

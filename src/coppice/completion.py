@@ -1,49 +1,134 @@
-"""Cleanup that a cancellation does not cut short."""
+"""Run blocking work in threads, and complete cleanup despite a cancellation."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
+
+from coppice import stopping
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _AT_ONCE = 64
 
 
-async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run blocking work with side effects in a thread, to its end, even if this task is cancelled meanwhile.
+class QuickCalls:
+    """Base of classes whose methods block for milliseconds, such as those of the database.
 
-    A thread cannot be cancelled: `asyncio.to_thread` alone would let the caller clean up while the work still goes on.
+    `in_thread` runs them in separate threads, so that none queues behind long copies.
     """
-    return await complete(asyncio.to_thread(function, *args, **kwargs))
 
 
-async def in_stoppable_thread(work: Callable[[threading.Event], T]) -> T:
-    """Run `work` in a thread of its own; on cancellation set its event, and wait until it has cleaned up.
+_QUICK_THREADS = 4
+_LONG_THREADS = min(32, (os.cpu_count() or 1) + 4)
+_pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bool, ThreadPoolExecutor]] = (
+    weakref.WeakKeyDictionary()
+)
 
-    It may last for minutes, and the loop's threads are few, and for everybody: a handful of builds would keep all else waiting.
+
+def submit(work: Callable[[], T], *, quick: bool = False) -> Future[T]:
+    """Start blocking work in a thread of the running loop.
+
+    :param quick: the work blocks for milliseconds; other threads are reserved for such work
     """
-    cancelled = threading.Event()
-    executor = ThreadPoolExecutor(1, "coppice-work")
-    task = asyncio.get_running_loop().run_in_executor(executor, work, cancelled)
-    executor.shutdown(wait=False)  # it takes no more work, and ends with this
+    loop = asyncio.get_running_loop()
+    pools = _pools.get(loop)
+    if pools is None:
+        pools = _pools[loop] = {
+            False: ThreadPoolExecutor(_LONG_THREADS, "coppice"),
+            True: ThreadPoolExecutor(_QUICK_THREADS, "coppice-quick"),
+        }
+    return pools[quick].submit(work)
+
+
+async def ended(work: Future[T], *, on_cancel: Callable[[], None] = lambda: None) -> T:
+    """Await the end of work in a thread, as `complete` does; return its result.
+
+    `asyncio.wrap_future`, a task and a shield would do the same in five turns of the loop instead
+    of two. Each operation has many such waits.
+    """
+    loop = asyncio.get_running_loop()
+    cancelled: asyncio.CancelledError | None = None
+    while True:
+        waiter: asyncio.Future[None] = loop.create_future()
+        work.add_done_callback(partial(_wake, loop, waiter))
+        try:
+            await waiter
+            break
+        except asyncio.CancelledError as error:
+            cancelled = error
+            on_cancel()
     try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        cancelled.set()
-        await complete(asyncio.wait([task]))
-        if not task.cancelled():
-            task.exception()  # seen: it is the cancellation, or the work was done just before
-        raise
+        if cancelled is not None:
+            raise cancelled
+        return work.result()
+    finally:
+        del work, cancelled  # the error's traceback would refer to this frame, and the frame to the error
 
 
-async def complete(work: Awaitable[T]) -> T:
-    """Await `work` to its end, even if this task is cancelled meanwhile; the cancellation is raised after it.
+def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], _: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any longer
+        loop.call_soon_threadsafe(_settle, waiter)
 
-    Unlike `asyncio.shield` alone, the caller does not go on (and let go of its locks) while the work still runs.
+
+def _settle(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run blocking work in a thread of the loop.
+
+    If this task is cancelled, stop the work (see `stopping`) and wait until it ends.
+
+    `asyncio.to_thread` alone would let the caller clean up while the thread still works.
+    """
+    stop = threading.Event()
+    quick = isinstance(getattr(function, "__self__", None), QuickCalls)
+    return await ended(submit(partial(stopping.run, stop, function, *args, **kwargs), quick=quick), on_cancel=stop.set)
+
+
+async def in_own_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run work that may take minutes as `in_thread` does, in a new thread.
+
+    The loop has few threads, and all operations need them: a few builds would block the rest.
+    """
+    stop = threading.Event()
+    executor = ThreadPoolExecutor(1, "coppice-work")
+    work = executor.submit(partial(stopping.run, stop, function, *args, **kwargs))
+    executor.shutdown(wait=False)  # accept nothing further; the thread exits after this call
+    return await ended(work, on_cancel=stop.set)
+
+
+async def beside(side: Coroutine[Any, Any, None], main: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `main`. `side` runs next to it, and is cancelled at its end. An error of
+    `side` ends `main`.
+    """
+    helping, working = asyncio.create_task(side), asyncio.create_task(main)
+    try:
+        await asyncio.wait({helping, working}, return_when=asyncio.FIRST_COMPLETED)
+        if helping.done():
+            helping.result()  # raises
+        return await working
+    finally:
+        helping.cancel()
+        working.cancel()
+        await asyncio.wait({helping, working})
+
+
+async def complete(work: Awaitable[T], *, on_cancel: Callable[[], None] = lambda: None) -> T:
+    """Await `work` to its end, even if this task is cancelled meanwhile; raise the cancellation
+    afterwards.
+
+    With `asyncio.shield` alone, the caller would go on (and free its locks) while the work still
+    runs. `on_cancel` is called at each cancellation, and may make the work end soon.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -54,19 +139,21 @@ async def complete(work: Awaitable[T]) -> T:
             if task.cancelled():
                 raise
             cancelled = error
+            on_cancel()
         except BaseException:
-            break  # the work's own: raised below
+            break  # the work's own cancellation: raised below
     if cancelled is not None:
         if not task.cancelled():
-            task.exception()  # seen, though the cancellation goes first
+            task.exception()  # marks the error as retrieved: the cancellation takes precedence
         raise cancelled
     return task.result()
 
 
 async def each_of(works: Iterable[Coroutine[Any, Any, T]]) -> list[T | BaseException]:
-    """Await all, side by side, each to its own end; return their results and errors, in order.
+    """Await all concurrently, each to its end; return their results and errors, in order.
 
-    Not more at once than a process may have files open for: each removal of a machine has its lock, and what tells of the VMM's end.
+    The limit on open files bounds the concurrency: each removal of a machine holds a lock file and
+    a descriptor that reports the end of the VMM.
     """
     slots = asyncio.Semaphore(_AT_ONCE)
 
@@ -75,13 +162,16 @@ async def each_of(works: Iterable[Coroutine[Any, Any, T]]) -> list[T | BaseExcep
             async with slots:
                 return await work
         finally:
-            work.close()  # where it was cancelled before its turn
+            work.close()  # cancelled before its turn
 
     return await asyncio.gather(*map(in_turn, works), return_exceptions=True)
 
 
 async def all_of(works: Iterable[Coroutine[Any, Any, object]]) -> None:
-    """Await all, as `each_of` does; then raise the first error. (`asyncio.gather` returns with the first, while others still work.)"""
+    """Await all, as `each_of` does; then raise the first error.
+
+    `asyncio.gather` would return at the first error, while the others still run.
+    """
     for outcome in await each_of(works):
         if isinstance(outcome, BaseException):
             raise outcome

@@ -2,17 +2,21 @@
 
     CoppiceError                    exit 1, HTTP 500
     ├── UsageError                  exit 2, HTTP 400   the request itself is wrong
-    │   └── InvalidName
+    │   ├── InvalidName
+    │   └── KeyReused                                  HTTP 422
     ├── NotFound                    exit 3, HTTP 404
-    ├── Refused                     exit 4, HTTP 409   right request, wrong moment
+    ├── Refused                     exit 4, HTTP 409   valid request, wrong state
     │   ├── IllegalTransition           not in this state
+    │   ├── Expired                     its lifetime is over
     │   ├── NameTaken
-    │   ├── InUse                       something living depends on it
-    │   └── Busy                        another operation holds the lock
+    │   ├── InUse                       another object depends on it
+    │   ├── Busy                        another operation holds the lock
+    │   └── TooManyOperations           of one owner   HTTP 429
     ├── HostCannot                  exit 5, HTTP 503   this machine lacks something
     │   ├── MissingTool
     │   ├── NoSpace                                    HTTP 507
-    │   └── NotSupported                               HTTP 501
+    │   ├── NotSupported                               HTTP 501
+    │   └── Overloaded                  of all owners  HTTP 503
     ├── ImageError                  exit 1, HTTP 422   corrupt, truncated or unsafe input
     │   ├── DigestMismatch
     │   └── UnsafePath
@@ -21,17 +25,21 @@
     │   └── VmmTimeout                                 HTTP 504
     ├── GuestError                  exit 1, HTTP 502
     │   ├── GuestProtocolError          the guest sent bytes that are not the protocol
-    │   ├── GuestRefused                the agent answered: no
+    │   ├── GuestRefused                the agent answered with an error
     │   │   └── CommandNotStarted       exit 126
     │   │       └── CommandNotFound     exit 127
     │   └── GuestTimeout                               HTTP 504
-    └── IntegrityError              exit 1, HTTP 500   a captured file is not what was captured
+    ├── Unauthorized                exit 6, HTTP 401   a server does not know the caller
+    │   └── Forbidden                                  HTTP 403
+    ├── OutcomeUnknown              exit 1, HTTP 409   the command may have run, or not
+    └── IntegrityError              exit 1, HTTP 500   a captured file has changed
 
 Every message is one sentence that says what happened, and `hint` says what to do next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -53,19 +61,27 @@ class CoppiceError(Exception):
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
+    def reword(self, old: str, new: str) -> None:
+        """Replace a text in the message and the hint."""
+        self.message = self.message.replace(old, new)
+        self.hint = self.hint and self.hint.replace(old, new)
 
-def exit_code_of(code: str) -> int:
-    """The exit code of the errors that go by `code`, which reports carry in place of the errors themselves."""
-    kinds: list[type[CoppiceError]] = [CoppiceError]
-    for kind in kinds:
-        if kind.code == code:
-            return kind.exit_code
-        kinds += kind.__subclasses__()
-    return CoppiceError.exit_code
+
+def kinds() -> Iterator[type[CoppiceError]]:
+    """Yield all classes of the tree, from its root."""
+    found: list[type[CoppiceError]] = [CoppiceError]
+    for kind in found:
+        yield kind
+        found += kind.__subclasses__()
+
+
+def kind_of(code: str) -> type[CoppiceError]:
+    """Return the class of the errors with a code, by which reports and servers name errors."""
+    return next((kind for kind in kinds() if kind.code == code), CoppiceError)
 
 
 class UsageError(CoppiceError):
-    """The request is malformed: repeating it cannot succeed."""
+    """The request is malformed; repeating it cannot succeed."""
 
     exit_code = 2
     http_status = 400
@@ -78,8 +94,15 @@ class InvalidName(UsageError):
     code = "invalid_name"
 
 
+class KeyReused(UsageError):
+    """An idempotency key was sent before with another request."""
+
+    http_status = 422
+    code = "idempotency_key_reused"
+
+
 class NotFound(CoppiceError):
-    """No image, instance, snapshot, volume or kernel goes by that name or id."""
+    """No image, instance, snapshot, volume or kernel has that name or id."""
 
     exit_code = 3
     http_status = 404
@@ -87,7 +110,7 @@ class NotFound(CoppiceError):
 
 
 class Refused(CoppiceError):
-    """The request is well formed, but cannot be done in the present state of things."""
+    """The request is valid, but not in the object's present state."""
 
     exit_code = 4
     http_status = 409
@@ -100,22 +123,35 @@ class IllegalTransition(Refused):
     code = "invalid_state"
 
 
+class Expired(Refused):
+    """The lifetime of the instance is over, and it is about to be removed, stopped or captured."""
+
+    code = "instance_expired"
+
+
 class NameTaken(Refused):
-    """Another instance, snapshot or volume, or another owner's image, has the name."""
+    """Another instance, snapshot or volume, or another owner's image, already has the name."""
 
     code = "name_conflict"
 
 
 class InUse(Refused):
-    """Something that lives depends on the object; the message names it."""
+    """Another object depends on this one; the message names it."""
 
     code = "in_use"
 
 
 class Busy(Refused):
-    """Another operation holds the object, and did not let go within the deadline."""
+    """Another operation held the object's lock until the deadline."""
 
     code = "busy"
+
+
+class TooManyOperations(Refused):
+    """An owner has too many operations under way on a server."""
+
+    http_status = 429
+    code = "rate_limited"
 
 
 class HostCannot(CoppiceError):
@@ -140,10 +176,16 @@ class NoSpace(HostCannot):
 
 
 class NotSupported(HostCannot):
-    """The driver or the file system declares that it has no such capability."""
+    """The driver or the file system does not have this capability."""
 
     http_status = 501
     code = "not_supported"
+
+
+class Overloaded(HostCannot):
+    """A server has too many operations under way."""
+
+    code = "overloaded"
 
 
 class ImageError(CoppiceError):
@@ -160,7 +202,7 @@ class DigestMismatch(ImageError):
 
 
 class UnsafePath(ImageError):
-    """An archive member would land outside of the root."""
+    """An archive member would be extracted outside the root."""
 
     code = "unsafe_path"
 
@@ -185,7 +227,7 @@ class VmmTimeout(VmmError):
 
 
 class GuestError(CoppiceError):
-    """The guest agent did not do what was asked."""
+    """The guest agent did not carry out a request."""
 
     http_status = 502
     code = "guest_error"
@@ -198,7 +240,7 @@ class GuestProtocolError(GuestError):
 
 
 class GuestRefused(GuestError):
-    """The agent understood, and answered with an error of the guest's own."""
+    """The agent understood the request, and answered with an error of the guest."""
 
     code = "guest_refused"
 
@@ -208,27 +250,56 @@ class GuestRefused(GuestError):
 
 
 class CommandNotStarted(GuestRefused):
-    """A command in the guest could not be started. The exit code is what a shell has for it."""
+    """A command in the guest could not be started. The exit code is the one that a shell uses."""
 
     exit_code = 126
     code = "command_not_started"
 
 
 class CommandNotFound(CommandNotStarted):
-    """The command, or the directory or the user that it was to have, does not exist in the guest."""
+    """The command, or its directory or user, does not exist in the guest."""
 
     exit_code = 127
     code = "command_not_found"
 
 
 class GuestTimeout(GuestError):
-    """The guest did not answer within the deadline."""
+    """The guest did not answer, or did not end, within the deadline."""
 
     http_status = 504
     code = "guest_timeout"
 
 
+class Unauthorized(CoppiceError):
+    """The request to a server has no valid token."""
+
+    exit_code = 6
+    http_status = 401
+    code = "unauthorized"
+
+
+class Forbidden(Unauthorized):
+    """The token lacks a scope that the request needs."""
+
+    http_status = 403
+    code = "forbidden"
+
+
+class OutcomeUnknown(CoppiceError):
+    """A server ended during a command. The command may have run, or not."""
+
+    http_status = 409
+    code = "outcome_unknown"
+
+
 class IntegrityError(CoppiceError):
-    """A captured file is missing, or differs from what was captured."""
+    """A captured file is missing, or differs from its capture.
+
+    `difference` says how, without the file's name; empty if it is not one file that differs.
+    """
 
     code = "integrity_error"
+
+    def __init__(self, message: str, *, difference: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.difference = difference

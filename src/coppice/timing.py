@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 
 class Stages:
-    """Collects how long each stage of one operation took, in milliseconds, in the order in which they began."""
+    """The duration of each stage of one operation, in milliseconds, in the order of their
+    starts.
+    """
 
     def __init__(self) -> None:
         self.ms: dict[str, float] = {}
@@ -16,7 +18,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block as `name`; the same name again adds up."""
+        """Time the block as `name`; repeated names add up."""
         begin = time.perf_counter()
         self.ms.setdefault(name, 0.0)
         try:
@@ -26,5 +28,5 @@ class Stages:
 
     @property
     def total_ms(self) -> float:
-        """Wall time since the beginning."""
+        """Return the wall time since the start."""
         return (time.perf_counter() - self._start) * 1000

@@ -1,4 +1,6 @@
-"""Background hashing: what was captured gets its SHA-256 without being asked for it, and whatever becomes of the one who computes it does no harm."""
+"""Background hashing: each capture gets its SHA-256 without a request, and a hashing process that
+dies does no harm.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,21 @@ import msgspec
 import pytest
 
 from conftest import HostFactory
-from coppice.disk.clone import clone_file
+from coppice.client import AsyncHost
 from coppice.errors import UsageError
-from coppice.host import AsyncHost, hashing
-from coppice.instance import digests
+from coppice.host import hashing
+from coppice.integrity import digests
+from coppice.linux.clone import clone_file
 from coppice.memory import memfile
 from coppice.model import MIB, MemFile, Sharing, State, VmmProcess
-from coppice.store.config import hashes_in_background
+from coppice.requests import ForkRequest, RestoreRequest, RmRequest, SnapshotRequest, StandbyRequest, StopRequest
+from coppice.state.journal import JournalOperation
+from coppice.state.settings import hashes_in_background
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
 from fakes.driver import FakeDriver
 from fakes.hosting import fingerprint, make, memory_of
-from fakes.records import make_instance
+from fakes.records import make_capture, make_instance
 from fakes.rooms import DEADLINES, open_rooms
 
 LONG = 256 << 30  # sparse; minutes to hash
@@ -35,13 +40,13 @@ DEADLINE_S = 30.0
 
 @pytest.fixture(autouse=True)
 def hashing_on(fake_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is on here, and takes its turn as all do: on a host that is busy with other tests, the last in the queue would be late."""
+    """Switch hashing on at normal priority; at the lowest it would be late on a busy host."""
     monkeypatch.setenv("COPPICE_HASHING", "on")
     monkeypatch.setattr(hashing, "step_aside", lambda _: None)
 
 
 def hashers(home: Path) -> list[VmmProcess]:
-    """The processes that hash for this data directory."""
+    """Return the processes that hash for this data directory."""
     found: list[VmmProcess] = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -54,37 +59,37 @@ def hashers(home: Path) -> list[VmmProcess]:
 
 
 def sums(host: AsyncHost, *names: str) -> set[str | None]:
-    """The recorded digests of these instances."""
-    found = [host.rooms.store.get(name).mem_file for name in names]
+    """Return the recorded digests of these instances."""
+    found = [host.local.rooms.store.get(name).mem_file for name in names]
     return {mem_file.sha256 if mem_file else "no memory" for mem_file in found}
 
 
 async def hashed(host: AsyncHost) -> None:
-    """Until nothing lacks its digest; fails where that takes too long."""
+    """Wait until nothing lacks its digest; fail if that takes too long."""
     async with asyncio.timeout(DEADLINE_S):
-        # Not by the lock that they work under: who holds it is taken for one of them, and none would be started.
-        while await asyncio.to_thread(digests.any_lacking, host.rooms.layout, host.rooms.store):  # noqa: ASYNC110 - of another process
+        # Do not wait for the hashers' lock: its holder counts as a hasher, so no other would be
+        # started.
+        while await asyncio.to_thread(digests.any_lacking, host.local.rooms.layout, host.local.rooms.store):  # noqa: ASYNC110 - the work of another process
             await asyncio.sleep(0.02)
 
 
 async def hasher(home: Path) -> VmmProcess:
-    """The one that is at work."""
+    """Wait until one hashing process runs, and return it. Another may just be ending."""
     async with asyncio.timeout(DEADLINE_S):
-        while not (found := hashers(home)):  # noqa: ASYNC110 - a start has no event
+        while len(found := hashers(home)) != 1:  # noqa: ASYNC110 - a start has no event
             await asyncio.sleep(0.01)
-    (one,) = found
-    return one
+    return found[0]
 
 
 async def gone(process: VmmProcess) -> None:
-    """Until it has ended."""
+    """Wait until the process has ended."""
     await asyncio.wait_for(processes.wait_exit(process), DEADLINE_S)
 
 
 def place_long(host: AsyncHost) -> Path:
-    """An instance whose memory takes minutes to hash, which is the first in the list; returns its directory."""
+    """Record an instance whose memory takes minutes to hash; return its directory."""
     instance = make_instance("long", State.STANDBY)
-    directory = host.rooms.directory(instance.id)
+    directory = host.local.rooms.directory(instance.id)
     directory.mkdir()
     memory = directory / files.MEMORY
     with memory.open("wb") as file:
@@ -92,14 +97,17 @@ def place_long(host: AsyncHost) -> Path:
     memory.chmod(0o444)
     status = memory.stat()
     mem_file = MemFile(inode=status.st_ino, device=status.st_dev, size_bytes=LONG, sharing=Sharing.OWN)
-    record = msgspec.structs.replace(instance, mem_file=mem_file)
-    host.rooms.store.create([record], "run")
-    host.rooms.store.save(record, done=True)
+    record = msgspec.structs.replace(instance, capture=make_capture(mem_file))
+    host.local.rooms.store.create([record], JournalOperation.RUN)
+    host.local.rooms.store.save(record, done=True)
     return directory
 
 
-async def test_a_capture_gets_its_digest_and_a_change_after_it_is_named(fake_host: AsyncHost) -> None:
-    """The digest is that of the file, as any other program computes it; nobody asked for it, and the first verify has it to compare with."""
+async def test_a_capture_gets_its_digest_and_verify_names_a_later_change(fake_host: AsyncHost) -> None:
+    """The recorded digest is the plain SHA-256 of the file.
+
+    It is computed without a request, so the first verify has it to compare with.
+    """
     oak = await make(fake_host, State.STANDBY)
     await hashed(fake_host)
     memory = memory_of(fake_host, oak)
@@ -116,27 +124,30 @@ async def test_a_capture_gets_its_digest_and_a_change_after_it_is_named(fake_hos
 
 
 async def test_all_that_share_a_file_get_its_digest(fake_host: AsyncHost) -> None:
-    """Forks that were made before it was known, running ones too, and both files of a snapshot."""
+    """Forks made before the digest was known get it too, also while they run.
+
+    So do both files of a snapshot.
+    """
     await make(fake_host, State.TEMPLATE)
-    await fake_host.fork("oak", names=["ash"])
-    await fake_host.fork("oak", names=["elm"], target=State.STANDBY)
-    kept = await fake_host.snapshot_create("oak", name="kept")
+    await fake_host.call(ForkRequest(instance="oak", names=["ash"]))
+    await fake_host.call(ForkRequest(instance="oak", names=["elm"], target=State.STANDBY))
+    kept = await fake_host.call(SnapshotRequest(instance="oak", name="kept"))
     await hashed(fake_host)
     (digest,) = sums(fake_host, "oak", "ash", "elm")
-    found = (await fake_host.snapshot_inspect("kept")).snapshot
+    found = (await fake_host.snapshots.inspect("kept")).snapshot
     assert found.mem_file
     assert found.mem_file.sha256 == digest
-    assert found.disk_sha256 == fingerprint(fake_host.rooms.layout.snapshot(kept.id) / files.OVERLAY_DISK)[3]
+    assert found.disk_sha256 == fingerprint(fake_host.local.rooms.layout.snapshot(kept.id) / files.OVERLAY_DISK)[3]
     assert (await fake_host.verify()).recorded == 0
 
 
-async def test_a_file_is_read_once_however_many_have_it(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template with forks costs what one file costs; and each is recorded for itself."""
+async def test_a_shared_file_is_read_once(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that several instances share is hashed once, and each records the digest."""
     oak = await make(fake_host, State.TEMPLATE)
-    forks = (await fake_host.fork("oak", count=3, target=State.STANDBY)).instances
+    forks = (await fake_host.call(ForkRequest(instance="oak", count=3, target=State.STANDBY))).instances
     await hashed(fake_host)
     for each in (oak, *forks):
-        fake_host.rooms.store.save(each)  # without its digest
+        fake_host.local.rooms.store.save(each)  # without its digest
     read: list[Path] = []
     sha256 = memfile.sha256
 
@@ -145,30 +156,32 @@ async def test_a_file_is_read_once_however_many_have_it(fake_host: AsyncHost, mo
         return sha256(path, **options)
 
     monkeypatch.setattr(memfile, "sha256", counted)
-    await digests.Digests(fake_host.rooms.layout, fake_host.rooms.store).compute()
+    await digests.Digests(fake_host.local.rooms.layout, fake_host.local.rooms.store).compute()
     assert len(read) == 1
     assert len(sums(fake_host, "oak", *(fork.name for fork in forks)) - {None}) == 1
     assert None not in sums(fake_host, "oak", *(fork.name for fork in forks))
 
 
-async def test_a_running_machine_that_is_forked_leaves_digests_too(fake_host: AsyncHost) -> None:
-    """A fork --from-running and a second capture of a fork are captures as any other."""
+async def test_captures_of_running_machines_get_digests_too(fake_host: AsyncHost) -> None:
+    """A fork --from-running and a second capture of a fork are hashed like any other capture."""
     await make(fake_host, State.RUNNING)
-    await fake_host.fork("oak", names=["ash"], from_running=True)
-    await fake_host.standby("ash")
+    await fake_host.call(ForkRequest(instance="oak", names=["ash"], from_running=True))
+    await fake_host.call(StandbyRequest(instance="ash"))
     await hashed(fake_host)
     assert None not in sums(fake_host, "oak", "ash")
     assert (await fake_host.verify()).differences == ()
 
 
-async def test_the_one_at_work_takes_what_comes_meanwhile(fake_host: AsyncHost) -> None:
-    """Two at once would do double work: another capture, also by another host, starts no second one, and is not forgotten."""
+async def test_a_running_hasher_takes_later_captures(fake_host: AsyncHost) -> None:
+    """A capture made while a hasher runs starts no second hasher, also on another host, and still
+    gets its digest.
+    """
     directory = place_long(fake_host)
     await make(fake_host, State.STANDBY, "ash")
     one = await hasher(fake_host.home)
     os.kill(one.pid, signal.SIGSTOP)
     await make(fake_host, State.STANDBY, "oak")
-    await fake_host.fork("oak", names=["elm"], target=State.STANDBY)
+    await fake_host.call(ForkRequest(instance="oak", names=["elm"], target=State.STANDBY))
     assert hashers(fake_host.home) == [one]
     assert sums(fake_host, "oak", "elm") == {None}
     shutil.rmtree(directory)
@@ -177,21 +190,23 @@ async def test_the_one_at_work_takes_what_comes_meanwhile(fake_host: AsyncHost) 
     assert None not in sums(fake_host, "oak", "elm", "ash")
 
 
-async def test_what_is_removed_is_not_hashed_to_its_end(fake_host: AsyncHost) -> None:
-    """A file that nobody has a link to is of no use to anybody: its space is given back, and the process ends."""
+async def test_hashing_stops_when_the_file_is_removed(fake_host: AsyncHost) -> None:
+    """When the last link is gone, the process ends and the space is freed."""
     place_long(fake_host)
     await make(fake_host, State.STANDBY)
     one = await hasher(fake_host.home)
-    await fake_host.rm("long")
+    await fake_host.call(RmRequest(instance="long"))
     await gone(one)
     assert hashers(fake_host.home) == []
 
 
-async def test_a_data_directory_that_vanishes_ends_it(fake_host: AsyncHost, tmp_path: Path) -> None:
-    """Removed as a whole while it is hashed: there is nobody left to tell."""
+async def test_a_hasher_ends_when_its_data_directory_vanishes(fake_host: AsyncHost, tmp_path: Path) -> None:
+    """The data directory is removed while its files are hashed; there is nothing left
+    to report to.
+    """
     place_long(fake_host)
     await make(fake_host, State.STOPPED)
-    await fake_host.snapshot_create("oak", name="kept")
+    await fake_host.call(SnapshotRequest(instance="oak", name="kept"))
     one = await hasher(fake_host.home)
     for name in ("instances", "snapshots", "locks"):
         await asyncio.to_thread(shutil.rmtree, fake_host.home / name)
@@ -200,8 +215,11 @@ async def test_a_data_directory_that_vanishes_ends_it(fake_host: AsyncHost, tmp_
         (fake_host.home / name).mkdir()
 
 
-async def test_a_killed_one_is_followed_by_another(make_host: HostFactory) -> None:
-    """SIGKILL at work leaves no lock and no half digest; the next host takes it up, and ends it with itself."""
+async def test_a_killed_hasher_is_followed_by_another(make_host: HostFactory) -> None:
+    """SIGKILL leaves no lock and no partial digest.
+
+    The next host starts a new hasher, which ends with that host.
+    """
     async with make_host() as host:
         place_long(host)
         await make(host, State.STANDBY)
@@ -215,8 +233,10 @@ async def test_a_killed_one_is_followed_by_another(make_host: HostFactory) -> No
     assert not processes.is_alive(another)
 
 
-async def test_a_detached_one_outlives_its_host(driver: FakeDriver, fake_home: Path) -> None:
-    """As the command line has it: the host does not wait, and the digest comes all the same, from a session of its own."""
+async def test_a_detached_hasher_outlives_its_host(driver: FakeDriver, fake_home: Path) -> None:
+    """The command line detaches its hasher: the host does not wait for it, and the digest arrives
+    from a session of its own.
+    """
     options = {"driver": driver, "deadlines": DEADLINES, "open_rooms": open_rooms}
     async with AsyncHost(fake_home, background="detached", **options) as host:  # type: ignore[arg-type]
         directory = place_long(host)
@@ -231,8 +251,8 @@ async def test_a_detached_one_outlives_its_host(driver: FakeDriver, fake_home: P
         assert None not in sums(host, "oak")
 
 
-def test_it_gets_the_least_of_the_cpu_and_the_disk() -> None:
-    """What forks at the same time is to be slowed down as little as can be."""
+def test_a_hasher_has_the_lowest_priority_for_cpu_and_disk() -> None:
+    """Hashing must slow down forks that run at the same time as little as possible."""
     with subprocess.Popen(["sleep", "infinity"], start_new_session=True) as process:
         digests.step_aside(process.pid)
         assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
@@ -242,8 +262,13 @@ def test_it_gets_the_least_of_the_cpu_and_the_disk() -> None:
         process.kill()
 
 
-async def test_it_can_be_switched_off(make_host: HostFactory, monkeypatch: pytest.MonkeyPatch, fake_home: Path) -> None:
-    """By the environment, or by config.toml: then the first verify records, as it says."""
+async def test_hashing_can_be_switched_off(
+    make_host: HostFactory, monkeypatch: pytest.MonkeyPatch, fake_home: Path
+) -> None:
+    """The environment or config.toml switches hashing off.
+
+    Then the first verify records the digests and reports that.
+    """
     monkeypatch.setenv("COPPICE_HASHING", "off")
     async with make_host() as host:
         await make(host, State.STANDBY)
@@ -251,7 +276,7 @@ async def test_it_can_be_switched_off(make_host: HostFactory, monkeypatch: pytes
     (fake_home / "config.toml").write_text("[hashing]\nbackground = false\n")
     async with make_host() as host:
         await make(host, State.STANDBY, "elm")
-        await host.fork("elm", names=["ash"], target=State.STANDBY)
+        await host.call(ForkRequest(instance="elm", names=["ash"], target=State.STANDBY))
     async with make_host() as host:
         assert hashers(fake_home) == []
         assert sums(host, "oak", "elm", "ash") == {None}
@@ -267,22 +292,22 @@ async def test_it_can_be_switched_off(make_host: HostFactory, monkeypatch: pytes
         ("hashing = true\n", "", "hashing"),
     ],
 )
-def test_a_word_that_cannot_be_understood_is_named(tmp_path: Path, text: str, word: str, named: str) -> None:
-    """A switch that was meant and misspelt is not silently the default."""
+def test_an_invalid_switch_is_named(tmp_path: Path, text: str, word: str, named: str) -> None:
+    """A misspelt setting is an error that names it, not silently the default."""
     (tmp_path / "config.toml").write_text(text)
     with pytest.raises(UsageError, match=named):
         hashes_in_background(tmp_path, {"COPPICE_HASHING": word})
 
 
-async def test_a_damaged_file_is_not_blessed(make_host: HostFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not the file that was captured gets no digest: verify is to name it, not to take it for sound."""
+async def test_a_replaced_file_gets_no_digest(make_host: HostFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the captured file gets a digest, so that verify names any other file."""
     monkeypatch.setenv("COPPICE_HASHING", "off")
     async with make_host() as host:
         oak = await make(host, State.STANDBY)
         memory = memory_of(host, oak)
         clone_file(memory, memory.with_name("other"), mode=0o444)
         memory.with_name("other").rename(memory)
-        work = digests.Digests(host.rooms.layout, host.rooms.store)
+        work = digests.Digests(host.local.rooms.layout, host.local.rooms.store)
         await work.compute()
         assert sums(host, "oak") == {None}
         assert work.todo() == []
@@ -290,10 +315,12 @@ async def test_a_damaged_file_is_not_blessed(make_host: HostFactory, monkeypatch
 
 
 async def test_a_digest_is_not_recorded_for_another_file(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The instance came by another mem-file while its old one was hashed: what was read is not what it has now. Nor is a digest changed that is known."""
+    """If the instance gets another mem-file while its old one is hashed, the old digest is not
+    recorded. A recorded digest is not changed either.
+    """
     oak = await make(fake_host, State.STANDBY)
     await hashed(fake_host)
-    store, memory = fake_host.rooms.store, memory_of(fake_host, oak)
+    store, memory = fake_host.local.rooms.store, memory_of(fake_host, oak)
     assert oak.mem_file
     assert store.record_sha256(oak.id, oak.mem_file.inode, "0" * 64) is False
     store.save(oak)  # without its digest
@@ -303,20 +330,20 @@ async def test_a_digest_is_not_recorded_for_another_file(fake_host: AsyncHost, m
         digest = read(path, **options)
         clone_file(memory, memory.with_name("other"), mode=0o444)
         memory.with_name("other").rename(memory)
-        assert oak.mem_file
-        now = msgspec.structs.replace(oak.mem_file, inode=memory.stat().st_ino)
-        store.save(msgspec.structs.replace(oak, mem_file=now))
+        assert oak.capture
+        now = msgspec.structs.replace(oak.capture.mem_file, inode=memory.stat().st_ino)
+        store.save(msgspec.structs.replace(oak, capture=msgspec.structs.replace(oak.capture, mem_file=now)))
         return digest
 
     monkeypatch.setattr(memfile, "sha256", overtaken)
-    work = digests.Digests(fake_host.rooms.layout, store)
+    work = digests.Digests(fake_host.local.rooms.layout, store)
     monkeypatch.setattr(work, "todo", iter([work.todo(), []]).__next__)
     await work.compute()
     assert sums(fake_host, "oak") == {None}
 
 
-def test_holes_are_hashed_as_the_zeros_that_they_are(tmp_path: Path) -> None:
-    """The digest of a sparse file is the plain one, whoever computes it."""
+def test_holes_are_hashed_as_zeros(tmp_path: Path) -> None:
+    """The digest of a sparse file equals that of the same file without holes."""
     sparse, dense = tmp_path / "sparse", tmp_path / "dense"
     with sparse.open("wb") as file:
         file.seek(3 * MIB + 5)
@@ -329,11 +356,18 @@ def test_holes_are_hashed_as_the_zeros_that_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("then", ["stopped", "removed"])
 async def test_a_late_digest_leaves_the_lock_of_a_living_instance(fake_host: AsyncHost, then: str) -> None:
-    """Who has no captured memory any more is still there: without the file of its lock, two would hold it at once. Only a removed one has none."""
+    """A late digest removes the lock file of a removed instance only.
+
+    Without its lock file, two processes could hold a living instance at once.
+    """
     oak = await make(fake_host, State.STANDBY)
     assert oak.mem_file is not None
-    await fake_host.restore("oak")
-    await (fake_host.stop("oak", grace_s=0) if then == "stopped" else fake_host.rm("oak"))
-    rooms = fake_host.rooms
+    await fake_host.call(RestoreRequest(instance="oak"))
+    await (
+        fake_host.call(StopRequest(instance="oak", grace_s=0))
+        if then == "stopped"
+        else fake_host.call(RmRequest(instance="oak"))
+    )
+    rooms = fake_host.local.rooms
     assert not await digests.record(rooms.layout, rooms.store, oak, oak.mem_file.inode, "0" * 64, deadline_s=5)
     assert rooms.layout.lock(oak.id).exists() == (then == "stopped")

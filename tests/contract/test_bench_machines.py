@@ -1,4 +1,4 @@
-"""The machines of a benchmark go away with it, whatever happens."""
+"""A benchmark's machines are removed when it ends, even when it fails."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ import contextlib
 
 import pytest
 
-from coppice.bench.trial import tagged
-from coppice.errors import Busy
-from coppice.host import AsyncHost
-from coppice.host.base import Reference
-from coppice.model import Instance
+from bench import trial
+from bench.trial import Guest, tagged
+from coppice.client import AsyncHost
+from coppice.errors import Busy, NotFound
+from coppice.host.removal import Removal
+from coppice.model import MIB
+from coppice.requests import GetRequest, RmRequest
 from fakes.hosting import assert_tidy, boot
+from fakes.rooms import IMAGE
 
 
-async def test_a_machine_that_stays_keeps_no_other(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that somebody else holds is said, and the rest of the run's machines do not run on for it."""
-    rm = fake_host.rm
+async def test_a_machine_that_cannot_be_removed_keeps_no_other(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that another process holds is reported, and the other machines of the benchmark are
+    removed all the same.
+    """
+    rm = fake_host.local.group(Removal).rm
 
-    async def removed(reference: Reference) -> None:
-        if isinstance(reference, Instance) and reference.name == "fir":
-            raise Busy("somebody holds it", hint="wait")
-        await rm(reference)
+    async def removed(request: RmRequest) -> None:
+        if (await fake_host.call(GetRequest(instance=request.instance))).name == "fir":
+            raise Busy("another process holds it", hint="wait")
+        await rm(request)
 
-    monkeypatch.setattr(fake_host, "rm", removed)
+    monkeypatch.setattr(fake_host.local.group(Removal), "rm", removed)
     async with contextlib.AsyncExitStack() as stack:
         tags = await stack.enter_async_context(tagged(fake_host))
         for name in ("elm", "fir"):
@@ -31,3 +38,10 @@ async def test_a_machine_that_stays_keeps_no_other(fake_host: AsyncHost, monkeyp
         with pytest.raises(Busy):
             await stack.aclose()
     await assert_tidy(fake_host, "fir")
+
+
+async def test_the_guest_kernel_can_be_chosen(fake_host: AsyncHost) -> None:
+    """A kernel that the data directory lacks is refused by name, so the choice is used."""
+    guest = Guest(image=IMAGE, kernel="f00dfeed", memory_bytes=64 * MIB)
+    with pytest.raises(NotFound, match="f00dfeed"):
+        await trial.boot(fake_host, guest, {})

@@ -1,4 +1,4 @@
-"""The fake driver keeps the contract of every driver: what is tested with it holds for the real ones."""
+"""The fake driver keeps the contract of every driver, so tests with it hold for the real ones."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from coppice.disk.overlay import OverlayStore
-from coppice.images.catalog import ImageCatalog
-from coppice.store.layout import Layout
+from coppice.content.overlay import OverlayStore
+from coppice.model.network import Nic, NicBackend
+from coppice.state.layout import Layout
 from coppice.vmm.driver import VmmDriver
-from driver_contract import Bench, DriverContract
+from driver_bench import Bench
+from driver_contract import DriverContract
 from fakes.driver import FakeDriver
 from fakes.records import MACHINE
 from fakes.rooms import IMAGE
+from image_archives import open_catalog
+
+NIC = Nic(backend=NicBackend.USER_MODE, mac="02:00:00:00:00:01")
 
 
 class TestFakeDriver(DriverContract):
-    """All of the contract, with the fake."""
+    """The whole contract, checked with the fake driver."""
 
-    @pytest.fixture
-    async def bench(self, fake_vmm: Path, fake_home: Path) -> AsyncIterator[Bench]:
+    @pytest.fixture(params=[(NIC,), ()], ids=["user", "none"])
+    async def bench(self, fake_vmm: Path, fake_home: Path, request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
         """Fake machines in a data directory without a host."""
         layout = Layout(fake_home)
-        images = ImageCatalog(layout.images)
+        images = open_catalog(fake_home)
         made: list[FakeDriver] = []
 
         def make_driver() -> VmmDriver:
@@ -41,6 +45,7 @@ class TestFakeDriver(DriverContract):
             stub=(layout.kernels / "stub.kernel", layout.kernels / "stub.initrd"),
             overlays=OverlayStore(layout.overlays),
             patience_s=10.0,
+            nics=request.param,
         )
         for driver in made:
             await driver.end(layout.instances)

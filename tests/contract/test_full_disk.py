@@ -1,4 +1,4 @@
-"""A disk without a single free block: what is there can be seen and removed, what is new is refused, and nothing is half-made."""
+"""On a disk without a free block, instances can be listed and removed, and new work is refused."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from coppice.client import AsyncHost
 from coppice.errors import NoSpace
-from coppice.host import AsyncHost
 from coppice.model import State
-from coppice.store.database import Database
+from coppice.requests import LsRequest, PromoteRequest, RmRequest
+from coppice.state.database import Database
 from fakes.driver import FakeDriver
 from fakes.hosting import assert_tidy, boot, make
 from fakes.rooms import DEADLINES, open_rooms
+
+pytestmark = pytest.mark.usefixtures("personality")
 
 
 def run(*command: str) -> None:
@@ -24,7 +27,7 @@ def run(*command: str) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, small enough to be filled."""
+    """A separate file system that is small enough to fill."""
     image, mount = tmp_path / "image", tmp_path / "mount"
     with image.open("wb") as file:
         file.truncate(160 << 20)
@@ -36,7 +39,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Take every block that there is."""
+    """Write until no block is free."""
     with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
         size = 1 << 20
         while True:
@@ -52,22 +55,24 @@ def host_on(disk: Path, driver: FakeDriver) -> AsyncHost:
     return AsyncHost(disk / "home", driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
 
 
-async def test_a_full_disk_can_be_looked_at_and_made_room_on(small_disk: Path, seed_home: Path, fake_vmm: Path) -> None:
-    """No host is open, so SQLite has to make its files anew; and a removal has to be recorded where nothing can be written."""
+async def test_a_host_on_a_full_disk_can_list_and_remove(small_disk: Path, seed_home: Path, fake_vmm: Path) -> None:
+    """No host is open, so SQLite must create its files again, and the removal must be recorded on
+    the full disk.
+    """
     run("cp", "-a", "--sparse=always", str(seed_home), str(small_disk / "home"))
     driver = FakeDriver(fake_vmm)
     async with host_on(small_disk, driver) as host:
         for name in ("oak", "elm"):
             await make(host, State.STANDBY, name)
-        await host.promote("oak")
+        await host.call(PromoteRequest(instance="oak"))
     fill(small_disk)
     async with host_on(small_disk, driver) as host:
-        assert [instance.name for instance in await host.ls()] == ["oak", "elm"]
+        assert [instance.name for instance in await host.call(LsRequest())] == ["oak", "elm"]
     async with host_on(small_disk, driver) as host:
         with pytest.raises(NoSpace):
             await boot(host, "ash")
         await assert_tidy(host, "oak", "elm")
-        await host.rm("elm")
+        await host.call(RmRequest(instance="elm"))
         await assert_tidy(host, "oak")
     (small_disk / "filler").unlink()
     async with host_on(small_disk, driver) as host:
@@ -77,12 +82,12 @@ async def test_a_full_disk_can_be_looked_at_and_made_room_on(small_disk: Path, s
     assert (small_disk / "home" / "coppice.db-reserve").stat().st_blocks > 0
 
 
-def test_without_its_reserve_it_says_what_is_the_matter(small_disk: Path) -> None:
-    """A full disk is said to be one, also where it is the index of the log that finds no room: exit code 5, and what to do."""
+def test_a_full_disk_without_a_reserve_is_reported_as_such(small_disk: Path) -> None:
+    """The error is NoSpace with a hint, even if only the log's index lacks space."""
     Database(small_disk / "coppice.db").close()
     (small_disk / "coppice.db-reserve").unlink()
     fill(small_disk)
-    with pytest.raises(NoSpace, match="no space") as caught:
+    with pytest.raises(NoSpace, match="no disk space") as caught:
         Database(small_disk / "coppice.db")
     assert caught.value.exit_code == 5
     assert caught.value.hint

@@ -1,6 +1,7 @@
-"""Several processes do generated histories to one source at once: what each is told is explained by some order of one after the other.
+"""Several processes run generated histories on one source at once; some serial order must explain
+all outcomes.
 
-Between processes, and not only between hosts of one: SQLite and flock know the difference.
+The hosts are in separate processes, because SQLite and flock treat one process differently.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coppice.host import AsyncHost
+from coppice.client import AsyncHost
+from coppice.requests import LsRequest, RmRequest
 from fakes.driver import FakeDriver
 from fakes.hosting import assert_tidy
 from fakes.rooms import DEADLINES, open_rooms, plant
@@ -26,8 +28,8 @@ PROCESSES = 3
 
 
 @pytest.fixture(scope="module")
-def processes(fake_vmm: Path) -> Iterator[Processes]:
-    """They live as long as this module."""
+def processes(fake_vmm: Path, personality: str) -> Iterator[Processes]:
+    """A pool of processes that lives as long as this module."""
     with Processes(PROCESSES, fake_vmm=fake_vmm) as pool:
         yield pool
 
@@ -49,7 +51,9 @@ HISTORIES = st.lists(st.lists(CALLS, min_size=3, max_size=8), min_size=PROCESSES
 def test_every_history_is_explained_by_some_order(
     processes: Processes, seed_home: Path, fake_vmm: Path, histories: list[list[Call]], state: str
 ) -> None:
-    """No outcome is impossible, nobody waits for ever, and what is left at the end is whole and is what that order leaves."""
+    """No outcome is impossible, no call waits for ever, and the instances that are left are whole
+    and match that order.
+    """
     directory = Path(tempfile.mkdtemp(prefix="history-", dir=seed_home.parent))
     home = directory / "home"
     plant(seed_home, home)
@@ -62,41 +66,43 @@ def test_every_history_is_explained_by_some_order(
 
 
 async def settled(home: Path, fake_vmm: Path) -> World:
-    """What is there when all is done; it is tidy, and is removed."""
+    """Return the state that the histories left, check that it is tidy, and remove everything."""
     driver = FakeDriver(fake_vmm)
     async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms) as host:
-        found = {vm.name: vm for vm in await host.ls()}
+        found = {vm.name: vm for vm in await host.call(LsRequest())}
         await assert_tidy(host, *found)
         last = World(
             source=found[SOURCE].state.value if SOURCE in found else None, forks=frozenset(found.keys() - {SOURCE})
         )
-        for vm in reversed(await host.ls()):
-            await host.rm(vm)
+        for vm in reversed(await host.call(LsRequest())):
+            await host.call(RmRequest(instance=vm.id))
         await assert_tidy(host)
     return last
 
 
 def done(what: str, outcome: str, begin: float, end: float, name: str = SOURCE) -> Done:
-    """One operation with its times."""
+    """Return one operation with its outcome and its times."""
     return Done(call=Call(what=what, name=name), outcome=outcome, begin=begin, end=end)
 
 
 @pytest.mark.parametrize(
     ("first", "processes_did", "last", "possible"),
     [
-        # Two demotions at once of a template that is forked between: one order has the fork last.
+        # A demotion overlaps a fork: one order has the fork last.
         ("Template", [[done("demote", "ok", 0, 3)], [done("fork", "ok", 1, 2, "elm")]], World(source="Standby", forks=frozenset({"elm"})), True),
-        # The fork had ended before the demotion began: it must have been refused.
+        # The fork had ended before the demotion began, so the demotion must be refused.
         ("Template", [[done("demote", "ok", 3, 4)], [done("fork", "ok", 1, 2, "elm")]], World(source="Standby", forks=frozenset({"elm"})), False),
-        # Both cannot have removed it.
+        # Two removals of one instance cannot both succeed.
         ("Standby", [[done("rm", "ok", 0, 1)], [done("rm", "ok", 0, 1)]], World(source=None), False),
-        # A capture that was lost.
+        # The instance runs after a standby that succeeded: the capture was lost.
         ("Running", [[done("standby", "ok", 0, 1), done("get", "Running", 2, 3)]], World(source="Standby"), False),
         ("Running", [[done("standby", "ok", 0, 1)], [done("get", "Running", 0, 1)]], World(source="Standby"), True),
-        # What is there at the end counts too.
+        # The final state counts too: the fork is missing.
         ("Standby", [[done("fork", "ok", 0, 1, "elm")]], World(source="Standby"), False),
     ],
 )  # fmt: skip
-def test_the_judge_can_tell(first: str, processes_did: list[list[Done]], last: World, possible: bool) -> None:
-    """A judge that explains everything would prove nothing."""
+def test_the_judge_rejects_impossible_histories(
+    first: str, processes_did: list[list[Done]], last: World, possible: bool
+) -> None:
+    """A judge that explains every history would prove nothing."""
     assert explained(World(source=first), processes_did, last) is possible

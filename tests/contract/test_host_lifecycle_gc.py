@@ -1,4 +1,7 @@
-"""gc: what nothing owns is collected, by name and with its bytes; what is in use, or is just being made, is never touched."""
+"""gc removes what nothing owns, and reports each name and the bytes freed.
+
+It never touches what is in use or being made.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,18 @@ import time
 from collections.abc import Callable
 
 from conftest import HostFactory
-from coppice.host import AsyncHost
+from coppice.client import AsyncHost
 from coppice.model import State
-from coppice.store import locks
+from coppice.requests import ForkRequest, RestoreRequest, SnapshotRequest
+from coppice.state import locks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make, memory_of, snapshot
 from fakes.records import make_instance
 
 
 async def leave_behind(host: AsyncHost) -> list[str]:
-    """All that gc is for; returns the names that it should report."""
-    layout = host.rooms.layout
+    """Make one of each kind of garbage; return the names that gc should report."""
+    layout = host.local.rooms.layout
     forgotten = await boot(host, "forgotten")
     bare = make_instance()
     (layout.instances / bare.id).mkdir()
@@ -37,9 +41,7 @@ async def leave_behind(host: AsyncHost) -> list[str]:
     probe = layout.home / ".coppice-doctor-x"
     probe.mkdir()
     os.utime(probe, (time.time() - 7200,) * 2)
-    young = layout.overlays / ".ext4.raw.ba9876543210.tmp"
-    young.touch()
-    host.rooms.store.forget(forgotten.id)
+    host.local.rooms.store.forget(forgotten.id)
     assert forgotten.vmm is not None
     paths = (
         layout.instances / forgotten.id,
@@ -52,20 +54,24 @@ async def leave_behind(host: AsyncHost) -> list[str]:
         image_half,
         probe,
     )
-    return [f"process {forgotten.vmm.pid}", *(str(path.relative_to(layout.home)) for path in paths)]
+    gone = [f"process {forgotten.vmm.pid}", f"network of {forgotten.id}"]
+    return [*gone, *(str(path.relative_to(layout.home)) for path in paths)]
 
 
 async def test_gc_removes_what_nothing_owns_and_only_that(fake_host: AsyncHost) -> None:
-    """Each thing by its name, with the bytes; twice finds nothing; what is in use is as before."""
+    """gc reports each thing by name, with the bytes.
+
+    A second run finds nothing, and what is in use is unchanged.
+    """
     source = await make(fake_host, State.TEMPLATE)
-    await fake_host.fork("oak", names=["elm"])
+    await fake_host.call(ForkRequest(instance="oak", names=["elm"]))
     kept = {path: found for path, found in snapshot(fake_host)[0].items() if source.id in path}
     expected = await leave_behind(fake_host)
-    report = await fake_host.gc()
+    with fake_host.local.rooms.overlays.content.staging() as at_work:
+        report = await fake_host.gc()
+        assert at_work.is_dir()
     assert sorted(report.removed) == sorted(expected)
     assert report.bytes_freed >= 8192
-    young = [path.name for path in fake_host.rooms.layout.overlays.iterdir() if path.name.endswith(".tmp")]
-    assert young == [".ext4.raw.ba9876543210.tmp"]
     await assert_tidy(fake_host, "oak", "elm")
     assert {path: found for path, found in snapshot(fake_host)[0].items() if source.id in path} == kept
     assert await ask(fake_host, "elm", "hostname") == "elm"
@@ -73,7 +79,7 @@ async def test_gc_removes_what_nothing_owns_and_only_that(fake_host: AsyncHost) 
 
 
 async def test_a_dry_run_says_the_same_and_removes_nothing(fake_host: AsyncHost) -> None:
-    """Not even a lock file comes or goes."""
+    """Not even a lock file is made or removed."""
     expected = await leave_behind(fake_host)
     before = snapshot(fake_host)
     report = await fake_host.gc(dry_run=True)
@@ -86,12 +92,12 @@ async def test_a_dry_run_says_the_same_and_removes_nothing(fake_host: AsyncHost)
 async def test_gc_leaves_alone_what_is_being_made(
     fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver
 ) -> None:
-    """At each step of a run and of a fork another host collects garbage: the instance becomes whole all the same."""
+    """Another host runs gc at each step of a run and of a fork, and both still succeed."""
     work: list[tuple[str, Callable[[], asyncio.Task[object]]]] = [
         ("boot", lambda: asyncio.create_task(boot(fake_host, "a"))),
         ("identity", lambda: asyncio.create_task(boot(fake_host, "b"))),
-        ("manifest", lambda: asyncio.create_task(fake_host.fork("oak", names=["c"]))),
-        ("restored", lambda: asyncio.create_task(fake_host.fork("oak", names=["d"]))),
+        ("manifest", lambda: asyncio.create_task(fake_host.call(ForkRequest(instance="oak", names=["c"])))),
+        ("restored", lambda: asyncio.create_task(fake_host.call(ForkRequest(instance="oak", names=["d"])))),
     ]
     await make(fake_host, State.TEMPLATE)
     async with make_host() as other:
@@ -107,12 +113,14 @@ async def test_gc_leaves_alone_what_is_being_made(
         assert await ask(fake_host, name, "hostname") == name
 
 
-async def test_what_a_check_was_killed_over_is_collected(fake_host: AsyncHost) -> None:
-    """Beside the disk of a template or snapshot, which are never started, it would stay as long as they do; what is at work is left alone."""
+async def test_gc_removes_the_copy_of_a_killed_check(fake_host: AsyncHost) -> None:
+    """Templates and snapshots are never started, so a copy next to their disk would stay as long as
+    they do. A copy of a check at work is kept.
+    """
     oak = await make(fake_host, State.TEMPLATE)
     elm = await make(fake_host, State.STOPPED, "elm")
-    kept = await fake_host.snapshot_create("oak", name="kept")
-    layout = fake_host.rooms.layout
+    kept = await fake_host.call(SnapshotRequest(instance="oak", name="kept"))
+    layout = fake_host.local.rooms.layout
     left = [
         directory / ".overlay.raw.0123456789ab.tmp"
         for directory in (layout.instance(oak.id), layout.snapshot(kept.id), layout.instance(elm.id))
@@ -120,7 +128,7 @@ async def test_what_a_check_was_killed_over_is_collected(fake_host: AsyncHost) -
     for path in left:
         path.write_bytes(b"x" * 4096)
     expected = sorted(str(path.relative_to(layout.home)) for path in left[:2])
-    held = locks.try_lock(layout.lock(elm.id), shared=True)  # as a check of its disk has it
+    held = locks.try_lock(layout.lock(elm.id), shared=True)  # as a check of its disk holds it
     assert held is not None
     try:
         assert sorted((await fake_host.gc(dry_run=True)).removed) == expected
@@ -135,14 +143,16 @@ async def test_what_a_check_was_killed_over_is_collected(fake_host: AsyncHost) -
 
 
 async def test_memory_is_freed_with_its_last_link(fake_host: AsyncHost) -> None:
-    """The file system's link count is the garbage collector: gc reports no bytes for a file that others still share."""
+    """The file system's link count is the garbage collector: gc counts no bytes for a file that
+    others still share.
+    """
     source = await make(fake_host, State.STANDBY)
-    (elm,) = (await fake_host.fork("oak", names=["elm"], target=State.STANDBY)).instances
+    (elm,) = (await fake_host.call(ForkRequest(instance="oak", names=["elm"], target=State.STANDBY))).instances
     memory = memory_of(fake_host, elm)
     assert memory.stat().st_nlink == 2
-    fake_host.rooms.store.forget(source.id)
+    fake_host.local.rooms.store.forget(source.id)
     report = await fake_host.gc()
     assert f"instances/{source.id}" in report.removed
     assert report.bytes_freed < memory.stat().st_blocks * 512
     assert memory.stat().st_nlink == 1
-    await fake_host.restore("elm")
+    await fake_host.call(RestoreRequest(instance="elm"))

@@ -1,4 +1,4 @@
-"""What can go wrong between two lines: a commit that is cancelled, an error of the operating system, a file that is gone, a guest that means harm."""
+"""Hazards between two steps: a cancelled commit, an OS error, a missing file, a hostile guest."""
 
 from __future__ import annotations
 
@@ -15,13 +15,26 @@ import msgspec
 import pytest
 
 from conftest import HostFactory
+from coppice.client import AsyncHost
 from coppice.errors import IntegrityError, NoSpace, UsageError, VmmError, VmmTimeout
-from coppice.host import AsyncHost
-from coppice.instance import capture, destroy, recovery
-from coppice.instance.rooms import Rooms
+from coppice.host import recovery
+from coppice.machine import destroy
+from coppice.machine import directory as directories
+from coppice.machine.rooms import Rooms
 from coppice.model import Instance, Publish, State
-from coppice.store import locks
-from coppice.store.store import Store
+from coppice.requests import (
+    ExecRequest,
+    ForkRequest,
+    GetRequest,
+    LsRequest,
+    RestoreRequest,
+    RmRequest,
+    StandbyRequest,
+    StopRequest,
+)
+from coppice.state import locks
+from coppice.state.journal import JournalOperation
+from coppice.state.store import Store
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
 from coppice.vmm.process import start_ticks
@@ -33,21 +46,21 @@ from fakes.rooms import DEADLINES, open_rooms
 # Captures
 
 
-async def test_a_commit_that_is_cancelled_is_a_commit(
+async def test_a_cancelled_commit_counts(
     fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guest does not run for one instant after it: a host that then died would take a capture for whole whose disk has moved on."""
+    """After the commit the guest must not run: its disk would no longer match the capture."""
     await boot(fake_host)
-    store, loop = fake_host.rooms.store, asyncio.get_running_loop()
+    store, loop = fake_host.local.rooms.store, asyncio.get_running_loop()
     begin = store.begin
 
-    def cancelled_commit(instance: Instance, operation: str) -> None:
+    def cancelled_commit(instance: Instance, operation: JournalOperation) -> None:
         begin(instance, operation)
-        if operation == capture.COMMITTED:
+        if operation == JournalOperation.STANDBY_COMMIT:
             loop.call_soon_threadsafe(task.cancel)
 
     monkeypatch.setattr(store, "begin", cancelled_commit)
-    task = asyncio.create_task(fake_host.standby("oak"))
+    task = asyncio.create_task(fake_host.call(StandbyRequest(instance="oak")))
     with pytest.raises(asyncio.CancelledError):
         await task
     assert driver.faults.reached["resume"] == 0
@@ -58,7 +71,7 @@ async def test_a_commit_that_is_cancelled_is_a_commit(
 async def test_the_disk_of_a_capture_survives_a_power_cut(
     fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mem-file is synced; without the disk of the same instant it would be restored onto a file system that it does not know."""
+    """The disk is synced too; memory restored on an older disk would corrupt its file system."""
     oak = await boot(fake_host)
     synced: set[int] = set()
     fsync = os.fsync
@@ -68,19 +81,19 @@ async def test_the_disk_of_a_capture_survives_a_power_cut(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", recorded)
-    await fake_host.standby("oak")
-    directory = fake_host.rooms.directory(oak.id)
+    await fake_host.call(StandbyRequest(instance="oak"))
+    directory = fake_host.local.rooms.directory(oak.id)
     for name in (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK):
         assert (directory / name).stat().st_ino in synced
 
 
 @pytest.mark.parametrize("source", [State.TEMPLATE, State.RUNNING])
-async def test_a_fork_that_is_kept_survives_a_power_cut(
+async def test_a_captured_fork_survives_a_power_cut(
     fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, source: State
 ) -> None:
-    """Its record can be durable at any moment, as by the sync of another's: memory or disk with holes in them would then be taken for whole."""
+    """The record may become durable at any moment, so memory and disk are synced before it."""
     await make(fake_host, source)
-    store, save, fsync = fake_host.rooms.store, fake_host.rooms.store.save, os.fsync
+    store, save, fsync = fake_host.local.rooms.store, fake_host.local.rooms.store.save, os.fsync
     synced: set[int] = set()
     synced_before: dict[str, set[int]] = {}
 
@@ -88,45 +101,49 @@ async def test_a_fork_that_is_kept_survives_a_power_cut(
         synced.add(os.fstat(descriptor).st_ino)
         fsync(descriptor)
 
-    def saved(instance: Instance, *, done: bool = False) -> None:
+    def saved(instance: Instance, *, done: bool = False, durable: bool = False) -> None:
         synced_before[instance.name] = set(synced)
-        save(instance, done=done)
+        save(instance, done=done, durable=durable)
 
     monkeypatch.setattr(os, "fsync", recorded)
     monkeypatch.setattr(store, "save", saved)
     running = source is State.RUNNING
-    report = await fake_host.fork("oak", names=["elm"], target=State.STANDBY, from_running=running)
+    report = await fake_host.call(
+        ForkRequest(instance="oak", names=["elm"], target=State.STANDBY, from_running=running)
+    )
     (elm,) = report.instances
-    directory = fake_host.rooms.directory(elm.id)
+    directory = fake_host.local.rooms.directory(elm.id)
     for path in (directory, *(directory / name for name in (files.MEMORY, files.VMSTATE, files.OVERLAY_DISK))):
         assert path.stat().st_ino in synced_before["elm"], path
 
 
-async def test_a_guest_that_cannot_be_resumed_is_said_to_be_paused(fake_host: AsyncHost, driver: FakeDriver) -> None:
-    """It is not called Running while its CPUs stand still; capturing and restoring it lets it run on."""
+async def test_a_guest_that_cannot_be_resumed_is_paused(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """Its state is Paused, not Running; a standby and a restore let it run on."""
     await boot(fake_host)
     await ask(fake_host, "oak", "remember", "key", "value")
-    driver.faults.fail_at("save_devices")
+    driver.faults.fail_at("save")
     driver.faults.fail_at("resume", error=lambda: VmmTimeout("it does not answer", hint="wait"))
-    with pytest.raises(Exception, match="save_devices is planned to fail"):
-        await fake_host.standby("oak")
-    assert (await fake_host.get("oak")).state is State.PAUSED
-    await fake_host.standby("oak")
-    await fake_host.restore("oak")
+    with pytest.raises(Exception, match="save is planned to fail"):
+        await fake_host.call(StandbyRequest(instance="oak"))
+    assert (await fake_host.call(GetRequest(instance="oak"))).state is State.PAUSED
+    await fake_host.call(StandbyRequest(instance="oak"))
+    await fake_host.call(RestoreRequest(instance="oak"))
     assert await ask(fake_host, "oak", "recall", "key") == "value"
 
 
-async def test_a_command_that_never_notices_the_end_keeps_nobody_from_a_restore(fake_host: AsyncHost) -> None:
-    """`coppice exec vm -- yes | less` does not read its port while nobody scrolls, and holds its lock long after the VMM is gone."""
+async def test_a_stuck_command_does_not_block_a_restore(fake_host: AsyncHost) -> None:
+    """A command that stops reading its port holds the port's lock long after the VMM is gone."""
     oak = await boot(fake_host)
     await ask(fake_host, "oak", "remember", "key", "value")
-    port = os.open(fake_host.rooms.directory(oak.id) / "port1.lock", os.O_RDWR | os.O_CREAT)
+    await fake_host.local.rooms.ports(oak).close_idle()  # this process holds the port a little longer
+    port = os.open(fake_host.local.rooms.directory(oak.id) / "port1.lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(port, fcntl.LOCK_EX)
-        standby, _ = await fake_host.standby("oak")
-        assert standby.open_ports == (1,)
+        standby = (await fake_host.call(StandbyRequest(instance="oak"))).instance
+        assert standby.capture
+        assert standby.capture.open_ports == (1,)
         async with asyncio.timeout(DEADLINES.ready / 2):
-            await fake_host.restore("oak")
+            await fake_host.call(RestoreRequest(instance="oak"))
     finally:
         os.close(port)
     assert await ask(fake_host, "oak", "recall", "key") == "value"
@@ -136,15 +153,15 @@ async def test_a_command_that_never_notices_the_end_keeps_nobody_from_a_restore(
 
 
 def no_room() -> OSError:
-    """What a full disk says where nobody has translated it yet."""
+    """Return the error of a full disk before any layer translates it."""
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-async def test_a_full_disk_takes_one_fork_and_not_its_siblings(fake_host: AsyncHost, driver: FakeDriver) -> None:
-    """A log, a socket, a lock: any of them may find no room. That is a child's own failure, with the error that says so."""
+async def test_a_fork_that_fails_on_a_full_disk_spares_its_siblings(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """A log, socket or lock without space is one child's failure, with an error that says so."""
     await make(fake_host, State.TEMPLATE)
     driver.faults.fail_at("restore", nth=2, error=no_room)
-    report = await fake_host.fork("oak", names=["elm", "fir", "yew"], count=3)
+    report = await fake_host.call(ForkRequest(instance="oak", names=["elm", "fir", "yew"], count=3))
     assert sorted(result.error_code or "" for result in report.results) == ["", "", NoSpace.code]
     await assert_tidy(fake_host, "oak", *(instance.name for instance in report.instances))
 
@@ -152,28 +169,30 @@ async def test_a_full_disk_takes_one_fork_and_not_its_siblings(fake_host: AsyncH
 async def test_a_fork_without_room_for_its_lock_leaves_nothing(
     fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is recorded before it is held: its name and its place in the budgets are free again at once, not only when this process has ended."""
+    """The fork was recorded first; its name and its budget are free again at once."""
     oak = await make(fake_host, State.TEMPLATE)
-    own, try_lock = fake_host.rooms.layout.lock(oak.id), locks.try_lock
+    own, take = fake_host.local.rooms.layout.lock(oak.id), locks._Place.take
     others: list[Path] = []
 
-    def without_room(path: Path, *, shared: bool = False) -> int | None:
-        if path != own:
-            others.append(path)
+    def without_room(place: locks._Place, *, queue: bool) -> int | None:
+        if place._path != own:
+            others.append(place._path)
             if len(others) == 2:
                 raise no_room()
-        return try_lock(path, shared=shared)
+        return take(place, queue=queue)
 
     with monkeypatch.context() as patch:
-        patch.setattr(locks, "try_lock", without_room)
-        report = await fake_host.fork("oak", names=["elm", "fir", "yew"], count=3)
+        patch.setattr(locks._Place, "take", without_room)
+        report = await fake_host.call(ForkRequest(instance="oak", names=["elm", "fir", "yew"], count=3))
     assert sorted(result.error_code or "" for result in report.results) == ["", "", NoSpace.code]
     await assert_tidy(fake_host, "oak", *(instance.name for instance in report.instances))
 
 
 @pytest.mark.parametrize("operation", ["run", "restore", "standby"])
-async def test_a_full_disk_is_said_to_be_one(fake_host: AsyncHost, driver: FakeDriver, operation: str) -> None:
-    """Exit code 5 and what to do, not a traceback."""
+async def test_a_full_disk_is_reported_as_such(
+    fake_host: AsyncHost, driver: FakeDriver, operation: JournalOperation
+) -> None:
+    """The error has exit code 5 and a hint, instead of a traceback."""
     failing: Coroutine[Any, Any, object]
     match operation:
         case "run":
@@ -182,11 +201,11 @@ async def test_a_full_disk_is_said_to_be_one(fake_host: AsyncHost, driver: FakeD
         case "restore":
             await make(fake_host, State.STANDBY)
             driver.faults.fail_at("restore", error=no_room)
-            failing = fake_host.restore("oak")
+            failing = fake_host.call(RestoreRequest(instance="oak"))
         case _:
             await boot(fake_host)
-            driver.faults.fail_at("save_devices", error=no_room)
-            failing = fake_host.standby("oak")
+            driver.faults.fail_at("save", error=no_room)
+            failing = fake_host.call(StandbyRequest(instance="oak"))
     with pytest.raises(NoSpace) as failure:
         await failing
     assert failure.value.hint
@@ -194,24 +213,24 @@ async def test_a_full_disk_is_said_to_be_one(fake_host: AsyncHost, driver: FakeD
 
 
 def store_of_the_dead(host: AsyncHost) -> Store:
-    """The database as a process that is dead now had it open."""
+    """Return the database as opened by a process that has since died."""
     process = subprocess.Popen(["sleep", "100"])
-    store = Store(host.rooms.layout.database, (process.pid, start_ticks(process.pid) or 0))
+    store = Store(host.local.rooms.layout.database, (process.pid, start_ticks(process.pid) or 0))
     process.kill()
     process.wait()
     return store
 
 
-async def test_a_lock_that_cannot_be_had_does_not_bar_the_data_directory(
+async def test_an_unusable_lock_does_not_block_the_data_directory(
     fake_host: AsyncHost, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may have left one in an ordinary user's data directory, or there is no room for a file: the others are served all the same."""
+    """A lock may belong to root or lack space; the other instances work all the same."""
     oak = await make(fake_host, State.STOPPED)
     await make(fake_host, State.STOPPED, "elm")
     dead = store_of_the_dead(fake_host)
-    dead.begin(oak, "start")
+    dead.begin(oak, JournalOperation.START)
     dead.close()
-    layout, try_lock = fake_host.rooms.layout, locks.try_lock
+    layout, try_lock = fake_host.local.rooms.layout, locks.try_lock
     unrecorded = layout.lock(make_instance().id)
     unrecorded.touch()
 
@@ -229,12 +248,12 @@ async def test_a_lock_that_cannot_be_had_does_not_bar_the_data_directory(
     await assert_tidy(fake_host, "oak", "elm")
 
 
-async def test_a_process_that_is_not_shown_may_be_at_work(
+async def test_a_hidden_process_may_be_at_work(
     fake_host: AsyncHost, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where /proc is mounted with hidepid=1, a pid of another user's cannot be looked at: what it may be doing is left to it, and nothing else fails."""
+    """With hidepid=1 other users' processes are hidden; their operations are left alone."""
     oak = await make(fake_host, State.STOPPED)
-    fake_host.rooms.store.begin(oak, "start")
+    fake_host.local.rooms.store.begin(oak, JournalOperation.START)
 
     def hidden(pid: int) -> int | None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), f"/proc/{pid}/stat")
@@ -243,42 +262,42 @@ async def test_a_process_that_is_not_shown_may_be_at_work(
         patch.setattr(recovery, "start_ticks", hidden)
         async with make_host() as other:
             assert [instance.name for instance in await other.ls()] == ["oak"]
-    assert [entry.operation for entry in fake_host.rooms.store.journal()] == ["start"]
+    assert [entry.operation for entry in fake_host.local.rooms.store.journal()] == ["start"]
 
 
 @pytest.mark.parametrize("gone", [files.MEMORY, files.VMSTATE, files.OVERLAY_DISK])
-async def test_files_that_somebody_removed_do_not_bar_the_data_directory(
+async def test_missing_files_do_not_block_the_data_directory(
     fake_host: AsyncHost, make_host: HostFactory, gone: str
 ) -> None:
-    """A committed capture that can never be finished: the others are served, this one is Stopped and can be removed."""
+    """An instance whose committed capture has lost files is Stopped and can be removed."""
     oak = await make(fake_host, State.STANDBY)
-    directory = fake_host.rooms.directory(oak.id)
+    directory = fake_host.local.rooms.directory(oak.id)
     store = await asyncio.to_thread(store_of_the_dead, fake_host)
-    store.begin(msgspec.structs.replace(oak, state=State.RUNNING), capture.COMMITTED)
+    store.begin(msgspec.structs.replace(oak, state=State.RUNNING), JournalOperation.STANDBY_COMMIT)
     store.close()
     (directory / gone).unlink()
     async with make_host() as host:
-        assert [found.state for found in await host.ls()] == [State.STOPPED]
-        await host.rm("oak")
+        assert [found.state for found in await host.call(LsRequest())] == [State.STOPPED]
+        await host.call(RmRequest(instance="oak"))
         await assert_tidy(host)
 
 
 async def test_a_run_is_recorded_before_its_lock_is_made(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Record first, act second: a host that dies between the two leaves no lock file that only `gc` finds."""
-    create = fake_host.rooms.store.create
+    """A host that dies between the two leaves no lock file that only `gc` finds."""
+    create = fake_host.local.rooms.store.create
 
-    def looked_at(instances: list[Instance], operation: str, check: Callable[[], None]) -> list[Instance]:
-        assert list(fake_host.rooms.layout.locks.iterdir()) == []
+    def looked_at(instances: list[Instance], operation: JournalOperation, check: Callable[[], None]) -> list[Instance]:
+        assert list(fake_host.local.rooms.layout.locks.iterdir()) == []
         return create(instances, operation, check)
 
-    monkeypatch.setattr(fake_host.rooms.store, "create", looked_at)
+    monkeypatch.setattr(fake_host.local.rooms.store, "create", looked_at)
     await boot(fake_host, start=False)
 
 
 async def test_a_host_that_cannot_be_opened_is_closed(
     fake_home: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`async with` does not close what it could not open: no database stays open."""
+    """`async with` does not close a host that failed to open: `open` closes the database."""
 
     async def fails(*_: object, **__: object) -> list[str]:
         raise no_room()
@@ -288,45 +307,46 @@ async def test_a_host_that_cannot_be_opened_is_closed(
     with pytest.raises(OSError, match="No space"):
         await host.open()
     with pytest.raises(RuntimeError, match="open the host first"):
-        _ = host.rooms
+        _ = host.local.rooms
 
 
 # Memory and disk of one instant
 
 
 @pytest.mark.parametrize("operation", ["restore", "fork", "fork to standby"])
-async def test_memory_is_not_used_with_a_disk_that_has_moved_on(fake_host: AsyncHost, operation: str) -> None:
-    """Somebody mounted it, or a VMM that nobody knows of ran on it: the guest would find another file system than it remembers."""
+async def test_memory_is_not_used_with_a_changed_disk(fake_host: AsyncHost, operation: JournalOperation) -> None:
+    """A guest restored on a changed disk would find another file system than it remembers."""
     oak = await make(fake_host, State.STANDBY)
-    disk = fake_host.rooms.directory(oak.id) / files.OVERLAY_DISK
+    disk = fake_host.local.rooms.directory(oak.id) / files.OVERLAY_DISK
     with disk.open("r+b") as stream:
-        stream.write(b"somebody was here")
+        stream.write(b"changed")
     if operation == "restore":
-        with pytest.raises(IntegrityError, match="not of one instant"):
-            await fake_host.restore("oak")
+        with pytest.raises(IntegrityError, match="do not belong together"):
+            await fake_host.call(RestoreRequest(instance="oak"))
     else:
         target = State.RUNNING if operation == "fork" else State.STANDBY
-        (result,) = (await fake_host.fork("oak", target=target)).results
+        (result,) = (await fake_host.call(ForkRequest(instance="oak", target=target))).results
         assert result.error_code == IntegrityError.code
     await assert_tidy(fake_host, "oak")
 
 
-async def test_a_fork_resolves_what_was_interrupted_on_its_source(
+async def test_a_fork_resolves_an_interrupted_restore_of_its_source(
     fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver
 ) -> None:
-    """Another host died while it restored the source, after this one was opened: its VMM is not left to write to the disk that is cloned."""
+    """The VMM of a restore whose host died is ended before the disk is cloned."""
     oak = await make(fake_host, State.STANDBY)
     store = await asyncio.to_thread(store_of_the_dead, fake_host)
-    store.begin(oak, "restore")
+    store.begin(oak, JournalOperation.RESTORE)
     store.close()
     launch = Launch(
-        directory=fake_host.rooms.directory(oak.id),
+        directory=fake_host.local.rooms.directory(oak.id),
         machine=oak.machine,
-        mac="02:00:00:00:00:01",
+        disks=directories.disks(oak.machine),
+        nics=await fake_host.local.rooms.networks.attach(oak, driver.capabilities.nic_backends),
         manifest=await driver.manifest(oak.machine),
     )
     started = await driver.restore(launch)
-    report = await fake_host.fork("oak", names=["elm"])
+    report = await fake_host.call(ForkRequest(instance="oak", names=["elm"]))
     assert report.succeeded == 1
     assert not driver.alive(started)
     await assert_tidy(fake_host, "oak", "elm")
@@ -335,10 +355,10 @@ async def test_a_fork_resolves_what_was_interrupted_on_its_source(
 # All or nothing
 
 
-async def test_an_undone_fan_out_is_undone_by_the_next_host_too(
+async def test_the_next_host_can_undo_a_fan_out_too(
     fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host that undoes it may die as well: the journal names also the forks that were whole already."""
+    """The undoing host may die as well, so the journal also names the complete forks."""
     await make(fake_host, State.TEMPLATE)
     journalled: set[str] = set()
     destroyed = destroy.destroy
@@ -352,10 +372,10 @@ async def test_an_undone_fan_out_is_undone_by_the_next_host_too(
     monkeypatch.setattr(destroy, "destroy", looked_at)
     gate = driver.faults.hold_at("restore", nth=2)
     driver.faults.fail_at("restore", nth=2)
-    task = asyncio.create_task(fake_host.fork("oak", names=["elm", "fir"], count=2, atomic=True))
+    task = asyncio.create_task(fake_host.call(ForkRequest(instance="oak", names=["elm", "fir"], count=2, atomic=True)))
     await asyncio.wait_for(gate.reached.wait(), 10)
     async with asyncio.timeout(10):
-        while not [vm for vm in await fake_host.ls() if vm.parent and vm.state is State.RUNNING]:  # noqa: ASYNC110 - it has no event
+        while not [vm for vm in await fake_host.call(LsRequest()) if vm.parent and vm.state is State.RUNNING]:  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0.01)
     gate.release.set()
     with pytest.raises(VmmError):
@@ -365,12 +385,16 @@ async def test_an_undone_fan_out_is_undone_by_the_next_host_too(
 
 
 @pytest.mark.parametrize("operation", ["run", "fork"])
-async def test_a_port_that_is_no_port_is_refused_before_anything_is_made(fake_host: AsyncHost, operation: str) -> None:
-    """The library is a boundary as much as the command line is."""
+async def test_an_invalid_published_port_is_refused_first(fake_host: AsyncHost, operation: JournalOperation) -> None:
+    """The library validates ports as the command line does, before it makes anything."""
     await make(fake_host, State.STANDBY)
     ports = [Publish(host_port=8080, guest_port=80, host_address="0.0.0.0,restrict=off")]
     with pytest.raises(UsageError):
-        await (fake_host.fork("oak", publish=ports) if operation == "fork" else boot(fake_host, "elm", publish=ports))
+        await (
+            fake_host.call(ForkRequest(instance="oak", publish=ports))
+            if operation == "fork"
+            else boot(fake_host, "elm", publish=ports)
+        )
     await assert_tidy(fake_host, "oak")
 
 
@@ -379,41 +403,39 @@ async def test_a_port_that_is_no_port_is_refused_before_anything_is_made(fake_ho
 
 @pytest.fixture
 def full_journal(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From when it is called on, no operation can be begun."""
+    """Return a function that makes each later begin of an operation fail for lack of space."""
 
     def full(*_: object) -> None:
         raise NoSpace("no space for the database", hint="free some")
 
-    return lambda: monkeypatch.setattr(fake_host.rooms.store, "begin", full)
+    return lambda: monkeypatch.setattr(fake_host.local.rooms.store, "begin", full)
 
 
-async def test_a_stop_that_cannot_be_begun_is_none(fake_host: AsyncHost, full_journal: Callable[[], None]) -> None:
-    """The guest is not switched off without having been asked to write out what it holds."""
+async def test_a_stop_that_cannot_begin_changes_nothing(fake_host: AsyncHost, full_journal: Callable[[], None]) -> None:
+    """The guest is not switched off without the chance to write out its data."""
     await boot(fake_host)
     full_journal()
     with pytest.raises(NoSpace):
-        await fake_host.stop("oak")
+        await fake_host.call(StopRequest(instance="oak"))
     (oak,) = await assert_tidy(fake_host, "oak")
     assert oak.state is State.RUNNING
     assert await ask(fake_host, "oak", "hostname") == "oak"
 
 
-async def test_a_full_disk_does_not_keep_from_making_room(
-    fake_host: AsyncHost, full_journal: Callable[[], None]
-) -> None:
-    """To remove what fills it is the cure that every error of a full disk names."""
+async def test_a_full_disk_allows_removals(fake_host: AsyncHost, full_journal: Callable[[], None]) -> None:
+    """Removing an instance is the cure that every error of a full disk names."""
     await boot(fake_host)
     full_journal()
-    await fake_host.rm("oak")
+    await fake_host.call(RmRequest(instance="oak"))
     await assert_tidy(fake_host)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan"), 1e30])
-async def test_a_time_limit_is_a_number_of_seconds(fake_host: AsyncHost, seconds: float) -> None:
-    """What cannot be sent to the guest is refused here, with the exit code of a wrong request."""
+async def test_an_invalid_time_limit_is_refused(fake_host: AsyncHost, seconds: float) -> None:
+    """A limit that cannot be sent to the guest is a UsageError."""
     await boot(fake_host)
     with pytest.raises(UsageError):
-        await fake_host.exec("oak", ["echo"], timeout_s=seconds)
+        await fake_host.call(ExecRequest(instance="oak", argv=["echo"], timeout_s=seconds))
     if seconds:
         with pytest.raises(UsageError):
-            await fake_host.stop("oak", grace_s=seconds)
+            await fake_host.call(StopRequest(instance="oak", grace_s=seconds))

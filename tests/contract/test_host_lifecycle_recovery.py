@@ -1,4 +1,4 @@
-"""What was interrupted is finished or undone by whoever comes next; what ended by itself is seen; what nothing owns is collected."""
+"""The next process finishes or undoes an interrupted operation, and sees VMMs that have ended."""
 
 from __future__ import annotations
 
@@ -15,14 +15,29 @@ import msgspec
 import pytest
 
 from conftest import HostFactory
+from coppice.client import AsyncHost
+from coppice.errors import GuestTimeout
 from coppice.fork import fanout
-from coppice.fork.plan import make_request
-from coppice.host import AsyncHost
-from coppice.instance import capture, destroy
-from coppice.memory.capture import PrivateCapture
-from coppice.model import Instance, MemFile, State, VmmProcess, no_progress
-from coppice.store.store import Store
+from coppice.machine import capture, destroy
+from coppice.machine import directory as directories
+from coppice.memory import memfile
+from coppice.model import Instance, State, VmmProcess, no_progress
+from coppice.requests import (
+    ExecRequest,
+    ForkRequest,
+    GetRequest,
+    InspectRequest,
+    LsRequest,
+    RestoreRequest,
+    RmRequest,
+    StandbyRequest,
+    StartRequest,
+    WaitRequest,
+)
+from coppice.state.journal import JournalOperation
+from coppice.state.store import Store
 from coppice.vmm import driver as files
+from coppice.vmm.driver import Saved
 from coppice.vmm.process import start_ticks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make
@@ -32,7 +47,7 @@ from fakes.records import make_instance
 
 @pytest.fixture(scope="module")
 def dead_process() -> tuple[int, int]:
-    """Pid and start time of a process that is gone."""
+    """Return the pid and start time of a process that has ended."""
     process = subprocess.Popen(["sleep", "100"])
     ticks = start_ticks(process.pid)
     process.kill()
@@ -43,14 +58,14 @@ def dead_process() -> tuple[int, int]:
 
 @pytest.fixture
 def dead_store(fake_host: AsyncHost, dead_process: tuple[int, int]) -> Iterator[Store]:
-    """The database as a process that is dead now had it open: what it begins was interrupted."""
-    store = Store(fake_host.rooms.layout.database, dead_process)
+    """The database as opened by a process that has died, which interrupts its operations."""
+    store = Store(fake_host.local.rooms.layout.database, dead_process)
     yield store
     store.close()
 
 
 async def kill_vmm(instance: Instance) -> None:
-    """The VMM is killed from outside, as by the OOM killer."""
+    """Kill the VMM from outside, as the OOM killer does."""
     assert instance.vmm is not None
     os.kill(instance.vmm.pid, signal.SIGKILL)
     await ended(instance.vmm)
@@ -60,43 +75,43 @@ async def kill_vmm(instance: Instance) -> None:
 
 
 @pytest.mark.parametrize("look", ["ls", "get", "inspect", "exec", "stats", "tree"])
-async def test_a_vmm_that_was_killed_is_seen_by_whoever_looks(fake_host: AsyncHost, look: str) -> None:
-    """Stopped with the reason, and at rest: no socket, no live memory, whatever asked first."""
+async def test_every_operation_notices_a_killed_vmm(fake_host: AsyncHost, look: str) -> None:
+    """The machine is Stopped with the reason, and its socket and live memory are removed."""
     vm = await boot(fake_host)
     await kill_vmm(vm)
     match look:
         case "ls":
-            assert [found.state for found in await fake_host.ls()] == [State.STOPPED]
+            assert [found.state for found in await fake_host.call(LsRequest())] == [State.STOPPED]
         case "get":
-            assert (await fake_host.get(vm)).state is State.STOPPED
+            assert (await fake_host.call(GetRequest(instance=vm.id))).state is State.STOPPED
         case "inspect":
-            assert (await fake_host.inspect(vm)).instance.state is State.STOPPED
+            assert (await fake_host.call(InspectRequest(instance=vm.id))).instance.state is State.STOPPED
         case "exec":
             with pytest.raises(Exception, match="oak is Stopped"):
-                await fake_host.exec(vm, ["echo"])
+                await fake_host.call(ExecRequest(instance=vm.id, argv=["echo"]))
         case "stats":
             assert await fake_host.stats() == {}
         case _:
             assert (await fake_host.tree())[0].instance.state is State.STOPPED
     (seen,) = await assert_tidy(fake_host, "oak")
     assert seen.exit_reason == "the VMM ended: signal 9"
-    await fake_host.start(vm)
+    await fake_host.call(StartRequest(instance=vm.id))
 
 
-async def test_a_restored_machine_that_was_killed_is_not_silently_back_at_its_capture(fake_host: AsyncHost) -> None:
-    """What it had done since is lost, and that shows: it is Stopped, with its disk as it was left."""
+async def test_a_restored_machine_that_was_killed_is_stopped(fake_host: AsyncHost) -> None:
+    """A return to Standby would hide that its later work in memory is lost."""
     await make(fake_host, State.STANDBY)
-    vm = await fake_host.restore("oak")
+    vm = await fake_host.call(RestoreRequest(instance="oak"))
     await ask(fake_host, vm, "save", "later")
     await kill_vmm(vm)
-    assert (await fake_host.get("oak")).state is State.STOPPED
+    assert (await fake_host.call(GetRequest(instance="oak"))).state is State.STOPPED
     await assert_tidy(fake_host, "oak")
-    await fake_host.start("oak")
+    await fake_host.call(StartRequest(instance="oak"))
     assert await ask(fake_host, "oak", "load") == "later"
 
 
 async def test_a_recycled_pid_is_not_taken_for_the_vmm(fake_host: AsyncHost) -> None:
-    """After a reboot the pid is somebody else's: it is neither believed to be the VMM nor killed."""
+    """After a reboot another process may have the pid; it is not killed."""
     vm = await boot(fake_host)
     await kill_vmm(vm)
     stranger = await asyncio.create_subprocess_exec("sleep", "1000")
@@ -106,37 +121,37 @@ async def test_a_recycled_pid_is_not_taken_for_the_vmm(fake_host: AsyncHost) -> 
         VmmProcess(pid=stranger.pid, start_ticks=ticks - 1, executable="/usr/bin/sleep"),
         VmmProcess(pid=stranger.pid, start_ticks=ticks, executable="/usr/bin/fake-vmm"),
     ):
-        fake_host.rooms.store.save(msgspec.structs.replace(vm, vmm=process))
+        fake_host.local.rooms.store.save(msgspec.structs.replace(vm, vmm=process))
         async with asyncio.timeout(15):
-            assert (await fake_host.get(vm)).state is State.STOPPED
+            assert (await fake_host.call(GetRequest(instance=vm.id))).state is State.STOPPED
         assert start_ticks(stranger.pid) == ticks
-    await fake_host.rm(vm)
+    await fake_host.call(RmRequest(instance=vm.id))
     assert start_ticks(stranger.pid) == ticks
     stranger.kill()
     await stranger.wait()
 
 
 async def test_waiting_for_the_end(fake_host: AsyncHost) -> None:
-    """`wait` returns the instance at rest, or raises while it runs on."""
+    """`wait` returns the instance when it has stopped, or raises at its deadline."""
     vm = await boot(fake_host)
-    with pytest.raises(TimeoutError):
-        await fake_host.wait(vm, deadline_s=0.01)
-    waiting = asyncio.create_task(fake_host.wait(vm, deadline_s=10))
+    with pytest.raises(GuestTimeout):
+        await fake_host.call(WaitRequest(instance=vm.id, deadline_s=0.01))
+    waiting = asyncio.create_task(fake_host.call(WaitRequest(instance=vm.id, deadline_s=10)))
     await asyncio.sleep(0)
     await kill_vmm(vm)
     assert (await waiting).state is State.STOPPED
-    assert (await fake_host.wait(vm, deadline_s=0.01)).state is State.STOPPED
+    assert (await fake_host.call(WaitRequest(instance=vm.id, deadline_s=0.01))).state is State.STOPPED
 
 
 # An operation whose process died
 
 
-@pytest.mark.parametrize("operation", ["run", "fork", "rm"])
+@pytest.mark.parametrize("operation", [JournalOperation.RUN, JournalOperation.FORK, JournalOperation.REMOVE])
 @pytest.mark.parametrize("state", [State.CREATED, State.INITIALIZING, State.RUNNING, State.STANDBY])
-async def test_what_was_being_made_or_removed_is_removed(
-    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, operation: str, state: State
+async def test_an_interrupted_creation_or_removal_is_finished_by_removing(
+    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, operation: JournalOperation, state: State
 ) -> None:
-    """However far it came: a record alone, a directory, a VMM that runs."""
+    """A record, a directory or a running VMM: all of it is removed."""
     vm = await make(fake_host, state)
     dead_store.begin(vm, operation)
     async with make_host() as next_host:
@@ -146,16 +161,16 @@ async def test_what_was_being_made_or_removed_is_removed(
 async def test_a_record_without_a_directory_is_removed(
     fake_host: AsyncHost, make_host: HostFactory, dead_store: Store
 ) -> None:
-    """Record first, act second: a process that died between the two leaves only this."""
-    dead_store.create([make_instance("a", State.CREATED), make_instance("b", State.CREATED)], "fork")
-    assert len(fake_host.rooms.store.instances()) == 2
+    """Record first, act second: a process that died between the two leaves only a record."""
+    dead_store.create([make_instance("a", State.CREATED), make_instance("b", State.CREATED)], JournalOperation.FORK)
+    assert len(fake_host.local.rooms.store.instances()) == 2
     async with make_host() as next_host:
         await assert_tidy(next_host)
 
 
 @pytest.mark.parametrize("target", [State.RUNNING, State.STANDBY])
 @pytest.mark.parametrize("atomic", [True, False])
-async def test_all_or_none_holds_for_a_killed_host_too(
+async def test_an_atomic_fan_out_of_a_killed_host_leaves_all_or_none(
     fake_host: AsyncHost,
     make_host: HostFactory,
     driver: FakeDriver,
@@ -164,27 +179,27 @@ async def test_all_or_none_holds_for_a_killed_host_too(
     atomic: bool,
     target: State,
 ) -> None:
-    """A host dies when one child is whole and its sibling is not: with `atomic` neither is left, else the whole one stays."""
+    """The host dies with one complete child; it stays only without `atomic`."""
     oak = await make(fake_host, State.TEMPLATE)
-    rooms = dataclasses.replace(fake_host.rooms, store=dead_store)
-    request = make_request(
-        count=2, names=["elm", "fir"], target=target, atomic=atomic, tags={}, publish=(), from_running=False
-    )
+    rooms = dataclasses.replace(fake_host.local.rooms, store=dead_store)
+    request = ForkRequest(instance="oak", count=2, names=["elm", "fir"], target=target, atomic=atomic)
 
     class Killed(BaseException):
-        """What a SIGKILL is to the code that it ends: nothing after it runs."""
+        """Stands for SIGKILL: no code of the process runs after it."""
 
     save, whole = Store.save, list[str]()
 
-    def killed_before_the_second(store: Store, instance: Instance, *, done: bool = False) -> None:
+    def killed_before_the_second(
+        store: Store, instance: Instance, *, done: bool = False, durable: bool = False
+    ) -> None:
         if instance.state is target:
             whole.append(instance.id)
             if whole[0] != instance.id:
                 raise Killed
-        save(store, instance, done=done)
+        save(store, instance, done=done, durable=durable)
 
     async def never(*_: object) -> None:
-        """A dead process cleans nothing up."""
+        """Skip the cleanup, as a dead process does."""
 
     monkeypatch.setattr(Store, "save", killed_before_the_second)
     monkeypatch.setattr(fanout, "_abandon", never)
@@ -194,7 +209,7 @@ async def test_all_or_none_holds_for_a_killed_host_too(
         await fanout.fan_out(rooms, oak, request, no_progress, owner=None, admit=lambda: None)
     monkeypatch.undo()
     async with make_host() as host:
-        left = {vm.name for vm in await host.ls()} - {"oak"}
+        left = {vm.name for vm in await host.call(LsRequest())} - {"oak"}
         assert len(left) == (0 if atomic else 1)
         assert left <= {"elm", "fir"}
         await assert_tidy(host, "oak", *left)
@@ -203,9 +218,9 @@ async def test_all_or_none_holds_for_a_killed_host_too(
 async def test_a_vmm_that_was_never_recorded_is_ended(
     fake_host: AsyncHost, make_host: HostFactory, dead_store: Store
 ) -> None:
-    """A host that was killed between starting a VMM and recording it leaves one that only its working directory names."""
+    """If the host died before it recorded a VMM, only the working directory identifies it."""
     vm = await boot(fake_host)
-    dead_store.begin(msgspec.structs.replace(vm, state=State.CREATED, vmm=None), "run")
+    dead_store.begin(msgspec.structs.replace(vm, state=State.CREATED, vmm=None), JournalOperation.RUN)
     async with make_host() as next_host:
         await assert_tidy(next_host)
     assert vm.vmm is not None
@@ -215,20 +230,24 @@ async def test_a_vmm_that_was_never_recorded_is_ended(
 async def test_an_interrupted_standby_is_undone(
     fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver, dead_store: Store
 ) -> None:
-    """Before the commit the guest runs on; what the capture had written by then is gone."""
+    """Before the commit the guest runs on, and the files of the capture are removed."""
     vm = await boot(fake_host)
-    directory = fake_host.rooms.directory(vm.id)
-    dead_store.begin(vm, capture.OPERATION)
+    directory = fake_host.local.rooms.directory(vm.id)
+    dead_store.begin(vm, JournalOperation.STANDBY)
     await driver.pause(directory)
-    await driver.save_devices(directory)
-    for name in ("memory.new", ".memory.new.0123456789ab.tmp"):
+    await driver.save(directory)
+    for name in (files.MEMORY_NEW, ".memory.new.0123456789ab.tmp"):
         (directory / name).write_bytes(b"half")
     async with make_host() as next_host:
         await assert_tidy(next_host, "oak")
         assert await ask(next_host, "oak", "hostname") == "oak"
 
 
-@pytest.mark.parametrize("private", [False, True], ids=["first boot", "private mapping"])
+@pytest.mark.parametrize(
+    ("private", "layered"),
+    [(False, False), (True, False), (True, True)],
+    ids=["first boot", "private mapping", "layer"],
+)
 @pytest.mark.parametrize("came", ["committed", "ended", "vmstate renamed", "memory renamed"])
 @pytest.mark.parametrize("finder", ["open", "ls", "restore"])
 async def test_a_committed_standby_is_finished(
@@ -237,63 +256,68 @@ async def test_a_committed_standby_is_finished(
     driver: FakeDriver,
     dead_store: Store,
     private: bool,
+    layered: bool,
     came: str,
     finder: str,
 ) -> None:
-    """After the commit nothing is lost, at whatever step it stopped, and whoever comes by first finishes it."""
+    """Nothing is lost after the commit, and the first operation finishes the standby."""
     vm = await boot(fake_host)
     if private:
-        await fake_host.standby("oak")
-        vm = await fake_host.restore("oak")
+        await fake_host.call(StandbyRequest(instance="oak"))
+        vm = await fake_host.call(RestoreRequest(instance="oak"))
     await ask(fake_host, "oak", "remember", "key", "value")
-    directory = fake_host.rooms.directory(vm.id)
+    directory = fake_host.local.rooms.directory(vm.id)
     assert vm.vmm is not None
     await driver.pause(directory)
-    await driver.save_devices(directory)
+    saved = await driver.save(directory)
+    fresh = directory / (files.LIVE_MEMORY if saved is Saved.IN_FILE else files.MEMORY_NEW)
     if private:
-        assert vm.mem_file is not None
-        _collect(directory, vm.mem_file, vm.vmm.pid)
-    dead_store.begin(vm, capture.COMMITTED)
+        able = msgspec.structs.replace(driver.capabilities, maps_layers=layered)
+        with capture.private_capture(vm, able, directory, directory / files.MEMORY_NEW) as collecting:
+            collecting.prepare()
+            collecting.collect(vm.vmm.pid)
+            mem_file, layers, _ = collecting.finish()
+        assert len(layers) == layered
+        taken = capture.new_capture(vm, mem_file, layers)
+    else:
+        taken = capture.new_capture(vm, memfile.describe(fresh))
+    dead_store.begin(msgspec.structs.replace(vm, capture=taken), JournalOperation.STANDBY_COMMIT)
     if came != "committed":
         await driver.quit(directory, vm.vmm)
     if came in ("vmstate renamed", "memory renamed"):
         (directory / files.VMSTATE_NEW).rename(directory / files.VMSTATE)
     if came == "memory renamed":
-        fresh = directory / ("memory.new" if private else files.LIVE_MEMORY)
         fresh.chmod(0o444)
-        fresh.rename(directory / files.MEMORY)
+        fresh.rename(directories.memory_paths(directory, taken)[-1])
     if finder == "open":
         async with make_host() as next_host:
             await assert_tidy(next_host, "oak")
     elif finder == "ls" and came != "committed":
-        assert [found.state for found in await fake_host.ls()] == [State.STANDBY]
+        assert [found.state for found in await fake_host.call(LsRequest())] == [State.STANDBY]
         await assert_tidy(fake_host, "oak")
-    await fake_host.restore("oak")
+    await fake_host.call(RestoreRequest(instance="oak"))
     assert await ask(fake_host, "oak", "recall", "key") == "value"
     await assert_tidy(fake_host, "oak")
-
-
-def _collect(directory: Path, base: MemFile, pid: int) -> None:
-    with PrivateCapture(directory / files.MEMORY, base, directory / capture.NEW_MEMORY) as collecting:
-        collecting.prepare()
-        collecting.collect(pid)
-        collecting.finish()
 
 
 @pytest.mark.parametrize(
     ("operation", "state", "settled"),
     [
-        ("start", State.STOPPED, State.STOPPED),
-        ("start", State.INITIALIZING, State.STOPPED),
-        ("stop", State.SHUTDOWN, State.STOPPED),
-        ("restore", State.STANDBY, State.STANDBY),
-        ("something new", State.RUNNING, State.STOPPED),
+        (JournalOperation.START, State.STOPPED, State.STOPPED),
+        (JournalOperation.START, State.INITIALIZING, State.STOPPED),
+        (JournalOperation.STOP, State.SHUTDOWN, State.STOPPED),
+        (JournalOperation.RESTORE, State.STANDBY, State.STANDBY),
     ],
 )
 async def test_an_interrupted_change_of_state_is_brought_to_rest(
-    fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, operation: str, state: State, settled: State
+    fake_host: AsyncHost,
+    make_host: HostFactory,
+    dead_store: Store,
+    operation: JournalOperation,
+    state: State,
+    settled: State,
 ) -> None:
-    """No VMM of it is left, and the record says what interrupted it."""
+    """Its VMM is ended, and the record names the interrupted operation."""
     vm = await make(fake_host, state)
     dead_store.begin(vm, operation)
     async with make_host() as next_host:
@@ -304,23 +328,23 @@ async def test_an_interrupted_change_of_state_is_brought_to_rest(
 async def test_an_interrupted_restore_keeps_the_capture(
     fake_host: AsyncHost, make_host: HostFactory, dead_store: Store
 ) -> None:
-    """The VMM runs, the guest has not answered, the host is killed: back to Standby, with all that was captured."""
+    """The host is killed before the guest answers; the machine is back in Standby."""
     await boot(fake_host)
     await ask(fake_host, "oak", "remember", "key", "value")
-    await fake_host.standby("oak")
-    vm = await fake_host.restore("oak")
-    dead_store.begin(msgspec.structs.replace(vm, state=State.INITIALIZING), "restore")
+    await fake_host.call(StandbyRequest(instance="oak"))
+    vm = await fake_host.call(RestoreRequest(instance="oak"))
+    dead_store.begin(msgspec.structs.replace(vm, state=State.INITIALIZING), JournalOperation.RESTORE)
     async with make_host() as next_host:
         (found,) = await assert_tidy(next_host, "oak")
         assert found.state is State.STANDBY
-        await next_host.restore("oak")
+        await next_host.call(RestoreRequest(instance="oak"))
         assert await ask(next_host, "oak", "recall", "key") == "value"
 
 
-async def test_what_is_under_way_is_left_alone(
+async def test_an_operation_under_way_is_left_alone(
     fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver
 ) -> None:
-    """Another host that opens the data directory meanwhile does not take a living process for a dead one."""
+    """Another host that opens the data directory does not resolve a living process's work."""
     gate = driver.faults.hold_at("identity")
     running = asyncio.create_task(boot(fake_host))
     await asyncio.wait_for(gate.reached.wait(), 10)
@@ -332,14 +356,14 @@ async def test_what_is_under_way_is_left_alone(
     await assert_tidy(fake_host, "oak")
 
 
-async def test_recovery_does_not_act_on_what_it_read_before(
+async def test_recovery_does_not_act_on_a_stale_journal(
     fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between reading the journal and taking the lock, another host may have resolved the row, and the instance moved on."""
+    """Another host may resolve the row between the read of the journal and the lock."""
     vm = await boot(fake_host)
-    dead_store.begin(vm, "rm")
+    dead_store.begin(vm, JournalOperation.REMOVE)
     stale = dead_store.journal()
-    fake_host.rooms.store.save(vm, done=True)
+    fake_host.local.rooms.store.save(vm, done=True)
     current = Store.journal
     answers = [stale]
     monkeypatch.setattr(Store, "journal", lambda store: answers.pop() if answers else current(store))
@@ -349,20 +373,20 @@ async def test_recovery_does_not_act_on_what_it_read_before(
     await assert_tidy(fake_host, "oak")
 
 
-async def test_recovery_goes_on_when_one_cannot_be_resolved(
+async def test_recovery_goes_on_after_a_failure(
     fake_host: AsyncHost,
     make_host: HostFactory,
     driver: FakeDriver,
     dead_store: Store,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One instance that resists does not keep the data directory closed: it is logged, and tried again the next time."""
+    """An instance that cannot be resolved is logged and tried again the next time."""
     stubborn, other = await boot(fake_host, "stubborn"), await boot(fake_host, "other")
     for vm in (stubborn, other):
-        dead_store.begin(vm, "rm")
+        dead_store.begin(vm, JournalOperation.REMOVE)
     driver.faults.fail_at("quit")
     async with make_host() as next_host:
-        assert [vm.name for vm in next_host.rooms.store.instances()] == ["stubborn"]
+        assert [vm.name for vm in next_host.local.rooms.store.instances()] == ["stubborn"]
     assert any("cannot be resolved yet" in record.getMessage() for record in caplog.records)
     async with make_host() as next_host:
         await assert_tidy(next_host)
@@ -373,7 +397,7 @@ async def test_recovery_goes_on_when_one_cannot_be_resolved(
 HOST_PROCESS = """
 import asyncio, sys
 from pathlib import Path
-from coppice.host import AsyncHost
+from coppice.client import AsyncHost
 from coppice.model import State
 from fakes.driver import FakeDriver
 from fakes.hosting import boot
@@ -384,15 +408,15 @@ async def main(program, home):
     async with AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0) as host:
         print("begin", flush=True)
         while True:
-            await boot(host)
-            await host.standby("oak")
-            await host.fork("oak", names=["elm"], count=2)
-            await host.standby("elm-1")
-            await host.restore("elm-1")
-            await host.stop("elm-2")
-            await host.promote("oak")
-            for name in ("elm-1", "elm-2", "oak"):
-                await host.rm(name)
+            oak = host.machine(await boot(host))
+            await oak.standby()
+            elms = await oak.fork(2, names=["elm"])
+            await elms[0].standby()
+            await elms[0].restore()
+            await elms[1].stop()
+            await oak.promote()
+            for machine in (*elms, oak):
+                await machine.rm()
 
 asyncio.run(main(*sys.argv[1:]))
 """
@@ -402,7 +426,7 @@ asyncio.run(main(*sys.argv[1:]))
 async def test_a_host_that_is_killed_at_any_instant_leaves_nothing_behind(
     fake_vmm: Path, fake_home: Path, make_host: HostFactory, after_ms: int
 ) -> None:
-    """SIGKILL after so many milliseconds of work: the next host finds whole instances only, and can use and remove them."""
+    """The next host finds only whole instances, and can use and remove them."""
     paths = os.pathsep.join(path for path in sys.path if path)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", HOST_PROCESS, str(fake_vmm), str(fake_home)),
@@ -415,11 +439,11 @@ async def test_a_host_that_is_killed_at_any_instant_leaves_nothing_behind(
     process.kill()
     await process.wait()
     async with make_host() as host:
-        instances = await host.ls()
+        instances = await host.call(LsRequest())
         await assert_tidy(host, *(vm.name for vm in instances))
         for vm in reversed(instances):
             if vm.state is State.STANDBY:
-                await host.restore(vm)
+                await host.call(RestoreRequest(instance=vm.id))
                 assert await ask(host, vm, "hostname") == vm.name
-            await host.rm(vm)
+            await host.call(RmRequest(instance=vm.id))
         await assert_tidy(host)

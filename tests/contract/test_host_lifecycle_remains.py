@@ -1,10 +1,11 @@
-"""What is left of a killed process for a moment: a lock, a launcher that is to become a VMM, a frozen disk, a record that is half true."""
+"""Remains of a killed process: a held lock, a launcher, a frozen disk, a half-true record."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import shutil
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import pytest
 
 from conftest import HostFactory
-from coppice.errors import Busy, NotFound
-from coppice.host import AsyncHost
-from coppice.instance import capture, live, recovery, rollback
-from coppice.instance import directory as directories
+from coppice.client import AsyncHost
+from coppice.errors import Busy, HostCannot, NotFound
+from coppice.host import recovery, settling
+from coppice.machine import capture
+from coppice.machine import directory as directories
 from coppice.model import Instance, State, VmmProcess
 from coppice.names import new_id
-from coppice.store import locks
-from coppice.store.store import Store
+from coppice.requests import ForkRequest, GetRequest, HealthRequest, InspectRequest, LsRequest
+from coppice.state import locks
+from coppice.state.journal import JournalOperation
+from coppice.state.store import Store
+from coppice.vmm.launcher import PROGRAM as LAUNCHER
 from coppice.vmm.process import kill, start_ticks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make, snapshot
@@ -27,8 +32,8 @@ from fakes.hosting import ask, assert_tidy, boot, make, snapshot
 
 @pytest.fixture
 def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
-    """The database as a process that is dead now had it open; no process has this start time."""
-    store = Store(fake_host.rooms.layout.database, (1, 1))
+    """The database as opened by a process that has since died; no process has this start time."""
+    store = Store(fake_host.local.rooms.layout.database, (1, 1))
     yield store
     store.close()
 
@@ -36,10 +41,13 @@ def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
 async def test_a_lock_that_outlives_its_process_for_a_moment(
     fake_host: AsyncHost, make_host: HostFactory, dead_store: Store
 ) -> None:
-    """A child between fork and exec has the locks of the host that was killed: recovery waits for it, and leaves no row to the next one."""
+    """A child between fork and exec holds the locks of the killed host.
+
+    Recovery waits for it, and leaves no row behind.
+    """
     vm = await boot(fake_host)
-    dead_store.begin(vm, "rm")
-    held = locks.try_lock(fake_host.rooms.layout.lock(vm.id))
+    dead_store.begin(vm, JournalOperation.REMOVE)
+    held = locks.try_lock(fake_host.local.rooms.layout.lock(vm.id))
     assert held is not None
     remains = await asyncio.create_subprocess_exec("sleep", "0.3", pass_fds=[held])
     locks.release(held)
@@ -48,16 +56,40 @@ async def test_a_lock_that_outlives_its_process_for_a_moment(
     assert await remains.wait() == 0
 
 
-async def test_who_holds_on_does_not_keep_the_data_directory_closed(
+async def test_a_spare_of_a_killed_host_is_removed_despite_a_held_lock(
+    fake_host: AsyncHost, make_host: HostFactory
+) -> None:
+    """A host was killed while it made a spare, and its child, which is about to become a VMM, still
+    holds the lock.
+    """
+    layout = fake_host.local.rooms.layout
+    key = new_id()
+    layout.instance(key).mkdir()
+    program = (
+        "import subprocess, sys; from pathlib import Path; from coppice.state import locks\n"
+        "held = locks.try_lock(Path(sys.argv[1]))\n"
+        "print(subprocess.Popen(['sleep', '0.3'], pass_fds=[held], stdout=subprocess.DEVNULL).pid)"
+    )
+    killed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, layout.lock(key), stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await killed.communicate()
+    assert Path("/proc", said.decode().strip()).exists()
+    assert locks.try_lock(layout.lock(key)) is None
+    async with make_host() as next_host:
+        await assert_tidy(next_host)
+
+
+async def test_recovery_waits_only_so_long_for_held_locks(
     fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait has an end, for all that is held together; what is free is resolved all the same."""
+    """One deadline covers all held locks, and free instances are resolved meanwhile."""
     monkeypatch.setattr(recovery, "_RELEASE_S", 0.2)
     held_ones = [await boot(fake_host, name) for name in ("oak", "elm")]
     free = await boot(fake_host, "fir")
     for vm in (*held_ones, free):
-        dead_store.begin(vm, "rm")
-    held = [locks.try_lock(fake_host.rooms.layout.lock(vm.id)) for vm in held_ones]
+        dead_store.begin(vm, JournalOperation.REMOVE)
+    held = [locks.try_lock(fake_host.local.rooms.layout.lock(vm.id)) for vm in held_ones]
     async with asyncio.timeout(10), make_host() as next_host:
         assert sorted(vm.name for vm in await next_host.ls()) == ["elm", "oak"]
     for descriptor in held:
@@ -67,10 +99,13 @@ async def test_who_holds_on_does_not_keep_the_data_directory_closed(
         await assert_tidy(next_host)
 
 
-async def test_a_vmm_that_does_not_get_to_its_end_keeps_nobody(
+async def test_a_vmm_stuck_in_its_exit_does_not_block_ls(
     fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that waits for a disk in the midst of its exit has no program any more, and is not gone: the look has an end, and shows the others."""
+    """A VMM that waits for a disk during its exit still exists.
+
+    The look at it has a deadline, and shows all instances.
+    """
     oak = await boot(fake_host)
     await make(fake_host, State.STOPPED, "elm")
     assert oak.vmm is not None
@@ -81,18 +116,21 @@ async def test_a_vmm_that_does_not_get_to_its_end_keeps_nobody(
         return ""
 
     await kill(oak.vmm)
-    monkeypatch.setattr(recovery, "_ENDING_S", 0.1)
+    monkeypatch.setattr(settling, "_ENDING_S", 0.1)
     monkeypatch.setattr(driver, "wait_exit", never)
     async with asyncio.timeout(10):
-        assert [vm.name for vm in await fake_host.ls()] == ["oak", "elm"]
+        assert [vm.name for vm in await fake_host.call(LsRequest())] == ["oak", "elm"]
     monkeypatch.setattr(driver, "wait_exit", wait_exit)
-    assert (await fake_host.get("oak")).state is State.STOPPED
+    assert (await fake_host.call(GetRequest(instance="oak"))).state is State.STOPPED
 
 
 async def test_a_removal_that_was_killed_before_its_last_step(fake_host: AsyncHost, make_host: HostFactory) -> None:
-    """The lock file goes after the record: alone it is nobody's. One that somebody holds may be about to go, and is left to him."""
+    """A lock file is removed after its record, so without a record it can go.
+
+    A held one belongs to a removal under way, and stays.
+    """
     vm = await boot(fake_host)
-    layout = fake_host.rooms.layout
+    layout = fake_host.local.rooms.layout
     stray, held = layout.lock(new_id()), layout.lock(new_id())
     stray.touch()
     descriptor = locks.try_lock(held)
@@ -107,8 +145,8 @@ async def test_a_removal_that_was_killed_before_its_last_step(fake_host: AsyncHo
 async def launcher(
     program: Path, directory: Path, *words: str, inherit: tuple[int, ...] = ()
 ) -> tuple[asyncio.subprocess.Process, int]:
-    """A process named as a launcher is, that becomes what `words` say when the returned descriptor is written to."""
-    named = program.parent / "prlimit"
+    """Start a process named like a launcher; writing to the descriptor makes it exec `words`."""
+    named = program.parent / LAUNCHER
     if not named.exists():
         shutil.copy(shutil.which("sh") or "/bin/sh", named)
     go, tell = os.pipe()
@@ -126,17 +164,19 @@ async def launcher(
 async def test_a_launcher_is_an_orphan_too(
     fake_host: AsyncHost, make_host: HostFactory, dead_store: Store, fake_vmm: Path
 ) -> None:
-    """Killed between starting the launcher and the VMM that it becomes: nobody may find a machine there later."""
+    """A host killed between starting the launcher and its exec must not leave a process that
+    becomes a VMM later.
+    """
     await make(fake_host, State.STANDBY)
-    vm = await fake_host.get("oak")
-    dead_store.begin(vm, "restore")
-    process, tell = await launcher(fake_vmm, fake_host.rooms.directory(vm.id), str(fake_vmm), "private")
-    other, other_tell = await launcher(fake_vmm, fake_host.rooms.directory(vm.id), "sleep", "1000")
+    vm = await fake_host.call(GetRequest(instance="oak"))
+    dead_store.begin(vm, JournalOperation.RESTORE)
+    process, tell = await launcher(fake_vmm, fake_host.local.rooms.directory(vm.id), str(fake_vmm), "private")
+    other, other_tell = await launcher(fake_vmm, fake_host.local.rooms.directory(vm.id), "sleep", "1000")
     async with make_host() as next_host:
         (found,) = await assert_tidy(next_host, "oak")
         assert found.state is State.STANDBY
     assert await asyncio.wait_for(process.wait(), 5) == -9
-    assert other.returncode is None  # whatever else somebody launches there is theirs
+    assert other.returncode is None  # a launcher of another program is left alone
     for descriptor in (tell, other_tell):
         os.close(descriptor)
     other.kill()
@@ -147,18 +187,20 @@ async def test_a_launcher_that_becomes_the_vmm_meanwhile_does_not_escape(
     fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver, dead_store: Store, fake_vmm: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Between the look and the signal it is another program: it is looked for until none is left."""
+    """The launcher becomes the VMM between the search and the signal, so the search is repeated
+    until it finds nothing.
+    """
     await make(fake_host, State.STANDBY)
-    vm = await fake_host.get("oak")
-    dead_store.begin(vm, "restore")
+    vm = await fake_host.call(GetRequest(instance="oak"))
+    dead_store.begin(vm, JournalOperation.RESTORE)
     ready, told = os.pipe()
-    words = (str(fake_vmm), "private", "memory", str(vm.machine.memory_bytes), str(told))
-    process, tell = await launcher(fake_vmm, fake_host.rooms.directory(vm.id), *words, inherit=(told,))
+    words = (str(fake_vmm), "private", "memory", str(vm.machine.memory_bytes), str(told), "memory.new")
+    process, tell = await launcher(fake_vmm, fake_host.local.rooms.directory(vm.id), *words, inherit=(told,))
     real = driver.find_orphans
 
     def find(instances: Path) -> dict[Path, list[VmmProcess]]:
         found = real(instances)
-        if found and Path(next(iter(found.values()))[0].executable).name == "prlimit":
+        if found and Path(next(iter(found.values()))[0].executable).name == LAUNCHER:
             os.write(tell, b"go\n")
             while Path(f"/proc/{process.pid}/exe").readlink() != fake_vmm:  # an exec has no event
                 pass
@@ -176,11 +218,13 @@ async def test_a_launcher_that_becomes_the_vmm_meanwhile_does_not_escape(
 async def test_a_source_whose_host_died_while_its_disk_was_frozen_is_thawed(
     fake_host: AsyncHost, make_host: HostFactory, driver: FakeDriver, dead_store: Store
 ) -> None:
-    """That it is frozen is recorded nowhere, and it would not write for half a minute: recovery thaws whatever ran."""
+    """No record says that the disk is frozen, and it would block writes for half a minute, so
+    recovery thaws each running source.
+    """
     vm = await boot(fake_host)
-    directory = fake_host.rooms.directory(vm.id)
-    dead_store.begin(vm, live.OPERATION)
-    await capture.freeze_disk(fake_host.rooms, vm)
+    directory = fake_host.local.rooms.directory(vm.id)
+    dead_store.begin(vm, JournalOperation.FORK_RUNNING)
+    await capture.freeze_disk(fake_host.local.rooms, vm)
     assert driver.guest_state(directory).frozen
     await driver.pause(directory)
     async with make_host() as next_host:
@@ -190,31 +234,34 @@ async def test_a_source_whose_host_died_while_its_disk_was_frozen_is_thawed(
 
 
 @pytest.mark.parametrize("look", ["exec", "get", "ls", "inspect", "health"])
-async def test_a_host_that_is_open_already_resolves_what_another_left(
+async def test_an_open_host_resolves_what_a_dead_process_left(
     fake_host: AsyncHost, driver: FakeDriver, dead_store: Store, look: str
 ) -> None:
-    """A process died while it had the guest paused: a program that holds the data directory open for days does not wait for somebody to open it anew."""
+    """A process died while it had the guest paused.
+
+    A program that holds the data directory open for days must resolve that too.
+    """
     vm = await boot(fake_host)
-    dead_store.begin(vm, capture.OPERATION)
-    await driver.pause(fake_host.rooms.directory(vm.id))
+    dead_store.begin(vm, JournalOperation.STANDBY)
+    await driver.pause(fake_host.local.rooms.directory(vm.id))
     calls: dict[str, Callable[[], Awaitable[object]]] = {
         "exec": lambda: ask(fake_host, "oak", "echo"),
-        "get": lambda: fake_host.get("oak"),
+        "get": lambda: fake_host.call(GetRequest(instance="oak")),
         "ls": fake_host.ls,
-        "inspect": lambda: fake_host.inspect("oak"),
-        "health": lambda: fake_host.health("oak"),
+        "inspect": lambda: fake_host.call(InspectRequest(instance="oak")),
+        "health": lambda: fake_host.call(HealthRequest(instance="oak")),
     }
     async with asyncio.timeout(10):
         await calls[look]()
-    assert not await driver.is_paused(fake_host.rooms.directory(vm.id))
+    assert not await driver.is_paused(fake_host.local.rooms.directory(vm.id))
     await assert_tidy(fake_host, "oak")
 
 
-@pytest.mark.parametrize("operation", [rollback.OPERATION, rollback.COMMITTED])
-async def test_nobody_forks_what_is_half_changed(
-    fake_host: AsyncHost, dead_store: Store, operation: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("operation", [JournalOperation.SNAPSHOT_RESTORE, JournalOperation.SNAPSHOT_RESTORE_COMMIT])
+async def test_a_half_changed_source_is_not_forked(
+    fake_host: AsyncHost, dead_store: Store, operation: JournalOperation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process died in the midst of a change just before the fork had its lock: the files may be of two moments."""
+    """A process died during a change of the source, so its files may be of two moments."""
     vm = await make(fake_host, State.STANDBY)
 
     async def too_early(*_: object, **__: object) -> Instance:
@@ -224,19 +271,24 @@ async def test_nobody_forks_what_is_half_changed(
     monkeypatch.setattr(recovery, "look", too_early)
     before = snapshot(fake_host)
     with pytest.raises(Busy, match="oak"):
-        await fake_host.fork("oak", names=["elm"])
+        await fake_host.call(ForkRequest(instance="oak", names=["elm"]))
     monkeypatch.undo()
     after = snapshot(fake_host)
     assert (after[0], after[1], after[2], after[3]) == (before[0], before[1], [operation], before[3])
 
 
 @pytest.mark.parametrize(
-    "call", [boot, lambda host: host.fork("stump", names=["oak"], atomic=True)], ids=["run", "fork"]
+    "call",
+    [boot, lambda host: host.call(ForkRequest(instance="stump", names=["oak"], atomic=True))],
+    ids=["run", "fork"],
 )
-async def test_what_was_removed_before_it_was_made_is_not_made(
+async def test_an_instance_removed_before_it_is_made_is_not_made(
     fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, call: Callable[[AsyncHost], Awaitable[object]]
 ) -> None:
-    """Another process may remove a new record before its maker holds it: then nothing may come to be that no record names."""
+    """Another process may remove a new record before its maker locks it.
+
+    Then no directory without a record may be made.
+    """
     await make(fake_host, State.TEMPLATE, "stump")
     create, made = Store.create, list[Path]()
 
@@ -255,7 +307,7 @@ async def test_what_was_removed_before_it_was_made_is_not_made(
 
 
 def test_a_lock_file_that_is_made_during_the_removal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who had the directory open, to run a command there, makes a port's lock file in it between the last look and the end of the removal."""
+    """A process that runs a command makes a port's lock file during the removal."""
     doomed = tmp_path / "instance"
     doomed.mkdir()
     rmtree, calls = shutil.rmtree, list[Path]()
@@ -263,7 +315,7 @@ def test_a_lock_file_that_is_made_during_the_removal(tmp_path: Path, monkeypatch
     def late(path: Path, **options: bool) -> None:
         calls.append(path)
         if len(calls) == 1:
-            (path / "port0.lock").touch()  # so the last step, to remove the directory, fails, which is ignored
+            (path / "port0.lock").touch()  # so the last step, the rmdir, fails, and the failure is ignored
         else:
             rmtree(path, ignore_errors=options["ignore_errors"])
 
@@ -273,5 +325,29 @@ def test_a_lock_file_that_is_made_during_the_removal(tmp_path: Path, monkeypatch
 
 
 def test_no_process_has_the_start_time_of_the_dead_store() -> None:
-    """What these tests rest on."""
+    """The fixture `dead_store` depends on this."""
     assert start_ticks(1) != 1
+
+
+async def test_a_machine_that_cannot_be_looked_at_is_listed_as_unknown(
+    fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record stays, and is right again when the VMM can be seen.
+
+    To call the machine Running would be a guess.
+    """
+    await boot(fake_host)
+    await boot(fake_host, "elm", start=False)
+
+    def hidden(_: VmmProcess) -> bool:
+        raise HostCannot("the kernel does not show it", hint="see the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "alive", hidden)
+        assert [(vm.name, vm.state) for vm in await fake_host.call(LsRequest())] == [
+            ("oak", State.UNKNOWN),
+            ("elm", State.STOPPED),
+        ]
+        assert [vm.name for vm in await fake_host.call(LsRequest(state=State.UNKNOWN))] == ["oak"]
+        assert [node.instance.state for node in await fake_host.tree()] == [State.UNKNOWN, State.STOPPED]
+    assert (await fake_host.call(GetRequest(instance="oak"))).state is State.RUNNING

@@ -1,4 +1,4 @@
-"""Published ports in a fan-out: each fork is reached at its own, for as long as it lives, and nobody else is there."""
+"""Published ports in a fan-out: each fork has its own address or port for as long as it lives."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from coppice.client import AsyncHost
 from coppice.errors import HostCannot, InUse, NoSpace
-from coppice.host import AsyncHost
 from coppice.model import Instance, Publish, State
-from coppice.store import addresses
+from coppice.network import user
+from coppice.requests import (
+    ForkRequest,
+    GetRequest,
+    RestoreRequest,
+    RmRequest,
+    StandbyRequest,
+    StartRequest,
+    StopRequest,
+)
 from fakes.driver import FakeDriver
 from fakes.faults import Faults
 from fakes.hosting import assert_tidy, boot, make
@@ -24,15 +33,17 @@ ANY = Publish(host_port=0, guest_port=80)
 
 
 def addresses_of(*instances: Instance) -> list[str]:
-    """Where each is reached."""
+    """Return the host addresses of these instances' ports."""
     return [port.host_address for instance in instances for port in instance.publish]
 
 
 async def test_forks_at_once_have_addresses_of_their_own(fake_host: AsyncHost) -> None:
-    """On loopback, one for all ports of a fork, and no two alike: also between two fan-outs at the same time."""
+    """Each fork has its own loopback address, even between parallel fan-outs."""
     await make(fake_host, State.TEMPLATE)
     ports = [OWN, Publish(host_port=53, guest_port=53, protocol="udp", host_address="own"), ANY]
-    reports = await asyncio.gather(*(fake_host.fork("oak", count=8, publish=ports) for _ in range(2)))
+    reports = await asyncio.gather(
+        *(fake_host.call(ForkRequest(instance="oak", count=8, publish=ports)) for _ in range(2))
+    )
     forks = [fork for report in reports for fork in report.instances]
     assert len(forks) == 16
     found = [fork.publish[0].host_address for fork in forks]
@@ -43,45 +54,52 @@ async def test_forks_at_once_have_addresses_of_their_own(fake_host: AsyncHost) -
         assert (first.host_address, first.host_port) == (second.host_address, 8080)
         assert third.host_address == "127.0.0.1"
         assert third.host_port
-        assert (await fake_host.get(fork)).publish == fork.publish
+        assert (await fake_host.call(GetRequest(instance=fork.id))).publish == fork.publish
 
 
 async def test_an_address_is_kept_and_given_back(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An instance has it in standby too; with the last one of the pool gone a fork is refused as a whole; after a removal there is one again."""
-    monkeypatch.setattr(addresses, "_POOL", ip_network("127.64.0.0/30"))
+    """An instance keeps its address in standby.
+
+    If the pool is empty a fork is refused as a whole, and a removal frees an address.
+    """
+    monkeypatch.setattr(user, "_POOL", ip_network("127.64.0.0/30"))
     await make(fake_host, State.TEMPLATE)
-    forks = (await fake_host.fork("oak", count=4, publish=[OWN])).instances
+    forks = (await fake_host.call(ForkRequest(instance="oak", count=4, publish=[OWN]))).instances
     assert set(addresses_of(*forks)) == {f"127.64.0.{number}" for number in range(4)}
-    standby, _ = await fake_host.standby(forks[0])
+    standby = (await fake_host.call(StandbyRequest(instance=forks[0].id))).instance
     with pytest.raises(NoSpace, match="address"):
-        await fake_host.fork("oak", names=["elm"], publish=[OWN])
-    assert (await fake_host.restore(standby)).publish == forks[0].publish
-    await fake_host.rm(forks[1])
-    (elm,) = (await fake_host.fork("oak", names=["elm"], publish=[OWN])).instances
+        await fake_host.call(ForkRequest(instance="oak", names=["elm"], publish=[OWN]))
+    assert (await fake_host.call(RestoreRequest(instance=standby.id))).publish == forks[0].publish
+    await fake_host.call(RmRequest(instance=forks[1].id))
+    (elm,) = (await fake_host.call(ForkRequest(instance="oak", names=["elm"], publish=[OWN]))).instances
     assert elm.publish == forks[1].publish
     await assert_tidy(fake_host, "oak", "elm", *(fork.name for fork in (forks[0], *forks[2:])))
 
 
 async def test_a_picked_port_is_kept(fake_host: AsyncHost) -> None:
-    """It is picked when the machine first starts; standby and restore, stop and start do not change it."""
+    """A port is picked at the first start, and kept through standby, restore, stop and start."""
     vm = await boot(fake_host, publish=[ANY, OWN])
     port, own = vm.publish
     assert port.host_port
     assert ip_address(own.host_address).is_loopback
-    await fake_host.standby(vm)
-    assert (await fake_host.restore(vm)).publish == vm.publish
-    await fake_host.stop(vm, grace_s=0)
-    assert (await fake_host.start(vm)).publish == vm.publish
+    await fake_host.call(StandbyRequest(instance=vm.id))
+    assert (await fake_host.call(RestoreRequest(instance=vm.id))).publish == vm.publish
+    await fake_host.call(StopRequest(instance=vm.id, grace_s=0))
+    assert (await fake_host.call(StartRequest(instance=vm.id))).publish == vm.publish
     parked = (
-        await fake_host.fork("oak", from_running=True, names=["elm"], target=State.STANDBY, publish=[ANY])
+        await fake_host.call(
+            ForkRequest(instance="oak", from_running=True, names=["elm"], target=State.STANDBY, publish=[ANY])
+        )
     ).instances
     assert [each.publish for each in parked] == [(ANY,)]
-    assert (await fake_host.restore("elm")).publish[0].host_port not in (0, port.host_port)
+    assert (await fake_host.call(RestoreRequest(instance="elm"))).publish[0].host_port not in (0, port.host_port)
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 async def test_a_port_that_is_in_use_is_named(fake_host: AsyncHost, protocol: str) -> None:
-    """Of a fork that is made, and of an instance that is restored, which stays as it is: nothing is started at all."""
+    """A new fork and a restore are refused before anything starts, and the instance
+    stays as it is.
+    """
     await make(fake_host, State.TEMPLATE)
     kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
     with socket.socket(socket.AF_INET, kind) as other:
@@ -90,37 +108,39 @@ async def test_a_port_that_is_in_use_is_named(fake_host: AsyncHost, protocol: st
             other.listen(1)
         number = other.getsockname()[1]
         port = Publish(host_port=number, guest_port=80, protocol="udp" if protocol == "udp" else "tcp")
-        (failed,) = (await fake_host.fork("oak", names=["elm"], publish=[port])).results
+        (failed,) = (await fake_host.call(ForkRequest(instance="oak", names=["elm"], publish=[port]))).results
         assert failed.error
         assert f"127.0.0.1:{number}/{protocol}" in failed.error
         assert failed.error_code == InUse.code
-        await fake_host.fork("oak", names=["ash"], publish=[port], target=State.STANDBY)
+        await fake_host.call(ForkRequest(instance="oak", names=["ash"], publish=[port], target=State.STANDBY))
         with pytest.raises(InUse, match=str(number)):
-            await fake_host.restore("ash")
+            await fake_host.call(RestoreRequest(instance="ash"))
         await assert_tidy(fake_host, "oak", "ash")
-    assert (await fake_host.restore("ash")).state is State.RUNNING
+    assert (await fake_host.call(RestoreRequest(instance="ash"))).state is State.RUNNING
 
 
 async def test_an_address_of_another_host_is_named(fake_host: AsyncHost) -> None:
-    """It cannot be had here, whoever has it."""
+    """An address that this host does not have is refused by name."""
     with pytest.raises(HostCannot, match=r"192\.0\.2\.1"):
         await boot(fake_host, publish=[Publish(host_port=8080, guest_port=80, host_address="192.0.2.1")])
     await assert_tidy(fake_host)
 
 
 @pytest.mark.parametrize("fault", [Faults.fail_at, Faults.die_at], ids=["fails", "dies"])
-async def test_a_vmm_that_does_not_say_its_port_is_undone(
+async def test_a_vmm_that_does_not_report_its_port_is_removed(
     fake_host: AsyncHost, driver: FakeDriver, fault: Callable[[Faults, str], None]
 ) -> None:
-    """As any other failure of a start."""
+    """It is cleaned up like any failed start."""
     await make(fake_host, State.TEMPLATE)
-    fault(driver.faults, "published")
-    report = await fake_host.fork("oak", count=2, publish=[ANY])
+    fault(driver.faults, "forwards")
+    report = await fake_host.call(ForkRequest(instance="oak", count=2, publish=[ANY]))
     assert report.succeeded == 1
     await assert_tidy(fake_host, "oak", *(fork.name for fork in report.instances))
 
 
-def test_addresses_of_two_data_directories_seldom_meet(tmp_path: Path) -> None:
-    """Where the search begins is the id's: directories that do not know of each other do not both begin at the first."""
-    made = [addresses._with_address(make_instance(f"vm{number}", publish=(OWN,)), set()) for number in range(64)]
+def test_addresses_of_two_data_directories_seldom_collide(tmp_path: Path) -> None:
+    """The search starts at a point that depends on the instance's id, since data directories do not
+    know each other's addresses.
+    """
+    made = [user.with_own_address(make_instance(f"vm{number}", publish=(OWN,)), set()) for number in range(64)]
     assert len(set(addresses_of(*made))) > 60

@@ -1,4 +1,4 @@
-"""Reflinks on file systems that have them, and links across those: real XFS and btrfs on loop devices, as root."""
+"""Reflinks on real XFS and btrfs, and links between file systems, on loop devices as root."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from coppice.disk import clone
-from coppice.disk.clone import clone_directory, clone_file
-from coppice.disk.ext4 import fsck
-from coppice.disk.extents import occupancy
-from coppice.disk.link import link_or_copy
-from coppice.disk.overlay import OverlayStore
+from coppice.content.overlay import OverlayStore
 from coppice.errors import NoSpace
-from coppice.memory.capture import capture_private
+from coppice.linux import clone
+from coppice.linux.clone import clone_directory, clone_file
+from coppice.linux.extents import occupancy
+from coppice.linux.link import link_or_copy
 from coppice.memory.memfile import copy_private, freeze, link
-from coppice.memory.report import mapping_is_shared, memory_report
+from coppice.memory.report import memory_report
 from coppice.model import GIB, MIB, Sharing
+from coppice.volumes.ext4 import fsck, needs_recovery
 from mapping_process import MappingProcess
+from memory_helpers import capture_private, mapping_is_shared
 
 MAKERS = {
     "xfs": ("mkfs.xfs", "-q", "-m", "reflink=1"),
@@ -37,7 +37,7 @@ def run(*command: str) -> None:
 
 
 def mounted(directory: Path, filesystem: str, size: int = 400 * MIB) -> Iterator[Path]:
-    """A fresh file system on a loop device for as long as the generator lives."""
+    """Yield a fresh file system on a loop device; unmount it afterwards."""
     image, mount = directory / "image", directory / "mount"
     with image.open("wb") as file:
         file.truncate(size)
@@ -71,7 +71,7 @@ def ext4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def data_file(path: Path, size: int = 8 * MIB) -> Path:
-    """Random data with a hole in the middle third."""
+    """Write random data with a hole in the middle half."""
     with path.open("wb") as file:
         file.write(random.Random(1).randbytes(size // 4))
         file.seek(3 * size // 4)
@@ -85,7 +85,7 @@ def shared_bytes(path: Path) -> int:
 
 
 def test_reflink_shares_every_extent(room: Path) -> None:
-    """The clone writes nothing and FIEMAP shows it shared, on the file itself as in the result."""
+    """The clone writes nothing, and FIEMAP shows its extents as shared."""
     source = data_file(room / "source")
     assert shared_bytes(source) == 0
     result = clone_file(source, room / "clone")
@@ -95,7 +95,7 @@ def test_reflink_shares_every_extent(room: Path) -> None:
 
 
 def test_wrong_ioctl_is_noticed(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bug that this guards against: an ioctl number that is never right falls back, and the report says so."""
+    """With a wrong ioctl number the clone falls back to a copy, and the report says so."""
     source = data_file(room / "source")
     monkeypatch.setattr(clone, "FICLONE", 0x40049408)
     result = clone_file(source, room / "clone")
@@ -103,7 +103,7 @@ def test_wrong_ioctl_is_noticed(room: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_success_without_sharing_is_not_believed(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that accepts the call and copies is reported as what it did."""
+    """A file system that accepts the ioctl but copies is reported as a copy."""
 
     def copying(src: int, dst: int) -> bool:
         os.pwrite(dst, os.pread(src, 8 * MIB, 0), 0)
@@ -125,7 +125,7 @@ def test_directory_is_cloned_by_reflink(room: Path) -> None:
 
 
 def test_private_copy_shares_no_extent(room: Path) -> None:
-    """The naive baseline of the benchmark is a real copy even where the file system would share."""
+    """The benchmark's baseline is a real copy even if the file system could share."""
     source = data_file(room / "source")
     _, written = copy_private(source, room / "copy", reason="baseline")
     assert written == 4 * MIB
@@ -133,9 +133,10 @@ def test_private_copy_shares_no_extent(room: Path) -> None:
 
 
 def test_capture_of_a_fork_writes_its_pages_only(room: Path) -> None:
-    """On a reflink file system a capture costs the private pages: the base stays shared, and unchanged.
+    """On a reflink file system a capture writes only the private pages; the base stays shared.
 
-    On btrfs /proc/PID/maps shows another device number than stat(2); the mapping is found all the same.
+    On btrfs /proc/PID/maps shows another device number than stat(2), and the mapping must still be
+    found.
     """
     mem = freeze(data_file(room / "live"), room / "memory")
     before = (room / "memory").read_bytes()
@@ -144,6 +145,7 @@ def test_capture_of_a_fork_writes_its_pages_only(room: Path) -> None:
         assert mapping_is_shared(guest.pid, room / "memory", mem)
         assert memory_report(guest.pid, mem, room / "memory").unique_bytes == MIB
         _, stats = capture_private(guest.pid, room / "memory", mem, room / "captured")
+    assert stats.base is not None
     assert (stats.base.method, stats.written_bytes, stats.dirty_bytes) == ("reflink", MIB, MIB)
     assert shared_bytes(room / "captured") == 3 * MIB
     assert (room / "captured").read_bytes() == b"\x07" * MIB + before[MIB:]
@@ -151,7 +153,7 @@ def test_capture_of_a_fork_writes_its_pages_only(room: Path) -> None:
 
 
 def test_link_across_file_systems_is_a_copy(room: Path, tmp_path: Path) -> None:
-    """EXDEV for real: the fork copies, keeps the holes, and says why."""
+    """After a real EXDEV the fork copies, keeps the holes, and says why."""
     mem = freeze(data_file(room / "live"), room / "memory")
     own, written = link(room / "memory", tmp_path / "fork", mem)
     assert (own.sharing, written) == (Sharing.COPY, 4 * MIB)
@@ -161,14 +163,14 @@ def test_link_across_file_systems_is_a_copy(room: Path, tmp_path: Path) -> None:
 
 
 def test_overlay_is_cloned_by_reflink(room: Path) -> None:
-    """An instance's disk costs no data blocks at all where the file system shares them."""
+    """An instance's disk writes no data blocks if the file system can share them."""
     result = OverlayStore(room / "overlays").create(2 * GIB, room / "disk")
     assert (result.method, result.bytes_written) == ("reflink", 0)
     assert fsck(room / "disk").clean
 
 
-def test_most_links_an_inode_can_have(ext4: Path) -> None:
-    """EMLINK for real: ext4 allows 65000 links to an inode; the fork after that is a copy with a reason."""
+def test_a_fork_beyond_the_link_limit_is_a_copy(ext4: Path) -> None:
+    """ext4 allows 65000 links to an inode. After a real EMLINK the fork is a copy with a reason."""
     source = ext4 / "source"
     source.write_bytes(b"r" * 8192)
     source.chmod(0o444)
@@ -180,8 +182,8 @@ def test_most_links_an_inode_can_have(ext4: Path) -> None:
     assert "as many hard links" in result.reason
 
 
-def test_full_disk_is_no_space(ext4: Path, tmp_path: Path) -> None:
-    """ENOSPC for real: the error says what to do, and the half-made clone is gone."""
+def test_a_clone_on_a_full_disk_leaves_nothing(ext4: Path, tmp_path: Path) -> None:
+    """After a real ENOSPC the error has a hint, and the partial clone is removed."""
     (tmp_path / "large").write_bytes(b"x" * 80 * MIB)
     before = sorted(ext4.iterdir())
     with pytest.raises(NoSpace, match="free some space"):
@@ -190,7 +192,9 @@ def test_full_disk_is_no_space(ext4: Path, tmp_path: Path) -> None:
 
 
 def test_overlay_stays_small_and_survives_a_crash(tmp_path: Path) -> None:
-    """What a first boot writes keeps the disk well below 1 MiB; an image taken without a freeze replays its journal."""
+    """The writes of a first boot keep the disk below 1 MiB, and an image taken without a freeze
+    replays its journal.
+    """
     disk, mount = tmp_path / "disk", tmp_path / "mount"
     OverlayStore(tmp_path / "overlays").create(2 * GIB, disk)
     mount.mkdir()
@@ -200,7 +204,7 @@ def test_overlay_stays_small_and_survives_a_crash(tmp_path: Path) -> None:
             (mount / name).mkdir(parents=True)
         for number in range(8):
             with (mount / "upper/etc" / f"file-{number}").open("w") as file:
-                file.write("as a first boot writes")
+                file.write("written by a first boot")
                 file.flush()
                 os.fsync(file.fileno())
         run("sync", "-f", str(mount))
@@ -210,6 +214,6 @@ def test_overlay_stays_small_and_survives_a_crash(tmp_path: Path) -> None:
     os.sync()
     assert disk.stat().st_blocks * 512 < MIB * 3 // 4
     assert fsck(disk).clean
+    assert needs_recovery(tmp_path / "crashed")
     crashed = fsck(tmp_path / "crashed")
-    assert crashed.journal_replayed
     assert crashed.clean, crashed.output

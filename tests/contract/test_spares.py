@@ -1,4 +1,7 @@
-"""VMMs that are started ahead: the third fork and those after it find one, it is a fork like any other, and none is ever left behind."""
+"""Spares: from the third fork on, a VMM that was started ahead becomes the fork.
+
+It is a fork like any other, and no spare is left behind.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,24 @@ import msgspec
 import pytest
 
 from conftest import HostFactory
+from coppice.client import AsyncHost
 from coppice.errors import NameTaken, NotSupported, UsageError
-from coppice.host import AsyncHost
 from coppice.host import spares as policy
+from coppice.host.lifecycle import Lifecycle
 from coppice.model import ForkResult, Instance, Publish, State
-from coppice.store import locks
+from coppice.names import MAX_SPARES
+from coppice.requests import (
+    DemoteRequest,
+    ForkRequest,
+    GetRequest,
+    LsRequest,
+    PromoteRequest,
+    RestoreRequest,
+    RmRequest,
+    StandbyRequest,
+    StartAheadRequest,
+)
+from coppice.state import locks
 from coppice.vmm import driver as files
 from fakes.driver import CAPABILITIES, FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, cancelled_at, make, memory_of
@@ -40,57 +56,58 @@ async def host(fake_home: Path, driver: FakeDriver) -> AsyncIterator[AsyncHost]:
 
 
 async def fork(host: AsyncHost, name: str, source: str = "oak") -> ForkResult:
-    """Fork once, and wait until what is started ahead because of it is."""
-    (result,) = (await host.fork(source, names=[name], atomic=True)).results
-    await host._spare().settled()
+    """Fork once, and wait until the spares that this calls for are started."""
+    (result,) = (await host.call(ForkRequest(instance=source, names=[name], atomic=True))).results
+    await host.local.group(Lifecycle)._spare().settled()
     return result
 
 
 async def warm(host: AsyncHost, source: str = "oak") -> Path:
-    """Two forks, removed again: there is a spare. Its directory."""
-    before = {path.name for path in host.rooms.layout.instances.iterdir()}
+    """Make two forks and remove them, so that a spare starts; return its directory."""
+    before = {path.name for path in host.local.rooms.layout.instances.iterdir()}
     for name in ("first", "second"):
         assert not (await fork(host, name, source)).started_ahead
-        await host.rm(name)
-    (directory,) = (path for path in host.rooms.layout.instances.iterdir() if path.name not in before)
+        await host.call(RmRequest(instance=name))
+    (directory,) = (path for path in host.local.rooms.layout.instances.iterdir() if path.name not in before)
     return directory
 
 
 def vmm_in(host: AsyncHost, directory: Path) -> int:
-    (process,) = host.rooms.driver.find_orphans(host.rooms.layout.instances)[directory]
+    (process,) = host.local.rooms.drivers.chosen.find_orphans(host.local.rooms.layout.instances)[directory]
     return process.pid
 
 
 async def test_the_third_fork_finds_its_vmm_started(host: AsyncHost) -> None:
-    """It is the VMM that waited, and all else is its own: directory, identity, link of the mem-file. What the source knew it knows."""
+    """The fork has the spare's VMM and directory, its own identity and link to the mem-file, and
+    knows what the source knew.
+    """
     await boot(host, "elm")
     await ask(host, "elm", "remember", "key", "value")
-    await host.standby("elm")
-    await host.promote("elm")
+    await host.call(StandbyRequest(instance="elm"))
+    await host.call(PromoteRequest(instance="elm"))
     directory = await warm(host, "elm")
     waiting = vmm_in(host, directory)
-    assert memory_of(host, await host.get("elm")).stat().st_nlink == 1  # it is nobody's fork yet
+    assert memory_of(host, await host.call(GetRequest(instance="elm"))).stat().st_nlink == 1  # a spare has no link yet
     assert not (directory / files.MEMORY).exists()
     result = await fork(host, "ash", "elm")
     assert result.started_ahead
-    ash = await host.get("ash")
+    ash = await host.call(GetRequest(instance="ash"))
     assert ash.vmm is not None
-    assert (ash.vmm.pid, host.rooms.directory(ash.id)) == (waiting, directory)
-    assert memory_of(host, ash).samefile(memory_of(host, await host.get("elm")))
+    assert (ash.vmm.pid, host.local.rooms.directory(ash.id)) == (waiting, directory)
+    assert memory_of(host, ash).samefile(memory_of(host, await host.call(GetRequest(instance="elm"))))
     assert memory_of(host, ash).stat().st_nlink == 2
-    assert result.memory is not None
-    assert result.memory.sharing == "hardlink"
+    assert result.sharing == "hardlink"
     assert await ask(host, "ash", "recall", "key") == "value"
     assert await ask(host, "ash", "hostname") == "ash"
-    assert ash.parent == (await host.get("elm")).id
+    assert ash.parent == (await host.call(GetRequest(instance="elm"))).id
 
 
-async def test_it_is_seen_by_nobody(host: AsyncHost, make_host: HostFactory) -> None:
-    """No record, no fork of its template, and other hosts leave it alone, also those that tidy up."""
+async def test_a_spare_is_not_listed(host: AsyncHost, make_host: HostFactory) -> None:
+    """It has no record, does not count as a fork, and other hosts leave it alone, also in gc."""
     directory = await warm(host)
     pid = vmm_in(host, directory)
     async with make_host() as other:
-        assert [vm.name for vm in await other.ls()] == ["oak"]
+        assert [vm.name for vm in await other.call(LsRequest())] == ["oak"]
         assert (await other.gc()).removed == ()
     assert vmm_in(host, directory) == pid
     assert (await fork(host, "elm")).started_ahead
@@ -99,7 +116,7 @@ async def test_it_is_seen_by_nobody(host: AsyncHost, make_host: HostFactory) -> 
 async def test_nothing_is_left_when_the_host_is_closed(
     fake_home: Path, driver: FakeDriver, make_host: HostFactory
 ) -> None:
-    """Neither of a spare, nor of one that is just being started."""
+    """Closing the host removes a spare that is ready, and one that is being started."""
     async with host_with(fake_home, driver) as host:
         await make(host, State.TEMPLATE)
         await warm(host)
@@ -107,29 +124,31 @@ async def test_nothing_is_left_when_the_host_is_closed(
         await assert_tidy(after, "oak")
     for step in ("manifest", "restore", "restored", "is_paused"):
         async with host_with(fake_home, driver) as host:
-            await host.fork("oak", names=["elm"])
+            await host.call(ForkRequest(instance="oak", names=["elm"]))
             gate = driver.faults.hold_at(step, nth=2 if step != "is_paused" else 1)
-            await host.fork("oak", names=["ash"])
+            await host.call(ForkRequest(instance="oak", names=["ash"]))
             await asyncio.wait_for(gate.reached.wait(), 10)
-            await host.rm("elm")
+            await host.call(RmRequest(instance="elm"))
             closing = asyncio.create_task(host.close())
             await asyncio.sleep(0)
             gate.release.set()
             await closing
         async with make_host() as after:
-            await after.rm("ash")
+            await after.call(RmRequest(instance="ash"))
             await assert_tidy(after, "oak")
 
 
-async def test_what_a_killed_host_leaves_goes_with_the_next(
+async def test_the_next_host_removes_the_spares_of_a_killed_one(
     fake_home: Path, driver: FakeDriver, make_host: HostFactory
 ) -> None:
-    """Its locks are free then, and there is no record: VMM, directory and lock file are removed when the data directory is opened."""
+    """Their locks are free and they have no record, so VMM, directory and lock file are removed at
+    the next open.
+    """
     async with host_with(fake_home, driver) as host:
         await make(host, State.TEMPLATE)
         directory = await warm(host)
-        (spare,) = host._spare()._ready
-        host._spare()._ready.clear()  # as if it had been killed
+        (spare,) = host.local.group(Lifecycle)._spare()._ready
+        host.local.group(Lifecycle)._spare()._ready.clear()  # as if the host had been killed
         locks.release(spare.give_lock())
     assert directory.exists()
     async with make_host() as after:
@@ -138,20 +157,22 @@ async def test_what_a_killed_host_leaves_goes_with_the_next(
         await assert_tidy(after, "oak")
 
 
-async def test_only_what_is_known_beforehand_is_started_ahead(host: AsyncHost) -> None:
-    """A fork that publishes ports, is not to run, or is of something else than a template, starts its VMM itself."""
+async def test_only_plain_forks_of_a_template_use_a_spare(host: AsyncHost) -> None:
+    """Ports, a target other than Running, or a source other than a template rule out a spare."""
     directory = await warm(host)
     port = Publish(host_port=18080, guest_port=80)
-    assert not (await host.fork("oak", names=["elm"], publish=[port])).results[0].started_ahead
-    assert not (await host.fork("oak", names=["fir"], target=State.STANDBY)).results[0].started_ahead
-    assert not (await host.fork("fir", names=["ivy"])).results[0].started_ahead
+    assert not (await host.call(ForkRequest(instance="oak", names=["elm"], publish=[port]))).results[0].started_ahead
+    assert (
+        not (await host.call(ForkRequest(instance="oak", names=["fir"], target=State.STANDBY))).results[0].started_ahead
+    )
+    assert not (await host.call(ForkRequest(instance="fir", names=["ivy"]))).results[0].started_ahead
     assert directory.exists()
-    report = await host.fork("oak", names=["ash"], count=3)
+    report = await host.call(ForkRequest(instance="oak", names=["ash"], count=3))
     assert [result.started_ahead for result in report.results] == [True, False, False]
 
 
-async def test_none_where_none_are_wanted(fake_home: Path, fake_vmm: Path) -> None:
-    """A host without spares, and a driver that cannot leave a guest stopped."""
+async def test_a_host_without_spares_starts_none(fake_home: Path, fake_vmm: Path) -> None:
+    """A host may keep no spares, and some drivers cannot leave a guest paused."""
     able = FakeDriver(fake_vmm)
     unable = FakeDriver(fake_vmm, capabilities=msgspec.structs.replace(CAPABILITIES, restores_paused=False))
     for driver, spares in ((able, 0), (unable, 1)):
@@ -159,79 +180,84 @@ async def test_none_where_none_are_wanted(fake_home: Path, fake_vmm: Path) -> No
             await make(host, State.TEMPLATE)
             for name in ("elm", "ash", "fir"):
                 assert not (await fork(host, name)).started_ahead
-                await host.rm(name)
+                await host.call(RmRequest(instance=name))
             await assert_tidy(host, "oak")
-            await host.rm("oak")
+            await host.call(RmRequest(instance="oak"))
         await driver.end(fake_home / "instances")
     with pytest.raises(UsageError):
         host_with(fake_home, able, -1)
 
 
-async def test_several_for_each_template(fake_home: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forks of two in turns find theirs, and there is a limit for all together."""
-    monkeypatch.setattr(policy, "MOST", 3)
+async def test_each_template_has_its_own_spares(
+    fake_home: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forks of two templates in turns find theirs, and one limit covers all spares."""
+    monkeypatch.setattr(policy, "MAX_SPARES", 3)
     async with host_with(fake_home, driver, 2) as host:
         for source in ("oak", "yew"):
             await make(host, State.TEMPLATE, source)
         for number in (1, 2):
             for source in ("oak", "yew"):
                 await fork(host, f"{source}-{number}", source)
-        assert len(host._spare()._ready) == 3
+        assert len(host.local.group(Lifecycle)._spare()._ready) == 3
         started = [(await fork(host, f"{source}-3", source)).started_ahead for source in ("yew", "oak")]
         assert started == [True, True]
-        assert len(host._spare()._ready) == 3
-        report = await host.fork("oak", count=3)
+        assert len(host.local.group(Lifecycle)._spare()._ready) == 3
+        report = await host.call(ForkRequest(instance="oak", count=3))
         assert sum(result.started_ahead for result in report.results) in (1, 2)
 
 
-async def test_a_burst_that_is_expected_is_started_ahead(fake_home: Path, driver: FakeDriver) -> None:
-    """As many as are asked for, also by a host that keeps none of itself; no more than that, and only of a template."""
+async def test_spares_can_be_started_on_request(fake_home: Path, driver: FakeDriver) -> None:
+    """A host that keeps no spares starts as many as requested, and only for a template."""
     async with host_with(fake_home, driver, 0) as host:
         await make(host, State.TEMPLATE)
-        assert await host.start_ahead("oak", 3) == 3
-        assert await host.start_ahead("oak", 2) == 3
-        report = await host.fork("oak", count=4)
+        assert await host.call(StartAheadRequest(instance="oak", count=3)) == 3
+        assert await host.call(StartAheadRequest(instance="oak", count=2)) == 3
+        report = await host.call(ForkRequest(instance="oak", count=4))
         assert [result.started_ahead for result in report.results] == [True, True, True, False]
-        assert host._spare()._ready == []
+        assert host.local.group(Lifecycle)._spare()._ready == []
         await make(host, State.STANDBY, "elm")
         with pytest.raises(NotSupported):
-            await host.start_ahead("elm")
+            await host.call(StartAheadRequest(instance="elm"))
         with pytest.raises(UsageError):
-            await host.start_ahead("oak", policy.MOST + 1)
+            await host.call(StartAheadRequest(instance="oak", count=MAX_SPARES + 1))
 
 
-async def test_they_go_with_their_template(host: AsyncHost) -> None:
-    """Demoted, or removed, or not forked for long."""
-    for number, end in enumerate((host.demote, host.rm)):
+async def test_spares_are_removed_with_their_template(host: AsyncHost) -> None:
+    """A demotion or a removal of the template removes its spares."""
+    for number, end in enumerate((DemoteRequest(instance="oak"), RmRequest(instance="oak"))):
         if number:
-            await host.promote("oak")
+            await host.call(PromoteRequest(instance="oak"))
         directory = await warm(host)
-        await end("oak")
+        await host.call(end)
         assert not directory.exists()
     await assert_tidy(host)
 
 
-async def test_they_go_when_no_fork_is_expected_any_more(host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a minute, here less, after the latest fork."""
+async def test_spares_are_removed_after_an_idle_time(host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a minute after the latest fork, here less, the spares are removed."""
     monkeypatch.setattr(policy, "IDLE_S", 0.3)
     directory = await warm(host)
     async with asyncio.timeout(10):
-        while host._spare()._expected:  # noqa: ASYNC110 - a timer's end has no event
+        while host.local.group(Lifecycle)._spare()._expected:  # noqa: ASYNC110 - a timer's end has no event
             await asyncio.sleep(0.01)
-    await host._spare().settled()
+    await host.local.group(Lifecycle)._spare().settled()
     assert not directory.exists()
     await assert_tidy(host, "oak")
 
 
-async def test_a_template_that_was_made_anew_has_other_forks(host: AsyncHost, make_host: HostFactory) -> None:
-    """Another host demotes, runs and captures it again: what was started ahead is of the past, and becomes nobody."""
+async def test_a_spare_of_an_older_capture_is_not_used(host: AsyncHost, make_host: HostFactory) -> None:
+    """Another host demotes, runs and captures the template again.
+
+    A spare of the old capture must not become a fork.
+    """
     directory = await warm(host)
     async with make_host() as other:
-        await other.demote("oak")
-        await other.restore("oak")
+        await other.call(DemoteRequest(instance="oak"))
+        await other.call(RestoreRequest(instance="oak"))
         await ask(other, "oak", "remember", "key", "new")
-        await other.standby("oak")
-        await other.promote("oak")
+        await other.call(StandbyRequest(instance="oak"))
+        await other.call(PromoteRequest(instance="oak"))
     result = await fork(host, "elm")
     assert not result.started_ahead
     assert await ask(host, "elm", "recall", "key") == "new"
@@ -240,46 +266,46 @@ async def test_a_template_that_was_made_anew_has_other_forks(host: AsyncHost, ma
     assert await ask(host, "ash", "recall", "key") == "new"
 
 
-async def test_one_whose_vmm_has_ended_becomes_nobody(host: AsyncHost) -> None:
-    """The fork starts its VMM itself, and what is left of the other goes."""
+async def test_a_spare_whose_vmm_has_ended_is_removed(host: AsyncHost) -> None:
+    """The fork starts its VMM itself, and the remains of the spare are removed."""
     directory = await warm(host)
-    (spare,) = host._spare()._ready
+    (spare,) = host.local.group(Lifecycle)._spare()._ready
     os.kill(spare.process.pid, signal.SIGKILL)
     await ended(spare.process)
     assert not (await fork(host, "elm")).started_ahead
     assert not directory.exists()
-    await host.rm("elm")
+    await host.call(RmRequest(instance="elm"))
     await host.close()
 
 
 @pytest.mark.parametrize("step", ["resume", "identity"])
-async def test_a_fork_of_one_that_fails_is_undone(host: AsyncHost, driver: FakeDriver, step: str) -> None:
-    """The VMM dies under it, at each of its steps: an error that says so, and nothing of it is left."""
+async def test_a_fork_whose_spare_fails_is_undone(host: AsyncHost, driver: FakeDriver, step: str) -> None:
+    """If the spare's VMM fails or dies at a step, the fork reports an error and leaves nothing."""
     for plan in (driver.faults.fail_at, driver.faults.die_at):
         directory = await warm(host)
         plan(step)
-        (result,) = (await host.fork("oak", names=["elm"])).results
+        (result,) = (await host.call(ForkRequest(instance="oak", names=["elm"]))).results
         assert not result.ok
         assert not directory.exists()
-        await host._spare().drop((await host.get("oak")).id)
+        await host.local.group(Lifecycle)._spare().drop((await host.call(GetRequest(instance="oak"))).id)
         await assert_tidy(host, "oak")
 
 
-async def test_a_fork_that_is_refused_leaves_no_spare_behind(host: AsyncHost) -> None:
-    """It had been taken for it already."""
+async def test_a_refused_fork_leaves_no_spare_behind(host: AsyncHost) -> None:
+    """The spare was already taken for the fork when the name was refused."""
     await warm(host)
     with pytest.raises(NameTaken):
-        await host.fork("oak", names=["oak"])
-    await host._spare().settled()
+        await host.call(ForkRequest(instance="oak", names=["oak"]))
+    await host.local.group(Lifecycle)._spare().settled()
     await assert_tidy(host, "oak")
 
 
-async def test_a_fork_of_one_that_is_cancelled_leaves_nothing(host: AsyncHost) -> None:
-    """At every wait of it in turn."""
+async def test_a_cancelled_fork_with_a_spare_leaves_nothing(host: AsyncHost) -> None:
+    """The fork is cancelled at each of its waits in turn."""
     for nth in range(1, _MOST_WAITS):
         await warm(host)
-        came = await cancelled_at(host.fork("oak", names=["elm", "fir"], count=2), nth)
-        await host._spare().drop((await host.get("oak")).id)
+        came = await cancelled_at(host.call(ForkRequest(instance="oak", names=["elm", "fir"], count=2)), nth)
+        await host.local.group(Lifecycle)._spare().drop((await host.call(GetRequest(instance="oak"))).id)
         if not came:
             break
         await assert_tidy(host, "oak")
@@ -288,8 +314,8 @@ async def test_a_fork_of_one_that_is_cancelled_leaves_nothing(host: AsyncHost) -
     await assert_tidy(host, "oak", "elm", "fir")
 
 
-async def test_many_forks_at_once(fake_home: Path, driver: FakeDriver) -> None:
-    """Callers of one host do not get the same spare, and each fork is itself."""
+async def test_parallel_forks_never_share_a_spare(fake_home: Path, driver: FakeDriver) -> None:
+    """Each of several parallel forks has its own VMM and its own identity."""
     async with host_with(fake_home, driver, 3) as host:
         await make(host, State.TEMPLATE)
         await warm_many(host)
@@ -299,7 +325,7 @@ async def test_many_forks_at_once(fake_home: Path, driver: FakeDriver) -> None:
         assert len({vm.vmm.pid for vm in running if vm.vmm}) == 8
         for vm in running:
             assert await ask(host, vm, "hostname") == vm.name
-            await host.rm(vm)
+            await host.call(RmRequest(instance=vm.id))
     with contextlib.suppress(FileNotFoundError):
         assert {path.name for path in (fake_home / "instances").iterdir()} == {(await stump(fake_home, driver)).id}
 
@@ -307,9 +333,9 @@ async def test_many_forks_at_once(fake_home: Path, driver: FakeDriver) -> None:
 async def warm_many(host: AsyncHost) -> None:
     for name in ("first", "second"):
         await fork(host, name)
-        await host.rm(name)
+        await host.call(RmRequest(instance=name))
 
 
 async def stump(home: Path, driver: FakeDriver) -> Instance:
     async with host_with(home, driver, 0) as host:
-        return await host.get("oak")
+        return await host.call(GetRequest(instance="oak"))

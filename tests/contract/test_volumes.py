@@ -1,4 +1,4 @@
-"""Volumes: one machine writes, or any number reads, whoever asks; and a fork never makes a second writer."""
+"""Volumes: one machine writes or any number read, and a fork never makes a second writer."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from pathlib import Path
 import pytest
 
 from conftest import HostFactory
-from coppice.disk.ext4 import fsck
-from coppice.errors import (
-    HostCannot,
-    ImageError,
-    IntegrityError,
-    NameTaken,
-    NoSpace,
-    NotFound,
-    UnsafePath,
-    UsageError,
-)
-from coppice.host import AsyncHost
+from coppice.client import AsyncHost
+from coppice.errors import HostCannot, ImageError, IntegrityError, NameTaken, NoSpace, NotFound, UnsafePath, UsageError
 from coppice.model import MIB, Attachment, Budgets, SnapshotKind, State, VolumeMount
 from coppice.names import MAX_VOLUME
+from coppice.requests import (
+    ForkRequest,
+    GetRequest,
+    PromoteRequest,
+    RestoreRequest,
+    RmRequest,
+    SnapshotForkRequest,
+    SnapshotRequest,
+    SnapshotRestoreRequest,
+    StandbyRequest,
+    StartRequest,
+    StopRequest,
+)
 from coppice.vmm import driver as files
+from coppice.volumes.ext4 import fsck
 from fakes.driver import FakeDriver
 from fakes.hosting import assert_tidy, snapshot
 from fakes.rooms import DEADLINES, open_rooms
@@ -37,23 +41,25 @@ from image_archives import file, tar
 
 
 async def test_a_volume_is_an_empty_file_system_of_its_size(fake_host: AsyncHost) -> None:
-    """Sound, sparse, its owner's alone, and found by name and by id, with its tags."""
-    made = await fake_host.volume_create("data", size_bytes=64 * MIB, tags={"for": "tests"})
-    disk = fake_host.rooms.layout.volume_disk(made.id)
+    """It is clean, sparse, readable by its owner only, and found by name and by id,
+    with its tags.
+    """
+    made = await fake_host.volumes.create("data", size_bytes=64 * MIB, tags={"for": "tests"})
+    disk = fake_host.local.rooms.layout.volume_disk(made.id)
     assert (await asyncio.to_thread(fsck, disk)).clean
-    found = await fake_host.volume_inspect("data")
-    assert found == await fake_host.volume_inspect(made.id)
+    found = await fake_host.volumes.inspect("data")
+    assert found == await fake_host.volumes.inspect(made.id)
     assert (found.volume, found.link_count) == (made, 1)
     assert (disk.stat().st_size, stat.S_IMODE(disk.stat().st_mode)) == (64 * MIB, 0o600)
     assert 0 < found.disk_bytes < 2 * MIB
-    assert await fake_host.volume_ls(tags={"for": "tests"}) == [made]
-    assert await fake_host.volume_ls(tags={"for": "others"}) == []
+    assert await fake_host.volumes.ls(tags={"for": "tests"}) == [made]
+    assert await fake_host.volumes.ls(tags={"for": "others"}) == []
     await assert_tidy(fake_host)
 
 
 async def test_names_and_sizes_are_checked_before_anything_is_made(fake_host: AsyncHost) -> None:
-    """A taken name, a name that is none and an impossible size leave nothing."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+    """A taken or invalid name and an impossible size leave nothing."""
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     before = snapshot(fake_host)
     for name, size, error in (
         ("data", SIZE, NameTaken),
@@ -63,36 +69,39 @@ async def test_names_and_sizes_are_checked_before_anything_is_made(fake_host: As
         ("huge", 1 << 60, UsageError),
     ):
         with pytest.raises(error):
-            await fake_host.volume_create(name, size_bytes=size)
+            await fake_host.volumes.create(name, size_bytes=size)
     assert snapshot(fake_host) == before
 
 
-async def test_a_volume_needs_its_room_on_the_disk(driver: FakeDriver, fake_home: Path) -> None:
-    """What an empty file system takes must be there above the floor."""
+async def test_a_volume_that_does_not_fit_is_refused(driver: FakeDriver, fake_home: Path) -> None:
+    """The metadata of an empty file system must fit above the floor."""
     disk = os.statvfs(fake_home)
     budgets = Budgets(
         max_instances=9,
         memory_bytes=1 << 40,
         memory_overcommit=1.0,
-        disk_floor_bytes=disk.f_bavail * disk.f_frsize - 64 * MIB,  # others may free some meanwhile
+        disk_floor_bytes=disk.f_bavail * disk.f_frsize - 64 * MIB,  # other programs may free space meanwhile
     )
     async with AsyncHost(
         fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, budgets=budgets, spares=0
     ) as host:
         with pytest.raises(NoSpace, match="the volume data"):
-            await host.volume_create("data", size_bytes=MAX_VOLUME)
+            await host.volumes.create("data", size_bytes=MAX_VOLUME)
         await assert_tidy(host)
 
 
 async def test_a_volume_starts_with_an_archive(fake_host: AsyncHost, tmp_path: Path) -> None:
-    """Sound, and found as any other; one whose archive is no good, or does not fit, leaves nothing."""
+    """The volume is clean and can be used like any other.
+
+    An archive that is invalid or does not fit leaves nothing.
+    """
     archive = tmp_path / "data.tar"
     archive.write_bytes(tar(file("dir/note", b"from the archive", uid=7)))
-    made = await fake_host.volume_create("data", size_bytes=SIZE, archive=archive)
-    disk = fake_host.rooms.layout.volume_disk(made.id)
+    made = await fake_host.volumes.create("data", size_bytes=SIZE, archive=archive)
+    disk = fake_host.local.rooms.layout.volume_disk(made.id)
     assert (await asyncio.to_thread(fsck, disk)).clean
     assert b"from the archive" in disk.read_bytes()
-    assert (await fake_host.volume_inspect("data")).volume == made
+    assert (await fake_host.volumes.inspect("data")).volume == made
     await assert_tidy(fake_host)
     before = snapshot(fake_host)
     for content, error in (
@@ -103,10 +112,10 @@ async def test_a_volume_starts_with_an_archive(fake_host: AsyncHost, tmp_path: P
     ):
         archive.write_bytes(content)
         with pytest.raises(error):
-            await fake_host.volume_create("other", size_bytes=SIZE, archive=archive)
+            await fake_host.volumes.create("other", size_bytes=SIZE, archive=archive)
         assert snapshot(fake_host) == before
-    with pytest.raises(UsageError, match="there is no"):
-        await fake_host.volume_create("other", size_bytes=SIZE, archive=tmp_path / "missing")
+    with pytest.raises(UsageError, match="does not exist"):
+        await fake_host.volumes.create("other", size_bytes=SIZE, archive=tmp_path / "missing")
     assert snapshot(fake_host) == before
 
 
@@ -114,15 +123,15 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
     loop.call_soon_threadsafe(event.set)
 
 
-async def test_a_volume_whose_maker_has_gone_is_not_there(fake_host: AsyncHost, tmp_path: Path) -> None:
-    """Cancelled while it is filled: the work ends at once, and nothing is left."""
+async def test_a_cancelled_creation_leaves_no_volume(fake_host: AsyncHost, tmp_path: Path) -> None:
+    """A creation that is cancelled while the volume is filled ends at once, and leaves nothing."""
     archive = tmp_path / "data.tar"
     archive.write_bytes(tar(*(file(f"{number}", b"x") for number in range(400))))
     before = snapshot(fake_host)
     begun = asyncio.Event()
     loop = asyncio.get_running_loop()
     made = asyncio.create_task(
-        fake_host.volume_create("data", size_bytes=SIZE, archive=archive, progress=lambda _: _wake(loop, begun))
+        fake_host.volumes.create("data", size_bytes=SIZE, archive=archive, progress=lambda _: _wake(loop, begun))
     )
     await begun.wait()
     made.cancel()
@@ -135,70 +144,73 @@ async def test_a_volume_whose_maker_has_gone_is_not_there(fake_host: AsyncHost, 
 # Attaching
 
 
-async def test_an_instance_has_its_own_link_and_is_told_the_path(fake_host: AsyncHost, driver: FakeDriver) -> None:
-    """Links in the order that was asked for, paths from above to below; writable where it writes, and nowhere else."""
+async def test_an_instance_has_its_own_links_and_mounts(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """Links are in the given order and mounts from outer to inner paths.
+
+    A link is writable only if the instance writes, and then by its VMM's group at most.
+    """
     for name in ("data", "models"):
-        await fake_host.volume_create(name, size_bytes=SIZE)
+        await fake_host.volumes.create(name, size_bytes=SIZE)
     oak = await with_volume(fake_host, (at("/srv/data/sub"), at("/srv/data", "models", readonly=True)))
-    directory = fake_host.rooms.directory(oak.id)
-    for number, (name, mode) in enumerate((("data", 0o600), ("models", 0o444))):
-        volume = (await fake_host.volume_inspect(name)).volume
+    directory = fake_host.local.rooms.directory(oak.id)
+    for number, (name, modes) in enumerate((("data", {0o600, 0o660}), ("models", {0o444}))):
+        volume = (await fake_host.volumes.inspect(name)).volume
         own = own_link(fake_host, oak, number)
-        assert own.samefile(fake_host.rooms.layout.volume_disk(volume.id))
-        assert stat.S_IMODE(own.stat().st_mode) == mode
+        assert own.samefile(fake_host.local.rooms.layout.volume_disk(volume.id))
+        assert stat.S_IMODE(own.stat().st_mode) in modes
     assert driver.guest_state(directory).mounts == ("1 ro /srv/data", "0 rw /srv/data/sub")
-    (attached,) = (await fake_host.volume_inspect("models")).volume.attachments
+    (attached,) = (await fake_host.volumes.inspect("models")).volume.attachments
     assert attached == Attachment(
         holder="instance", instance_id=oak.id, name="oak", mount_path="/srv/data", readonly=True
     )
     await assert_tidy(fake_host, "oak")
 
 
-async def test_what_is_written_outlives_the_instance(fake_host: AsyncHost, driver: FakeDriver) -> None:
-    """`rm` has the guest write out what it holds back, leaves the volume, and the next instance has the same file."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+async def test_written_data_outlives_the_instance(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """`rm` makes the guest write out its data, and the next instance finds it in the volume."""
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     oak = await with_volume(fake_host, WRITES)
     with own_link(fake_host, oak).open("r+b") as disk:
         disk.seek(SIZE - 4096)
         disk.write(b"left by oak")
     synced = driver.faults.reached["sync"]
-    await fake_host.rm(oak)
+    await fake_host.call(RmRequest(instance=oak.id))
     assert driver.faults.reached["sync"] == synced + 1
     ash = await with_volume(fake_host, WRITES, "ash")
     assert b"left by oak" in own_link(fake_host, ash).read_bytes()
     await assert_tidy(fake_host, "ash")
 
 
-async def test_one_writes_or_any_number_reads(fake_host: AsyncHost) -> None:
-    """In whatever state the holder is; the refusal names it, and comes before any side effect."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+async def test_one_instance_writes_or_any_number_read(fake_host: AsyncHost) -> None:
+    """The holder counts in every state. The refusal names it, and comes before any side effect."""
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     await with_volume(fake_host, WRITES)
     for state in (State.RUNNING, State.STANDBY, State.STOPPED):
         if state is State.STANDBY:
-            await fake_host.standby("oak")
+            await fake_host.call(StandbyRequest(instance="oak"))
         if state is State.STOPPED:
-            await fake_host.restore("oak")
-            await fake_host.stop("oak")
+            await fake_host.call(RestoreRequest(instance="oak"))
+            await fake_host.call(StopRequest(instance="oak"))
         await refused(fake_host, with_volume(fake_host, WRITES, "ash"), "oak has it for writing")
         await refused(fake_host, with_volume(fake_host, READS, "ash"), "oak has it for writing")
-        await refused(fake_host, fake_host.volume_rm("data"), "oak has it for writing")
-    await fake_host.rm("oak")
+        await refused(fake_host, fake_host.volumes.rm("data"), "oak has it for writing")
+    await fake_host.call(RmRequest(instance="oak"))
     await with_volume(fake_host, READS, "elm")
     await with_volume(fake_host, READS, "fir")
     error = await refused(fake_host, with_volume(fake_host, WRITES, "ash"), "elm, fir have it")
     assert "read-only" in (error.hint or "")
-    await refused(fake_host, fake_host.volume_rm("data"), "elm, fir have it")
-    await fake_host.rm("elm")
-    await fake_host.rm("fir")
+    await refused(fake_host, fake_host.volumes.rm("data"), "elm, fir have it")
+    await fake_host.call(RmRequest(instance="elm"))
+    await fake_host.call(RmRequest(instance="fir"))
     await with_volume(fake_host, WRITES, "ash")
-    await fake_host.rm("ash")
-    await fake_host.volume_rm("data")
+    await fake_host.call(RmRequest(instance="ash"))
+    await fake_host.volumes.rm("data")
     await assert_tidy(fake_host)
 
 
-async def test_what_cannot_be_attached_leaves_nothing(fake_host: AsyncHost) -> None:
-    """No such volume, a path of the machine's own, the same path or the same volume twice, by name and id."""
-    data = await fake_host.volume_create("data", size_bytes=SIZE)
+async def test_an_invalid_attachment_leaves_nothing(fake_host: AsyncHost) -> None:
+    """An unknown volume, a reserved path, a path or volume given twice, or too many volumes."""
+    data = await fake_host.volumes.create("data", size_bytes=SIZE)
     before = snapshot(fake_host)
     for volumes, error in (
         ((at("/data", "nothing"),), NotFound),
@@ -213,101 +225,117 @@ async def test_what_cannot_be_attached_leaves_nothing(fake_host: AsyncHost) -> N
 
 
 async def test_a_volume_can_be_removed_and_its_name_used_again(fake_host: AsyncHost, make_host: HostFactory) -> None:
-    """Of two hosts at once one removes it, the other is told that it is gone."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+    """Of two hosts that remove it at once, one succeeds and the other gets NotFound."""
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     async with make_host() as other:
-        outcomes = await asyncio.gather(fake_host.volume_rm("data"), other.volume_rm("data"), return_exceptions=True)
+        outcomes = await asyncio.gather(fake_host.volumes.rm("data"), other.volumes.rm("data"), return_exceptions=True)
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["NoneType", "NotFound"]
     await assert_tidy(fake_host)
-    await fake_host.volume_create("data", size_bytes=SIZE)
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     await assert_tidy(fake_host)
 
 
 # Forks
 
 
-async def test_a_machine_that_writes_to_a_volume_is_not_multiplied(fake_host: AsyncHost) -> None:
-    """Neither forked in any state, nor promoted, nor kept as a snapshot: each refused at once, with the volume's name and what to do."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+async def test_the_writer_of_a_volume_is_not_forked(fake_host: AsyncHost) -> None:
+    """It is not forked in any state, promoted or kept as a snapshot.
+
+    Each refusal names the volume and has a hint.
+    """
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     await with_volume(fake_host, WRITES)
-    says = "oak writes to the volume data, which only one machine can have"
+    says = "oak is the only writer of the volume data"
     for state in (State.RUNNING, State.STANDBY, State.STOPPED):
         if state is State.STANDBY:
-            await fake_host.standby("oak")
+            await fake_host.call(StandbyRequest(instance="oak"))
         if state is State.STOPPED:
-            await fake_host.restore("oak")
-            await fake_host.stop("oak")
+            await fake_host.call(RestoreRequest(instance="oak"))
+            await fake_host.call(StopRequest(instance="oak"))
         for target in (State.RUNNING, State.STANDBY, State.STOPPED):
-            error = await refused(fake_host, fake_host.fork("oak", count=2, target=target), says)
+            error = await refused(fake_host, fake_host.call(ForkRequest(instance="oak", count=2, target=target)), says)
         assert "--volume data:/data:ro" in (error.hint or "")
-        await refused(fake_host, fake_host.fork("oak", from_running=True), says)
-        await refused(fake_host, fake_host.promote("oak"), says)
+        await refused(fake_host, fake_host.call(ForkRequest(instance="oak", from_running=True)), says)
+        await refused(fake_host, fake_host.call(PromoteRequest(instance="oak")), says)
         for kind in (None, SnapshotKind.STOPPED):
-            await refused(fake_host, fake_host.snapshot_create("oak", kind=kind), says)
+            await refused(fake_host, fake_host.call(SnapshotRequest(instance="oak", kind=kind)), says)
     await assert_tidy(fake_host, "oak")
 
 
-async def test_forks_share_a_volume_that_is_only_read(fake_host: AsyncHost) -> None:
-    """Each fork has its own hard link, of the same inode, and none needs its source for it; the last one frees the volume."""
-    data = await fake_host.volume_create("data", size_bytes=SIZE)
+async def test_forks_share_a_read_only_volume(fake_host: AsyncHost) -> None:
+    """Each fork has its own hard link to the inode, and needs no source for it.
+
+    The last one frees the volume.
+    """
+    data = await fake_host.volumes.create("data", size_bytes=SIZE)
     oak = await with_volume(fake_host, READS)
-    await fake_host.standby(oak)
-    await fake_host.promote(oak)
+    await fake_host.call(StandbyRequest(instance=oak.id))
+    await fake_host.call(PromoteRequest(instance=oak.id))
     names = ["elm", "fir", "yew"]
-    await fake_host.fork("oak", names=[names[0]])
-    await fake_host.fork("oak", names=[names[1]], target=State.STANDBY)
-    await fake_host.fork("oak", names=[names[2]], target=State.STOPPED)
-    forks = [await fake_host.get(name) for name in names]
-    inode = fake_host.rooms.layout.volume_disk(data.id).stat().st_ino
+    await fake_host.call(ForkRequest(instance="oak", names=[names[0]]))
+    await fake_host.call(ForkRequest(instance="oak", names=[names[1]], target=State.STANDBY))
+    await fake_host.call(ForkRequest(instance="oak", names=[names[2]], target=State.STOPPED))
+    forks = [await fake_host.call(GetRequest(instance=name)) for name in names]
+    inode = fake_host.local.rooms.layout.volume_disk(data.id).stat().st_ino
     for fork in forks:
         assert own_link(fake_host, fork).stat().st_ino == inode
         assert fork.machine.volumes == oak.machine.volumes
     await assert_tidy(fake_host, "oak", *names)
     await refused(fake_host, with_volume(fake_host, WRITES, "ash"), "oak, elm, fir, yew have it")
-    await refused(fake_host, fake_host.volume_rm("data"), "oak, elm, fir, yew have it")
-    await fake_host.fork("elm", names=["ivy"], from_running=True)  # through a stem, which is gone by now
+    await refused(fake_host, fake_host.volumes.rm("data"), "oak, elm, fir, yew have it")
+    await fake_host.call(
+        ForkRequest(instance="elm", names=["ivy"], from_running=True)
+    )  # a stem made this fork, and was removed
     await assert_tidy(fake_host, "oak", "ivy", *names)
     for name in ("ivy", *names, "oak"):
-        await fake_host.rm(name)
+        await fake_host.call(RmRequest(instance=name))
     await with_volume(fake_host, WRITES, "ash")
     await assert_tidy(fake_host, "ash")
 
 
-async def test_a_fork_of_the_disk_alone_is_told_its_volumes_anew(fake_host: AsyncHost, driver: FakeDriver) -> None:
-    """A restored machine has its mounts in its memory; one that boots has to be told."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+async def test_a_fork_that_boots_mounts_its_volumes(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """A restored machine has its mounts in its memory; a booted one has to mount them."""
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     await with_volume(fake_host, READS)
-    await fake_host.stop("oak")
-    (elm,) = (await fake_host.fork("oak", names=["elm"], atomic=True)).instances
-    assert driver.guest_state(fake_host.rooms.directory(elm.id)).mounts == ("0 ro /data",)
-    await fake_host.stop("elm")
-    await fake_host.start("elm")
-    assert driver.guest_state(fake_host.rooms.directory(elm.id)).mounts == ("0 ro /data",)
+    await fake_host.call(StopRequest(instance="oak"))
+    (elm,) = (await fake_host.call(ForkRequest(instance="oak", names=["elm"], atomic=True))).instances
+    assert driver.guest_state(fake_host.local.rooms.directory(elm.id)).mounts == ("0 ro /data",)
+    await fake_host.call(StopRequest(instance="elm"))
+    await fake_host.call(StartRequest(instance="elm"))
+    assert driver.guest_state(fake_host.local.rooms.directory(elm.id)).mounts == ("0 ro /data",)
 
 
 @pytest.mark.parametrize("kind", list(SnapshotKind))
-async def test_a_snapshot_keeps_a_volume_that_is_only_read(fake_host: AsyncHost, kind: SnapshotKind) -> None:
-    """It has a link of its own, which keeps writers out as long as it is there; the machine goes back to it, and its forks have the volume."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+async def test_a_snapshot_keeps_a_read_only_volume(fake_host: AsyncHost, kind: SnapshotKind) -> None:
+    """Its own link keeps writers out as long as the snapshot exists.
+
+    The machine can go back, and its forks have the volume.
+    """
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     oak = await with_volume(fake_host, READS)
-    kept = await fake_host.snapshot_create(oak, name="noon", kind=kind)
+    kept = await fake_host.call(SnapshotRequest(instance=oak.id, name="noon", kind=kind))
     await assert_tidy(fake_host, "oak")
-    await fake_host.snapshot_restore("noon", start=True)
+    await fake_host.call(SnapshotRestoreRequest(snapshot="noon", start=True))
     await assert_tidy(fake_host, "oak")
-    await fake_host.rm("oak")
-    await refused(fake_host, fake_host.volume_rm("data"), "the snapshot noon has it")
+    await fake_host.call(RmRequest(instance="oak"))
+    await refused(fake_host, fake_host.volumes.rm("data"), "the snapshot noon has it")
     await refused(fake_host, with_volume(fake_host, WRITES, "ash"), "the snapshot noon has it")
-    (elm,) = (await fake_host.snapshot_fork("noon", names=["elm"], atomic=True)).instances
-    assert own_link(fake_host, elm).samefile(fake_host.rooms.layout.snapshot(kept.id) / files.VOLUME_DISK.format(0))
-    await fake_host.snapshot_rm("noon")
-    await fake_host.rm("elm")
-    await fake_host.volume_rm("data")
+    (elm,) = (await fake_host.call(SnapshotForkRequest(snapshot="noon", names=["elm"], atomic=True))).instances
+    assert own_link(fake_host, elm).samefile(
+        fake_host.local.rooms.layout.snapshot(kept.id) / files.VOLUME_DISK.format(0)
+    )
+    await fake_host.snapshots.rm("noon")
+    await fake_host.call(RmRequest(instance="elm"))
+    await fake_host.volumes.rm("data")
     await assert_tidy(fake_host)
 
 
 async def test_a_volume_that_cannot_be_linked_is_refused(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file can have only so many links. A copy would be another volume, and cost the room of one: said at once, and nothing is left of it."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+    """A file can have only so many links.
+
+    A copy would be another volume, so the operation fails at once and leaves nothing.
+    """
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     oak = await with_volume(fake_host, READS)
     link = os.link
 
@@ -318,10 +346,10 @@ async def test_a_volume_that_cannot_be_linked_is_refused(fake_host: AsyncHost, m
 
     monkeypatch.setattr(os, "link", full)
     with pytest.raises(HostCannot, match="Too many links"):
-        await fake_host.snapshot_create(oak)
+        await fake_host.call(SnapshotRequest(instance=oak.id))
     with pytest.raises(HostCannot, match="Too many links"):
-        await fake_host.fork(oak, from_running=True)
-    assert (await fake_host.get(oak)).state is State.RUNNING
+        await fake_host.call(ForkRequest(instance=oak.id, from_running=True))
+    assert (await fake_host.call(GetRequest(instance=oak.id))).state is State.RUNNING
     await assert_tidy(fake_host, oak.name)
 
 
@@ -329,34 +357,34 @@ async def test_a_volume_that_cannot_be_linked_is_refused(fake_host: AsyncHost, m
 
 
 @pytest.mark.parametrize("volumes", [WRITES, READS], ids=["writes", "reads"])
-async def test_memory_is_not_used_with_a_volume_that_has_moved_on(
-    fake_host: AsyncHost, volumes: Sequence[VolumeMount]
-) -> None:
-    """What the guest knows of the file system must be what is there: a volume that was written to in between is noticed."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+async def test_memory_is_not_used_with_a_changed_volume(fake_host: AsyncHost, volumes: Sequence[VolumeMount]) -> None:
+    """The guest's memory must match the file system, so a later write is detected."""
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     oak = await with_volume(fake_host, volumes)
-    await fake_host.standby(oak)
-    await fake_host.restore(oak)
-    await fake_host.standby(oak)
+    await fake_host.call(StandbyRequest(instance=oak.id))
+    await fake_host.call(RestoreRequest(instance=oak.id))
+    await fake_host.call(StandbyRequest(instance=oak.id))
     disk = own_link(fake_host, oak)
+    mode = disk.stat().st_mode
     disk.chmod(0o600)
     with disk.open("r+b") as file:
         file.seek(SIZE - 1)
         file.write(b"x")
+    disk.chmod(stat.S_IMODE(mode))
     report = await fake_host.verify()
     assert ("oak", "since the capture") in [(found.name, found.detail[-17:]) for found in report.differences]
     with pytest.raises(IntegrityError, match="a disk was written to"):
-        await fake_host.restore(oak)
-    assert (await fake_host.get(oak)).state is State.STOPPED
-    await fake_host.start(oak)
+        await fake_host.call(RestoreRequest(instance=oak.id))
+    assert (await fake_host.call(GetRequest(instance=oak.id))).state is State.STOPPED
+    await fake_host.call(StartRequest(instance=oak.id))
     await assert_tidy(fake_host, "oak")
 
 
 async def test_the_volumes_of_a_capture_survive_a_power_cut(
     fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are synced as the overlay is: memory without the disks of the same instant is of no use."""
-    await fake_host.volume_create("data", size_bytes=SIZE)
+    """Volumes are synced as the overlay is, because memory needs the disks of its own instant."""
+    await fake_host.volumes.create("data", size_bytes=SIZE)
     oak = await with_volume(fake_host, WRITES)
     synced: set[int] = set()
     fsync = os.fsync
@@ -366,17 +394,20 @@ async def test_the_volumes_of_a_capture_survive_a_power_cut(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    await fake_host.standby(oak)
+    await fake_host.call(StandbyRequest(instance=oak.id))
     assert own_link(fake_host, oak).stat().st_ino in synced
 
 
-async def test_verify_checks_volumes_that_nobody_writes_to(fake_host: AsyncHost) -> None:
-    """A damaged one is named, also where it is only read; one that is written to is in use, and said to be; a wrong link is named."""
+async def test_verify_checks_volumes_without_a_running_writer(fake_host: AsyncHost) -> None:
+    """A damaged volume and a wrong link are named.
+
+    A volume that is being written to is reported as skipped.
+    """
     for name in ("data", "bad", "busy"):
-        await fake_host.volume_create(name, size_bytes=SIZE)
+        await fake_host.volumes.create(name, size_bytes=SIZE)
     await with_volume(fake_host, (at("/data", readonly=True), at("/bad", "bad", readonly=True)))
     await with_volume(fake_host, (at("/busy", "busy"),), "ash")
-    bad = fake_host.rooms.layout.volume_disk((await fake_host.volume_inspect("bad")).volume.id)
+    bad = fake_host.local.rooms.layout.volume_disk((await fake_host.volumes.inspect("bad")).volume.id)
     bad.chmod(0o600)
     with bad.open("r+b") as file:
         file.seek(4096)
@@ -384,7 +415,7 @@ async def test_verify_checks_volumes_that_nobody_writes_to(fake_host: AsyncHost)
     report = await fake_host.verify()
     assert [(found.holder, found.name, found.file) for found in report.differences] == [("volume", "bad", "data.raw")]
     assert set(report.skipped) == {"oak", "ash", "busy"}
-    ash = await fake_host.stop("ash")
+    ash = await fake_host.call(StopRequest(instance="ash"))
     own_link(fake_host, ash).unlink()
     own_link(fake_host, ash).write_bytes(b"")
     found = [(each.name, each.detail) for each in (await fake_host.verify()).differences]

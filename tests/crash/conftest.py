@@ -1,7 +1,8 @@
-"""Where host processes are killed: a data directory of its own beside those of the other real machines, with one small warm template.
+"""Data directories in which host processes are killed, and the report of the run.
 
-COPPICE_CRASH_KILLS says how many are killed (default 30; from 200 on it is a full run), COPPICE_CRASH_SEED at which random instants, and
-COPPICE_CRASH_REPORT into which files the result goes: `RAW.json:PAGE.md`.
+COPPICE_CRASH_KILLS is the approximate number of kills over each kind of machines (default 30; from
+200 on it is a full run), COPPICE_CRASH_SEED chooses the random instants, and COPPICE_CRASH_REPORT
+names the files of the report: `RAW.json:PAGE.md`.
 """
 
 from __future__ import annotations
@@ -12,55 +13,67 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from coppice.bench.accounting import host_facts
-from coppice.host import AsyncHost
-from coppice.store.layout import Layout
+from bench.accounting import host_facts
+from coppice.state.layout import Layout
+from crash.fake_kind import FakeKind
 from crash.kills import Ground
-from crash.operations import DISK, MEMORY, SEED, STUMP, learn
-from crash.report import CrashReport, write
+from crash.kinds import RealKind
+from crash.plan import SEED
+from crash.report import Runs, write
 from crash.survey import working_below
-from fakes.hosting import assert_tidy, fingerprint, memory_of
-from machines import IMAGE, link_caches
+from fakes.driver import FakeDriver
+from fakes.keeping import keeping
+from fakes.rooms import plant
+from machines import link_caches
 
 
 @pytest.fixture(scope="session")
-async def ground(common_home: Path) -> AsyncIterator[Ground]:
-    """The stump, ready to be forked; at the end nothing but it is left, and then nothing."""
+def runs() -> Iterator[Runs]:
+    """The kills of this session, which are written at its end if a report is wanted."""
+    begin = time.monotonic()
+    runs = Runs(seed=SEED)
+    yield runs
+    if runs.host and (names := os.environ.get("COPPICE_CRASH_REPORT")):
+        write(runs.report(time.monotonic() - begin), *map(Path, names.split(":")))
+
+
+@pytest.fixture(scope="session")
+async def real_ground(common_home: Path, runs: Runs) -> AsyncIterator[Ground]:
+    """A data directory with real machines. Processes that a failed run leaves are ended."""
     directory = Path(tempfile.mkdtemp(prefix="coppice-crash-", dir=common_home / "workers"))
     layout = Layout(directory / "home")
     layout.create()
     link_caches(common_home, layout.home)
+    kind = RealKind()
     try:
-        async with AsyncHost(layout.home) as host:
-            stump = await host.run(IMAGE, ["sleep", "infinity"], name=STUMP, memory_bytes=MEMORY, overlay_bytes=DISK)
-            await learn(host, STUMP)
-            facts = await host_facts(host)
-            await host.standby(stump)
-            stump = await host.promote(stump)
-            await host.snapshot_create(stump, name=SEED)
-            ground = Ground(
-                layout.home, fingerprint(memory_of(host, stump)), int(os.environ.get("COPPICE_CRASH_SEED", "1"))
-            )
-        begin = time.monotonic()
-        yield ground
-        if names := os.environ.get("COPPICE_CRASH_REPORT"):
-            wall_s = time.monotonic() - begin
-            report = CrashReport(host=facts, seed=ground.seed, wall_s=wall_s, kills=tuple(ground.kills))
-            write(report, *map(Path, names.split(":")))
-        async with AsyncHost(layout.home) as host:
-            await assert_tidy(host, STUMP)
-            await host.snapshot_rm(SEED)
-            await host.rm(STUMP)
-            await assert_tidy(host)
-            assert working_below(layout.instances) == {}
+        async with Ground.at(layout.home, kind, runs.kills) as ground:
+            async with kind.host(layout.home) as host:
+                runs.host = await host_facts(host)
+            yield ground
     finally:
-        for pids in working_below(layout.instances).values():  # of a run that failed: it leaves nothing all the same
+        for pids in working_below(layout.instances).values():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+async def fake_ground(fake_vmm: Path, seed_home: Path, personality: str, runs: Runs) -> AsyncIterator[Ground]:
+    """A data directory with fake machines of one personality, whose guests live in this process."""
+    home = Path(tempfile.mkdtemp(prefix="crash-", dir=seed_home.parent)) / "home"
+    plant(seed_home, home)
+    driver = FakeDriver(fake_vmm, personality)
+    with pytest.MonkeyPatch.context() as patch, keeping(driver) as channel:
+        patch.setenv("COPPICE_HASHING", "off")
+        try:
+            async with Ground.at(home, FakeKind(fake_vmm, driver, channel), runs.kills) as ground:
+                yield ground
+        finally:
+            await driver.end(home / "instances")
+            shutil.rmtree(home.parent)

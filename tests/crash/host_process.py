@@ -1,37 +1,66 @@
-"""The host process that is killed: `python -m crash.host_process HOME OPERATION STEP`, STEP 0 for one that is killed from outside, or lives.
+"""The process that forks hosts: `python -m crash.host_process HOME [ARGUMENT...]`. The arguments
+come from `Kind.arguments`.
 
-It says `begin` when the data directory is open, the name of the step that it dies at, and, if it lives, all steps as JSON.
+For each line `OPERATION STEP` on stdin it forks a host, which has all modules imported. The host
+kills itself at that step; with STEP 0 it does not. The lines on stdout are, in this order: the
+host's pid; `begin` when the data directory is open; the name of the step at which it kills itself,
+or its `Measured` record as JSON when the operation has ended; and `ended STATUS`. The host is
+reaped at the next line on stdin, so until then no other process has its pid.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
+import time
 from pathlib import Path
 
-from coppice.host import AsyncHost
+import msgspec
+
+from crash.fake_kind import FakeKind
+from crash.kinds import Kind, RealKind
 from crash.operations import OPERATIONS
-from crash.steps import Steps
+from crash.steps import Measured, Steps
 
 
 def say(text: str) -> None:
-    """Print past all buffers: the next thing may be death."""
+    """Print without a buffer, because the process may be killed next."""
     os.write(1, text.encode() + b"\n")
 
 
-async def main(home: str, operation: str, step: int) -> None:
+async def work(home: str, kind: Kind, operation: str, step: int) -> None:
     """Open the data directory and do the operation."""
     steps = Steps(step, say)
-    async with AsyncHost(Path(home)) as host:
+    async with kind.host(Path(home)) as host:
         steps.install()
         say("begin")
+        begin = time.monotonic()
         steps.arm()
-        await OPERATIONS[operation].act(host)
+        await OPERATIONS[operation].act(host, kind)
         steps.disarm()
-        say(json.dumps(steps.names))
+        wall_s = time.monotonic() - begin
+        say(msgspec.json.encode(Measured(steps=steps.names, wall_s=wall_s)).decode())
+
+
+def main(home: str, *arguments: str) -> None:
+    """Fork a host for each line, until stdin ends."""
+    kind = FakeKind.of_host(*arguments) if arguments else RealKind()
+    kind.host(Path(home))  # imports all modules that a host needs
+    ended: list[int] = []
+    while line := sys.stdin.readline():
+        for pid in ended:
+            os.waitpid(pid, 0)
+        operation, step = line.split()
+        if (pid := os.fork()) == 0:
+            say(f"{os.getpid()}")
+            asyncio.run(work(home, kind, operation, int(step)))
+            return
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert found is not None
+        say(f"ended {found.si_status if found.si_code == os.CLD_EXITED else -found.si_status}")
+        ended = [pid]
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    main(*sys.argv[1:])

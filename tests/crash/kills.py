@@ -1,132 +1,207 @@
-"""Killing a host process in the midst of an operation, and finding out what the next one makes of it."""
+"""Kill a host process during an operation, and check how the next process recovers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
+import signal
 import sys
 import time
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coppice.host import AsyncHost
+import msgspec
+
+from coppice.client import AsyncHost
 from coppice.model import Record
-from crash.operations import STUMP, Operation
-from crash.survey import survey
-from fakes.hosting import fingerprint, memory_of
+from coppice.requests import LsRequest, PromoteRequest, RmRequest, SnapshotRequest, StandbyRequest
+from crash.kinds import Kind
+from crash.operations import SEED, STUMP, Operation, boot
+from crash.steps import Measured
+from crash.survey import Mark, mark_of, survey, working_below
+from fakes.hosting import assert_tidy, memory_of
 
 _DEADLINE_S = 90.0
 
 
 class Kill(Record, frozen=True, kw_only=True):
-    """One host process that was killed, and what was found then."""
+    """One killed host process, and the state found afterwards."""
 
+    machines: str  # the kind of machines
     operation: str
     kind: str  # "step", or "instant"
     at: float  # number of the step from 1, or milliseconds after the operation began
-    step: str | None  # what it was about to do, or had just done; None for an instant
-    died: bool  # False: the operation had ended before
-    recovered: tuple[str, ...]  # what recovery says that it did
+    step: str | None  # the step at which it was killed; None for an instant
+    died: bool  # False: the operation ended first
+    recovered: tuple[str, ...]  # the messages of recovery
     recovery_ms: float
     found: dict[str, str]  # states, by name
-    finding: str | None = None  # what must not be
+    finding: str | None = None  # the violation found, if any
 
 
-@dataclass
-class Measured:
-    """An operation that was left alone."""
+class Findings:
+    """The errors of several kills. A kill with an error does not end the run."""
 
-    steps: list[str]
-    wall_s: float
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._errors: list[Exception] = []
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the error that the block raises."""
+        try:
+            yield
+        except Exception as error:
+            self._errors.append(error)
+
+    def raise_all(self) -> None:
+        """Raise the errors, if there were any."""
+        if self._errors:
+            raise self._errors[0] if len(self._errors) == 1 else ExceptionGroup(self._title, self._errors)
+
+
+class HostProcesses:
+    """Processes that open a host, one at a time; see `crash.host_process`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._orders = process.stdin
+        self._answers = process.stdout
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def over(cls, home: Path, kind: Kind) -> AsyncIterator[HostProcesses]:
+        """Start the process that forks the hosts. It ends with the block."""
+        paths = os.pathsep.join(path for path in sys.path if path)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "crash.host_process", str(home), *kind.arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=kind.descriptors,
+            limit=1 << 20,
+            env={**os.environ, "PYTHONPATH": paths},
+        )
+        hosts = cls(process)
+        try:
+            yield hosts
+        finally:
+            hosts._orders.close()
+            await asyncio.wait_for(process.wait(), _DEADLINE_S)
+
+    async def begin(self, operation: Operation, step: int) -> int:
+        """Start a host, wait until it has opened the data directory, and return its pid."""
+        self._orders.write(f"{operation.name} {step}\n".encode())
+        pid = int(await self._line())
+        assert await self._line() == "begin"
+        return pid
+
+    async def end(self) -> tuple[int, list[str]]:
+        """Wait for the end of the started host; return its exit status and the lines it printed."""
+        said = [await self._line()]
+        while not said[-1].startswith("ended "):
+            said.append(await self._line())
+        return int(said.pop().split()[1]), said
+
+    async def _line(self) -> str:
+        return (await asyncio.wait_for(self._answers.readline(), _DEADLINE_S)).decode().rstrip("\n")
 
 
 @dataclass
 class Ground:
-    """A data directory with the stump in it, in which host processes are killed."""
+    """A data directory with the stump, in which host processes are killed."""
 
     home: Path
-    stump: tuple[int, int, int, str]
-    seed: int
-    kills: list[Kill] = field(default_factory=list)
+    kind: Kind
+    hosts: HostProcesses
+    stump: Mark
+    kills: list[Kill]
     measured: dict[str, Measured] = field(default_factory=dict)
 
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def at(cls, home: Path, kind: Kind, kills: list[Kill]) -> AsyncIterator[Ground]:
+        """Make the stump, ready to be forked, in a data directory with its image, and append each
+        kill to `kills`. At the end only the stump is left, and it is removed.
+        """
+        async with kind.host(home) as host:
+            await host.gc()  # a kept test home may have files of an older version
+            stump = await boot(host, kind, name=STUMP)
+            instances = host.local.rooms.layout.instances.resolve()
+            await kind.learn(host, STUMP)
+            await host.call(StandbyRequest(instance=stump.id))
+            stump = await host.call(PromoteRequest(instance=stump.id))
+            await host.call(SnapshotRequest(instance=stump.id, name=SEED))
+            known = mark_of(memory_of(host, stump))
+        async with HostProcesses.over(home, kind) as hosts:
+            yield cls(home, kind, hosts, known, kills)
+        async with kind.host(home) as host:
+            await assert_tidy(host, STUMP)
+            await host.snapshots.rm(SEED)
+            await host.call(RmRequest(instance=STUMP))
+            await assert_tidy(host)
+        assert working_below(instances) == {}
+
     async def measure(self, operation: Operation) -> Measured:
-        """Do it once without a kill: it must end well, and be what an operation that was never killed leaves."""
+        """Run the operation once without a kill; it must succeed and leave the expected state."""
         if operation.name not in self.measured:
             await self._prepare(operation)
-            process = await self._begin(operation, 0)
-            begin = time.monotonic()
-            said = await self._end(process)
-            wall_s = time.monotonic() - begin
-            assert process.returncode == 0, f"{operation.name} failed: {said}"  # its error is above
-            self.measured[operation.name] = Measured(json.loads(said[-1]), wall_s)
-            async with AsyncHost(self.home) as host:
+            await self.hosts.begin(operation, 0)
+            status, said = await self.hosts.end()
+            assert status == 0, f"{operation.name} failed: {said}"  # its error is above
+            self.measured[operation.name] = msgspec.json.decode(said[-1], type=Measured)
+            async with self.kind.host(self.home) as host:
                 try:
-                    await survey(host, operation, self.stump)
+                    await survey(host, self.kind, operation, self.stump)
                 finally:
                     await self._clear(host)
         return self.measured[operation.name]
 
     def size_of(self, operation: Operation) -> tuple[int, float]:
-        """How many steps it has, and seconds it takes: as measured, or as it is known for."""
+        """Return its number of steps and its seconds: measured, or else the known values."""
         measured = self.measured.get(operation.name)
         return (len(measured.steps), measured.wall_s) if measured else (operation.steps, operation.seconds)
 
     async def kill_at_step(self, operation: Operation, number: int) -> bool:
-        """Have the process kill itself when it comes to a step; tell whether it came so far."""
+        """Let the process kill itself at a step; return whether it reached the step."""
         await self._prepare(operation)
-        process = await self._begin(operation, number)
-        said = await self._end(process)
-        assert process.returncode in (0, -9), said
-        step = said[0] if process.returncode else None
+        await self.hosts.begin(operation, number)
+        status, said = await self.hosts.end()
+        assert status in (0, -signal.SIGKILL), said
+        step = said[0] if status else None
         await self._look(operation, kind="step", at=number, step=step, died=step is not None)
         return step is not None
 
     async def kill_after(self, operation: Operation, delay_s: float) -> bool:
-        """Kill the process from outside; tell whether it was still at work."""
+        """Kill the process from outside; return whether it was still running."""
         await self._prepare(operation)
-        process = await self._begin(operation, 0)
+        pid = await self.hosts.begin(operation, 0)
         await asyncio.sleep(delay_s)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        said = await self._end(process)
+        os.kill(pid, signal.SIGKILL)
+        _, said = await self.hosts.end()
         await self._look(operation, kind="instant", at=round(delay_s * 1000, 1), step=None, died=not said)
         return not said
 
     async def _prepare(self, operation: Operation) -> None:
-        async with AsyncHost(self.home) as host:
-            await operation.prepare(host)
-
-    async def _begin(self, operation: Operation, step: int) -> asyncio.subprocess.Process:
-        paths = os.pathsep.join(path for path in sys.path if path)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "crash.host_process", str(self.home), operation.name, str(step)),
-            stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        assert process.stdout is not None
-        assert await asyncio.wait_for(process.stdout.readline(), _DEADLINE_S) == b"begin\n"
-        return process
-
-    async def _end(self, process: asyncio.subprocess.Process) -> list[str]:
-        assert process.stdout is not None
-        said = await asyncio.wait_for(process.stdout.read(), _DEADLINE_S)
-        await asyncio.wait_for(process.wait(), _DEADLINE_S)
-        return said.decode().splitlines()
+        async with self.kind.host(self.home) as host:
+            await operation.prepare(host, self.kind)
 
     async def _look(self, operation: Operation, *, kind: str, at: float, step: str | None, died: bool) -> None:
-        """Open the data directory as the next process would, look at everything, and leave it as it was before the operation."""
+        """Open the data directory as the next process does, check everything, and remove what the
+        operation made.
+        """
         found: dict[str, str] = {}
         finding: str | None = None
         with _recoveries() as recovered:
             begin = time.monotonic()
-            async with AsyncHost(self.home) as host:
+            async with self.kind.host(self.home) as host:
                 recovery_ms = (time.monotonic() - begin) * 1000
                 try:
-                    found = await survey(host, operation, self.stump)
+                    found = await survey(host, self.kind, operation, self.stump)
                 except BaseException as error:
                     finding = f"{type(error).__name__}: {error}"
                     error.add_note(
@@ -136,6 +211,7 @@ class Ground:
                 finally:
                     self.kills.append(
                         Kill(
+                            machines=self.kind.name,
                             operation=operation.name,
                             kind=kind,
                             at=at,
@@ -150,21 +226,21 @@ class Ground:
                     await self._clear(host)
 
     async def _clear(self, host: AsyncHost) -> None:
-        for kept in await host.snapshot_ls():
+        for kept in await host.snapshots.ls():
             if kept.name == "twig":
-                await host.snapshot_rm(kept)
-        for vm in reversed(await host.ls()):
+                await host.snapshots.rm(kept)
+        for vm in reversed(await host.call(LsRequest())):
             if vm.name != STUMP:
-                await host.rm(vm)
-        for volume in await host.volume_ls():
-            await host.volume_rm(volume)
-        await host.gc()  # what was found once is not found again
-        (stump,) = await host.ls()
-        assert fingerprint(memory_of(host, stump)) == self.stump
+                await host.call(RmRequest(instance=vm.id))
+        for volume in await host.volumes.ls():
+            await host.volumes.rm(volume)
+        await host.gc()  # so that a later check does not report the same again
+        (stump,) = await host.call(LsRequest())
+        assert mark_of(memory_of(host, stump)) == self.stump
 
 
 class _recoveries(logging.Handler):  # noqa: N801 - reads as a function
-    """What recovery logs that it did, in the block."""
+    """Collect the log messages of recovery during the block."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -176,8 +252,8 @@ class _recoveries(logging.Handler):  # noqa: N801 - reads as a function
             self.lines.append(text.removeprefix("recovered: "))
 
     def __enter__(self) -> list[str]:
-        logging.getLogger("coppice.instance.recovery").addHandler(self)
+        logging.getLogger("coppice.host.recovery").addHandler(self)
         return self.lines
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("coppice.instance.recovery").removeHandler(self)
+        logging.getLogger("coppice.host.recovery").removeHandler(self)

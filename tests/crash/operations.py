@@ -1,7 +1,9 @@
-"""The operations that a host process is killed in: what is there before, what it does, and what may be there after.
+"""The operations in which host processes are killed: the state before, the call, and the states
+allowed afterwards.
 
-`oak` is the machine that something happens to, `stump` the template that all come from. What an operation may leave is part of what it promises:
-each new machine is whole or absent, and each old one is as it was, or as it was to become.
+The operation changes the machine `oak`. `stump` is the template of all machines. After a kill each
+new machine is complete or absent, and each old machine is in the state before or after the
+operation.
 """
 
 from __future__ import annotations
@@ -12,34 +14,52 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from coppice.host import AsyncHost
-from coppice.model import MIB, State, VolumeMount
+from coppice.client import AsyncHost
+from coppice.machine import disk
+from coppice.memory import layers
+from coppice.model import MIB, Instance, State, VolumeMount
+from coppice.requests import (
+    DemoteRequest,
+    ForkRequest,
+    PromoteRequest,
+    RestoreRequest,
+    RmRequest,
+    RunRequest,
+    SnapshotForkRequest,
+    SnapshotRequest,
+    SnapshotRestoreRequest,
+    StandbyRequest,
+    StartAheadRequest,
+    StartRequest,
+    StopRequest,
+)
+from crash.kinds import Kind
 
 STUMP, OAK, SAP = "stump", "oak", "sap"
-MEMORY, DISK, VOLUME = 192 * MIB, 256 * MIB, 32 * MIB
-SEED = "seed"  # a snapshot of the stump that is always there
+VOLUME = 32 * MIB
+SEED = "seed"  # a snapshot of the stump that always exists
 
-Act = Callable[[AsyncHost], Awaitable[object]]
+Act = Callable[[AsyncHost, Kind], Awaitable[object]]
 States = frozenset[State | None]
-"""States that a machine may be found in; None: it is not there."""
+"""States that a machine may be found in; None: it does not exist."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a host process that is going to be killed."""
+    """One operation of a host process that will be killed."""
 
     name: str
     prepare: Act
     act: Act
-    after: dict[str, States]  # by name, of all instances but the stump
-    snapshots: frozenset[str] = frozenset()  # that are there before and after
-    may_have: frozenset[str] = frozenset()  # snapshots that may be there after
-    volumes: frozenset[str] = frozenset()  # that are there before and after
+    after: dict[str, States]  # allowed states by name, of all instances except the stump
+    snapshots: frozenset[str] = frozenset()  # exist before and after
+    may_have: frozenset[str] = frozenset()  # snapshots that may exist afterwards
+    volumes: frozenset[str] = frozenset()  # exist before and after
     may_have_volumes: frozenset[str] = frozenset()
-    memory: str = STUMP  # what the memory of its machines knows
+    memory: str = STUMP  # the text in its machines' memory
     disk: str = STUMP
-    boots: bool = False  # takes seconds
-    steps: int = 0  # about so many, and seconds: where they have not been measured
+    boots: bool = False  # takes seconds with a real machine
+    steps: int = 0  # estimates of the steps and seconds, for runs that do not measure them
     seconds: float = 0.0
 
 
@@ -47,67 +67,102 @@ def _may(*states: State | None) -> States:
     return frozenset(states)
 
 
-async def nothing(host: AsyncHost) -> None:
-    """Nothing has to be there before."""
+async def nothing(host: AsyncHost, _: Kind) -> None:
+    """Prepare nothing."""
 
 
-async def running(host: AsyncHost) -> None:
-    """A Running oak, whose memory and disk know something that the stump's do not."""
-    await host.fork(STUMP, names=[OAK], atomic=True)
-    await learn(host, OAK)
+async def running(host: AsyncHost, kind: Kind) -> None:
+    """Make a Running oak, with text in its memory and on its disk that the stump does not have."""
+    await host.call(ForkRequest(instance=STUMP, names=[OAK], atomic=True))
+    await kind.learn(host, OAK)
 
 
-async def learn(host: AsyncHost, name: str) -> None:
-    """Write the machine's name into its memory and onto its disk."""
-    script = f"echo {name} >/run/own; echo {name} >/root/own; sync /root/own"
-    assert (await host.exec(name, ["sh", "-c", script], timeout_s=60)).exit_code == 0
+async def _on_layers(host: AsyncHost, kind: Kind) -> None:
+    await running(host, kind)
+    await host.call(StandbyRequest(instance=OAK))
 
 
-async def _booted(host: AsyncHost) -> None:
-    await boot(host)
-    await learn(host, OAK)
+async def _running_on_layers(host: AsyncHost, kind: Kind) -> None:
+    await _on_layers(host, kind)
+    await host.call(RestoreRequest(instance=OAK))
 
 
-async def boot(host: AsyncHost, *volumes: str) -> None:
-    """A Running oak of an image, that writes to some volumes."""
-    (image,) = {vm.image for vm in await host.ls() if vm.name == STUMP}
-    mounts = [VolumeMount(volume=name, mount_path=f"/srv/{name}") for name in volumes]
-    await host.run(image, ["sleep", "infinity"], name=OAK, memory_bytes=MEMORY, overlay_bytes=DISK, volumes=mounts)
+async def _on_all_layers(host: AsyncHost, kind: Kind) -> None:
+    """Make a Running oak whose next capture merges its layers."""
+    await _running_on_layers(host, kind)
+    for _ in range(1, layers.MOST):
+        await host.call(StandbyRequest(instance=OAK))
+        await host.call(RestoreRequest(instance=OAK))
 
 
-async def _standby(host: AsyncHost) -> None:
-    await host.fork(STUMP, names=[OAK], target=State.STANDBY, atomic=True)
+async def _forked(host: AsyncHost, kind: Kind) -> None:
+    """Make a Standby oak whose disk a fork shares."""
+    await _on_layers(host, kind)
+    await host.call(ForkRequest(instance=OAK, names=["elm"], target=State.STANDBY, atomic=True))
 
 
-async def _ahead(host: AsyncHost) -> None:
-    await host.start_ahead(STUMP)
-    (result,) = (await host.fork(STUMP, names=[OAK])).results
+async def _forked_often(host: AsyncHost, kind: Kind) -> None:
+    """Make a Standby oak whose next start merges the layers of its disk."""
+    await _forked(host, kind)
+    for _ in range(1, disk.MOST):
+        await host.call(RestoreRequest(instance=OAK))
+        await host.call(StandbyRequest(instance=OAK))
+        await host.call(RmRequest(instance="elm"))
+        await host.call(ForkRequest(instance=OAK, names=["elm"], target=State.STANDBY, atomic=True))
+
+
+async def _booted(host: AsyncHost, kind: Kind) -> None:
+    await boot(host, kind)
+    await kind.learn(host, OAK)
+
+
+async def boot(host: AsyncHost, kind: Kind, *volumes: str, name: str = OAK) -> Instance:
+    """Make a Running machine from an image, with some volumes mounted."""
+    return await host.call(
+        RunRequest(
+            image=kind.image,
+            command=["sleep", "infinity"],
+            name=name,
+            memory_bytes=kind.memory_bytes,
+            overlay_bytes=kind.overlay_bytes,
+            volumes=[VolumeMount(volume=each, mount_path=f"/srv/{each}") for each in volumes],
+        )
+    )
+
+
+async def _standby(host: AsyncHost, _: Kind) -> None:
+    await host.call(ForkRequest(instance=STUMP, names=[OAK], target=State.STANDBY, atomic=True))
+
+
+async def _ahead(host: AsyncHost, _: Kind) -> None:
+    await host.call(StartAheadRequest(instance=STUMP))
+    (result,) = (await host.call(ForkRequest(instance=STUMP, names=[OAK]))).results
     assert result.started_ahead
 
 
-async def _stopped(host: AsyncHost) -> None:
-    await host.fork(STUMP, names=[OAK], target=State.STOPPED, atomic=True)
+async def _stopped(host: AsyncHost, _: Kind) -> None:
+    await host.call(ForkRequest(instance=STUMP, names=[OAK], target=State.STOPPED, atomic=True))
 
 
-async def _template(host: AsyncHost) -> None:
-    await _standby(host)
-    await host.promote(OAK)
+async def _template(host: AsyncHost, kind: Kind) -> None:
+    await _standby(host, kind)
+    await host.call(PromoteRequest(instance=OAK))
 
 
-async def _with_snapshot(host: AsyncHost) -> None:
-    await running(host)
-    await host.snapshot_create(OAK, name="twig")
+async def _with_snapshot(host: AsyncHost, kind: Kind) -> None:
+    await running(host, kind)
+    await host.call(SnapshotRequest(instance=OAK, name="twig"))
 
 
-async def _twig(host: AsyncHost) -> None:
-    await host.snapshot_create(STUMP, name="twig")
+async def _twig(host: AsyncHost, _: Kind) -> None:
+    await host.call(SnapshotRequest(instance=STUMP, name="twig"))
 
 
-async def _sap(host: AsyncHost) -> None:
-    await host.volume_create(SAP, size_bytes=VOLUME)
+async def _sap(host: AsyncHost, _: Kind) -> None:
+    await host.volumes.create(SAP, size_bytes=VOLUME)
 
 
-async def _archive(host: AsyncHost) -> None:
+async def _archive(host: AsyncHost, _: Kind) -> None:
     with tarfile.open(_archive_of(host), "w") as archive:
         for number in range(20):
             member = tarfile.TarInfo(f"rings/{number}")
@@ -116,17 +171,17 @@ async def _archive(host: AsyncHost) -> None:
 
 
 def _archive_of(host: AsyncHost) -> Path:
-    return host.rooms.layout.home.parent / "sap.tar"
+    return host.local.rooms.layout.home.parent / "sap.tar"
 
 
-async def _drink(host: AsyncHost) -> None:
-    await boot(host, SAP)
+async def _drink(host: AsyncHost, kind: Kind) -> None:
+    await boot(host, kind, SAP)
 
 
-async def _drinking(host: AsyncHost) -> None:
-    await _sap(host)
-    await _drink(host)
-    await learn(host, OAK)
+async def _drinking(host: AsyncHost, kind: Kind) -> None:
+    await _sap(host, kind)
+    await _drink(host, kind)
+    await kind.learn(host, OAK)
 
 
 _RUNNING, _STANDBY, _STOPPED = State.RUNNING, State.STANDBY, State.STOPPED
@@ -137,7 +192,7 @@ OPERATIONS = {
         Operation(
             "fork",
             nothing,
-            lambda host: host.fork(STUMP, names=[OAK]),
+            lambda host, _: host.call(ForkRequest(instance=STUMP, names=[OAK])),
             {OAK: _may(_RUNNING, None)},
             steps=38,
             seconds=0.35,
@@ -153,7 +208,7 @@ OPERATIONS = {
         Operation(
             "fan-out",
             nothing,
-            lambda host: host.fork(STUMP, names=[OAK], count=3),
+            lambda host, _: host.call(ForkRequest(instance=STUMP, names=[OAK], count=3)),
             {f"{OAK}-{number}": _may(_RUNNING, None) for number in (1, 2, 3)},
             steps=108,
             seconds=0.8,
@@ -162,7 +217,7 @@ OPERATIONS = {
         Operation(
             "fork-from-running",
             running,
-            lambda host: host.fork(OAK, names=["elm"], from_running=True),
+            lambda host, _: host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True)),
             {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
             memory=OAK,
             disk=OAK,
@@ -172,7 +227,7 @@ OPERATIONS = {
         Operation(
             "standby",
             running,
-            lambda host: host.standby(OAK),
+            lambda host, _: host.call(StandbyRequest(instance=OAK)),
             {OAK: _may(_RUNNING, _STANDBY)},
             memory=OAK,
             disk=OAK,
@@ -180,12 +235,67 @@ OPERATIONS = {
             seconds=0.3,
         ),
         Operation(
-            "restore", _standby, lambda host: host.restore(OAK), {OAK: _may(_STANDBY, _RUNNING)}, steps=28, seconds=0.25
+            "restore",
+            _standby,
+            lambda host, _: host.call(RestoreRequest(instance=OAK)),
+            {OAK: _may(_STANDBY, _RUNNING)},
+            steps=28,
+            seconds=0.25,
+        ),
+        Operation(
+            "restore-on-layers",
+            _on_layers,
+            lambda host, _: host.call(RestoreRequest(instance=OAK)),
+            {OAK: _may(_STANDBY, _RUNNING)},
+            memory=OAK,
+            disk=OAK,
+            steps=60,
+            seconds=0.3,
+        ),
+        Operation(
+            "restore-on-a-shared-disk",
+            _forked,
+            lambda host, _: host.call(RestoreRequest(instance=OAK)),
+            {OAK: _may(_STANDBY, _RUNNING), "elm": _may(_STANDBY)},
+            memory=OAK,
+            disk=OAK,
+            steps=70,
+            seconds=0.3,
+        ),
+        Operation(
+            "restore-that-merges-disk-layers",
+            _forked_often,
+            lambda host, _: host.call(RestoreRequest(instance=OAK)),
+            {OAK: _may(_STANDBY, _RUNNING), "elm": _may(_STANDBY)},
+            memory=OAK,
+            disk=OAK,
+            steps=80,
+            seconds=0.4,
+        ),
+        Operation(
+            "fork-from-running-on-layers",
+            _running_on_layers,
+            lambda host, _: host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True)),
+            {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
+            memory=OAK,
+            disk=OAK,
+            steps=120,
+            seconds=0.9,
+        ),
+        Operation(
+            "standby-that-merges-layers",
+            _on_all_layers,
+            lambda host, _: host.call(StandbyRequest(instance=OAK)),
+            {OAK: _may(_RUNNING, _STANDBY)},
+            memory=OAK,
+            disk=OAK,
+            steps=60,
+            seconds=0.4,
         ),
         Operation(
             "promote",
             _standby,
-            lambda host: host.promote(OAK),
+            lambda host, _: host.call(PromoteRequest(instance=OAK)),
             {OAK: _may(_STANDBY, State.TEMPLATE)},
             steps=3,
             seconds=0.05,
@@ -193,7 +303,7 @@ OPERATIONS = {
         Operation(
             "demote",
             _template,
-            lambda host: host.demote(OAK),
+            lambda host, _: host.call(DemoteRequest(instance=OAK)),
             {OAK: _may(State.TEMPLATE, _STANDBY)},
             steps=3,
             seconds=0.05,
@@ -201,7 +311,7 @@ OPERATIONS = {
         Operation(
             "stop",
             running,
-            lambda host: host.stop(OAK),
+            lambda host, _: host.call(StopRequest(instance=OAK)),
             {OAK: _may(_RUNNING, _STOPPED)},
             memory=OAK,
             disk=OAK,
@@ -211,7 +321,7 @@ OPERATIONS = {
         Operation(
             "rm",
             running,
-            lambda host: host.rm(OAK),
+            lambda host, _: host.call(RmRequest(instance=OAK)),
             {OAK: _may(_RUNNING, None)},
             memory=OAK,
             disk=OAK,
@@ -221,7 +331,7 @@ OPERATIONS = {
         Operation(
             "snapshot-create",
             running,
-            lambda host: host.snapshot_create(OAK, name="twig"),
+            lambda host, _: host.call(SnapshotRequest(instance=OAK, name="twig")),
             {OAK: _may(_RUNNING)},
             may_have=frozenset({"twig"}),
             memory=OAK,
@@ -232,7 +342,7 @@ OPERATIONS = {
         Operation(
             "snapshot-of-standby",
             _standby,
-            lambda host: host.snapshot_create(OAK, name="twig"),
+            lambda host, _: host.call(SnapshotRequest(instance=OAK, name="twig")),
             {OAK: _may(_STANDBY)},
             may_have=frozenset({"twig"}),
             steps=14,
@@ -241,7 +351,7 @@ OPERATIONS = {
         Operation(
             "snapshot-restore",
             _with_snapshot,
-            lambda host: host.snapshot_restore("twig"),
+            lambda host, _: host.call(SnapshotRestoreRequest(snapshot="twig")),
             {OAK: _may(_RUNNING, _STANDBY)},
             snapshots=frozenset({"twig"}),
             memory=OAK,
@@ -252,7 +362,7 @@ OPERATIONS = {
         Operation(
             "snapshot-fork",
             nothing,
-            lambda host: host.snapshot_fork(SEED, names=[OAK]),
+            lambda host, _: host.call(SnapshotForkRequest(snapshot=SEED, names=[OAK])),
             {OAK: _may(_RUNNING, None)},
             steps=38,
             seconds=0.35,
@@ -260,7 +370,7 @@ OPERATIONS = {
         Operation(
             "snapshot-rm",
             _twig,
-            lambda host: host.snapshot_rm("twig"),
+            lambda host, _: host.snapshots.rm("twig"),
             {},
             may_have=frozenset({"twig"}),
             steps=12,
@@ -270,7 +380,7 @@ OPERATIONS = {
         Operation(
             "volume-create-from-archive",
             _archive,
-            lambda host: host.volume_create(SAP, size_bytes=VOLUME, archive=_archive_of(host)),
+            lambda host, _: host.volumes.create(SAP, size_bytes=VOLUME, archive=_archive_of(host)),
             {},
             may_have_volumes=frozenset({SAP}),
             steps=20,
@@ -279,15 +389,24 @@ OPERATIONS = {
         Operation(
             "volume-rm",
             _sap,
-            lambda host: host.volume_rm(SAP),
+            lambda host, _: host.volumes.rm(SAP),
             {},
             may_have_volumes=frozenset({SAP}),
             steps=6,
             seconds=0.05,
         ),
-        Operation("run", nothing, boot, {OAK: _may(_RUNNING, None)}, memory="", disk="", boots=True),
         Operation(
-            "start", _stopped, lambda host: host.start(OAK), {OAK: _may(_STOPPED, _RUNNING)}, memory="", boots=True
+            "run", nothing, boot, {OAK: _may(_RUNNING, None)}, memory="", disk="", boots=True, steps=45, seconds=0.2
+        ),
+        Operation(
+            "start",
+            _stopped,
+            lambda host, _: host.call(StartRequest(instance=OAK)),
+            {OAK: _may(_STOPPED, _RUNNING)},
+            memory="",
+            boots=True,
+            steps=40,
+            seconds=0.2,
         ),
         Operation(
             "run-with-volume",
@@ -298,25 +417,31 @@ OPERATIONS = {
             memory="",
             disk="",
             boots=True,
+            steps=50,
+            seconds=0.2,
         ),
         Operation(
             "rm-with-volume",
             _drinking,
-            lambda host: host.rm(OAK),
+            lambda host, _: host.call(RmRequest(instance=OAK)),
             {OAK: _may(_RUNNING, None)},
             volumes=frozenset({SAP}),
             memory=OAK,
             disk=OAK,
             boots=True,
+            steps=40,
+            seconds=0.2,
         ),
         Operation(
             "fork-from-first-boot",
             _booted,
-            lambda host: host.fork(OAK, names=["elm"], from_running=True),
+            lambda host, _: host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True)),
             {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
             boots=True,
             memory=OAK,
             disk=OAK,
+            steps=90,
+            seconds=0.2,
         ),
     )
 }

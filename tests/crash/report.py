@@ -1,32 +1,47 @@
-"""What a run of kills found, as JSON with every kill, and as a page for people."""
+"""The report of a run of kills: JSON with every kill, and a readable page."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from coppice.bench.records import HostFacts
-from coppice.bench.report import describe_host
+from bench.records import HostFacts
+from bench.report import describe_host
 from coppice.model import Record
 from crash.kills import Kill
 
 
 class CrashReport(Record, frozen=True, kw_only=True):
-    """One run."""
+    """All kills of one test session."""
 
-    schema: Literal["coppice.crash/1"] = "coppice.crash/1"
+    schema: Literal["coppice.crash/2"] = "coppice.crash/2"
     host: HostFacts
     seed: int
     wall_s: float
     kills: tuple[Kill, ...]
 
 
+@dataclass
+class Runs:
+    """The kills of a session so far, over all kinds of machines."""
+
+    seed: int
+    kills: list[Kill] = field(default_factory=list)
+    host: HostFacts | None = None  # known when a real VMM ran
+
+    def report(self, wall_s: float) -> CrashReport:
+        """Return the report of a session that ran a real VMM."""
+        assert self.host is not None
+        return CrashReport(host=self.host, seed=self.seed, wall_s=wall_s, kills=tuple(self.kills))
+
+
 def write(report: CrashReport, raw: Path, page: Path) -> None:
-    """Write both."""
+    """Write the JSON file and the page."""
     raw.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     page.write_text(_page(report, raw.name))
 
@@ -34,36 +49,65 @@ def write(report: CrashReport, raw: Path, page: Path) -> None:
 def _page(report: CrashReport, raw: str) -> str:
     died = [kill for kill in report.kills if kill.died]
     findings = [kill for kill in report.kills if kill.finding]
-    slowest = max((kill.recovery_ms for kill in died), default=0.0)
+    found = "\n".join(
+        f"* {kill.machines}: {kill.operation}, {kill.kind} {kill.at:g} ({kill.step}): {kill.finding}"
+        for kill in findings
+    )
     outcomes = Counter(_outcome(kill) for kill in died)
-    found = "\n".join(f"* {kill.operation}, {kill.kind} {kill.at:g} ({kill.step}): {kill.finding}" for kill in findings)
-    quiet = outcomes["nothing to do"]
+    tables = "\n".join(
+        f"## {machines}\n\n{_table([kill for kill in report.kills if kill.machines == machines])}"
+        for machines in dict.fromkeys(kill.machines for kill in report.kills)
+    )
     return f"""# Killed hosts: the full run
 
-Written by `make crash`. It kills host processes (SIGKILL; the VMMs live on) in every operation over real machines: at every step that recovery decides
-by, at a quarter of the other steps, and at random instants; where an operation boots a machine, at some of them. After each kill a new process opens the
-data directory, and it is checked that
+Written by `make crash`. It kills host processes with SIGKILL in every operation. The VMMs continue.
+It runs over QEMU machines and over the fake VMMs of the tests, which hold RAM in a file or in
+anonymous memory, or speak Firecracker's API.
 
-* the journal is empty, and no process works in an instance's directory but the VMM that is recorded;
-* no directory, socket, temporary file or lock file is left, and each captured memory has as many links as it has holders;
-* the template is as it was: inode, mode, time, SHA-256;
-* a volume is whole or absent, and its file has one link for each machine that has it;
-* every machine is in a state that the operation may leave, and a new one is whole or absent;
-* those that run answer with their own name, and with what their memory and their disk know; those in standby do so after a restore;
+It kills at every step that recovery depends on, at a quarter of the other steps, and at random
+instants; in an operation that boots a QEMU machine, at a sample of these steps. After each kill a
+new process opens the data directory, and the run checks that
+
+* the journal is empty, and the recorded VMM is the only process that works in an instance's
+  directory;
+* no directory, socket, temporary file or lock file is left, and each captured memory has as many
+  links as holders;
+* the template is unchanged: inode, mode, time, SHA-256;
+* a volume is complete or absent, and its file has one link for each machine that uses it;
+* every machine is in a state that the operation may leave, and a new one is complete or absent;
+* running machines answer with their own name, and with the expected data of their memory and disk;
+  machines in standby do so after a restore;
 * `gc --dry-run` finds nothing.
 
 {describe_host(report.host)}. Seed {report.seed}; {report.wall_s / 60:.0f} minutes. Every kill is in [{raw}](../benchmarks/{raw}).
 
-**{len(died)} host processes were killed, with {len(findings)} findings.** {len(report.kills) - len(died)} more had ended before the kill reached them, and
-were checked alike. Recovery undid {outcomes["undone"]} operations and finished {outcomes["finished"]}; after {quiet} kills there was nothing to recover.
-The slowest opening of a data directory after a kill took {slowest:.0f} ms.
+**{len(died)} host processes were killed, with {len(findings)} findings.** Recovery undid {outcomes["undone"]} operations and finished
+{outcomes["finished"]}; after {outcomes["nothing to do"]} kills it had nothing to do. {len(report.kills) - len(died)} more processes had ended before the kill
+reached them, and were checked in the same way.
 {found}
-{_table(report.kills)}
+{_summary(report.kills)}
+{tables}
 ## The steps
 
-What a process was about to do, or had just done (`committed`, `started`, `signalled`), when it was killed.
+What a process was about to do, or had just done (`committed`, `started`, `signalled`),
+when it was killed.
 
 {_steps(died)}"""
+
+
+def _summary(kills: Sequence[Kill]) -> str:
+    """Return one row per kind of machines."""
+    lines = [
+        "| machines | killed | ended before | findings | slowest opening after a kill, ms |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for machines in dict.fromkeys(kill.machines for kill in kills):
+        mine = [kill for kill in kills if kill.machines == machines]
+        died = [kill for kill in mine if kill.died]
+        numbers = (len(died), len(mine) - len(died), sum(kill.finding is not None for kill in mine))
+        slowest = max((kill.recovery_ms for kill in died), default=0.0)
+        lines.append(f"| {machines} | " + " | ".join(map(str, numbers)) + f" | {slowest:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 def _outcome(kill: Kill) -> str:
@@ -73,7 +117,7 @@ def _outcome(kill: Kill) -> str:
 
 
 def _table(kills: Sequence[Kill]) -> str:
-    """One row per operation."""
+    """Return one row per operation."""
     lines = [
         "| operation | killed at a step | different steps | killed at an instant | undone | finished | nothing to recover | findings |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -95,7 +139,7 @@ def _table(kills: Sequence[Kill]) -> str:
 
 
 def _steps(kills: Sequence[Kill]) -> str:
-    """Where they were killed: each kind of step with how often."""
+    """Return each kind of step with the number of kills at it."""
     counted = Counter(kill.step.partition(" /")[0] for kill in kills if kill.step)
     lines = [
         "| step | kills |",

@@ -1,7 +1,8 @@
-"""Steps of a host process: each side effect and each commit, and death at one of them.
+"""Count the steps of a host process, which are its side effects and commits, and kill the process
+at one of them.
 
-Nothing in the product knows of this. Side effects are seen by Python's own audit events (PEP 578), which are raised before the act; commits, signals and ptrace
-calls, and what has been started, by wrapping the function.
+The product has no hooks for this. Python's audit events (PEP 578) report side effects before they
+happen. Commits, signals, ptrace calls and started processes are reported by wrapped functions.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from coppice.memory import remap
-from coppice.model import Instance
-from coppice.store.database import Database
+from coppice.linux import remap
+from coppice.model import Instance, Record
+from coppice.state.database import Database
 
 _FILE_EVENTS = frozenset({"os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.link", "os.chmod"})
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -30,8 +31,19 @@ _VARIABLE = re.compile(
 )  # ids, temporary names, ports, descriptors
 
 
+class Measured(Record, frozen=True, kw_only=True):
+    """An operation that was not killed: its steps, and its duration without opening and closing
+    the host.
+    """
+
+    steps: list[str]
+    wall_s: float
+
+
 class Steps:
-    """Counts steps, and at the `deadly` one (from 1; 0: never) says its name and kills the process."""
+    """A counter of steps. At step number `deadly` (from 1; 0: never) it prints the step's name and
+    kills the process.
+    """
 
     def __init__(self, deadly: int, say: Callable[[str], None]) -> None:
         self.names: list[str] = []
@@ -41,15 +53,17 @@ class Steps:
         self._armed = False
 
     def install(self) -> None:
-        """See steps from now on; count them from `arm` on. There is no way back: audit hooks stay."""
+        """Observe steps from now on, and count them from `arm` on. Audit hooks cannot be
+        removed.
+        """
         sys.addaudithook(self._audit)
         write, popen, ptrace = Database.write, subprocess.Popen.__init__, remap._ptrace
         steps = self
 
         @contextlib.contextmanager
-        def counted_write(database: Database) -> Iterator[sqlite3.Connection]:
+        def counted_write(database: Database, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
             what = _transaction(sys._getframe(2))
-            with write(database) as connection:
+            with write(database, durable=durable) as connection:
                 yield connection
                 steps.step(f"in the transaction of {what}")
             steps.step(f"committed {what}")
@@ -75,21 +89,22 @@ class Steps:
         signal.pidfd_send_signal = counted_send
 
     def arm(self) -> None:
-        """Count from here."""
+        """Start counting."""
         self._armed = True
 
     def disarm(self) -> None:
-        """Count no more."""
+        """Stop counting."""
         self._armed = False
 
     def step(self, name: str) -> None:
-        """Come to a step."""
+        """Record a step."""
         if not self._armed:
             return
         with self._counting:
             self.names.append(name)
             if len(self.names) == self._deadly:
                 self._say(name)
+                self.disarm()  # the SIGKILL is not a step
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
@@ -99,6 +114,8 @@ class Steps:
             self.step(f"{event} {_shown(args[0])}")
         elif event == "open" and isinstance(args[2], int) and args[2] & _WRITES and isinstance(args[0], str | Path):
             self.step(f"open {_shown(args[0])}")
+        elif event == "os.kill":  # an order to a fake VMM
+            self.step(f"signal {args[1]}")
         elif event == "subprocess.Popen":
             self.step(f"start {_program(args[1])}")
         elif event == "socket.connect":
@@ -106,7 +123,7 @@ class Steps:
 
 
 def _transaction(frame: FrameType) -> str:
-    """The method of the store that writes, with what it writes of."""
+    """Return the name of the store's method that writes, with the operation and state."""
     known = frame.f_locals
     details = [str(known["operation"])] if "operation" in known else []
     if isinstance(known.get("instance"), Instance):
@@ -115,19 +132,21 @@ def _transaction(frame: FrameType) -> str:
 
 
 def _program(argv: list[str]) -> str:
-    """What a command line starts, through its launchers."""
+    """Return the program that a command line starts, without its launchers."""
     return next((Path(str(word)).name for word in argv if "qemu-system" in str(word)), Path(str(argv[0])).name)
 
 
 def _shown(path: object) -> str:
-    """The last part of a path, without what differs from one run to the next."""
+    """Return the last part of a path, without parts that differ between runs."""
     return _VARIABLE.sub(
         "*", Path(os.fsdecode(path)).name if isinstance(path, str | bytes | os.PathLike) else str(path)
     )
 
 
 def is_of_journal(name: str) -> bool:
-    """Whether a step is a commit, the start or end of a process, a word to a VMM, or a name: what recovery decides by."""
+    """Return whether recovery depends on a step: a commit, a process, a VMM command, or a file
+    name.
+    """
     return name.startswith(
         ("committed", "in the", "start", "signal", "connect", "ptrace", "os.rename", "os.mkdir", "os.rmdir")
     )

@@ -1,80 +1,121 @@
-"""A stateful VMM driver for whole lifecycles in milliseconds: real processes that map real mem-files, a guest in the test's own loop.
+"""A stateful VMM driver for lifecycles in milliseconds: real processes and mem-files, and a guest
+in the test's loop.
 
-What it keeps is in the instance's directory, in the VMM process (its RAM, and whether it is paused), and nowhere else; so hosts in
-several processes can work on one machine. Only the guest's voice needs the process that started it.
+All its state is in the instance's directory and in the VMM process (its RAM, and whether it is
+paused), so hosts in several processes can work on one machine. Only the guest's answers need the
+process that started it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import VmmDied
+from coppice.errors import VmmDied, VmmError
+from coppice.linux.remap import lay_over
 from coppice.model import MachineSpec, Manifest, Publish, Record, VmmProcess
+from coppice.model.network import Nic, NicBackend
 from coppice.vmm import driver as files
+from coppice.vmm import layers as memory_layers
 from coppice.vmm import process as processes
-from coppice.vmm.driver import Capabilities, Launch, VmmDriver
+from coppice.vmm import sockets, starting
+from coppice.vmm.driver import Capabilities, Launch, Saved, VmmDriver
+from fakes import disk
 from fakes.faults import Faults
 from fakes.guest import FakeGuest
-from fakes.pids import ended, is_paused
+from fakes.pids import ended, has_settled, is_paused, name_of
 from fakes.ram import GuestState, Ram, make_ram
 
 PROGRAM = "fake-vmm"
 PID_FILE = "fake-vmm.json"
+PORT_SOCKET = "port{}.sock"
+_PORTS = tuple(PORT_SOCKET.format(port) for port in range(files.PORTS))
 
 CAPABILITIES = Capabilities(
     maps_mem_file_privately=True,
+    maps_layers=True,
     boots_in_file=True,
-    restores_without_kernel=True,
     restores_paused=True,
-    user_mode_network=True,
-    relative_paths=True,
+    nic_backends=frozenset({NicBackend.USER_MODE}),
+    layer_format=disk.FORMAT,
 )
+PERSONALITIES = ("file", "anonymous", "firecracker")  # for the last one see `fakes.doubled`
+PERSONALITY = "COPPICE_FAKE_PERSONALITY"  # the environment variable, which child processes inherit
+_ORDER_S = 30.0  # limit for a fake VMM to finish an order
+_FIRST_RAM = "first-ram"  # the initial contents of anonymous RAM; removed once loaded
 
-Kind = Literal["shared", "private", "anonymous"]
+Kind = Literal["shared", "private", "anonymous", "copied"]
 
 
 class DeviceState(Record, frozen=True, kw_only=True):
-    """The fake's vmstate: the machine it belongs to, and the instant, by the generation of what the guest knew then."""
+    """The fake's vmstate: the machine that it belongs to, and the instant, as the generation of the
+    guest's state at that time.
+    """
 
     machine: MachineSpec
-    mac: str
+    nics: int
     generation: int
 
 
-class _Started(Record, frozen=True, kw_only=True):
+class Started(Record, frozen=True, kw_only=True):
     process: VmmProcess
     machine: MachineSpec
-    mac: str
-    publish: tuple[Publish, ...]
+    nics: tuple[Nic, ...]
 
 
 class FakeDriver(VmmDriver):
-    """`program` is the compiled fake_vmm.c. Where it is to go wrong is planned with `faults`.
+    """`program` is the compiled fake_vmm.c. `faults` has the planned failures.
 
-    With `copies_silently` a restore fills memory of its own instead of mapping the mem-file, and the capabilities do not say so.
+    With `personality` `file` its machines boot with RAM in LIVE_MEMORY. With `anonymous` RAM is in
+    no file, and the VMM writes it on a save.
+
+    With `copies_silently` a restore fills its own memory instead of mapping the mem-file, and the
+    capabilities do not show it.
+
+    With a `keeper` each guest is passed to it, and does not run in the event loop of this process.
     """
 
+    def __new__(cls, _program: Path, personality: str | None = None, **options: object) -> FakeDriver:
+        """Make the driver of the personality. No driver of a real VMM copies silently."""
+        doubled = (personality or os.environ.get(PERSONALITY)) == "firecracker" and not options.get("copies_silently")
+        if cls is FakeDriver and doubled:
+            from fakes.doubled import DoubledDriver
+
+            return super().__new__(DoubledDriver)
+        return super().__new__(cls)
+
     def __init__(
-        self, program: Path, *, capabilities: Capabilities = CAPABILITIES, copies_silently: bool = False
+        self,
+        program: Path,
+        personality: str | None = None,
+        *,
+        name: str = "fake",
+        capabilities: Capabilities = CAPABILITIES,
+        copies_silently: bool = False,
+        keeper: Callable[[VmmProcess, FakeGuest], None] | None = None,
     ) -> None:
         self.faults = Faults()
         self.vmm_version = "1"
         self._program = program
-        self._capabilities = capabilities
+        self._name = name
+        self.personality = personality or os.environ.get(PERSONALITY, "file")
+        self._capabilities = msgspec.structs.replace(capabilities, boots_in_file=self.personality == "file")
         self._copies_silently = copies_silently
+        self._keeper = keeper
         self._guests: dict[VmmProcess, asyncio.Task[None]] = {}
 
     @property
     def name(self) -> str:
-        return "fake"
+        return self._name
 
     @property
     def capabilities(self) -> Capabilities:
@@ -96,19 +137,28 @@ class FakeDriver(VmmDriver):
 
     async def boot(self, launch: Launch) -> VmmProcess:
         await self.faults.reach("boot")
-        await in_thread(make_ram, launch.directory / files.LIVE_MEMORY, launch.machine.memory_bytes)
-        process = await self._start(launch, "shared", files.LIVE_MEMORY)
+        in_file = self._capabilities.boots_in_file
+        memory = launch.directory / (files.LIVE_MEMORY if in_file else _FIRST_RAM)
+        try:
+            await in_thread(make_ram, memory, launch.machine.memory_bytes)
+            process = await self._start(launch, "shared" if in_file else "anonymous", memory.name)
+        finally:
+            if not in_file:
+                memory.unlink(missing_ok=True)
         return await self._started("booted", process)
 
     async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
         await self.faults.reach("restore")
-        kind: Kind = "anonymous" if self._copies_silently else "private"
+        kind: Kind = "copied" if self._copies_silently else "private"
         process = await self._start(launch, kind, files.MEMORY, paused=paused)
         return await self._started("restored", process, launch)
 
     async def _started(self, step: str, process: VmmProcess, restored: Launch | None = None) -> VmmProcess:
         try:
             if restored:
+                if restored.layers and not self._copies_silently:
+                    memory = restored.directory / files.MEMORY
+                    await in_thread(lay_over, process.pid, memory, restored.layers)
                 await _load_devices(restored, process)
             await self.faults.reach(step, process)
         except BaseException:
@@ -117,18 +167,28 @@ class FakeDriver(VmmDriver):
         return process
 
     async def _start(self, launch: Launch, kind: Kind, memory: str, *, paused: bool = False) -> VmmProcess:
-        listeners = _listeners(launch.directory)
+        # the guest has its own descriptors
+        with sockets.listening(launch.directory, _PORTS) as bound:
+            listeners = [listener.dup() for listener in bound.values()]
+        for listener in listeners:
+            listener.setblocking(False)
         try:
-            process = await processes.start_in_thread(self._spawn, launch, kind, memory)
-            if paused:  # before there is a guest that could say anything
-                await complete(self._turn(process, signal.SIGUSR1, paused=True))
+            process = await starting.start_in_thread(self._spawn, launch, kind, memory)
+            if paused:  # before the guest can answer
+                await complete(self._order(process, signal.SIGUSR1))
         except BaseException:
             for listener in listeners:
                 listener.close()
             raise
-        guest = FakeGuest(launch.directory, process, listeners, self.faults)
-        self._guests[process] = asyncio.create_task(guest.live())
+        self.serve(process, FakeGuest(launch.directory, process, listeners, self.faults))
         return process
+
+    def serve(self, process: VmmProcess, guest: FakeGuest) -> None:
+        """Run the guest of a process in the test's event loop, or pass it to the keeper."""
+        if self._keeper is not None:
+            self._keeper(process, guest)
+            return
+        self._guests[process] = asyncio.create_task(guest.live())
 
     def _spawn(self, launch: Launch, kind: Kind, memory: str) -> VmmProcess:
         log = launch.directory / files.VMM_LOG
@@ -139,46 +199,90 @@ class FakeDriver(VmmDriver):
         ready, tell = os.pipe()
         try:
             argv = [str(self._program), kind, memory, str(launch.machine.memory_bytes), str(tell)]
+            argv.append(files.MEMORY_NEW)
             try:
-                process = processes.spawn(argv, cwd=launch.directory, log=log, pass_fds=[tell])
+                with memory_layers.opened(launch) as opened:
+                    process = starting.spawn(argv, cwd=launch.directory, log=log, pass_fds=[tell, *opened])
             finally:
                 os.close(tell)
             if os.read(ready, 1) != b"\0":
-                raise VmmDied(f"the fake VMM ended at once: {_last_line(log)}", hint="read fake_vmm.c")
+                raise VmmDied(f"the fake VMM ended at once: {last_line(log)}", hint="read fake_vmm.c")
         finally:
             os.close(ready)
-        started = _Started(process=process, machine=launch.machine, mac=launch.mac, publish=_picked(launch))
+        started = Started(process=process, machine=launch.machine, nics=picked(launch))
         (launch.directory / PID_FILE).write_bytes(msgspec.json.encode(started))
         return process
 
-    async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
-        return (await self._reach("published", directory)).publish
+    async def forwards(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
+        # Like a real VMM it knows its own rules, in its own order, and matches them with the
+        # requested ones.
+        picked = [rule for nic in (await self._reach("forwards", directory)).nics for rule in nic.forwards]
+        return tuple(_take(picked, port) for port in asked)
+
+    def make_layer(self, path: Path, size_bytes: int) -> None:
+        disk.make(path, size_bytes)
+
+    def merge_layers(self, base: Path, layers: Sequence[Path], top: Path) -> None:
+        disk.merge(layers, top)
+
+    def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
+        disk.flatten(base, layers, out)
+
+    async def dial(self, directory: Path, port: int) -> socket.socket:
+        started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=Started)
+        await self.faults.reach("dial", started.process)
+        if not self.alive(started.process):  # its guest may not have noticed the end yet
+            raise ConnectionRefusedError("the fake VMM has ended")
+        return sockets.connect(directory, PORT_SOCKET.format(port))
 
     async def pause(self, directory: Path) -> None:
         process = (await self._reach("pause", directory)).process
-        await complete(self._turn(process, signal.SIGUSR1, paused=True))
+        await complete(self._order(process, signal.SIGUSR1))
 
     async def resume(self, directory: Path) -> None:
         process = (await self._reach("resume", directory)).process
-        await complete(self._turn(process, signal.SIGUSR2, paused=False))
+        await complete(self._order(process, signal.SIGUSR2))
 
-    async def _turn(self, process: VmmProcess, order: signal.Signals, *, paused: bool) -> None:
-        """Give the order and see it obeyed: two orders at once could overtake each other."""
-        os.kill(process.pid, order)
-        while self.alive(process) and is_paused(process.pid) != paused:  # noqa: ASYNC110 - its name has no event
-            await asyncio.sleep(0)
+    async def _order(self, process: VmmProcess, order: signal.Signals) -> None:
+        """Send a signal after the effect of earlier ones, and wait for its effect. Two pending
+        signals could overtake each other, and a killed host may have sent the earlier one.
+        """
+        await self._settle(process)
+        if self.alive(process):
+            os.kill(process.pid, order)
+            await self._settle(process)
 
-    async def save_devices(self, directory: Path) -> None:
-        started = await self._reach("save_devices", directory)
+    async def _settle(self, process: VmmProcess) -> None:
+        async with asyncio.timeout(_ORDER_S):
+            while not has_settled(process.pid):  # noqa: ASYNC110 - there is no event
+                await asyncio.sleep(0)
+
+    async def save(self, directory: Path) -> Saved:
+        started = await self._reach("save", directory)
         if not is_paused(started.process.pid):
-            raise AssertionError("the devices of a machine that runs were to be saved")
-        state = DeviceState(
-            machine=started.machine, mac=started.mac, generation=Ram(started.process.pid).state.generation
-        )
+            raise AssertionError("save was called on a running machine")
+        ram = Ram(started.process.pid)
+        state = DeviceState(machine=started.machine, nics=len(started.nics), generation=ram.state.generation)
         (directory / files.VMSTATE_NEW).write_bytes(msgspec.json.encode(state))
+        if (directory / files.MEMORY).exists():
+            saved = Saved.IN_PROCESS
+        elif self._capabilities.boots_in_file:
+            saved = Saved.IN_FILE
+        else:
+            saved = Saved.WRITTEN
+            await complete(self._write_memory(started.process))
+        await self.faults.reach("saved", started.process)
+        return saved
+
+    async def _write_memory(self, process: VmmProcess) -> None:
+        await self._order(process, signal.SIGHUP)
+        if name_of(process.pid) != "fake-saved":
+            raise VmmError("the fake VMM could not write its memory", hint="see the planned fault")
 
     async def is_paused(self, directory: Path) -> bool:
-        return is_paused((await self._reach("is_paused", directory)).process.pid)
+        process = (await self._reach("is_paused", directory)).process
+        await self._settle(process)
+        return is_paused(process.pid)
 
     async def quit(self, directory: Path, process: VmmProcess) -> None:
         await self.faults.reach("quit", process)
@@ -186,7 +290,7 @@ class FakeDriver(VmmDriver):
 
     async def wait_exit(self, directory: Path, process: VmmProcess) -> str:
         status = await processes.wait_exit(process)
-        said = _last_line(directory / files.VMM_LOG)
+        said = last_line(directory / files.VMM_LOG)
         if not said.startswith("started"):
             return said
         return "exit status unknown" if status is None else f"signal {-status}"
@@ -197,28 +301,37 @@ class FakeDriver(VmmDriver):
     def find_orphans(self, instances: Path) -> dict[Path, list[VmmProcess]]:
         return processes.by_working_directory(instances, [PROGRAM])
 
-    async def _reach(self, step: str, directory: Path) -> _Started:
-        """What runs in the directory, after the step's planned faults."""
+    async def _reach(self, step: str, directory: Path) -> Started:
+        """Return the process in the directory, after the step's planned faults."""
         try:
-            started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=_Started)
+            started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=Started)
         except FileNotFoundError:
             raise VmmDied("no VMM was ever started here", hint="start one") from None
         await self.faults.reach(step, started.process)
         if not self.alive(started.process):
-            raise VmmDied("the fake VMM has ended", hint="see the fault that was planned")
+            raise VmmDied("the fake VMM has ended", hint="see the planned fault")
         return started
 
     def guest_state(self, directory: Path) -> GuestState:
-        """What the guest that runs in this directory knows: a look behind the curtain, for tests."""
-        started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=_Started)
+        """Return the state in the RAM of the guest in this directory, for assertions."""
+        started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=Started)
         return Ram(started.process.pid).state
 
+    def change_guest(self, directory: Path, **changes: object) -> None:
+        """Change the guest's state, as its owner would."""
+        started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=Started)
+        Ram(started.process.pid).change(**changes)
+
     def guests_that_ended(self) -> list[asyncio.Task[None]]:
-        """What serves the guests whose VMM is gone: to be awaited before tasks or descriptors are counted."""
+        """Return the tasks of guests whose VMM has ended; await them before counting tasks or
+        descriptors.
+        """
         return [task for process, task in self._guests.items() if not self.alive(process)]
 
     async def end(self, instances: Path) -> None:
-        """Kill every VMM below the directory and see that its guest ends: at the end of a test nothing is left."""
+        """Kill every VMM below the directory and await the end of its guest, at the end of a
+        test.
+        """
         for found in (await asyncio.to_thread(self.find_orphans, instances)).values():
             for process in found:
                 await processes.kill(process)
@@ -226,47 +339,41 @@ class FakeDriver(VmmDriver):
 
 
 async def _load_devices(launch: Launch, process: VmmProcess) -> None:
-    """A vmstate that does not belong to this machine and to this very memory ends the VMM, as a real one would."""
+    """End the VMM if the vmstate does not belong to this machine and memory, as a real VMM does."""
     saved = msgspec.json.decode((launch.directory / files.VMSTATE).read_bytes(), type=DeviceState)
     instant = Ram(process.pid).state.generation
-    if saved.machine != launch.machine or saved.generation != instant:
+    if (saved.machine, saved.nics, saved.generation) != (launch.machine, len(launch.nics), instant):
         with (launch.directory / files.VMM_LOG).open("a") as log:
             log.write(f"cannot load the vmstate: it is of {saved}, the memory is of generation {instant}\n")
         os.kill(process.pid, signal.SIGKILL)
         await ended(process)  # before its guest could answer
 
 
-def _picked(launch: Launch) -> tuple[Publish, ...]:
-    """A number for each port that may be any: nothing listens there, since nothing is behind it."""
-    first = 10000 + int.from_bytes(launch.directory.name.encode()[-2:])
+def picked(launch: Launch) -> tuple[Nic, ...]:
+    """Return the NICs with a number for each port 0. Nothing listens on it."""
+    free = itertools.count(10000 + int.from_bytes(launch.directory.name.encode()[-2:]))
     return tuple(
-        msgspec.structs.replace(port, host_port=port.host_port or first + number)
-        for number, port in enumerate(launch.publish)
+        msgspec.structs.replace(
+            nic,
+            forwards=tuple(
+                msgspec.structs.replace(port, host_port=port.host_port or next(free)) for port in nic.forwards
+            ),
+        )
+        for nic in launch.nics
     )
 
 
-def _listeners(directory: Path) -> list[socket.socket]:
-    """A listening socket for each agent port; bound through /proc, since sun_path has 108 bytes."""
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
-    listeners: list[socket.socket] = []
-    try:
-        for port in range(files.PORTS):
-            name = files.PORT_SOCKET.format(port)
-            (directory / name).unlink(missing_ok=True)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            listeners.append(listener)
-            listener.setblocking(False)
-            listener.bind(f"/proc/self/fd/{descriptor}/{name}")
-            listener.listen(1)
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    finally:
-        os.close(descriptor)
-    return listeners
+def _take(picked: list[Publish], asked: Publish) -> Publish:
+    """Remove the rule made for `asked` from the list, and return it."""
+    wanted = asked if asked.host_port else None
+    at = next(
+        number
+        for number, rule in enumerate(picked)
+        if rule == (wanted or msgspec.structs.replace(asked, host_port=rule.host_port))
+    )
+    return picked.pop(at)
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return lines[-1] if lines else ""

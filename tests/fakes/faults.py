@@ -1,4 +1,4 @@
-"""What is to go wrong, and when: the tests plan it, the fake driver and its guests run into it."""
+"""Planned faults of the fake driver and its guests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fakes.pids import ended
 
 @dataclass
 class Gate:
-    """A step that waits: `reached` tells the test that it has come so far, `release` lets it go on."""
+    """A step that waits: `reached` is set when the wait begins, and `release` ends it."""
 
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
@@ -31,9 +31,10 @@ class _Plan:
 
 
 class Faults:
-    """Plans by step. A step is the name of a driver's method, `booted` or `restored` (the process runs), or a request to the guest.
+    """Plans by step. A step is the name of a driver's method, `booted` or `restored` (the process
+    runs), or a request to the guest.
 
-    Each plan happens once, at the `nth` time that its step is reached from now on.
+    Each plan is carried out once, at the `nth` time that its step is reached from now on.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Faults:
         self._plans: dict[str, list[_Plan]] = {}
 
     def fail_at(self, step: str, *, nth: int = 1, error: Callable[[], BaseException] | None = None) -> None:
-        """The step raises: a VmmError that names the step, or what `error` makes."""
+        """Make the step raise a VmmError that names it, or the error that `error` makes."""
         self._add(
             step,
             _Plan(
@@ -51,11 +52,11 @@ class Faults:
         )
 
     def die_at(self, step: str, *, nth: int = 1) -> None:
-        """The VMM process is killed when the step is reached."""
+        """Kill the VMM process when the step is reached."""
         self._add(step, _Plan(self.reached[step] + nth, die=True))
 
     def hold_at(self, step: str, *, nth: int = 1) -> Gate:
-        """The step waits at the returned gate."""
+        """Make the step wait at the returned gate."""
         gate = Gate()
         self._add(step, _Plan(self.reached[step] + nth, gate=gate))
         return gate
@@ -64,7 +65,7 @@ class Faults:
         self._plans.setdefault(step, []).append(plan)
 
     async def reach(self, step: str, process: VmmProcess | None = None) -> None:
-        """Come to a step: here it goes wrong, if it was planned to."""
+        """Run the planned fault of a step, if any."""
         self.reached[step] += 1
         due = [plan for plan in self._plans.get(step, []) if plan.nth == self.reached[step]]
         for plan in due:

@@ -1,30 +1,71 @@
-"""The guest of a fake VMM: it speaks the agent protocol on the machine's sockets and keeps all that it knows in the machine's RAM.
+"""The guest of a fake VMM: it speaks the agent protocol on the machine's sockets, and keeps its
+state in the machine's RAM.
 
-It lives in the test's event loop, ends when its VMM process ends, and answers nothing while that process is paused.
+It runs in the test's event loop, ends with its VMM process, and answers nothing while that process
+is paused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
+from coppice.agent.protocol import WINDOW_SIZE, Fields, Frame, FrameType, Value, encode_fields
 from coppice.errors import CoppiceError
-from coppice.guest.protocol import Fields, Frame, FrameType, Value, encode_fields
 from coppice.model import PAGE_SIZE, VmmProcess
 from coppice.vmm import driver as files
+from fakes import disk
 from fakes.faults import Faults
 from fakes.pids import ended, is_paused
 from fakes.ram import Ram
+from fakes.relay import relay
 from fakes.wire import Fault, Peer
 
 _TIMED_OUT = 1
 _STDIN = 2
-_LATE = frozenset({FrameType.STDIN, FrameType.STDIN_EOF, FrameType.SIGNAL, FrameType.RESIZE})
+_OF_FILES = frozenset(
+    {FrameType.FILE_READ, FrameType.FILE_WRITE, FrameType.FILE_STAT, FrameType.TAR_OUT, FrameType.TAR_IN}
+)
+_LATE = frozenset(
+    {
+        FrameType.STDIN,
+        FrameType.STDIN_EOF,
+        FrameType.SIGNAL,
+        FrameType.RESIZE,
+        FrameType.END,
+        FrameType.LEAVE,
+        FrameType.WINDOW,
+        FrameType.DATA,
+        FrameType.DATA_EOF,
+    }
+)
+
+
+class Stream:
+    """One request of a host, and the later frames of its stream; None when the host has hung up."""
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        self._peer = peer
+        self._number = number
+        self.frames: asyncio.Queue[Frame | None] = asyncio.Queue()
+
+    async def send(self, frame_type: FrameType, payload: bytes = b"") -> None:
+        await self._peer.send(frame_type, self._number, payload)
+
+    async def pass_on(self, frame: Frame) -> None:
+        """Send a frame of an agent, of any size it can have."""
+        await self._peer.write(frame.type, self._number, frame.payload)
+
+    async def open_window(self, size: int) -> None:
+        await self._peer.open_window(self._number, size)
 
 
 class FakeGuest:
@@ -33,45 +74,69 @@ class FakeGuest:
     def __init__(
         self, directory: Path, process: VmmProcess, listeners: Sequence[socket.socket], faults: Faults
     ) -> None:
-        self._directory = directory
-        self._process = process
-        self._listeners = listeners
+        self.directory = directory
+        self.process = process
+        self.listeners = listeners
         self._faults = faults
         self._ram = Ram(process.pid)
+        self._clock_set_ns = time.monotonic_ns()  # when the host last set the guest's clock
 
     async def live(self) -> None:
         """Serve all ports until the VMM ends."""
-        ports = [asyncio.create_task(self._serve(port)) for port in range(len(self._listeners))]
+        ports = [asyncio.create_task(serving) for serving in self._servings()]
         try:
-            await ended(self._process)
+            await ended(self.process)
         finally:
             for task in ports:
                 task.cancel()
             outcomes = await asyncio.gather(*ports, return_exceptions=True)
-            for listener in self._listeners:
+            for listener in self.listeners:
                 listener.close()
             for outcome in outcomes:  # a host that breaks the protocol is a failure of the test
                 if not isinstance(outcome, asyncio.CancelledError) and outcome is not None:
                     raise outcome
 
+    def _servings(self) -> list[Coroutine[Any, Any, None]]:
+        """Return what uses the listeners. It ends before they are closed: the loop would watch a closed
+        descriptor, and then miss events of the next file with its number.
+        """
+        return [self._serve(port) for port in range(files.PORTS)]
+
     async def _serve(self, port: int) -> None:
-        """One client at a time, as a VMM's character device."""
-        loop = asyncio.get_running_loop()
+        """One client at a time, as a VMM's character device; any number of streams."""
         while True:
-            connection, _ = await loop.sock_accept(self._listeners[port])
-            async with Peer.over(connection) as peer:
-                while (frame := await peer.receive()) is not None:
-                    await self._while_paused()
-                    try:
-                        await (self._control if port == 0 else self._session)(peer, frame)
-                    except Fault as error:
-                        await peer.send(FrameType.ERROR, encode_fields([(1, error.errno or 0), (2, error.strerror)]))
-                    except ProcessLookupError:
-                        return  # the machine went away under the request
+            async with Peer.over(await self._accept(port)) as peer, asyncio.TaskGroup() as running:
+                streams: dict[int, Stream] = {}
+                peer.takes_windows = True
+                with contextlib.suppress(ConnectionError):  # the host hung up
+                    while (frame := await peer.receive()) is not None:
+                        await self._while_paused()
+                        if frame.type < FrameType.EXEC:
+                            await self._answer(self._control(peer, frame), peer, frame)
+                        elif frame.type in _LATE:
+                            if stream := streams.get(frame.stream):
+                                stream.frames.put_nowait(frame)
+                        else:
+                            stream = streams[frame.stream] = Stream(peer, frame.stream)
+                            running.create_task(self._answer(self._session(stream, frame), peer, frame))
+                for stream in streams.values():
+                    stream.frames.put_nowait(None)
+
+    async def _answer(self, work: Coroutine[None, None, None], peer: Peer, frame: Frame) -> None:
+        try:
+            await work
+        except Fault as error:
+            await peer.send(FrameType.ERROR, frame.stream, encode_fields([(1, error.errno or 0), (2, error.strerror)]))
+        except (ProcessLookupError, ConnectionError):
+            pass  # the machine ended during the request, or the host hung up
+
+    async def _accept(self, port: int) -> socket.socket:
+        connection, _ = await asyncio.get_running_loop().sock_accept(self.listeners[port])
+        return connection
 
     async def _while_paused(self) -> None:
-        # Any process may have paused it, and any may let it run.
-        while is_paused(self._process.pid):  # noqa: ASYNC110 - so there is no event
+        # Any process may have paused the machine, and any may resume it.
+        while is_paused(self.process.pid):  # noqa: ASYNC110 - so there is no event
             await asyncio.sleep(0.001)
 
     # Control
@@ -79,7 +144,7 @@ class FakeGuest:
     async def _control(self, peer: Peer, frame: Frame) -> None:
         kind = FrameType(frame.type)
         try:
-            await self._faults.reach(kind.name.lower(), self._process)
+            await self._faults.reach(kind.name.lower(), self.process)
         except CoppiceError as error:
             raise Fault(errno.EIO, error.message) from error
         await self._while_paused()
@@ -88,22 +153,49 @@ class FakeGuest:
         match kind:
             case FrameType.HEALTH:
                 state = self._ram.state
-                reply = [(1, 1000), (2, state.serial), (3, "fake"), (4, 2 if state.argv else 0), (5, 0), (6, 0)]
+                reply = [
+                    (1, 1000),
+                    (2, state.serial),
+                    (3, "fake"),
+                    (4, 2 if state.argv else 0),
+                    (5, self._exited()),
+                    (6, 0),
+                ]
             case FrameType.IDENTITY:
-                reply = [(1, self._identify(fields)), (2, "clock=1"), (2, "entropy=2")]
+                reply = [(1, self._identify(fields)), (2, "clock=1"), (2, "entropy=2"), (3, self._now_ns())]
+            case FrameType.CLOCK:
+                self._set_clock(fields.integer(1))
+                reply = [(1, self._now_ns())]
             case FrameType.FREEZE | FrameType.THAW:
                 self._ram.change(frozen=kind is FrameType.FREEZE)
             case FrameType.SYNC:
                 pass
+            case FrameType.SHARED_RANDOM:
+                reply = [
+                    (1, line) for line in filter(None, self._ram.state.remembered.get("shared-random", "").split("|"))
+                ]
             case FrameType.POWEROFF:
-                await peer.send(FrameType.OK)
-                with (self._directory / files.VMM_LOG).open("a") as log:
+                await peer.send(FrameType.OK, frame.stream)
+                with (self.directory / files.VMM_LOG).open("a") as log:
                     log.write("powered off\n")
-                os.kill(self._process.pid, signal.SIGKILL)
+                os.kill(self.process.pid, signal.SIGKILL)
                 return
             case _:
                 raise Fault(errno.ENOSYS, "no control request")
-        await peer.send(FrameType.OK, encode_fields(reply))
+        await peer.send(FrameType.OK, frame.stream, encode_fields(reply))
+
+    def _exited(self) -> int:
+        """Return the exit status of the image's process plus one; 0: it runs. `remember exited N`
+        ends it.
+        """
+        return int(self._ram.state.remembered.get("exited", -1)) + 1
+
+    def _set_clock(self, now_ns: int) -> None:
+        self._clock_set_ns = time.monotonic_ns()
+        self._ram.change(clock_ns=now_ns, clock_late_ns=time.time_ns() - now_ns)
+
+    def _now_ns(self) -> int:
+        return self._ram.state.clock_ns + time.monotonic_ns() - self._clock_set_ns
 
     def _identify(self, fields: Fields) -> int:
         state = self._ram.state
@@ -117,7 +209,6 @@ class FakeGuest:
         changes: dict[str, object] = {
             "serial": serial,
             "entropy": entropy.hex(),
-            "clock_ns": fields.integer(3),
             "hostname": fields.text(4, state.hostname),
             "machine_id": fields.text(5, state.machine_id),
             "boot_id": fields.text(6, state.boot_id),
@@ -132,104 +223,136 @@ class FakeGuest:
             changes |= {"argv": tuple(fields.texts(20)), "env": tuple(fields.texts(21))}
         if mounts := [f"{value[0]} {'ro' if value[1] else 'rw'} {value[2:].decode()}" for value in fields.raws(24)]:
             changes |= {"mounts": tuple(mounts)}
+        self._set_clock(fields.integer(3))
         return self._ram.change(**changes).serial
 
     # Sessions
 
-    async def _session(self, peer: Peer, frame: Frame) -> None:
-        if frame.type in _LATE:
-            return  # of a command that has ended
+    async def _session(self, stream: Stream, frame: Frame) -> None:
+        if frame.type in _OF_FILES:
+            await relay(stream, frame)
+            return
         if frame.type != FrameType.EXEC:
-            raise Fault(errno.ENOSYS, "a fake guest has no files")
+            raise Fault(errno.ENOSYS, "no request")
         fields = Fields(frame.payload)
         program, *arguments = fields.texts(1)
         command = _COMMANDS.get(program)
         if command is None:
             raise Fault(errno.ENOENT, program)
-        await peer.send(FrameType.STARTED, encode_fields([(1, 100)]))
+        await stream.send(FrameType.STARTED, encode_fields([(1, 100), (2, WINDOW_SIZE), (3, 0)]))
         timeout_ms, timed_out = fields.integer(8, 0), 0
         try:
             async with asyncio.timeout(timeout_ms / 1000 if timeout_ms else None):
-                code = await command(self, peer, arguments, fields)
+                code = await command(self, stream, arguments, fields)
         except TimeoutError:
             code, timed_out = 128 + signal.SIGKILL, _TIMED_OUT
-        await peer.send(FrameType.EXIT, encode_fields([(1, code), (2, timed_out)]))
+        await stream.send(FrameType.EXIT, encode_fields([(1, code), (2, timed_out)]))
 
-    async def _echo(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
-        await peer.send(FrameType.STDOUT, (" ".join(arguments) + "\n").encode())
+    async def _echo(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        await stream.send(FrameType.STDOUT, (" ".join(arguments) + "\n").encode())
         return 0
 
-    async def _cat(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
+    async def _cat(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
         while fields.integer(5, 0) & _STDIN:
-            frame = await peer.receive()
-            if frame is None or frame.type == FrameType.STDIN_EOF:
+            frame = await stream.frames.get()
+            if frame is None or frame.type in (FrameType.STDIN_EOF, FrameType.END):
                 break
             if frame.type == FrameType.STDIN:
-                await peer.send(FrameType.STDOUT, frame.payload)
-                await peer.open_window(len(frame.payload))
+                await stream.send(FrameType.STDOUT, frame.payload)
+                await stream.open_window(len(frame.payload))
         return 0
 
-    async def _exit(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
+    async def _exit(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
         return int(arguments[0])
 
-    async def _env(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
+    async def _env(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
         lines = [*self._ram.state.env, *fields.texts(2)]
-        await peer.send(FrameType.STDOUT, "".join(f"{line}\n" for line in lines).encode())
+        await stream.send(FrameType.STDOUT, "".join(f"{line}\n" for line in lines).encode())
         return 0
 
-    async def _hostname(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
-        return await self._echo(peer, [self._ram.state.hostname], fields)
+    async def _hostname(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        return await self._echo(stream, [self._ram.state.hostname], fields)
 
-    async def _sleep(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
-        while (frame := await peer.receive()) is not None:
+    async def _sleep(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        while (frame := await stream.frames.get()) is not None:
             if frame.type == FrameType.SIGNAL:
                 return 128 + int.from_bytes(frame.payload, "little")
+            if frame.type == FrameType.END:
+                break
         return 128 + signal.SIGHUP
 
-    async def _remember(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
+    async def _remember(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
         """`remember KEY VALUE`: in RAM, so that forks inherit it and a stop forgets it."""
         key, value = arguments
         self._ram.change(remembered={**self._ram.state.remembered, key: value})
         return 0
 
-    async def _recall(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
+    async def _recall(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
         value = self._ram.state.remembered.get(arguments[0])
-        return 1 if value is None else await self._echo(peer, [value], fields)
+        return 1 if value is None else await self._echo(stream, [value], fields)
 
-    async def _dirty(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
-        """`dirty PAGES`: costs this machine so much RAM."""
+    async def _dirty(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        """`dirty PAGES`: write so many pages of RAM."""
         self._ram.dirty(int(arguments[0]))
         return 0
 
-    async def _save(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
-        """`save TEXT`: on the overlay disk, in its last page, so that forks inherit it and a stop keeps it."""
-        with (self._directory / files.OVERLAY_DISK).open("r+b") as disk:
-            disk.seek(-PAGE_SIZE, os.SEEK_END)
-            disk.write(arguments[0].encode().ljust(PAGE_SIZE, b"\0"))
+    async def _save(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        """`save TEXT`: on the overlay disk, in its last page, so that forks inherit it and a stop
+        keeps it.
+        """
+        with disk.files_in(self.directory)[0].open("r+b") as file:
+            file.seek(-PAGE_SIZE, os.SEEK_END)
+            file.write(arguments[0].encode().ljust(PAGE_SIZE, b"\0"))
         return 0
 
-    async def _load(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
-        with (self._directory / files.OVERLAY_DISK).open("rb") as disk:
-            disk.seek(-PAGE_SIZE, os.SEEK_END)
-            text = disk.read().rstrip(b"\0").decode()
-        return await self._echo(peer, [text], fields)
+    async def _load(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        text = ""
+        for path in disk.files_in(self.directory):
+            with path.open("rb") as file:
+                file.seek(-PAGE_SIZE, os.SEEK_END)
+                text = text or file.read().rstrip(b"\0").decode()
+        return await self._echo(stream, [text], fields)
 
-    async def _payload(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
-        """`payload`: what /run/coppice/payload would hold, `payload size`: how large it would be."""
+    async def _payload(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        """`payload`: what /run/coppice/payload would hold, `payload size`: how large it would
+        be.
+        """
         state = self._ram.state
         if state.payload is None:
             return 1
-        await peer.send(FrameType.STDOUT, str(state.payload_size).encode() if arguments else state.payload)
+        await stream.send(FrameType.STDOUT, str(state.payload_size).encode() if arguments else state.payload)
         return 0
 
-    async def _crash(self, peer: Peer, arguments: list[str], fields: Fields) -> int:
-        """`crash`: the VMM dies."""
-        os.kill(self._process.pid, signal.SIGKILL)
-        await ended(self._process)
+    async def _sh(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        """A shell on a terminal: it echoes its input, answers each line with it in upper case, and
+        ends at `exit`.
+        """
+        await stream.send(FrameType.STDOUT, b"$ ")
+        line = b""
+        while (frame := await stream.frames.get()) is not None and frame.type not in (
+            FrameType.STDIN_EOF,
+            FrameType.END,
+        ):
+            if frame.type != FrameType.STDIN:
+                continue
+            await stream.send(FrameType.STDOUT, frame.payload)
+            await stream.open_window(len(frame.payload))
+            *whole, line = (line + frame.payload).split(b"\r")
+            for each in whole:
+                if each == b"exit":
+                    return 0
+                await stream.send(FrameType.STDOUT, b"\r\n" + each.upper() + b"\r\n$ ")
+        return 128 + signal.SIGHUP
+
+    async def _crash(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        """`crash`: kill the VMM."""
+        os.kill(self.process.pid, signal.SIGKILL)
+        await ended(self.process)
         raise ProcessLookupError
 
 
 _COMMANDS = {
+    "/bin/sh": FakeGuest._sh,
     "cat": FakeGuest._cat,
     "crash": FakeGuest._crash,
     "dirty": FakeGuest._dirty,

@@ -1,6 +1,8 @@
-"""RAM of a fake machine, read and written in the VMM process itself, as a vCPU would: so whatever a capture or a fork loses of it is missed.
+"""RAM of a fake machine, read and written in the VMM process itself, so that tests detect any lost
+page.
 
-Page 0 is a recognisable pattern; the guest's state is JSON from page 1 on; the warm pages behind it only take room.
+Page 0 is a recognisable pattern; the guest's state is JSON from page 1 on; the warm pages after it
+only occupy memory.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ STATE_OFFSET: Final = PAGE_SIZE
 STATE_MAX: Final = 15 * PAGE_SIZE
 WARM_OFFSET: Final = 16 * PAGE_SIZE
 WARM_PAGES: Final = 64
-SCRATCH_OFFSET: Final = 256 * PAGE_SIZE  # what `dirty` writes
+SCRATCH_OFFSET: Final = 256 * PAGE_SIZE  # written by `dirty`
 
 _LENGTH = struct.Struct("<I")
 
 
 class GuestState(Record, frozen=True, kw_only=True):
-    """All that the guest knows. `generation` counts the changes: a vmstate names the one that it belongs to."""
+    """The guest's state. `generation` counts its changes, and a vmstate names its generation."""
 
     generation: int = 0
     serial: int = 0
@@ -37,24 +39,32 @@ class GuestState(Record, frozen=True, kw_only=True):
     address: str = ""
     entropy: str = ""
     clock_ns: int = 0
+    clock_late_ns: int = 0  # the lag of the time when the guest's clock was set
     frozen: bool = False
     argv: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
     mounts: tuple[str, ...] = ()  # "0 ro /srv/data"
     remembered: dict[str, str] = {}
     sessions_ended: int = 0
-    payload: bytes | None = None  # as much as there is room for
+    payload: bytes | None = None  # the first part that fits
     payload_size: int = 0
 
 
 def make_ram(path: Path, size_bytes: int) -> None:
-    """The sparse file of a machine that was just switched on."""
+    """Make the sparse RAM file of a machine that was just switched on."""
     with path.open("xb") as file:
         file.truncate(size_bytes)
         file.write(PATTERN)
         file.write(_encode(GuestState()))
         file.seek(WARM_OFFSET)
         file.write(b"\x5a" * WARM_PAGES * PAGE_SIZE)
+
+
+def write_first(ram: Ram) -> None:
+    """Write the initial contents of RAM into zeros."""
+    ram.write(0, PATTERN)
+    ram.write(STATE_OFFSET, _encode(GuestState()))
+    ram.write(WARM_OFFSET, b"\x5a" * WARM_PAGES * PAGE_SIZE)
 
 
 def _encode(state: GuestState) -> bytes:
@@ -65,13 +75,15 @@ def _encode(state: GuestState) -> bytes:
 
 
 class Ram:
-    """RAM of the machine of one VMM process. Raises ProcessLookupError, or reads nothing, when it has ended."""
+    """RAM of the machine of one VMM process. Methods raise ProcessLookupError, or read nothing,
+    after its end.
+    """
 
     def __init__(self, pid: int) -> None:
         self._path = f"/proc/{pid}/mem"
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes of guest RAM."""
+        """Return bytes of guest RAM."""
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.pread(fd, length, ADDRESS + offset)
@@ -79,7 +91,9 @@ class Ram:
             os.close(fd)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Store bytes: in the file, where it is mapped shared; in private pages, where it is mapped privately."""
+        """Store bytes: in the file if it is mapped shared, in private pages if it is mapped
+        privately.
+        """
         fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             if os.pwrite(fd, data, ADDRESS + offset) != len(data):
@@ -89,7 +103,7 @@ class Ram:
 
     @property
     def state(self) -> GuestState:
-        """The guest's state as it is in RAM now."""
+        """Return the guest's current state in RAM."""
         stored = self.read(STATE_OFFSET, STATE_MAX)
         if len(stored) < _LENGTH.size:
             raise ProcessLookupError
@@ -97,12 +111,12 @@ class Ram:
         return msgspec.json.decode(stored[_LENGTH.size : _LENGTH.size + length], type=GuestState)
 
     def change(self, **changes: object) -> GuestState:
-        """Change fields of the state; returns the new one."""
+        """Change fields of the state; return the new state."""
         state = self.state
         state = msgspec.structs.replace(state, generation=state.generation + 1, **changes)
         self.write(STATE_OFFSET, _encode(state))
         return state
 
     def dirty(self, pages: int) -> None:
-        """Write so many pages that nothing else uses."""
+        """Write this many pages that nothing else uses."""
         self.write(SCRATCH_OFFSET, os.urandom(pages * PAGE_SIZE))

@@ -1,4 +1,6 @@
-"""The rooms of a data directory in which everything is real but the VMM and the kernel; and a data directory to start from, made once."""
+"""An opened data directory in which only the VMM and the kernel are fake, and a seed directory that
+is made once.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +8,80 @@ import io
 import os
 import shutil
 import tarfile
+from functools import cached_property
 from pathlib import Path
 
-from coppice.disk.overlay import OverlayStore
+from coppice.boot.kernel import KernelStore
+from coppice.content.overlay import OverlayStore
 from coppice.errors import NotFound
-from coppice.guest.kernel import Kernel, KernelStore
 from coppice.images.catalog import BuildOptions, ImageCatalog
-from coppice.instance.rooms import Deadlines, Rooms
+from coppice.machine.rooms import Deadlines, Rooms
 from coppice.model import ImageConfig, ProgressSink, no_progress
-from coppice.store.layout import Layout
-from coppice.store.store import Store
-from coppice.vmm.driver import VmmDriver
+from coppice.model.kernel import Kernel
+from coppice.state.layout import Layout
+from coppice.state.store import Store
+from coppice.vmm.driver import AgentDevice
 from coppice.vmm.process import own_process
+from coppice.vmm.registry import Drivers
+from fakes.network import fake_networks
 from fakes.records import OVERLAY_BYTES
 
 IMAGE = "tiny"
 KERNEL = "fake-kernel"
 
-# A machine that does not answer is noticed in seconds, and still no loaded host is too slow.
+# Short enough to detect a silent machine in seconds, long enough for a loaded host.
 DEADLINES = Deadlines(boot=10.0, ready=10.0, stop=5.0, lock=20.0)
 
 
 class FakeKernels(KernelStore):
-    """One kernel that no VMM could boot, also under the keys that have a directory."""
+    """One kernel that no VMM could boot, also found under every key that has a directory."""
 
     def get(self, key: str) -> Kernel:
-        """The one kernel."""
-        if key != KERNEL and not (self.root / key).is_dir():
+        """Return the one kernel."""
+        if key != KERNEL and key not in {path.name for path in self.content.root.iterdir()}:
             raise NotFound(f"there is no kernel {key!r}", hint=f"ask for {KERNEL}")
-        return Kernel(key=key, version="6.1.0", vmlinuz=self.root / "vmlinuz", modules=self.root / "modules")
+        return Kernel(key=key, version="6.1.0", vmlinuz=self.content.root / "vmlinuz")
 
     def stub(self, kernel: Kernel) -> tuple[Path, Path]:
-        """Its stand-ins."""
-        return self.root / "stub.kernel", self.root / "stub.initrd"
+        """Return its stubs."""
+        return self.content.root / "stub.kernel", self.content.root / "stub.initrd"
 
     async def ensure_debian(self, progress: ProgressSink = no_progress) -> Kernel:
-        """The one kernel again."""
+        """Return the one kernel."""
         return self.get(KERNEL)
 
 
 class FakeRooms(Rooms):
-    """Rooms whose initramfs is made already."""
+    """Rooms with one kernel and a prepared initramfs."""
 
-    def initrd(self, kernel: Kernel) -> Path:
-        """A file that no kernel reads."""
+    @cached_property
+    def kernels(self) -> FakeKernels:
+        """Return the store of the one kernel."""
+        return FakeKernels(self.layout.kernels)
+
+    def initrd(self, kernel: Kernel, device: AgentDevice) -> Path:
+        """Return a file that no kernel reads."""
         return self.layout.kernels / "initrd"
 
 
-def open_rooms(layout: Layout, driver: VmmDriver, deadlines: Deadlines) -> Rooms:
-    """What `AsyncHost(open_rooms=...)` takes."""
+def open_rooms(layout: Layout, drivers: Drivers, deadlines: Deadlines) -> Rooms:
+    """Return rooms for `AsyncHost(open_rooms=...)`."""
+    networks = fake_networks(layout.home)
+    store = Store(layout.database, own_process(), networks.allocate)
     return FakeRooms(
         layout=layout,
-        store=Store(layout.database, own_process()),
-        driver=driver,
-        images=ImageCatalog(layout.images),
-        kernels=FakeKernels(layout.kernels),
-        overlays=OverlayStore(layout.overlays),
+        store=store,
+        drivers=drivers,
+        networks=networks,
         agent=layout.kernels / "agent",
         deadlines=deadlines,
     )
 
 
 async def make_seed(home: Path) -> None:
-    """A data directory with one tiny image, the fake kernel's files and a pristine overlay disk."""
+    """Make a data directory with one tiny image, the fake kernel's files and a pristine overlay
+    disk.
+    """
     layout = Layout(home)
     layout.create()
     for name in ("vmlinuz", "initrd", "stub.kernel", "stub.initrd"):
@@ -83,10 +96,20 @@ async def make_seed(home: Path) -> None:
     config = ImageConfig(
         entrypoint=("/bin/init",), cmd=("--default",), env={"FROM": "image"}, workdir="/srv", user="app"
     )
-    await ImageCatalog(layout.images).import_rootfs_tar(IMAGE, archive, options=BuildOptions(config=config))
+    store = Store(layout.database, own_process())
+    images = ImageCatalog(layout.images, store.images)
+    await images.import_any(IMAGE, archive, options=BuildOptions(config=config))
+    store.close()
     archive.unlink()
 
 
 def plant(seed: Path, home: Path) -> None:
-    """A new data directory from a seed: its files never change, so links do."""
-    shutil.copytree(seed, home, copy_function=os.link)
+    """Make a data directory from a seed: link the immutable contents, copy the database."""
+    shutil.copytree(seed, home, copy_function=_link_content)
+
+
+def _link_content(source: str, destination: str) -> None:
+    if Path(source).name.startswith("coppice.db"):
+        shutil.copy2(source, destination)
+    else:
+        os.link(source, destination)

@@ -1,4 +1,4 @@
-"""What the tests of volumes share: a volume at a path, a machine that has it, and the refusal of what must not be."""
+"""Helpers of volume tests: a volume at a path, a machine with it, and an expected refusal."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from coppice.client import AsyncHost
 from coppice.errors import InUse
-from coppice.host import AsyncHost
 from coppice.model import MIB, Instance, VolumeMount
 from coppice.vmm import driver as files
 from fakes.hosting import boot, snapshot
@@ -17,7 +17,7 @@ SIZE = 16 * MIB
 
 
 def at(path: str, volume: str = "data", *, readonly: bool = False) -> VolumeMount:
-    """A volume at a path."""
+    """Return a mount of a volume at a path."""
     return VolumeMount(volume=volume, mount_path=path, readonly=readonly)
 
 
@@ -26,17 +26,17 @@ READS = (at("/data", readonly=True),)
 
 
 async def with_volume(host: AsyncHost, volumes: Sequence[VolumeMount], name: str = "oak") -> Instance:
-    """A Running instance with these volumes."""
+    """Return a Running instance with these volumes."""
     return await boot(host, name, volumes=volumes)
 
 
 def own_link(host: AsyncHost, instance: Instance, number: int = 0) -> Path:
-    """The instance's link to its volume."""
-    return host.rooms.directory(instance.id) / files.VOLUME_DISK.format(number)
+    """Return the instance's link to its volume."""
+    return host.local.rooms.directory(instance.id) / files.VOLUME_DISK.format(number)
 
 
 async def refused(host: AsyncHost, work: Awaitable[object], match: str) -> InUse:
-    """The work is refused with exit status 4 and a hint, before any side effect."""
+    """Assert that the work is refused with exit status 4 and a hint, before any side effect."""
     before = snapshot(host)
     with pytest.raises(InUse, match=match) as caught:
         await work

@@ -1,4 +1,6 @@
-"""The guest's end of an agent port: frames from the host, frames to the host."""
+"""The guest's end of an agent port, for guests that answer what a test wants: frames from the host,
+frames to the host.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +10,41 @@ import socket
 import struct
 from collections.abc import AsyncIterator
 
-from coppice.guest.protocol import (
+from coppice.agent.protocol import (
     END_BYTE,
     HOST_PAYLOAD_MAX,
     MAGIC,
     NONCE_SIZE,
+    VERSION,
     Frame,
     FrameType,
     encode_fields,
-    encode_frame,
     pack32,
 )
 
-_HEADER = struct.Struct("<BI")
+_HEADER = struct.Struct("<BHH")
 
 
 class Fault(OSError):
-    """The guest's answer is an ERROR with this errno and text."""
+    """Raised to answer with an ERROR of this errno and text."""
 
 
 class Peer:
-    """One client on one port. It answers HELLO itself; a request in PARTs arrives as one frame."""
+    """One client on one port. It answers HELLO and PING itself; a request in PARTs arrives as one
+    frame.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
         self._buffer = b""
+        self._open = False
+        self.takes_windows = False  # whether to return WINDOW frames too
 
     @classmethod
     @contextlib.asynccontextmanager
     async def over(cls, connection: socket.socket) -> AsyncIterator[Peer]:
-        """A peer over an accepted connection, closed at the end of the block."""
+        """Return a peer over an accepted connection, closed at the end of the block."""
         connection.setblocking(False)
         reader, writer = await asyncio.open_unix_connection(sock=connection)
         try:
@@ -46,46 +52,62 @@ class Peer:
         except ConnectionError:
             pass  # the host hung up
         finally:
+            with contextlib.suppress(OSError):  # another owner may have the descriptor too
+                writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
             writer.transport.abort()
 
     async def receive(self) -> Frame | None:
-        """The next frame that is not of the handshake; None when the host has hung up."""
+        """Return the next frame after the handshake; None if the host has hung up."""
         parts = b""
         while (frame := await self._frame()) is not None:
             if frame.type == FrameType.HELLO:
-                await self._acknowledge(frame.payload)
+                await self.send(FrameType.HELLO_ACK, 0, frame.payload[: len(MAGIC) + NONCE_SIZE] + _ABOUT)
                 parts = b""
+            elif frame.type == FrameType.PING:
+                await self.send(FrameType.PONG, 0)
             elif frame.type == FrameType.PART:
                 parts += frame.payload
-            else:
-                return Frame(frame.type, parts + frame.payload)
+            elif frame.type != FrameType.FORGET and (frame.type != FrameType.WINDOW or self.takes_windows):
+                return Frame(frame.type, frame.stream, parts + frame.payload)
         return None
-
-    async def _acknowledge(self, payload: bytes) -> None:
-        if payload[: len(MAGIC)] == MAGIC and len(payload) == len(MAGIC) + NONCE_SIZE:
-            await self.send(FrameType.HELLO_ACK, payload + encode_fields([(1, "fake")]))
 
     async def _frame(self) -> Frame | None:
         while True:
+            if not self._open:
+                self._open = self._find_hello()
             self._buffer = self._buffer.lstrip(b"\0")
-            if len(self._buffer) >= _HEADER.size:
-                frame_type, size = _HEADER.unpack_from(self._buffer)
+            if self._open and len(self._buffer) >= _HEADER.size:
+                frame_type, stream, size = _HEADER.unpack_from(self._buffer)
                 end = _HEADER.size + size
                 assert size <= HOST_PAYLOAD_MAX, "the host sent a frame that is too long"
                 if len(self._buffer) > end:
-                    assert self._buffer[end] == END_BYTE, "the host sent a frame that does not end where it says"
+                    assert self._buffer[end] == END_BYTE, "the host sent a frame without its end byte"
                     payload, self._buffer = self._buffer[_HEADER.size : end], self._buffer[end + 1 :]
-                    return Frame(frame_type, payload)
+                    return Frame(frame_type, stream, payload)
             data = await self._reader.read(1 << 16)
             if not data:
                 return None
             self._buffer += data
 
-    async def send(self, frame_type: FrameType, payload: bytes = b"") -> None:
+    def _find_hello(self) -> bool:
+        at = self._buffer.find(MAGIC)
+        if at < 0:
+            return False
+        self._buffer = self._buffer[at - _HEADER.size :]
+        return True
+
+    async def send(self, frame_type: FrameType, stream: int, payload: bytes = b"") -> None:
         """Send one frame."""
-        self._writer.write(encode_frame(frame_type, payload))
+        await self.write(frame_type, stream, payload)
+
+    async def write(self, frame_type: int, stream: int, payload: bytes) -> None:
+        """Send one frame, which may be as large as those of an agent."""
+        self._writer.write(_HEADER.pack(frame_type, stream, len(payload)) + payload + bytes((END_BYTE,)))
         await self._writer.drain()
 
-    async def open_window(self, size: int) -> None:
-        """Let the host send so many bytes more."""
-        await self.send(FrameType.WINDOW, pack32(size))
+    async def open_window(self, stream: int, size: int) -> None:
+        """Let the host send this many more bytes."""
+        await self.send(FrameType.WINDOW, stream, pack32(size))
+
+
+_ABOUT = encode_fields([(1, "fake"), (2, VERSION)])

@@ -1,4 +1,6 @@
-"""Copies between host and guest: named as cp names them, and never a byte outside of the destination, whatever the guest sends."""
+"""Copies between host and guest follow the naming rules of cp, and never write outside the
+destination, whatever the guest sends.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent_process import agent_session, names
+from coppice.agent.copy import copy_in, copy_out
+from coppice.agent.pack import pack
+from coppice.agent.session import Session
+from coppice.agent.unpack import unpack
 from coppice.errors import CoppiceError, GuestProtocolError, GuestRefused, HostCannot, NoSpace, NotFound, UnsafePath
-from coppice.guest.client import copy_in, copy_out
-from coppice.guest.pack import pack
-from coppice.guest.session import Session, Unpacked
-from coppice.guest.unpack import unpack
 from coppice.model import Progress
+from coppice.model.guest import Unpacked
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ async def session() -> AsyncIterator[Session]:
 
 
 def archive(*members: tuple[str, bytes, dict[str, object]], format_: int = tarfile.PAX_FORMAT) -> bytes:
-    """A tar archive of (name, type, fields); a field `data` is the contents."""
+    """Return a tar archive of (name, type, fields); a field `data` is the contents."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=format_) as tar:
         for name, kind, fields in members:
@@ -47,7 +50,7 @@ def archive(*members: tuple[str, bytes, dict[str, object]], format_: int = tarfi
 
 
 def plant(root: Path) -> None:
-    """A tree with links of all harmless kinds."""
+    """Make a tree with harmless links of all kinds."""
     (root / "a" / "b").mkdir(parents=True)
     (root / "a" / "file").write_bytes(os.urandom(300_000))
     (root / "a" / "file").chmod(0o754)
@@ -59,7 +62,7 @@ def plant(root: Path) -> None:
 
 
 def describe(root: Path) -> dict[str, tuple[int, object]]:
-    """Names, modes and contents, to be compared."""
+    """Return names, modes and contents, for comparison."""
     return {
         str(path.relative_to(root)): (
             stat.S_IMODE(path.lstat().st_mode),
@@ -69,8 +72,8 @@ def describe(root: Path) -> dict[str, tuple[int, object]]:
     }
 
 
-async def test_a_tree_goes_in_and_comes_out(session: Session, tmp_path: Path) -> None:
-    """What was copied in is what comes out: names, contents, modes, links."""
+async def test_a_tree_survives_a_copy_in_and_out(session: Session, tmp_path: Path) -> None:
+    """A tree copied in and out again keeps its names, contents, modes and links."""
     plant(tmp_path / "tree")
     (tmp_path / "guest").mkdir()
     result = await copy_in(session, tmp_path / "tree", str(tmp_path / "guest"))
@@ -82,8 +85,10 @@ async def test_a_tree_goes_in_and_comes_out(session: Session, tmp_path: Path) ->
     assert (tmp_path / "host/tree/hard").stat().st_nlink == 2
 
 
-async def test_progress_is_told(session: Session, tmp_path: Path) -> None:
-    """A copy tells how far it is until all is there; the total is known but for a tree of the guest's."""
+async def test_a_copy_reports_its_progress(session: Session, tmp_path: Path) -> None:
+    """A copy reports progress until all bytes are copied; the total is unknown only for a tree
+    copied out.
+    """
     plant(tmp_path / "tree")
     (tmp_path / "tree" / "large").write_bytes(os.urandom(5 << 20))
     steps: list[Progress] = []
@@ -104,7 +109,7 @@ async def test_progress_is_told(session: Session, tmp_path: Path) -> None:
 
 
 class Traffic:
-    """Counts what crosses a session's port, by way of what is uploaded and downloaded."""
+    """Count the bytes that cross a session's port in uploads and downloads."""
 
     def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent = self.received = 0
@@ -128,7 +133,7 @@ class Traffic:
 
 
 def write_ranges(path: Path, ranges: Iterable[tuple[int, int]], size: int) -> None:
-    """A file of this size with data (offset, length) and else holes."""
+    """Write a file of this size with data in the (offset, length) ranges and holes elsewhere."""
     with path.open("wb") as file:
         for offset, length in ranges:
             file.seek(offset)
@@ -136,8 +141,10 @@ def write_ranges(path: Path, ranges: Iterable[tuple[int, int]], size: int) -> No
         file.truncate(size)
 
 
-async def test_holes_travel_as_holes(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sparse file takes no more room in the guest, nor back on the host, than it has data, its zeros are not sent, and it is the same file."""
+async def test_a_sparse_file_stays_sparse(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file keeps its contents and its holes in both directions, and its zeros are not
+    sent.
+    """
     source, inside, back = (tmp_path / name for name in ("source", "inside", "back"))
     write_ranges(source, [(0, 5), (24 << 20, 6)], 48 << 20)
     traffic = Traffic(session, monkeypatch)
@@ -150,8 +157,12 @@ async def test_holes_travel_as_holes(session: Session, tmp_path: Path, monkeypat
     assert traffic.received < 100_000
 
 
-async def test_more_holes_than_can_be_told(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file in a thousand pieces loses its smaller holes on the way, not its large ones and nothing of its data, whoever packs it."""
+async def test_small_holes_are_lost_when_there_are_too_many(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in a thousand pieces loses its smaller holes, keeps the large ones, and keeps all of
+    its data, whichever side packs it.
+    """
     source, back = tmp_path / "source", tmp_path / "back"
     small, large = (range(0, 1030 * 0x11000, 0x11000), range(1 << 30, 8 << 30, 1 << 30))
     write_ranges(source, ((offset, 100) for offset in (*small, *large)), 8 << 30)
@@ -165,19 +176,6 @@ async def test_more_holes_than_can_be_told(session: Session, tmp_path: Path, mon
             assert os.pread(ours.fileno(), length, offset) == os.pread(theirs.fileno(), length, offset)
     for moved in (len(packed.getvalue()), traffic.received):
         assert small.stop - 0x11000 < moved < small.stop + 100_000
-
-
-async def test_an_agent_that_knows_no_holes_gets_zeros(
-    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A machine that was captured with an older agent gets what it understands: the file as it is."""
-    source, inside = tmp_path / "source", tmp_path / "inside"
-    write_ranges(source, [(1 << 20, 5)], 2 << 20)
-    traffic = Traffic(session, monkeypatch)
-    monkeypatch.setattr(Session, "keeps_holes", False)
-    await copy_in(session, source, str(inside))
-    assert traffic.sent > 2 << 20
-    assert inside.read_bytes() == source.read_bytes()
 
 
 def test_a_sparse_archive_is_one_that_others_read(tmp_path: Path) -> None:
@@ -202,16 +200,16 @@ def test_a_sparse_archive_is_one_that_others_read(tmp_path: Path) -> None:
         st.tuples(
             st.sampled_from([0, 1, 511, 4096, 65535, 65536, 70_000, 1 << 20]),  # a hole,
             st.binary(max_size=600),  # data,
-            st.sampled_from([0, 1, 512, 4096, 5000]),  # and zeros that are written
+            st.sampled_from([0, 1, 512, 4096, 5000]),  # written zeros
         ),
         max_size=12,
     ),
     tail=st.sampled_from([0, 1, 4096, 1 << 20]),
 )
-def test_any_file_with_holes_comes_back(
+def test_any_sparse_file_survives_a_copy_in_and_out(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[int, bytes, int]], tail: int
 ) -> None:
-    """Whatever its holes, data and written zeros, a file goes in and comes out the same byte for byte, by the real agent."""
+    """The real agent returns any sequence of holes, data and written zeros byte for byte."""
     directory = tmp_path_factory.mktemp("sparse")
     source, inside, back = (directory / name for name in ("source", "inside", "back"))
     with source.open("wb") as file:
@@ -230,8 +228,8 @@ def test_any_file_with_holes_comes_back(
     assert back.read_bytes() == source.read_bytes()
 
 
-async def test_names_are_those_of_cp(session: Session, tmp_path: Path) -> None:
-    """Into a directory that is there under the old name, else under the new one."""
+async def test_copies_are_named_as_cp_names_them(session: Session, tmp_path: Path) -> None:
+    """A copy into an existing directory keeps the old name; any other copy gets the new one."""
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "guest").mkdir()
     guest = str(tmp_path / "guest")
@@ -244,16 +242,17 @@ async def test_names_are_those_of_cp(session: Session, tmp_path: Path) -> None:
     await copy_out(session, guest, tmp_path / "host" / "tree")
     assert names(tmp_path / "host") == ["again", "renamed", "tree"]
     assert (tmp_path / "host/tree/file").read_bytes() == b"x"
-    await copy_out(session, guest + "/file", tmp_path / "host" / "again")  # a file that is there is replaced
+    # an existing file is replaced
+    await copy_out(session, guest + "/file", tmp_path / "host" / "again")
     assert (tmp_path / "host/again").read_bytes() == b"x"
 
 
-async def test_what_is_not_there(session: Session, tmp_path: Path) -> None:
-    """A missing source or directory is told, on either side, and nothing is left."""
+async def test_a_missing_source_or_directory_is_an_error(session: Session, tmp_path: Path) -> None:
+    """A missing source or directory is reported on either side, and the failed copy leaves nothing."""
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(NotFound):
         await copy_in(session, tmp_path / "missing", "/tmp")
-    with pytest.raises(GuestRefused):
+    with pytest.raises(NotFound):
         await copy_in(session, tmp_path / "file", str(tmp_path / "no" / "such" / "file"))
     with pytest.raises(GuestRefused):
         await copy_out(session, str(tmp_path / "missing"), tmp_path / "new")
@@ -265,24 +264,24 @@ async def test_what_is_not_there(session: Session, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a device")
 async def test_a_device_of_the_guest_is_refused(session: Session, tmp_path: Path) -> None:
-    """The guest's own error is not hidden by ours, nor ours by the guest's."""
+    """The host's error does not hide the guest's, nor the guest's the host's."""
     os.mknod(tmp_path / "device", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
     with pytest.raises(UnsafePath):
         await copy_out(session, str(tmp_path / "device"), tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
-async def test_more_than_allowed(session: Session, tmp_path: Path) -> None:
-    """A guest cannot fill the disk beyond the bound."""
+async def test_a_copy_larger_than_the_bound_is_refused(session: Session, tmp_path: Path) -> None:
+    """A guest cannot fill the disk beyond the size bound."""
     (tmp_path / "file").write_bytes(bytes(100_000))
     with pytest.raises(NoSpace):
         await copy_out(session, str(tmp_path / "file"), tmp_path / "copy", max_bytes=99_999)
     assert await copy_out(session, str(tmp_path / "file"), tmp_path / "copy", max_bytes=100_000) == 100_000
 
 
-async def test_a_source_that_cannot_be_read(session: Session, tmp_path: Path) -> None:
-    """An error of this machine's is told as such, and not as the guest's of a broken archive."""
-    shrunk = Path("/sys/kernel/uevent_seqnum")  # says that it is a page long, and is not
+async def test_an_unreadable_source_is_an_error_of_the_host(session: Session, tmp_path: Path) -> None:
+    """An error of the host is reported as such, not as the guest's error about a broken archive."""
+    shrunk = Path("/sys/kernel/uevent_seqnum")  # claims to be a page long, and is not
     with pytest.raises(HostCannot):
         await copy_in(session, shrunk, str(tmp_path / "copy"))
 
@@ -309,7 +308,7 @@ REFUSED: dict[str, list[tuple[str, bytes, dict[str, object]]]] = {
 
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_hostile_archives_are_refused(tmp_path: Path, case: str) -> None:
-    """What leads out of the copy is refused, and nothing outside of it has changed."""
+    """A member that leads outside the copy is refused, and nothing outside the copy changes."""
     (tmp_path / "outside").write_bytes(b"secret")
     members = [(name, kind, dict(fields)) for name, kind, fields in REFUSED[case]]
     with pytest.raises(UnsafePath):
@@ -320,7 +319,9 @@ def test_hostile_archives_are_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_a_file_is_not_written_through_a_link(tmp_path: Path) -> None:
-    """A member that has the name of a link replaces the link, of this archive or of before."""
+    """A member with the name of a link replaces the link, whether it came with this archive or
+    before it.
+    """
     (tmp_path / "outside").write_bytes(b"secret")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "old").symlink_to(tmp_path / "outside")
@@ -335,14 +336,14 @@ def test_a_file_is_not_written_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "copy" / "twice").read_bytes() == b"mine"
 
 
-def test_modes_are_made_harmless(tmp_path: Path) -> None:
-    """No set-id bits, nothing that others may write."""
+def test_set_id_and_write_bits_for_others_are_dropped(tmp_path: Path) -> None:
+    """Copied files have no set-id bits and no write permission for others."""
     unpack(io.BytesIO(archive(("top", tarfile.REGTYPE, {"mode": 0o6777, "data": b"x"}))), tmp_path, "copy")
     assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o755
 
 
-def test_a_header_that_promises_too_much_is_not_believed(tmp_path: Path) -> None:
-    """An extended header of terabytes is refused before it is read."""
+def test_an_oversized_header_is_refused(tmp_path: Path) -> None:
+    """An extended header of a terabyte is refused before it is read."""
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, 1 << 40
     with pytest.raises(GuestProtocolError):
@@ -357,7 +358,7 @@ def test_a_header_that_promises_too_much_is_not_believed(tmp_path: Path) -> None
 def test_damaged_archives_raise_only_our_errors(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], fix: bool, size: int
 ) -> None:
-    """Any bytes are unpacked below the destination or refused with an error of ours."""
+    """Any bytes are either unpacked below the destination or refused with one of Coppice's errors."""
     parent = tmp_path_factory.mktemp("damaged")
     data = bytearray(
         archive(
@@ -369,7 +370,7 @@ def test_damaged_archives_raise_only_our_errors(
     for at, value in edits:
         if at < len(data):
             data[at] = value
-    if fix:  # headers with a right checksum get further
+    if fix:  # headers with a valid checksum reach more of the parser
         for start in range(0, len(data), 512):
             if data[start + 257 : start + 262] == b"ustar":
                 data[start + 148 : start + 156] = b" " * 8

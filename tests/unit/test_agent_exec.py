@@ -1,4 +1,4 @@
-"""EXEC, against the real agent: what a command reads, writes and answers arrives as it was, and nothing else does."""
+"""EXEC against the real agent: input, output and results arrive unchanged, and nothing else does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from agent_process import BUILDS, agent_session
+from coppice.agent.session import Session
 from coppice.errors import CommandNotFound, CommandNotStarted, GuestError, GuestRefused, GuestTimeout, UsageError
-from coppice.guest.session import Session
 
 
 @pytest.fixture(params=BUILDS)
@@ -28,13 +29,13 @@ def shell(script: str) -> list[str]:
 
 
 async def test_streams_are_separate_and_complete(session: Session) -> None:
-    """Standard output and error arrive whole and apart, with the exit code."""
+    """Standard output and standard error arrive complete and separate, with the exit code."""
     result = await session.exec(shell("echo out; echo err >&2; exit 7"))
     assert (result.exit_code, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
 
 
 async def test_large_binary_data_goes_through_unchanged(session: Session) -> None:
-    """8 MiB of every byte there is go in and come out: no window is lost, no byte is special."""
+    """8 MiB of every byte value go in and come out: no window is lost, and no byte is special."""
     block = bytes(range(256)) * 256
     data = b"".join(hashlib.sha256(block + bytes([n])).digest() * 2048 for n in range(128))
     result = await session.exec(["cat"], stdin=data)
@@ -43,7 +44,7 @@ async def test_large_binary_data_goes_through_unchanged(session: Session) -> Non
 
 
 async def test_stdin_may_be_a_stream(session: Session) -> None:
-    """Chunks of a stream arrive in order, and its end is the end of standard input."""
+    """Chunks of a stream arrive in order, and the end of the stream is the end of standard input."""
 
     async def numbers() -> AsyncIterator[bytes]:
         for n in range(1000):
@@ -64,25 +65,25 @@ async def test_a_failing_stdin_stream_is_not_taken_for_its_end(session: Session)
         await session.exec(shell("cat >/dev/null; sleep 100"), stdin=broken())
 
 
-async def test_a_command_that_does_not_read_does_not_hang_us(session: Session) -> None:
-    """What a command does not read is dropped when it ends, however much it is."""
+async def test_unread_input_does_not_block(session: Session) -> None:
+    """Input that a command does not read is dropped when the command ends, whatever its size."""
     result = await session.exec(["true"], stdin=bytes(1 << 20))
     assert result.exit_code == 0
 
 
-async def test_without_stdin_it_is_empty(session: Session) -> None:
-    """A command without input sees the end of it at once."""
+async def test_a_command_without_input_has_an_empty_stdin(session: Session) -> None:
+    """A command without input sees end of file at once."""
     assert (await session.exec(["cat"])).stdout == b""
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
 async def test_exit_by_signal_is_128_plus(session: Session, number: int) -> None:
-    """A command that a signal ended has the exit code that a shell gives it."""
+    """A command killed by a signal has the exit code that a shell reports."""
     assert (await session.exec(shell(f"kill -{int(number)} $$"))).exit_code == 128 + number
 
 
 async def test_a_signal_reaches_the_whole_group(session: Session) -> None:
-    """The command's children get the signal too."""
+    """The command's children receive the signal too."""
     async with session.exec_stream(shell("sh -c 'echo ready; sleep 100' & wait")) as running:
         async for _stream, data in running:
             assert data == b"ready\n"
@@ -90,21 +91,21 @@ async def test_a_signal_reaches_the_whole_group(session: Session) -> None:
         assert (await running.wait()).exit_code == 128 + signal.SIGTERM
 
 
-async def test_no_such_signal(session: Session) -> None:
-    """A number that is no signal is refused before it is sent."""
+async def test_an_invalid_signal_is_refused(session: Session) -> None:
+    """An invalid signal number is refused before it is sent."""
     async with session.exec_stream(["cat"]) as running:
         with pytest.raises(UsageError):
             await running.signal(0)
 
 
 async def test_the_timeout_ends_a_command(session: Session) -> None:
-    """A command that runs too long is ended, also where it ignores SIGTERM."""
+    """A command that runs too long is ended, even if it ignores SIGTERM."""
     with pytest.raises(GuestTimeout):
         await session.exec(shell("trap '' TERM; while :; do sleep 0.05; done"), timeout_s=0.2)
     assert (await session.exec(["echo", "next"])).stdout == b"next\n"
 
 
-async def test_the_timeout_does_not_touch_who_is_in_time(session: Session) -> None:
+async def test_the_timeout_does_not_affect_a_command_that_ends_in_time(session: Session) -> None:
     """A command that ends in time has its own exit code."""
     assert (await session.exec(shell("exit 3"), timeout_s=30)).exit_code == 3
 
@@ -121,21 +122,23 @@ async def test_the_timeout_does_not_touch_who_is_in_time(session: Session) -> No
         (["true"], {"user": "0:no-such-group"}, errno.ENOENT),
     ],
 )
-async def test_what_cannot_start_says_why(
+async def test_a_command_that_cannot_start_has_the_guests_errno(
     session: Session, argv: list[str], options: dict[str, str], number: int
 ) -> None:
-    """A program, directory or user that is not there is refused with the errno of the guest's kernel."""
+    """A missing program, directory or user is refused with the errno of the guest's kernel."""
     kind = CommandNotFound if number == errno.ENOENT else CommandNotStarted
     what = f"user {options['user']}" if "user" in options else "working directory" if "cwd" in options else argv[0]
-    with pytest.raises(kind, match=re.escape(f"cannot be started: {what}: {os.strerror(number)}; ")) as caught:
+    with pytest.raises(kind, match=re.escape(f"cannot start {argv[0]}: {what}: {os.strerror(number)}; ")) as caught:
         await session.exec(argv, cwd=options.get("cwd"), user=options.get("user"))
     assert type(caught.value) is kind
     assert caught.value.errno == number
     assert (await session.exec(["true"])).exit_code == 0
 
 
-async def test_environment(session: Session) -> None:
-    """The request's variables are there, the usual ones have defaults, and PATH is searched as the request has it."""
+async def test_the_environment_is_the_requests_with_defaults(session: Session) -> None:
+    """A command has the request's variables and defaults for the usual ones; PATH of the request
+    finds the program.
+    """
     result = await session.exec(["/usr/bin/env"], env={"ONE": "1=2", "HOME": "/nowhere"})
     lines = result.stdout.decode().splitlines()
     assert "ONE=1=2" in lines
@@ -146,38 +149,40 @@ async def test_environment(session: Session) -> None:
         await session.exec(["env"], env={"PATH": "/nowhere"})
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize(
     ("user", "expected"), [("daemon", "1:1"), ("1", "1:1"), ("1:5", "1:5"), ("daemon:tty", "1:5"), ("54321", "54321:0")]
 )
-async def test_users(session: Session, user: str, expected: str) -> None:
-    """A user is found by name or number; a number that nobody has is a user all the same."""
+async def test_a_user_is_given_by_name_or_number(session: Session, user: str, expected: str) -> None:
+    """A user is found by name or number; a number without an account is accepted."""
     result = await session.exec(shell("echo $(id -u):$(id -g)"), user=user)
     assert result.stdout.decode().strip() == expected
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-async def test_another_user_may_open_its_streams_anew(session: Session) -> None:
-    """Programs that are told to write to /dev/stdout, or to read /dev/stdin, can, also when they are not root."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_another_user_may_reopen_its_streams(session: Session) -> None:
+    """A program that opens /dev/stdout or /dev/stdin by path can do so even if it is not root."""
     result = await session.exec(
         shell("cat /dev/stdin > /dev/stdout; echo err > /dev/stderr"), user="daemon", stdin=b"x"
     )
     assert (result.stdout, result.stderr) == (b"x", b"err\n")
 
 
-async def test_working_directory(session: Session) -> None:
-    """The command starts where it was asked to."""
+async def test_the_command_starts_in_the_requested_directory(session: Session) -> None:
+    """The working directory is the requested one."""
     assert (await session.exec(["pwd"], cwd="/usr/lib")).stdout == b"/usr/lib\n"
 
 
 async def test_a_long_command_line(session: Session) -> None:
-    """Arguments of more than one frame arrive whole."""
+    """Arguments longer than one frame arrive complete."""
     script = "echo " + "x" * 100_000
     assert len((await session.exec(shell(script))).stdout) == 100_001
 
 
-async def test_terminal(session: Session) -> None:
-    """With a terminal the command has one of the wanted size and type, and learns when the size changes."""
+async def test_a_terminal_has_the_requested_size_and_type(session: Session) -> None:
+    """A command on a terminal sees the requested size and type, and is notified when the size
+    changes.
+    """
     script = "stty size; echo $TERM; tty -s && echo tty; trap 'stty size; exit 5' WINCH; echo ready; while :; do sleep 0.01; done"
     said = b""
     async with session.exec_stream(shell(script), tty=True, size=(31, 97), term="vt100") as running:
@@ -189,16 +194,16 @@ async def test_terminal(session: Session) -> None:
     assert said.split() == [b"31", b"97", b"vt100", b"tty", b"ready", b"50", b"120"]
 
 
-async def test_terminal_input_ends(session: Session) -> None:
-    """The end of standard input is the end-of-file character on a terminal."""
+async def test_end_of_input_ends_a_terminals_input(session: Session) -> None:
+    """On a terminal, the end of standard input is sent as the end-of-file character."""
     async with session.exec_stream(["cat"], tty=True) as running:
         result = await running.collect(b"line\n")
     assert result.exit_code == 0
     assert result.stdout.count(b"line") == 2  # the echo and the copy
 
 
-async def test_interactive(session: Session) -> None:
-    """Input is answered before more input is sent: nothing waits for a buffer to fill."""
+async def test_input_is_answered_without_buffering(session: Session) -> None:
+    """A command answers each input before more is sent: no buffer has to fill first."""
     async with session.exec_stream(["cat"]) as running:
         output = aiter(running)
         for word in (b"one", b"two", b"three"):
@@ -208,8 +213,10 @@ async def test_interactive(session: Session) -> None:
         assert (await running.wait()).exit_code == 0
 
 
-async def test_a_daemon_that_stays_does_not_hold_the_result(session: Session) -> None:
-    """A command whose child keeps its output open ends when it ends, with all that was written by then."""
+async def test_a_daemon_that_holds_the_output_does_not_delay_the_result(session: Session) -> None:
+    """A command whose child keeps the output open ends when the command itself ends, with all
+    output written by then.
+    """
     begin = asyncio.get_running_loop().time()
     result = await session.exec(shell("sleep 30 & echo $!"))
     assert asyncio.get_running_loop().time() - begin < 10
@@ -217,14 +224,14 @@ async def test_a_daemon_that_stays_does_not_hold_the_result(session: Session) ->
 
 
 async def test_too_much_output_is_an_error(session: Session) -> None:
-    """Output beyond the bound ends the collection, and the session can be used again."""
+    """Output beyond the bound stops the collection, and the session stays usable."""
     with pytest.raises(GuestError):
         await session.exec(["yes"], max_output_bytes=100_000)
     assert (await session.exec(["echo", "next"])).stdout == b"next\n"
 
 
-async def test_sinks_take_the_output(session: Session) -> None:
-    """What has a sink is not collected; a sink that waits holds the command up."""
+async def test_a_sink_receives_the_output(session: Session) -> None:
+    """Output with a sink is not collected; a slow sink holds up the command."""
     taken = bytearray()
 
     async def slow(data: bytes) -> None:
@@ -237,6 +244,64 @@ async def test_sinks_take_the_output(session: Session) -> None:
 
 
 async def test_an_empty_command_is_refused(session: Session) -> None:
-    """There is nothing to run."""
+    """An empty argument list is a usage error."""
     with pytest.raises(UsageError):
         await session.exec([])
+
+
+@pytest.mark.parametrize(
+    "text", [b"abc", b"line\nabc", b"abc\r", b"abc\n", b"", b"x" * 3000, b"line\n" * 20_000 + b"abc"]
+)
+async def test_a_terminal_reader_sees_the_end_after_any_input(session: Session, text: bytes) -> None:
+    """A reader sees the end of input even after an unfinished line, with the whole line before it
+    and no byte that was not sent.
+    """
+    script = "stty -echo; echo ready; cat | sha256sum"
+    async with session.exec_stream(shell(script), tty=True, timeout_s=20) as running:
+        output = bytearray()
+        async for _, data in running:
+            if not output:
+                await running.send_stdin(text)
+                await running.eof()
+            output += data
+        assert not (await running.wait()).timed_out
+    assert hashlib.sha256(text.replace(b"\r", b"\n")).hexdigest().encode() in output
+
+
+async def test_a_terminal_in_raw_mode_gets_no_end_of_input_character(session: Session) -> None:
+    """No end-of-file character is sent, because a program that reads raw bytes would take it for
+    data.
+    """
+    script = "stty raw -echo; echo ready; dd bs=1 count=4 2>/dev/null | od -An -tx1; timeout 0.3 dd bs=1 count=1 2>/dev/null | od -An -tx1"
+    async with session.exec_stream(shell(script), tty=True, timeout_s=20) as running:
+        output = bytearray()
+        async for _, data in running:
+            if not output:
+                await running.send_stdin(b"abcd")
+                await running.eof()
+            output += data
+    assert output.split() == [b"ready", b"61", b"62", b"63", b"64"]
+
+
+async def test_a_long_terminal_type_is_kept_whole(session: Session) -> None:
+    """No variable that the agent adds is truncated."""
+    async with session.exec_stream(shell("printf %s $TERM"), term="t" * 5000) as running:
+        assert (await running.collect()).stdout == b"t" * 5000
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_a_large_account_is_used_completely(tmp_path: Path) -> None:
+    """A long home directory, a long shell and hundreds of groups arrive complete."""
+    home, long_shell = "h" * 1000, "s" * 1000
+    (tmp_path / "passwd").write_text(f"root:x:0:0::/root:/bin/sh\nmany:x:4242:4242::/{home}:/{long_shell}\n")
+    (tmp_path / "group").write_text("".join(f"group{gid}:x:{gid}:root,many\n" for gid in range(5000, 5300)))
+    over = [
+        arg for name in ("passwd", "group") for arg in ("mount", "--bind", str(tmp_path / name), f"/etc/{name}", "&&")
+    ]
+    async with agent_session(
+        "sanitized", under=("unshare", "--mount", "sh", "-c", f'{" ".join(over)} exec "$@"', "sh")
+    ) as session:
+        result = await session.exec(shell('echo "$HOME" "$SHELL"; id -G'), user="many")
+    told, groups = result.stdout.decode().splitlines()
+    assert told == f"/{home} /{long_shell}"
+    assert groups.split() == ["4242", *map(str, range(5000, 5300))]

@@ -1,4 +1,6 @@
-"""Files through the real agent: what goes in comes out, and a failure leaves nothing half-done."""
+"""Files through the real agent: contents come back unchanged, and a failure leaves nothing
+half-done.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from agent_process import BUILDS, agent_session, names, running_agent
+from coppice.agent.channel import Channel
+from coppice.agent.protocol import FrameType, encode_fields
+from coppice.agent.session import Session
 from coppice.errors import GuestError, GuestRefused
-from coppice.guest.channel import Channel
-from coppice.guest.protocol import FrameType, encode_fields, encode_request, encode_stream
-from coppice.guest.session import Session
 
 
 @pytest.fixture(params=BUILDS)
@@ -25,7 +27,7 @@ async def session(request: pytest.FixtureRequest) -> AsyncIterator[Session]:
 
 @pytest.mark.parametrize("size", [0, 1, 32762, 65536, 3_000_001])
 async def test_a_file_comes_back_as_it_was_written(session: Session, tmp_path: Path, size: int) -> None:
-    """Any size goes in and out, around the sizes of frames and windows too."""
+    """Files of any size come back unchanged, including sizes around frames and windows."""
     path, data = str(tmp_path / "new" / "deep" / "file"), os.urandom(size)
     await session.write_file(path, data)
     assert await session.read_file(path) == data
@@ -33,8 +35,8 @@ async def test_a_file_comes_back_as_it_was_written(session: Session, tmp_path: P
     assert stat.S_IMODE(Path(path).stat().st_mode) == 0o644
 
 
-async def test_a_part_of_a_file(session: Session, tmp_path: Path) -> None:
-    """Offset and length are kept; beyond the end there is nothing."""
+async def test_a_range_of_a_file_is_read(session: Session, tmp_path: Path) -> None:
+    """A read honours offset and length, and returns nothing beyond the end."""
     (tmp_path / "file").write_bytes(bytes(range(256)))
     path = str(tmp_path / "file")
     assert await session.read_file(path, offset=16, length=4) == bytes(range(16, 20))
@@ -43,16 +45,18 @@ async def test_a_part_of_a_file(session: Session, tmp_path: Path) -> None:
     assert await session.read_file(path, length=0) == b""
 
 
-async def test_a_file_too_large_to_collect(session: Session, tmp_path: Path) -> None:
-    """Reading whole is bounded."""
+async def test_a_whole_file_has_a_size_bound(session: Session, tmp_path: Path) -> None:
+    """Reading a whole file is bounded."""
     (tmp_path / "file").write_bytes(bytes(100_000))
     with pytest.raises(GuestError):
         await session.read_file(str(tmp_path / "file"), max_bytes=99_999)
     assert (await session.stat(str(tmp_path / "file"))).size_bytes == 100_000
 
 
-async def test_writing_replaces_whole_and_keeps_what_was_not_asked_for(session: Session, tmp_path: Path) -> None:
-    """A new file takes the old one's place and mode in one step; the old one lives on where it is open."""
+async def test_a_write_replaces_the_file_and_keeps_its_mode(session: Session, tmp_path: Path) -> None:
+    """A new file replaces the old one in one step and keeps its mode; a process with the old file
+    open still reads the old contents.
+    """
     path = tmp_path / "file"
     path.write_bytes(b"old")
     path.chmod(0o751)
@@ -75,8 +79,8 @@ async def test_writing_through_a_link_keeps_the_link(session: Session, tmp_path:
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
-async def test_appending(session: Session, tmp_path: Path) -> None:
-    """Appended bytes come after those that are there; a file that is not there is made."""
+async def test_appended_bytes_come_last(session: Session, tmp_path: Path) -> None:
+    """Appended bytes follow the existing ones; a missing file is made."""
     path = str(tmp_path / "log")
     await session.write_file(path, b"one ", append=True)
     await session.write_file(path, b"two", append=True)
@@ -84,14 +88,13 @@ async def test_appending(session: Session, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("build", BUILDS)
-async def test_an_upload_that_breaks_off_leaves_nothing(build: str, tmp_path: Path) -> None:
-    """A host that goes away in the middle leaves the old file, and no temporary one."""
+async def test_an_interrupted_upload_leaves_nothing(build: str, tmp_path: Path) -> None:
+    """A host that disconnects during an upload leaves the old file and no temporary one."""
     (tmp_path / "file").write_bytes(b"old")
     async with running_agent(build) as agent:
         channel = await Channel.over(agent.sock, 20.0)
-        request = encode_request(FrameType.FILE_WRITE, encode_fields([(1, str(tmp_path / "file"))]))
-        await channel.begin(request + encode_stream(FrameType.DATA, bytes(32768)))
-        assert (await channel.receive()).type == FrameType.WINDOW  # it has begun to write
+        stream = await channel.open(FrameType.FILE_WRITE, encode_fields([(1, str(tmp_path / "file"))]))
+        await stream.send_data(FrameType.DATA, bytes(1 << 20))  # more than the window, so it has begun to write
         await channel.close()
     assert names(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
@@ -101,8 +104,10 @@ async def test_an_upload_that_breaks_off_leaves_nothing(build: str, tmp_path: Pa
     ("path", "number"),
     [("missing", errno.ENOENT), ("", errno.EISDIR), ("fifo", errno.EINVAL), ("file/x", errno.ENOTDIR)],
 )
-async def test_what_cannot_be_read_says_why(session: Session, tmp_path: Path, path: str, number: int) -> None:
-    """A path that is no readable file is refused with the guest's errno, and does not block."""
+async def test_an_unreadable_path_has_the_guests_errno(
+    session: Session, tmp_path: Path, path: str, number: int
+) -> None:
+    """A path that is not a readable file is refused with the guest's errno, and does not block."""
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(GuestRefused) as caught:
@@ -110,8 +115,8 @@ async def test_what_cannot_be_read_says_why(session: Session, tmp_path: Path, pa
     assert caught.value.errno == number
 
 
-async def test_what_cannot_be_written_says_why(session: Session, tmp_path: Path) -> None:
-    """The error comes however much was to be sent."""
+async def test_an_unwritable_path_has_the_guests_errno(session: Session, tmp_path: Path) -> None:
+    """The error arrives, whatever the size of the upload."""
     for path, number in ((str(tmp_path), errno.EISDIR), (str(tmp_path / ("x" * 300)), errno.ENAMETOOLONG)):
         with pytest.raises(GuestRefused) as caught:
             await session.write_file(path, bytes(1 << 20))
@@ -120,15 +125,15 @@ async def test_what_cannot_be_written_says_why(session: Session, tmp_path: Path)
         await session.write_file(str(tmp_path / "no" / "parent"), b"", make_parents=False)
 
 
-async def test_a_full_disk_is_told(session: Session) -> None:
-    """An error while writing reaches the host."""
+async def test_a_full_disk_is_reported(session: Session) -> None:
+    """An error during the write reaches the host."""
     with pytest.raises(GuestRefused) as caught:
         await session.write_file("/dev/full", bytes(1 << 20))
     assert caught.value.errno == errno.ENOSPC
 
 
-async def test_stat(session: Session, tmp_path: Path) -> None:
-    """What the guest's kernel says of each kind of file arrives."""
+async def test_stat_reports_each_kind_of_file(session: Session, tmp_path: Path) -> None:
+    """The result is the guest kernel's for each kind of file."""
     (tmp_path / "file").write_bytes(b"12345")
     (tmp_path / "file").chmod(0o640)
     os.utime(tmp_path / "file", ns=(0, -1_500_000_000))
@@ -146,3 +151,14 @@ async def test_stat(session: Session, tmp_path: Path) -> None:
     with pytest.raises(GuestRefused) as caught:
         await session.stat(str(tmp_path / "missing"))
     assert caught.value.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize("number", [(1 << 32) - 1, 1 << 32, (1 << 32) + 4242])
+async def test_an_owner_that_no_file_can_have_is_refused(session: Session, tmp_path: Path, number: int) -> None:
+    """A number that is too large is refused: truncated, it would be another user's."""
+    path = tmp_path / "file"
+    for uid, gid in ((number, None), (None, number)):
+        with pytest.raises(GuestRefused) as caught:
+            await session.write_file(str(path), b"contents", uid=uid, gid=gid)
+        assert caught.value.errno == errno.EINVAL
+    assert not path.exists()

@@ -1,4 +1,6 @@
-"""Agent ports: one host per port, whoever it is and however it ends; and any length of path."""
+"""Agent ports: each port serves one host process at a time, however that process ends, and paths
+may have any length.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,29 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from agent_process import agent_binary
-from coppice.errors import Busy, VmmDied
-from coppice.guest.client import AgentPorts, vsock_ports
+from coppice.agent.client import AgentPorts, Identity
+from coppice.agent.protocol import Fields, FrameType, Value, encode_fields
+from coppice.errors import Busy, GuestProtocolError, VmmDied
+from coppice.vmm.qemu.driver import QemuDriver
+from coppice.vmm.sockets import connect_vsock
+from fakes.wire import Peer
+
+
+def ports_of(directory: Path) -> AgentPorts:
+    """Return the ports of a machine that has a socket for each."""
+    return AgentPorts(directory, partial(QemuDriver().dial, directory))
 
 
 @contextlib.asynccontextmanager
-async def listening(directory: Path, name: str, handshake: bool = False, control: bool = False) -> AsyncIterator[None]:
+async def listening(directory: Path, name: str, handshake: bool = False) -> AsyncIterator[None]:
     """A VMM's port: each connection is an agent's."""
     agents: list[asyncio.subprocess.Process] = []
 
@@ -39,14 +52,14 @@ async def listening(directory: Path, name: str, handshake: bool = False, control
                 agents.append(
                     await asyncio.create_subprocess_exec(
                         agent_binary("static"),
-                        "--control" if control else "--serve",
+                        "--serve",
                         str(connection.fileno()),
                         pass_fds=[connection.fileno()],
                     )
                 )
 
     with socket.socket(socket.AF_UNIX) as listener:
-        # A relative name: the directory's path may be too long for an address.
+        # The directory's path may be too long for a socket address, so the name is relative.
         handle = directory.joinpath(name).parent
         with contextlib.chdir(handle):
             listener.bind(name)
@@ -63,22 +76,24 @@ async def listening(directory: Path, name: str, handshake: bool = False, control
 
 
 async def test_a_session_over_a_long_path(tmp_path: Path) -> None:
-    """An instance's directory may have a path that no socket address holds."""
+    """An instance's directory may have a path that is too long for a socket address."""
     directory = tmp_path / ("d" * 120)
     directory.mkdir()
-    async with listening(directory, "port1.sock"), AgentPorts(directory).session(10) as session:
+    async with listening(directory, "port1.sock"), ports_of(directory).session(10) as session:
         assert (await session.exec(["echo", "hello"])).stdout == b"hello\n"
 
 
-async def test_control_over_its_port(tmp_path: Path) -> None:
+async def test_the_control_port_has_its_own_lock(tmp_path: Path) -> None:
     """The control port is port 0, with a lock of its own."""
-    async with listening(tmp_path, "port0.sock", control=True), AgentPorts(tmp_path).control(10) as control:
+    async with listening(tmp_path, "port0.sock"), ports_of(tmp_path).control(10) as control:
         assert (await control.health()).uptime_ms > 0
 
 
 async def test_sessions_take_the_first_free_port(tmp_path: Path) -> None:
-    """Two sessions at once have two ports; when all are in use the next one is told so."""
-    ports = AgentPorts(tmp_path)
+    """Two concurrent sessions have two ports; if all ports are in use, the next session is refused
+    with that reason.
+    """
+    ports = ports_of(tmp_path)
     async with contextlib.AsyncExitStack() as stack:
         for number in range(1, 8):
             await stack.enter_async_context(listening(tmp_path, f"port{number}.sock"))
@@ -90,10 +105,10 @@ async def test_sessions_take_the_first_free_port(tmp_path: Path) -> None:
                 pass
 
 
-async def test_a_port_is_waited_for(tmp_path: Path) -> None:
-    """A session that ends makes room for one that waits."""
-    ports = AgentPorts(tmp_path)
-    async with listening(tmp_path, "port0.sock", control=True):
+async def test_a_session_waits_for_a_port(tmp_path: Path) -> None:
+    """A session that ends frees its port for a waiting one."""
+    ports = ports_of(tmp_path)
+    async with listening(tmp_path, "port0.sock"):
         async with ports.control(10):
             waiting = asyncio.create_task(_health(ports))
             await asyncio.sleep(0)
@@ -107,7 +122,7 @@ async def _health(ports: AgentPorts) -> int:
 
 
 async def test_a_killed_process_frees_its_port(tmp_path: Path) -> None:
-    """The kernel gives back the lock of a process that was killed while it held it."""
+    """The kernel releases the lock of a process that was killed while it held a port."""
     script = "import fcntl,os,sys; fcntl.flock(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX); print(flush=True); input()"
     holder = subprocess.Popen(  # noqa: ASYNC220  (it says one line at once)
         [sys.executable, "-c", script, str(tmp_path / "port0.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -115,19 +130,19 @@ async def test_a_killed_process_frees_its_port(tmp_path: Path) -> None:
     with holder:
         assert holder.stdout is not None
         holder.stdout.readline()
-        async with listening(tmp_path, "port0.sock", control=True):
+        async with listening(tmp_path, "port0.sock"):
             with pytest.raises(Busy):
-                async with AgentPorts(tmp_path).control(0.05):
+                async with ports_of(tmp_path).control(0.05):
                     pass
             holder.kill()
-            assert await _health(AgentPorts(tmp_path)) > 0
+            assert await _health(ports_of(tmp_path)) > 0
 
 
-async def test_a_machine_that_is_removed_is_not_waited_for(tmp_path: Path) -> None:
-    """Who waits for a port of an instance that somebody removes is told so."""
+async def test_a_wait_for_a_port_ends_when_the_instance_is_removed(tmp_path: Path) -> None:
+    """A session that waits for a port of an instance that is then removed gets an error."""
     directory = tmp_path / "instance"
     directory.mkdir()
-    ports = AgentPorts(directory)
+    ports = ports_of(directory)
     holding = [os.open(directory / f"port{port}.lock", os.O_RDWR | os.O_CREAT) for port in range(1, 8)]
     try:
         for lock in holding:
@@ -135,7 +150,7 @@ async def test_a_machine_that_is_removed_is_not_waited_for(tmp_path: Path) -> No
         waiting = asyncio.create_task(_first_session(ports))
         await asyncio.sleep(0)
         shutil.rmtree(directory)
-        with pytest.raises(VmmDied, match="directory is gone"):
+        with pytest.raises(VmmDied, match="directory was removed"):
             await waiting
     finally:
         for lock in holding:
@@ -149,11 +164,14 @@ async def _first_session(ports: AgentPorts) -> None:
 
 FORKING = """
 import asyncio, os, sys
+from functools import partial
 from pathlib import Path
-from coppice.guest.client import AgentPorts
+from coppice.agent.client import AgentPorts
+from coppice.vmm.qemu.driver import QemuDriver
 
 async def main():
-    async with AgentPorts(Path(sys.argv[1])).control(10) as control:
+    home = Path(sys.argv[1])
+    async with AgentPorts(home, partial(QemuDriver().dial, home)).control(10) as control:
         await control.health()
         if os.fork() == 0:
             sys.stdin.read()
@@ -165,63 +183,134 @@ asyncio.run(main())
 
 
 async def test_a_forked_process_does_not_keep_a_port(tmp_path: Path) -> None:
-    """A worker of multiprocessing lives on when the session that was open at its birth has ended: the port is free again all the same."""
+    """A multiprocessing worker may outlive the session that was open when the worker was forked:
+    the port is free again.
+    """
     forking = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "ignore", "-c", FORKING, str(tmp_path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert forking.stdin is not None
     assert forking.stdout is not None
     try:
-        async with listening(tmp_path, "port0.sock", control=True):
+        async with listening(tmp_path, "port0.sock"):
             assert await forking.stdout.readline() == b"ready\n"
-            async with AgentPorts(tmp_path).control(5) as control:
+            async with ports_of(tmp_path).control(5) as control:
                 assert (await control.health()).uptime_ms > 0
     finally:
         forking.stdin.close()
         await forking.wait()
 
 
-async def test_a_session_ends_though_somebody_else_has_its_socket(tmp_path: Path) -> None:
-    """As a process has that was forked meanwhile: a VMM serves one connection at a time, and would serve nobody else."""
+async def test_a_session_ends_although_another_process_has_its_socket(tmp_path: Path) -> None:
+    """A process forked meanwhile inherits the socket. The VMM serves one connection at a time, so
+    an open socket would block the next session.
+    """
     ours, theirs = socket.socketpair()
     with ours.dup():
         process = await asyncio.create_subprocess_exec(
-            agent_binary("static"), "--control", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+            agent_binary("static"), "--serve", str(theirs.fileno()), pass_fds=[theirs.fileno()]
         )
         theirs.close()
-        async with AgentPorts(tmp_path).control(10, sock=ours) as control:
+        async with ports_of(tmp_path).control(10, sock=ours) as control:
             assert (await control.health()).uptime_ms > 0
         async with asyncio.timeout(10):
             assert await process.wait() == 0
 
 
-async def test_there_is_no_machine(tmp_path: Path) -> None:
-    """Without a VMM, or without the instance, it is the machine that is missing, and no port that is busy."""
+async def test_a_missing_machine_is_not_a_busy_port(tmp_path: Path) -> None:
+    """Without a VMM or without the instance, the error is about the missing machine, not about a
+    busy port.
+    """
     with pytest.raises(VmmDied):
-        async with AgentPorts(tmp_path).session(0.05):
+        async with ports_of(tmp_path).session(0.05):
             pass
     with pytest.raises(VmmDied):
-        async with AgentPorts(tmp_path / "gone").control(0.05):
+        async with ports_of(tmp_path / "gone").control(0.05):
             pass
 
 
-async def test_a_socket_that_was_made_before(tmp_path: Path) -> None:
-    """A connection can be handed in, and the request goes out with the handshake before anybody has answered."""
+async def test_a_connection_can_be_handed_in(tmp_path: Path) -> None:
+    """A connection can be handed in, and the request is sent with the handshake, before the agent
+    answers.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
-        async with AgentPorts(tmp_path).control(10, sock=ours) as control:
+        async with ports_of(tmp_path).control(10, sock=ours) as control:
             health = asyncio.create_task(control.health())
             await asyncio.sleep(0)
             process = await asyncio.create_subprocess_exec(
-                agent_binary("static"), "--control", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+                agent_binary("static"), "--serve", str(theirs.fileno()), pass_fds=[theirs.fileno()]
             )
             assert (await health).uptime_ms > 0
     theirs.close()
     assert await process.wait() == 0
 
 
-async def test_ports_over_vsock(tmp_path: Path) -> None:
-    """A VMM with a vsock device has one socket for all ports; the number is asked for first."""
-    ports = AgentPorts(tmp_path, connect=vsock_ports("vsock.sock"))
+async def test_a_vsock_device_serves_all_ports(tmp_path: Path) -> None:
+    """A VMM with a vsock device has one socket for all ports; the host first asks for the port
+    number.
+    """
+    ports = AgentPorts(tmp_path, partial(connect_vsock, tmp_path, "vsock.sock"))
     async with listening(tmp_path, "vsock.sock", handshake=True), ports.session(10) as session:
         assert (await session.exec(["echo", "hello"])).stdout == b"hello\n"
+
+
+async def serve_guest(sock: socket.socket, serial: int, taken: int, seen: list[FrameType]) -> None:
+    """Answer as the agent of a machine that has read the identity with this serial."""
+    async with Peer.over(sock) as peer:
+        while (frame := await peer.receive()) is not None:
+            seen.append(FrameType(frame.type))
+            reply: list[tuple[int, Value | None]] = [(1, Fields(frame.payload).integer(1, 0))]
+            if frame.type == FrameType.HEALTH:
+                reply = [(1, 1000), (2, serial), (3, "fake"), (7, taken)]
+            elif frame.type == FrameType.CLOCK:
+                reply = [(1, time.time_ns())]
+            await peer.send(FrameType.OK, frame.stream, encode_fields(reply))
+
+
+@pytest.mark.parametrize("lost", ["closed", "silent"])
+@pytest.mark.parametrize(
+    ("serial", "taken", "asked"),
+    [
+        pytest.param(3, 1, [FrameType.HEALTH, FrameType.IDENTITY], id="not read"),
+        pytest.param(4, 1, [FrameType.HEALTH, FrameType.CLOCK], id="taken"),
+        pytest.param(4, 0, [FrameType.HEALTH], id="failed"),
+    ],
+)
+async def test_an_identity_is_sent_again_if_its_connection_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, serial: int, taken: int, asked: list[FrameType]
+) -> None:
+    """Firecracker before 1.16 ends connections that are made before the guest has handled the reset
+    of its vsock. An identity that the guest has read is not sent again: it is enough that the guest
+    has taken it.
+    """
+    monkeypatch.setattr("coppice.agent.client._LOST_S", (0.2, 20.0))
+    seen = list[FrameType]()
+    async with asyncio.TaskGroup() as group, contextlib.AsyncExitStack() as stack:
+        dialled = 0
+
+        async def dial(_: int) -> socket.socket:
+            nonlocal dialled
+            dialled += 1
+            mine, theirs = socket.socketpair()
+            if dialled > 1:
+                group.create_task(serve_guest(theirs, serial, taken, seen))
+            elif lost == "closed":
+                theirs.close()
+            else:
+                stack.enter_context(theirs)
+            return mine
+
+        identity = Identity(serial=4, entropy=bytes(64))
+        with contextlib.nullcontext() if taken else pytest.raises(GuestProtocolError, match="answer was lost"):
+            await AgentPorts(tmp_path, dial).identify(lambda: identity, 20.0, may_lose=True)
+        assert seen == asked
+    with pytest.raises(VmmDied):
+        await AgentPorts(tmp_path, closed).identify(lambda: identity, 20.0)
+
+
+async def closed(_: int) -> socket.socket:
+    """Return a connection whose other end is closed."""
+    mine, theirs = socket.socketpair()
+    theirs.close()
+    return mine

@@ -1,4 +1,6 @@
-"""Trees through the real agent: what is packed is what is unpacked, and no member leaves its directory."""
+"""Trees through the real agent: an unpacked tree equals the packed one, and no member leaves its
+directory.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent_process import BUILDS, agent_session, names
+from coppice.agent.session import Session
+from coppice.agent.unpack import unpack
 from coppice.errors import GuestProtocolError, GuestRefused
-from coppice.guest.session import Session
-from coppice.guest.unpack import unpack
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices take root")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can set owners and make devices")
 
 
 @pytest.fixture(params=BUILDS)
@@ -31,7 +33,7 @@ async def session(request: pytest.FixtureRequest) -> AsyncIterator[Session]:
 
 
 def archive(*members: tuple[tarfile.TarInfo, bytes], format_: int = tarfile.PAX_FORMAT) -> bytes:
-    """A tar archive of these members."""
+    """Return a tar archive of these members."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=format_) as tar:
         for info, data in members:
@@ -40,8 +42,8 @@ def archive(*members: tuple[tarfile.TarInfo, bytes], format_: int = tarfile.PAX_
     return stream.getvalue()
 
 
-def member(name: str, kind: bytes = tarfile.REGTYPE, **fields: object) -> tarfile.TarInfo:
-    """A header with these fields, owned by whoever runs the tests."""
+def member(name: str, kind: bytes = tarfile.REGTYPE, /, **fields: object) -> tarfile.TarInfo:
+    """Return a header with these fields, owned by the user that runs the tests."""
     info = tarfile.TarInfo(name)
     info.type, info.mode, info.uid, info.gid = kind, 0o644, os.geteuid(), os.getegid()
     for field, value in fields.items():
@@ -50,12 +52,12 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, **fields: object) -> tarfil
 
 
 async def collected(stream: AsyncIterator[bytes]) -> bytes:
-    """All of a stream."""
+    """Return all bytes of a stream."""
     return b"".join([chunk async for chunk in stream])
 
 
 def plant(root: Path) -> None:
-    """A tree with everything that a tree has."""
+    """Make a tree with every kind of member."""
     long = root / ("d" * 200) / ("e" * 200)
     long.mkdir(parents=True)
     (long / "file").write_bytes(b"deep")
@@ -72,7 +74,7 @@ def plant(root: Path) -> None:
 
 
 def describe(root: Path) -> dict[str, tuple[object, ...]]:
-    """What a tree is, to be compared."""
+    """Return the tree's properties, for comparison."""
     found: dict[str, tuple[object, ...]] = {}
     for path in sorted(root.rglob("*")):
         status = path.lstat()
@@ -86,8 +88,10 @@ def describe(root: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-async def test_a_tree_comes_back_as_it_was(session: Session, tmp_path: Path) -> None:
-    """Packed by the agent and unpacked by it: names, modes, owners, times, links and pipes are the same."""
+async def test_a_tree_comes_back_unchanged(session: Session, tmp_path: Path) -> None:
+    """A tree that the agent packs and unpacks keeps its names, modes, owners, times, links and
+    pipes.
+    """
     plant(tmp_path / "tree")
     packed = await collected(session.tar_out(str(tmp_path / "tree")))
     (tmp_path / "copy").mkdir()
@@ -96,8 +100,8 @@ async def test_a_tree_comes_back_as_it_was(session: Session, tmp_path: Path) -> 
     assert result.members == len(describe(tmp_path / "tree")) + 1
 
 
-async def test_the_archive_is_one_that_others_read(session: Session, tmp_path: Path) -> None:
-    """Python's reader finds the same members."""
+async def test_other_tools_can_read_the_archive(session: Session, tmp_path: Path) -> None:
+    """Python's tarfile finds the same members."""
     plant(tmp_path / "tree")
     packed = await collected(session.tar_out(str(tmp_path / "tree"), contents=True))
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
@@ -109,8 +113,8 @@ async def test_the_archive_is_one_that_others_read(session: Session, tmp_path: P
 
 
 @pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-async def test_archives_of_others_are_read(session: Session, tmp_path: Path, format_: int) -> None:
-    """The formats that Python and GNU tar write are unpacked, with long names as each has them."""
+async def test_archives_of_other_tools_are_read(session: Session, tmp_path: Path, format_: int) -> None:
+    """The formats of Python and GNU tar are unpacked, including each format's long names."""
     long = "d" * 90 + "/" + "n" * 60
     members = [
         (member("dir", tarfile.DIRTYPE, mode=0o750, mtime=1_000_000_000), b""),
@@ -130,8 +134,8 @@ async def test_archives_of_others_are_read(session: Session, tmp_path: Path, for
 
 
 @as_root
-async def test_owners_and_devices(session: Session, tmp_path: Path) -> None:
-    """Owners are set, beyond what ustar's octal fields hold too; devices are made."""
+async def test_owners_are_set_and_devices_made(session: Session, tmp_path: Path) -> None:
+    """Owners are set, even numbers that ustar's octal fields cannot hold, and devices are made."""
     info = member("zero", tarfile.CHRTYPE, devmajor=1, devminor=5, mode=0o620)
     await session.tar_in(str(tmp_path), archive((info, b""), (member("file", uid=3_000_000, gid=7), b"x")))
     status = (tmp_path / "file").stat()
@@ -168,7 +172,9 @@ ESCAPES = {
 
 @pytest.mark.parametrize("name", list(ESCAPES))
 async def test_members_never_leave_the_directory(session: Session, tmp_path: Path, name: str) -> None:
-    """Whatever the names and links of an archive say, nothing outside of the directory is made, changed or linked to."""
+    """Nothing outside the directory is made, changed or linked to, whatever the names and links of
+    an archive say.
+    """
     outside, inside = tmp_path, tmp_path / "in"
     inside.mkdir()
     (outside / "other").mkdir(mode=0o700)
@@ -186,8 +192,10 @@ async def test_members_never_leave_the_directory(session: Session, tmp_path: Pat
     assert stat.S_IMODE((outside / "other").stat().st_mode) == 0o700
 
 
-async def test_a_directory_that_is_a_link_stays_one(session: Session, tmp_path: Path) -> None:
-    """/lib -> usr/lib and the like survive an archive with a directory of that name; its members land behind the link."""
+async def test_a_linked_directory_stays_a_link(session: Session, tmp_path: Path) -> None:
+    """A link like /lib -> usr/lib survives an archive with a directory of that name; the members go
+    through the link.
+    """
     (tmp_path / "usr/lib").mkdir(parents=True)
     (tmp_path / "lib").symlink_to("usr/lib")
     await session.tar_in(
@@ -200,7 +208,7 @@ async def test_a_directory_that_is_a_link_stays_one(session: Session, tmp_path: 
 MAPS = {
     "in order": ("0,3,70000,2,100000,0", True),
     "empty ranges": ("0,0,5,0,5,5,100000,0", True),
-    "only holes": ("100000,0", False),  # and yet there is data
+    "only holes": ("100000,0", False),  # although the member has data
     "too little": ("0,3,100000,0", False),
     "too much": ("0,3,70000,3,100000,0", False),
     "backwards": ("70000,3,0,2", False),
@@ -217,8 +225,10 @@ MAPS = {
 
 
 @pytest.mark.parametrize("case", list(MAPS))
-async def test_holes_are_believed_only_where_they_make_sense(session: Session, tmp_path: Path, case: str) -> None:
-    """A map of holes in order is followed; any other is refused, by either reader, and is not taken for one of the next file."""
+async def test_only_a_valid_map_of_holes_is_followed(session: Session, tmp_path: Path, case: str) -> None:
+    """A map of holes in order is followed. Both readers refuse any other map, and do not apply it
+    to the next file.
+    """
     text, valid = MAPS[case]
     headers = {"GNU.sparse.size": "100000", "GNU.sparse.map": text}
     members = ((member("file", pax_headers=headers), b"abcde"), (member("next"), b"next"))
@@ -241,8 +251,8 @@ async def test_holes_are_believed_only_where_they_make_sense(session: Session, t
     assert not {"file", "next", "unpacked"} & set(names(tmp_path))
 
 
-async def test_a_map_is_that_of_one_member(session: Session, tmp_path: Path) -> None:
-    """What is said of a link is not believed of the file that follows."""
+async def test_a_map_of_holes_applies_to_one_member(session: Session, tmp_path: Path) -> None:
+    """A link's map of holes does not apply to the file that follows."""
     headers = {"GNU.sparse.size": "100000", "GNU.sparse.map": "99996,4"}
     link = member("link", tarfile.SYMTYPE, linkname="x", pax_headers=headers)
     await session.tar_in(str(tmp_path), archive((link, b""), (member("next"), b"next")))
@@ -257,8 +267,8 @@ async def test_a_truncated_archive_is_refused(session: Session, tmp_path: Path) 
             await session.tar_in(str(tmp_path), whole[:size])
 
 
-async def test_no_archive_at_all(session: Session, tmp_path: Path) -> None:
-    """Bytes that are no archive are refused at once, however many are to come."""
+async def test_bytes_that_are_not_an_archive_are_refused(session: Session, tmp_path: Path) -> None:
+    """Bytes that are not an archive are refused at once, however many follow."""
     with pytest.raises(GuestRefused) as caught:
         await session.tar_in(str(tmp_path), os.urandom(1 << 20))
     assert caught.value.errno == errno.EINVAL
@@ -266,7 +276,7 @@ async def test_no_archive_at_all(session: Session, tmp_path: Path) -> None:
 
 
 async def test_a_missing_directory_is_made_only_when_asked(session: Session, tmp_path: Path) -> None:
-    """`make` makes it; without it is refused."""
+    """`make` makes the directory; without it the archive is refused."""
     packed = archive((member("file"), b"x"))
     with pytest.raises(GuestRefused):
         await session.tar_in(str(tmp_path / "new"), packed)
@@ -275,7 +285,7 @@ async def test_a_missing_directory_is_made_only_when_asked(session: Session, tmp
 
 
 async def test_a_tree_deeper_than_the_bound_is_an_error(session: Session, tmp_path: Path) -> None:
-    """The walk's memory is bounded: a tree without end is refused, not followed."""
+    """The walk's memory is bounded: an endless tree is refused."""
     (tmp_path / "/".join(["d"] * 200)).mkdir(parents=True)
     with pytest.raises(GuestRefused) as caught:
         await collected(session.tar_out(str(tmp_path)))
@@ -283,13 +293,36 @@ async def test_a_tree_deeper_than_the_bound_is_an_error(session: Session, tmp_pa
 
 
 async def test_a_large_tree_with_many_files(session: Session, tmp_path: Path) -> None:
-    """Thousands of members in both directions, with the directory's order and the windows as they come."""
+    """Thousands of members go in both directions, in the directory's order and with real window
+    updates.
+    """
     for n in range(2000):
         (tmp_path / "tree" / str(n % 40)).mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / str(n % 40) / str(n)).write_bytes(b"%d" % n * (n % 50))
     packed = await collected(session.tar_out(str(tmp_path / "tree"), contents=True))
     await session.tar_in(str(tmp_path / "copy"), packed, make=True)
     assert describe(tmp_path / "copy") == describe(tmp_path / "tree")
+
+
+@pytest.mark.parametrize("field", ["uid", "gid"])
+@pytest.mark.parametrize("number", [-1, (1 << 32) - 1, (1 << 32) + 4242])
+async def test_an_owner_that_no_file_can_have_is_refused(
+    session: Session, tmp_path: Path, field: str, number: int
+) -> None:
+    """A number that is too large is refused: truncated, it would be another user's."""
+    with pytest.raises(GuestRefused) as caught:
+        await session.tar_in(str(tmp_path), archive((member("file", tarfile.REGTYPE, **{field: number}), b"contents")))
+    assert caught.value.errno == errno.EINVAL
+    assert names(tmp_path) == []
+
+
+async def test_every_directory_keeps_its_time(session: Session, tmp_path: Path) -> None:
+    """Directories keep their times, however many there are, although files are put into them later."""
+    members = [(member(f"{n}", tarfile.DIRTYPE, mtime=1_000_000 + n, mode=0o755), b"") for n in range(17_000)]
+    files = [(member(f"{n}/file"), b"contents") for n in range(17_000)]
+    await session.tar_in(str(tmp_path), archive(*members, *files))
+    times = {int(path.name): int(path.stat().st_mtime) for path in tmp_path.iterdir()}
+    assert times == {n: 1_000_000 + n for n in range(17_000)}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -301,7 +334,9 @@ async def test_a_large_tree_with_many_files(session: Session, tmp_path: Path) ->
 def test_a_damaged_archive_never_harms_the_agent(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]], fix: bool, size: int
 ) -> None:
-    """Any bytes in a header give members or an error: no crash (the sanitizers watch), nothing outside."""
+    """Any bytes in a header give members or an error, never a crash (the sanitizers watch) or a
+    file outside the directory.
+    """
     outside = tmp_path_factory.mktemp("damaged")
     (outside / "in").mkdir()
     name = "n" * 120
@@ -319,7 +354,7 @@ def test_a_damaged_archive_never_harms_the_agent(
     for at, value in edits:
         if at < len(data):
             data[at] = value
-    if fix:  # headers with a right checksum get further
+    if fix:  # headers with a valid checksum reach more of the parser
         for start in range(0, len(data), 512):
             if data[start + 257 : start + 262] == b"ustar":
                 data[start + 148 : start + 156] = b" " * 8

@@ -1,4 +1,4 @@
-"""Tab completion: quick, right, and never a traceback in the middle of a prompt."""
+"""Tab completion is quick and correct, and never prints a traceback into the prompt."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import msgspec
 import pytest
 
 from cli_host import instance
-from coppice.images.catalog import BuildOptions, ImageCatalog
-from coppice.instance.snapshot import new_snapshot
+from coppice.images.catalog import BuildOptions
 from coppice.model import SnapshotKind, State, Volume
 from coppice.names import new_id
-from coppice.store.layout import Layout
-from coppice.store.store import Store
+from coppice.snapshots.snapshot import new_snapshot
+from coppice.state.journal import JournalOperation
+from coppice.state.layout import Layout
+from coppice.state.store import Store
+from image_archives import open_catalog
 from kernel_files import bzimage
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -26,18 +28,18 @@ SOURCE = Path(__file__).parents[2] / "src"
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A data directory with three instances and an image."""
+    """Make a data directory with three instances and an image."""
     layout = Layout(tmp_path / "home")
     layout.create()
     store = Store(layout.database, (1, 1))
-    store.create([instance("web-1"), instance("web-2", State.TEMPLATE), instance("db")], "run")
+    store.create([instance("web-1"), instance("web-2", State.TEMPLATE), instance("db")], JournalOperation.RUN)
     volume = Volume(id=new_id(), name="data", size_bytes=1, created_at=0)
-    store.volumes.create(volume, "volume", lambda: None)
+    store.volumes.create(volume, JournalOperation.VOLUME, lambda: None)
     store.close()
     (tmp_path / "etc").mkdir()
     with tarfile.open(tmp_path / "root.tar", "w") as archive:
         archive.add(tmp_path / "etc", "etc")
-    asyncio.run(ImageCatalog(layout.images).import_any("team/debian:12", tmp_path / "root.tar"))
+    asyncio.run(open_catalog(layout.home).import_any("team/debian:12", tmp_path / "root.tar"))
     kernel = layout.kernels / "custom-6.1-0011aabb"
     kernel.mkdir()
     (kernel / "vmlinuz").write_bytes(bzimage(release="6.1"))
@@ -45,19 +47,19 @@ def home(tmp_path: Path) -> Path:
 
 
 def complete(home: Path, line: str) -> list[str]:
-    """What bash would offer at the end of a line."""
+    """Return what bash would offer at the end of a line."""
     words = line.split(" ")
     env = {
         **os.environ,
         "PYTHONPATH": str(SOURCE),
         "COPPICE_HOME": str(home),
-        "_COPPICE_COMPLETE": "complete_bash",
+        "_COPPICE_COMPLETE": "bash_complete",
         "COMP_WORDS": line,
         "COMP_CWORD": str(len(words) - 1),
     }
     ended = subprocess.run([sys.executable, "-m", "coppice"], env=env, capture_output=True, timeout=30, check=False)
     assert ended.stderr == b""
-    return ended.stdout.decode().split()
+    return [offer.partition(",")[2] for offer in ended.stdout.decode().split()]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_names_are_completed(home: Path, line: str, offered: list[str]) -> None:
 
 @pytest.fixture
 def shared(home: Path) -> Path:
-    """The same with what two owners have, and share."""
+    """Add private and shared objects of two owners."""
     layout = Layout(home)
     store = Store(layout.database, (1, 1))
     mine = instance("a-vm", owner="alice")
@@ -96,16 +98,16 @@ def shared(home: Path) -> Path:
         instance("b-warm", State.TEMPLATE, owner="bob", public=True),
         instance("b-odd", owner="bob", public=True),
     ]
-    store.create(made, "run")
+    store.create(made, JournalOperation.RUN)
     for name, owner in (("a-kept", "alice"), ("b-kept", "bob")):
         kept = msgspec.structs.replace(new_snapshot(mine, name, SnapshotKind.STOPPED, {}), owner=owner)
-        store.snapshots.create(kept, "snapshot")
+        store.snapshots.create(kept, JournalOperation.SNAPSHOT)
         store.snapshots.finish(kept)
     store.close()
     tar = home.parent / "root.tar"
     for name, owner, public in (("a-image", "alice", False), ("b-image", "bob", False), ("b-open", "bob", True)):
         options = BuildOptions(owner=owner, public=public)
-        asyncio.run(ImageCatalog(layout.images).import_any(name, tar, options=options))
+        asyncio.run(open_catalog(layout.home).import_any(name, tar, options=options))
     return home
 
 
@@ -125,10 +127,10 @@ def shared(home: Path) -> Path:
     ],
 )
 @pytest.mark.parametrize("how", ["option", "variable"])
-def test_an_owner_is_offered_what_it_may_use(
+def test_an_owner_is_offered_only_names_it_may_use(
     shared: Path, monkeypatch: pytest.MonkeyPatch, owner: str, line: str, offered: list[str], how: str
 ) -> None:
-    """What it would be told is not there is not offered either; the operator sees all."""
+    """Names hidden from an owner are not offered to it; the operator is offered all names."""
     if how == "variable":
         monkeypatch.setenv("COPPICE_OWNER", owner)
     said = f"--owner {owner} " if how == "option" and owner else ""
@@ -136,20 +138,18 @@ def test_an_owner_is_offered_what_it_may_use(
 
 
 def test_completion_follows_home(home: Path, tmp_path: Path) -> None:
-    """--home on the line decides whose names are offered."""
+    """Names come from the data directory that --home on the line gives."""
     assert complete(tmp_path, f"coppice --home {home} inspect d") == ["db"]
 
 
 @pytest.mark.parametrize("state", ["missing", "empty", "garbage"])
-def test_completion_never_fails_and_makes_nothing(tmp_path: Path, state: str) -> None:
-    """Without a data directory, or with a damaged one, nothing is offered, said or made."""
+def test_completion_never_fails_and_writes_nothing(tmp_path: Path, state: str) -> None:
+    """With a missing or damaged data directory, nothing is offered, printed or made."""
     home = tmp_path / "home"
     if state != "missing":
         home.mkdir()
     if state == "garbage":
         (home / "coppice.db").write_bytes(b"not a database" * 100)
-        (home / "images" / "names").mkdir(parents=True)
-        (home / "images" / "names" / "x.json").write_bytes(b"{")
     before = sorted(tmp_path.rglob("*"))
     assert complete(home, "coppice inspect ") == []
     assert complete(home, "coppice run ") == []

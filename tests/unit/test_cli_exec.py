@@ -1,4 +1,6 @@
-"""`coppice exec` as ssh has it: the real command line in a process of its own, over a host whose guest is this machine."""
+"""`coppice exec` behaves like ssh: the real command line in a separate process, over a host whose
+guest is this machine.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,17 @@ PYTHON = sys.executable
 
 
 def command(*words: str) -> list[str]:
-    """The command line as a program."""
+    """Return the argument list of the program."""
     return [PYTHON, str(PROGRAM), *words]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What the program needs."""
+    """Return the environment of the program."""
     return {**os.environ, "PYTHONPATH": str(SOURCE), **more}
 
 
 def run(*words: str, stdin: bytes = b"", **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run it to its end."""
+    """Run the program to its end."""
     return subprocess.run(
         command(*words), input=stdin, env=environment(), capture_output=True, timeout=60, check=False, **options
     )
@@ -44,7 +46,7 @@ def run(*words: str, stdin: bytes = b"", **options: Any) -> subprocess.Completed
 
 @contextlib.contextmanager
 def started(*words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Run it, and have it gone at the end of the block."""
+    """Start the program, and end it at the end of the block."""
     with subprocess.Popen(command(*words), env=environment(), **options) as child:
         try:
             yield child
@@ -52,8 +54,8 @@ def started(*words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
             child.kill()
 
 
-def test_streams_are_binary_safe_and_apart() -> None:
-    """Every byte goes through, both ways, and standard error stays what it is."""
+def test_streams_are_binary_safe_and_separate() -> None:
+    """Every byte passes unchanged in both directions, and standard error stays separate."""
     data = bytes(range(256)) * 8192
     ended = run("exec", "vm", "--", "sh", "-c", "tee /dev/stderr", stdin=data)
     assert ended.returncode == 0
@@ -63,12 +65,12 @@ def test_streams_are_binary_safe_and_apart() -> None:
 
 @pytest.mark.parametrize(("script", "status"), [("exit 7", 7), ("kill -TERM $$", 143), ("exit 0", 0)])
 def test_the_exit_status_is_the_commands(script: str, status: int) -> None:
-    """A script sees what the command in the guest ended with."""
+    """A script sees the exit status of the command in the guest."""
     assert run("exec", "vm", "--", "sh", "-c", script).returncode == status
 
 
-def test_an_open_standard_input_does_not_block_the_end() -> None:
-    """When the command ends, exec ends, although nobody closed its input."""
+def test_an_open_standard_input_does_not_delay_the_exit() -> None:
+    """exec exits when the command ends, even if its own input is still open."""
     reader, writer = os.pipe()
     try:
         with started("exec", "vm", "--", "echo", "done", stdin=reader, stdout=subprocess.PIPE) as child:
@@ -81,7 +83,7 @@ def test_an_open_standard_input_does_not_block_the_end() -> None:
 
 @pytest.mark.parametrize("kind", ["file", "null", "closed", "none"])
 def test_every_kind_of_standard_input(kind: str, tmp_path: Path) -> None:
-    """A file, /dev/null and a closed descriptor end; with -n what is there is left alone."""
+    """A file, /dev/null and a closed descriptor give end of file; with -n the input is not read."""
     (tmp_path / "input").write_bytes(b"from a file")
     path = os.devnull if kind == "null" else str(tmp_path / "input")
     flags = ["-n"] if kind == "none" else []
@@ -102,7 +104,7 @@ _TRAP = 'trap "echo told; exit 9" INT TERM; echo ready; while :; do sleep 0.05; 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_are_forwarded(number: int) -> None:
-    """Ctrl-C is the command's: it can clean up, and its status is ours."""
+    """Ctrl-C goes to the command: it can clean up, and exec has its exit status."""
     with started("exec", "-n", "vm", "--", "sh", "-c", _TRAP, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
@@ -112,7 +114,7 @@ def test_signals_are_forwarded(number: int) -> None:
 
 
 def test_a_third_signal_ends_the_session() -> None:
-    """A command that does not listen cannot hold its user."""
+    """A command that ignores signals cannot keep the user in the session."""
     script = "import signal; signal.signal(2, lambda *_: print('no', flush=True)); print('ready', flush=True)\nwhile 1: signal.pause()"
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with started("exec", "-n", "vm", "--", PYTHON, "-c", script, **options) as child:
@@ -122,14 +124,16 @@ def test_a_third_signal_ends_the_session() -> None:
         for _ in range(2):
             child.send_signal(signal.SIGINT)
             assert child.stdout.readline() == b"no\n"
-        assert b"once more" in child.stderr.readline()
+        assert b"another one ends the session" in child.stderr.readline()
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 130
 
 
 @pytest.mark.parametrize("script", ["exec yes", "echo y; exec sleep 60"])
-def test_a_reader_that_goes_away_ends_the_session(script: str) -> None:
-    """`coppice exec vm -- ... | head -1` ends, quietly, whether or not the command prints any more."""
+def test_a_closed_pipe_ends_the_session(script: str) -> None:
+    """`coppice exec vm -- ... | head -1` exits without a message, whether or not the command prints
+    again.
+    """
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     with started("exec", "vm", "--", "sh", "-c", script, **options) as child:
         assert child.stdout is not None
@@ -140,15 +144,17 @@ def test_a_reader_that_goes_away_ends_the_session(script: str) -> None:
         assert child.stderr.read() == b""
 
 
-def test_a_timeout_is_124() -> None:
-    """As timeout(1) has it, so that it is told apart from the command's own status."""
+def test_a_timeout_has_exit_status_124() -> None:
+    """The status is that of timeout(1), which differs from the usual statuses of commands."""
     ended = run("exec", "--timeout", "0.2", "vm", "--", "sleep", "60")
     assert ended.returncode == 124
-    assert ended.stderr == b"coppice: the command did not end within 0.2 s, and was ended\n"
+    assert ended.stderr == b"coppice: the command did not end within 0.2 s, and was killed\n"
 
 
 def test_json_holds_the_output_and_the_status_is_the_commands() -> None:
-    """A program gets text with replacement characters, and can look at the exit status either way."""
+    """Bytes that are not text are replaced in the JSON; the exit status is the command's with and
+    without --json.
+    """
     ended = run("--json", "exec", "vm", "--", "sh", "-c", "printf 'a\\377'; echo err >&2; exit 3")
     found = json.loads(ended.stdout)
     assert found.pop("duration_ms") > 0
@@ -158,13 +164,15 @@ def test_json_holds_the_output_and_the_status_is_the_commands() -> None:
 
 
 def test_options_reach_the_host() -> None:
-    """Environment, directory, user and deadline are the user's; what follows NAME is the command, dashes and all."""
+    """Environment, directory, user and deadline reach the host; all words after NAME are the
+    command, dashes included.
+    """
     host = FakeHost()
     words = ["exec", "-n", "-e", "A=1", "-w", "/srv", "-u", "web", "--timeout", "5", "vm", "true", "--json", "-t"]
     assert main(words, host_factory=host.factory) == 0
     assert host.asked("open_exec") == {
-        "0": "vm",
-        "1": ["true", "--json", "-t"],
+        "instance": "vm",
+        "argv": ("true", "--json", "-t"),
         "env": {"A": "1"},
         "workdir": "/srv",
         "user": "web",
@@ -188,7 +196,7 @@ class Terminal:
         termios.tcsetwinsize(theirs, (40, 100))
         self.before = termios.tcgetattr(theirs)
         self.theirs = theirs
-        # A session leader of its own, so that the terminal is its controlling one.
+        # A new session leader, so that the terminal is its controlling one.
         program = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
         self.child = subprocess.Popen(
             [PYTHON, "-c", program, *command(*words)],
@@ -211,17 +219,17 @@ class Terminal:
                 self.shown += os.read(self.ours, 4096)
 
     def status(self) -> int:
-        """The exit status, at the end."""
+        """Wait for the end and return the exit status."""
         return self.child.wait(30)
 
     def modes(self) -> list[Any]:
-        """What tcgetattr says."""
+        """Return the result of tcgetattr."""
         return termios.tcgetattr(self.theirs)
 
 
 @contextlib.contextmanager
 def terminal(*words: str) -> Iterator[Terminal]:
-    """A terminal for the length of a block; at its end its modes are what they were."""
+    """Open a terminal for the length of a block, and check at its end that the modes are restored."""
     screen = Terminal(*words)
     try:
         yield screen
@@ -233,8 +241,10 @@ def terminal(*words: str) -> Iterator[Terminal]:
         os.close(screen.theirs)
 
 
-def test_a_terminal_is_handed_through() -> None:
-    """-t: the command has a terminal of our size and type, keys are its own, and ours is restored at the end."""
+def test_a_command_gets_the_users_terminal() -> None:
+    """With -t the command has a terminal of the local size and type and gets every key; the local
+    terminal is restored at the end.
+    """
     with terminal(
         "exec", "-t", "vm", "--", "sh", "-c", 'stty size; echo "$TERM"; read a; echo "got $a"; exit 5'
     ) as screen:
@@ -245,8 +255,8 @@ def test_a_terminal_is_handed_through() -> None:
         assert screen.status() == 5
 
 
-def test_ctrl_c_is_a_key_of_the_commands_terminal() -> None:
-    """On a terminal Ctrl-C goes through as a key, and the guest's terminal makes the signal of it."""
+def test_ctrl_c_is_sent_as_a_key_to_a_terminal() -> None:
+    """On a terminal Ctrl-C is sent as a key, and the guest's terminal turns it into a signal."""
     with terminal("exec", "-t", "vm", "--", "sh", "-c", _TRAP) as screen:
         screen.see(b"ready")
         screen.type(b"\x03")
@@ -254,8 +264,8 @@ def test_ctrl_c_is_a_key_of_the_commands_terminal() -> None:
         assert screen.status() == 9
 
 
-def test_a_window_that_changes_its_size() -> None:
-    """An editor in the guest follows the window."""
+def test_a_change_of_the_windows_size_reaches_the_guest() -> None:
+    """An editor in the guest sees each new size."""
     script = 'trap "stty size; exit 0" WINCH; echo ready; while :; do sleep 0.05; done'
     with terminal("exec", "-t", "vm", "--", "sh", "-c", script) as screen:
         screen.see(b"ready")
@@ -266,7 +276,7 @@ def test_a_window_that_changes_its_size() -> None:
 
 @pytest.mark.parametrize("how", ["escape", "SIGTERM", "SIGHUP"])
 def test_the_terminal_is_restored_however_the_session_ends(how: str) -> None:
-    """A user is never left on a raw terminal: not after `~.`, not after a signal."""
+    """The terminal is never left in raw mode: not after `~.`, not after a signal."""
     with terminal("exec", "-t", "vm", "--", "sh", "-c", "echo ready; exec sleep 60") as screen:
         screen.see(b"ready")
         if how == "escape":
@@ -276,8 +286,8 @@ def test_the_terminal_is_restored_however_the_session_ends(how: str) -> None:
         assert screen.status() == (143 if how == "SIGTERM" else 129)
 
 
-def test_keys_are_left_alone_without_i_or_t() -> None:
-    """What is typed while a command runs belongs to the shell that waits for it."""
+def test_keys_are_not_read_without_i_or_t() -> None:
+    """Keys typed while a command runs are left for the shell that started it."""
     with terminal("exec", "vm", "--", "sh", "-c", "echo ready; cat; echo end") as screen:
         screen.see(b"ready")
         screen.see(b"end")
@@ -286,12 +296,12 @@ def test_keys_are_left_alone_without_i_or_t() -> None:
         screen.see(b"ready")
         screen.type(b"typed\n\x04")
         screen.see(b"end")
-        assert screen.shown.count(b"typed") == 2  # the terminal's echo, and cat
+        assert screen.shown.count(b"typed") == 2  # the terminal's echo, and cat's output
         assert screen.status() == 0
 
 
 def test_an_error_leaves_the_terminal_alone() -> None:
-    """A session that cannot be opened is told on a terminal that works."""
+    """If a session cannot be opened, the error appears on a terminal in its normal mode."""
     with terminal("exec", "-t", "nobody", "--", "sh") as screen:
         screen.see(b"there is no instance")
         assert screen.status() == 3

@@ -1,4 +1,4 @@
-"""Numbers for people, and text that comes from guests."""
+"""Numbers for people, and text from guests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from coppice.cli import format, output, terminal
     ],
 )
 def test_sizes(count: int, text: str) -> None:
-    """A size is shown in the unit that people would choose."""
+    """A size is shown in its natural unit."""
     assert format.size(count) == text
 
 
@@ -45,7 +45,7 @@ def test_a_size_is_never_four_digits_of_a_larger_unit(count: int) -> None:
     ],
 )
 def test_durations(milliseconds: float, text: str) -> None:
-    """A duration has the digits that matter."""
+    """A duration is shown with the digits that matter."""
     assert format.duration(milliseconds) == text
 
 
@@ -53,13 +53,15 @@ def test_durations(milliseconds: float, text: str) -> None:
     ("seconds", "text"), [(-5, "0 s"), (0, "0 s"), (59, "59 s"), (60, "1 min"), (7200, "2 h"), (86400 * 3, "3 d")]
 )
 def test_ages(seconds: float, text: str) -> None:
-    """An age is in its largest unit, and a clock that went back gives no negative one."""
+    """An age is shown in its largest unit, and is never negative, even if the clock went back."""
     assert format.age(1000.0, now=1000.0 + seconds) == text
 
 
 @given(st.binary())
-def test_what_a_guest_prints_cannot_drive_the_terminal(data: bytes) -> None:
-    """After `harmless` no escape sequence but colours and no control character but tab and newline is left."""
+def test_a_guests_output_cannot_control_the_terminal(data: bytes) -> None:
+    """`harmless` removes every escape sequence except colours and every control character except
+    tab and newline.
+    """
     shown = output.harmless(data)
     rest = output.harmless(shown)
     assert rest == shown
@@ -70,13 +72,13 @@ def test_what_a_guest_prints_cannot_drive_the_terminal(data: bytes) -> None:
             assert byte >= 0x20 or byte in b"\t\n"
 
 
-def test_colours_of_a_log_stay() -> None:
-    """A coloured log is coloured; a sequence that sets the title is shown, not obeyed."""
+def test_colours_of_a_log_are_kept() -> None:
+    """Colours of a log are kept; a sequence that sets the title is printed, not obeyed."""
     assert output.harmless(b"\x1b[1;31mred\x1b[0m \x1b]0;title\x07") == b"\x1b[1;31mred\x1b[0m \\x1b]0;title\\x07"
 
 
 def test_an_error_of_a_guest_is_printed_harmlessly(capsys: pytest.CaptureFixture[str]) -> None:
-    """Text in an error message cannot drive the terminal either."""
+    """Text in an error message cannot control the terminal either."""
     output.complain("the guest said \x1b[2J\r")
     assert capsys.readouterr().err == "coppice: the guest said \\x1b[2J\\x0d\n"
 
@@ -92,8 +94,10 @@ def test_an_error_of_a_guest_is_printed_harmlessly(capsys: pytest.CaptureFixture
         ([b"~\r~."], b"~\r", True),
     ],
 )
-def test_the_way_out_of_a_session(chunks: list[bytes], sent: bytes, leave: bool) -> None:
-    """`~.` leaves only at the start of a line, however the keys arrive, and nothing else is lost."""
+def test_the_escape_that_leaves_a_session(chunks: list[bytes], sent: bytes, leave: bool) -> None:
+    """`~.` leaves the session only at the start of a line, however the keys arrive; no other key is
+    lost.
+    """
     escape = terminal.Escape()
     found = [escape.feed(chunk) for chunk in chunks]
     assert b"".join(data for data, _ in found) == sent
@@ -102,6 +106,6 @@ def test_the_way_out_of_a_session(chunks: list[bytes], sent: bytes, leave: bool)
 
 @given(st.binary())
 def test_keys_without_a_tilde_are_all_sent(data: bytes) -> None:
-    """The escape costs no byte of what is typed or pasted."""
+    """The escape removes no byte of typed or pasted text."""
     plain = data.replace(b"~", b"")
     assert terminal.Escape().feed(plain) == (plain, False)

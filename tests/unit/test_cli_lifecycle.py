@@ -1,23 +1,47 @@
-"""Commands that change what an instance is: what they ask of the host, what they print for people and for programs."""
+"""Commands that change an instance: their requests to the host, and their output for people and for
+programs.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cli_host import DIGEST, FakeHost, instance
 from cli_lines import document, output_of, run
-from coppice.errors import InUse, NotFound
-from coppice.guest.kernel import Kernel
-from coppice.model import MIB, CaptureReport, Image, ImageConfig, Instance, Publish, State, VolumeMount
+from company import make_authority
+from coppice.addresses import check_egress
+from coppice.cli import parse
+from coppice.errors import InUse, NotFound, UsageError
+from coppice.model import (
+    MIB,
+    CaptureReport,
+    Egress,
+    EgressRefusal,
+    EgressReport,
+    HealthCheck,
+    Image,
+    ImageConfig,
+    Instance,
+    MemFile,
+    Publish,
+    RestartPolicy,
+    Sharing,
+    State,
+    VolumeMount,
+)
+from coppice.model.inspection import StandbyReport
+from coppice.model.kernel import Kernel
+from coppice.requests import GetRequest, RmRequest
+from fakes.records import make_capture
 
 VM = instance("vm")
 IMAGE = Image(
     digest=DIGEST,
     name="debian",
     size_bytes=200 * MIB,
-    filesystem="erofs",
     config=ImageConfig(cmd=("bash",), env={"PATH": "/bin"}),
     source="bookworm minbase",
     created_at=1_700_000_000.0,
@@ -26,20 +50,25 @@ KERNEL = Kernel(key="custom-6.1-0011aabb", version="6.1", vmlinuz=Path("/k/vmlin
 
 
 def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """What is written on the command line is what the machine becomes; the name alone is printed, for `$(...)`."""
+    """The machine has every option of the command line; only the name is printed, for `$(...)`."""
     (tmp_path / "env").write_text("C=3\n")
+    authority = make_authority(tmp_path)
     host = FakeHost(run=VM)
     words = [
-        "run", "debian", "--name", "vm", "--cpus", "2", "--memory", "1G", "--overlay", "4G", "-e", "A=1", "--env", "B=x=y",
+        "run", "debian", "--entrypoint", "/bin/env", "--name", "vm", "--cpus", "2", "--memory", "1G", "--overlay", "4G", "-e", "A=1", "--env", "B=x=y",
         "--env-file", str(tmp_path / "env"), "--workdir", "/srv", "--user", "web", "--hostname", "box", "--tag", "team=a",
-        "--publish", "8080:80", "-p", "[::1]:53:53/udp", "--volume", "data:/srv/data:ro", "--kernel", KERNEL.key, "--no-start", "--", "sleep", "--long",
+        "--publish", "8080:80", "-p", "[::1]:53:53/udp", "--network", "none", "--egress", "allow=192.0.2.0/24,Example.org.,*.example.net,2001:db8::1",
+        "--volume", "data:/srv/data:ro", "--ca", str(authority), "--proxy", "http://p:1",
+        "--kernel", KERNEL.key, "--pull", "never", "--ttl", "15m", "--on-expiry", "stop",
+        "--restart", "on-failure:5", "--health", "http:80/up", "--health-interval", "10s", "--restart-unhealthy", "--no-start", "--", "sleep", "--long",
     ]  # fmt: skip
     assert output_of(capsys, host, *words) == "vm\n"
     asked = host.asked("run")
-    assert asked.pop("progress") is not None
     assert asked == {
-        "0": "debian",
-        "1": ["sleep", "--long"],
+        "image": "debian",
+        "pull": "never",
+        "command": ("sleep", "--long"),
+        "entrypoint": ("/bin/env",),
         "name": "vm",
         "cpus": 2,
         "memory_bytes": 1024 * MIB,
@@ -53,18 +82,34 @@ def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path
             Publish(host_port=8080, guest_port=80),
             Publish(host_port=53, guest_port=53, protocol="udp", host_address="::1"),
         ),
+        "vmm": None,
+        "network": "none",
+        "egress": Egress(
+            mode="allow", networks=("192.0.2.0/24", "2001:db8::1/128"), names=("example.org", "*.example.net")
+        ),
         "volumes": (VolumeMount(volume="data", mount_path="/srv/data", readonly=True),),
+        "limits": None,
+        "certificates": (authority.read_text(),),
+        "proxy": "http://p:1",
         "kernel": KERNEL.key,
         "start": False,
+        "ttl_s": 900,
+        "expires_at": None,
+        "on_expiry": "stop",
+        "restart": RestartPolicy(when="on-failure", max_attempts=5),
+        "health_check": HealthCheck(kind="http", port=80, path="/up", interval_s=10, restart=True),
+        "auto_standby_s": None,
     }
 
 
 def test_run_takes_its_defaults_from_the_host(capsys: pytest.CaptureFixture[str]) -> None:
-    """`coppice run debian` is AsyncHost.run("debian"): the image's command, a generated name, and it boots."""
+    """`coppice run debian` equals AsyncHost.run("debian"): the image's command, a generated name,
+    and a boot.
+    """
     host = FakeHost(run=VM)
     output_of(capsys, host, "run", "debian")
     asked = host.asked("run")
-    assert (asked["0"], list(asked["1"]), asked["name"], asked["kernel"], asked["start"]) == (
+    assert (asked["image"], list(asked["command"]), asked["name"], asked["kernel"], asked["start"]) == (
         "debian",
         [],
         None,
@@ -75,36 +120,42 @@ def test_run_takes_its_defaults_from_the_host(capsys: pytest.CaptureFixture[str]
 
 
 def test_run_adds_a_kernel_that_is_given_as_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    """--kernel PATH --modules DIR adds that kernel, and the machine gets its key."""
-    host = FakeHost(run=VM, kernel_add=KERNEL)
-    output_of(capsys, host, "run", "debian", "--kernel", "./bzImage", "--modules", "./modules")
-    assert host.asked("kernel_add") == {"0": "./bzImage", "1": Path("modules")}
-    assert host.asked("run")["kernel"] == KERNEL.key
+    """--kernel PATH adds the kernel, with the directory of --modules if there is one, and the
+    machine gets its key.
+    """
+    for words, modules in ((["--modules", "./modules"], "modules"), ([], None)):
+        host = FakeHost(run=VM, kernel_add=KERNEL)
+        output_of(capsys, host, "run", "debian", "--kernel", "./bzImage", *words)
+        asked = host.asked("kernel_add")
+        assert (asked["kernel"], asked["modules"]) == ("./bzImage", modules)
+        assert host.asked("run")["kernel"] == KERNEL.key
 
 
 @pytest.mark.parametrize("command", ["start", "restore", "promote", "demote", "stop"])
-def test_changing_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each asks for just that operation and says what the instance is now; as JSON it is the whole record."""
+def test_a_changing_command_prints_the_new_state(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command requests only its operation and prints the new state; as JSON it prints the
+    whole record.
+    """
     changed = instance("vm", State.TEMPLATE)
     host = FakeHost(**{command: changed})
     assert output_of(capsys, host, command, "vm") == "vm is Template\n"
-    assert [name for name, _, _ in host.calls] == [command]
+    assert host.operations == [command]
     found = document(capsys, host, command, "vm")
     assert (found["name"], found["state"]) == ("vm", "Template")
 
 
-def test_stop_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """--grace 0 is no grace, and no --grace is the host's default."""
+def test_the_grace_of_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    """--grace 0 is no grace; without --grace the host's default applies."""
     for words, grace in ((["--grace", "0"], 0.0), ([], None)):
         host = FakeHost(stop=instance("vm", State.STOPPED))
         output_of(capsys, host, "stop", "vm", *words)
         assert host.asked("stop")["grace_s"] == grace
 
 
-def test_standby_tells_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    """The pause is what users of a live guest want to know."""
+def test_standby_prints_its_pause(capsys: pytest.CaptureFixture[str]) -> None:
+    """The pause is printed, because users of a live guest notice it."""
     report = CaptureReport(pause_ms=12.3, total_ms=48, ram_bytes_written=0, dirty_bytes=0)
-    host = FakeHost(standby=(instance("vm", State.STANDBY), report))
+    host = FakeHost(standby=StandbyReport(instance=instance("vm", State.STANDBY), capture=report))
     assert (
         output_of(capsys, host, "standby", "vm")
         == "vm is Standby (paused for 12 ms, 48 ms in all, 0 B of RAM written)\n"
@@ -112,8 +163,21 @@ def test_standby_tells_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
     assert document(capsys, host, "standby", "vm")["capture"]["pause_ms"] == 12.3
 
 
-def test_sharing_with_others_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """--public and --private reach the host; without either a template stays as it is."""
+def test_promote_warns_of_shared_random_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """People read it on standard error, programs in the record's capture."""
+    capture = make_capture(MemFile(inode=1, device=1, size_bytes=MIB, sharing=Sharing.OWN))
+    capture = msgspec.structs.replace(capture, shared_random=("node (pid 212): openssl",))
+    host = FakeHost(promote=instance("vm", State.TEMPLATE, capture=capture))
+    assert run(host, "promote", "vm") == 0
+    said = capsys.readouterr()
+    assert said.out == "vm is Template\n"
+    assert "all forks of vm continue with the same random numbers in node (pid 212): openssl" in said.err
+    assert "fork-correctness.md" in said.err
+    assert document(capsys, host, "promote", "vm")["capture"]["shared_random"] == ["node (pid 212): openssl"]
+
+
+def test_public_and_private_reach_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    """--public and --private reach the host; without either, a template keeps its setting."""
     for words, wanted in (((), None), (("--public",), True), (("--private",), False)):
         host = FakeHost(promote=instance("vm", State.TEMPLATE))
         output_of(capsys, host, "promote", "vm", *words)
@@ -124,28 +188,29 @@ def test_sharing_with_others_is_asked_for(capsys: pytest.CaptureFixture[str]) ->
 
 
 class Family:
-    """A template with two forks, one of which has a fork; removing it in the wrong order is refused."""
+    """A template with two forks, one of which has a fork; a removal in the wrong order is refused."""
 
     def __init__(self) -> None:
         root = instance("root", State.TEMPLATE)
         child, other = instance("child", parent=root), instance("other", parent=root)
         grandchild = instance("grandchild", parent=child)
         self.living = {each.name: each for each in (root, child, other, grandchild)}
-        self.host = FakeHost(get=self.get, ls=lambda **_: list(self.living.values()), rm=self.rm)
+        self.host = FakeHost(get=self.get, ls=lambda _: list(self.living.values()), rm=self.rm)
 
-    def get(self, name: str) -> Instance:
-        if name not in self.living:
+    def get(self, request: GetRequest) -> Instance:
+        if (name := request.instance) not in self.living:
             raise NotFound(f"there is no instance {name!r}")
         return self.living[name]
 
-    def rm(self, found: Instance) -> None:
+    def rm(self, request: RmRequest) -> None:
+        (found,) = [each for each in self.living.values() if each.id == request.instance]
         if any(each.parent == found.id for each in self.living.values()):
             raise InUse(f"{found.name} cannot be removed: it has forks")
         del self.living[found.name]
 
 
 def test_rm_removes_forks_before_their_source(capsys: pytest.CaptureFixture[str]) -> None:
-    """A whole family goes in one call, in whatever order it is named."""
+    """One call removes a whole family, in any order of the names."""
     family = Family()
     assert (
         output_of(capsys, family.host, "rm", "root", "grandchild", "child", "other")
@@ -156,15 +221,17 @@ def test_rm_removes_forks_before_their_source(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("words", [["--all", "--yes"], ["--tag", "a=b"]])
 def test_rm_by_selection(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """--all and --tag select by the host's list; tags are passed to it."""
+    """--all and --tag select from the host's list; tags are passed to the host."""
     family = Family()
     output_of(capsys, family.host, "rm", *words)
     assert family.living == {}
-    assert family.host.asked("ls") == {"tags": {"a": "b"} if "--tag" in words else {}}
+    assert family.host.asked("ls")["tags"] == ({"a": "b"} if "--tag" in words else {})
 
 
 def test_rm_goes_on_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    """One that cannot be removed does not keep the others; the status is the first failure's, and all are told."""
+    """A failed removal does not stop the others. All failures are printed, and the first one sets
+    the exit status.
+    """
     family = Family()
     assert run(family.host, "rm", "missing", "root", "grandchild") == 3
     shown = capsys.readouterr()
@@ -176,3 +243,95 @@ def test_rm_goes_on_after_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
         {"code": "not_found", "message": "there is no instance 'gone'", "hint": None, "name": "gone"}
     ]
     assert found["error"]["code"] == "not_found"
+
+
+def test_egress_shows_and_changes_the_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused connections are listed; without a policy the command changes nothing."""
+    report = EgressReport(
+        policy=Egress(mode="allow", names=("example.org",)),
+        passed_packets=5,
+        refused_packets=2,
+        refused=(EgressRefusal(what="192.0.2.7:443/tcp", count=2),),
+    )
+    host = FakeHost(egress=report)
+    assert output_of(capsys, host, "egress", "vm", "allow=example.org").splitlines() == [
+        "allow=example.org: 5 packets passed, 2 refused",
+        "  refused 192.0.2.7:443/tcp (2)",
+    ]
+    assert host.asked("egress") == {"instance": "vm", "policy": report.policy}
+    host = FakeHost(egress=report)
+    output_of(capsys, host, "egress", "vm")
+    assert host.asked("egress") == {"instance": "vm", "policy": None}
+
+
+@pytest.mark.parametrize(
+    "word", ["some", "allow", "allow=", "none=192.0.2.0/24", "allow=192.0.2.1/24", "allow=-x.org", ""]
+)
+def test_an_invalid_policy_is_refused(word: str) -> None:
+    """The error shows the right form; a network with bits beyond its prefix does not count as a
+    host name.
+    """
+    with pytest.raises(UsageError) as refused:
+        check_egress(parse.egress(word))
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--ttl", "90s"], {"ttl_s": 90}),
+        (["--auto-standby", "15m"], {"auto_standby_s": 900}),
+        (["--restart", "always"], {"restart": RestartPolicy(when="always")}),
+        (["--restart", "never"], {"restart": RestartPolicy()}),
+        (
+            ["--restart", "on-failure:2", "--restart-delay", "5s"],
+            {"restart": RestartPolicy(when="on-failure", max_attempts=2, backoff_s=5)},
+        ),
+        (
+            ["--health", "exec:pg_isready -q", "--health-timeout", "3s", "--health-retries", "2"],
+            {"health_check": HealthCheck(kind="exec", command=("pg_isready", "-q"), timeout_s=3, failures=2)},
+        ),
+        (
+            ["--health", "tcp:5432", "--health-start-period", "2m"],
+            {"health_check": HealthCheck(kind="tcp", port=5432, start_period_s=120)},
+        ),
+        (["--health", "http:80"], {"health_check": HealthCheck(kind="http", port=80)}),
+        (["--health", "none"], {"health_check": HealthCheck()}),
+    ],
+)
+def test_update_changes_what_is_given(
+    words: list[str], expected: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All else stays as it is."""
+    host = FakeHost(update=VM)
+    output_of(capsys, host, "update", "vm", *words)
+    nothing = {
+        "ttl_s": None,
+        "expires_at": None,
+        "on_expiry": None,
+        "restart": None,
+        "health_check": None,
+        "auto_standby_s": None,
+    }
+    assert host.asked("update") == {"instance": "vm", **nothing, **expected}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--restart", "sometimes"],
+        ["--restart", "always:x"],
+        ["--restart-delay", "5s"],
+        ["--health", "ping"],
+        ["--health", "tcp:80/x"],
+        ["--health", "exec:"],
+        ["--health-timeout", "3s"],
+        ["--ttl", "soon"],
+    ],
+)
+def test_a_malformed_policy_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """With a hint, before any request."""
+    host = FakeHost(update=VM)
+    assert run(host, "update", "vm", *words) == 2
+    said = capsys.readouterr().err
+    assert "write" in said or "add" in said

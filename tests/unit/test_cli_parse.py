@@ -1,4 +1,4 @@
-"""Words of the command line: what they mean, and that what means nothing is refused in one sentence."""
+"""Words of the command line: their meaning, and one sentence for each that has none."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ADDRESS = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))
 
 
 @given(PORT, PORT, st.sampled_from(["tcp", "udp"]), ADDRESS)
-def test_a_published_port_is_read_as_it_was_written(
+def test_a_published_port_is_parsed_exactly(
     host: int, guest: int, protocol: str, address: IPv4Address | IPv6Address
 ) -> None:
-    """--publish gives exactly the forward that was asked for, IPv6 included."""
+    """--publish gives exactly the requested forward, IPv6 included."""
     shown = f"[{address}]" if address.version == 6 else str(address)
     (found,) = parse.publish([f"{shown}:{host}:{guest}/{protocol}"])
     assert (found.host_port, found.guest_port, found.protocol) == (host, guest, protocol)
@@ -32,23 +32,23 @@ def test_a_published_port_is_read_as_it_was_written(
 
 
 def test_a_published_port_is_local_unless_it_says_otherwise() -> None:
-    """Nothing is opened to the network by default."""
+    """By default no port is open to the network."""
     assert parse.publish(["8080:80"]) == (Publish(host_port=8080, guest_port=80, host_address="127.0.0.1"),)
 
 
-def test_each_machine_can_have_its_own() -> None:
-    """The words that a fan-out needs: any port, or an address that nobody else has."""
+def test_each_machine_can_have_its_own_port_or_address() -> None:
+    """A fan-out needs the words for any port and for an unused address."""
     assert parse.publish(["auto:80", "own:8080:80/udp", "0.0.0.0:auto:81", "own:auto:82"]) == (
         Publish(host_port=0, guest_port=80),
         Publish(host_port=8080, guest_port=80, protocol="udp", host_address="own"),
-        Publish(host_port=0, guest_port=81, host_address="0.0.0.0"),  # noqa: S104 - only read
+        Publish(host_port=0, guest_port=81, host_address="0.0.0.0"),
         Publish(host_port=0, guest_port=82, host_address="own"),
     )
 
 
 @given(st.text())
 def test_any_text_is_a_port_or_a_usage_error(text: str) -> None:
-    """Garbage in --publish never raises anything else."""
+    """Garbage in --publish raises only a usage error."""
     try:
         (found,) = parse.publish([text])
     except UsageError:
@@ -76,7 +76,7 @@ def test_any_text_is_a_port_or_a_usage_error(text: str) -> None:
     ],
 )
 def test_a_malformed_port_is_refused(word: str) -> None:
-    """A typing error in --publish does not forward something else."""
+    """A typing error in --publish is refused instead of forwarding another port."""
     with pytest.raises(UsageError):
         parse.publish([word])
 
@@ -94,8 +94,8 @@ def test_a_pair_without_key_or_equals_sign_is_refused(word: str) -> None:
         parse.pairs([word], "tag")
 
 
-def test_environment_comes_from_files_words_and_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words win over files, comments are left out, and a bare KEY is inherited."""
+def test_the_environment_comes_from_files_words_and_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words override files, comments are skipped, and a bare KEY is inherited from the caller."""
     file = tmp_path / "env"
     file.write_text("# a comment\n\nA=1\nB=x=y\n  \nHERE\n")
     monkeypatch.setenv("HERE", "inherited")
@@ -103,7 +103,7 @@ def test_environment_comes_from_files_words_and_our_own(tmp_path: Path, monkeypa
 
 
 def test_an_unset_bare_key_and_an_unreadable_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest does not silently run without the variable it was meant to have."""
+    """A guest must not run without a variable that the user meant to set."""
     monkeypatch.delenv("GONE", raising=False)
     with pytest.raises(UsageError):
         parse.environment(["GONE"])
@@ -123,8 +123,10 @@ def test_an_unset_bare_key_and_an_unreadable_file_are_refused(tmp_path: Path, mo
         ("/a:b", "vm:c\nd", ("vm", "c\nd", True)),
     ],
 )
-def test_the_ends_of_a_copy(source: str, target: str, found: tuple[str, str, bool]) -> None:
-    """The copy goes the way that was written; a path with a colon is local when it says so."""
+def test_the_two_sides_of_a_copy(source: str, target: str, found: tuple[str, str, bool]) -> None:
+    """The copy goes in the written direction; a path with a colon is local if it starts like a
+    path.
+    """
     assert parse.copy_ends(source, target) == found
 
 
@@ -143,7 +145,9 @@ def test_states_are_read_in_any_case() -> None:
 
 
 def test_a_payload_is_json_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What begins as JSON is taken as it is written; anything else names a file, `-` standard input, and its bytes are not looked at."""
+    """A word that begins like JSON is used as it is. Any other word names a file, `-` standard
+    input, whose bytes are not parsed.
+    """
     file = tmp_path / "payload"
     file.write_bytes(b"\xff\x00 any bytes\n")
     assert parse.payload(str(file)) == b"\xff\x00 any bytes\n"
@@ -155,27 +159,27 @@ def test_a_payload_is_json_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("word", ["{", '{"a": }', '"open', "/does/not/exist", "/", ""])
-def test_a_payload_that_is_neither_is_refused(word: str) -> None:
-    """A typing error is not handed to a guest."""
+def test_a_word_that_is_neither_json_nor_a_file_is_refused(word: str) -> None:
+    """A typing error does not reach a guest."""
     with pytest.raises(UsageError):
         parse.payload(word)
 
 
 def test_a_payload_that_is_too_large_is_refused(tmp_path: Path) -> None:
-    """A file is read no further than a payload may be long."""
+    """A file is read no further than the largest payload."""
     file = tmp_path / "large"
     file.write_bytes(bytes(MAX_PAYLOAD + 1))
-    with pytest.raises(UsageError, match="more than"):
+    with pytest.raises(UsageError, match="exceeds 1048576 bytes"):
         parse.payload(str(file))
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
 
 
-@settings(deadline=None)  # it writes files, and a busy host may take its time
+@settings(deadline=None)  # it writes files, which takes long on a busy host
 @given(st.lists(JSON, min_size=2, max_size=5))
 def test_payloads_are_an_array_or_lines(wanted: list[object]) -> None:
-    """Either way each payload is one JSON document, in its order."""
+    """In both forms each payload is one JSON document, in order."""
     with tempfile.NamedTemporaryFile() as file:
         for text in (json.dumps(wanted), "\n\n".join(json.dumps(each) for each in wanted)):
             Path(file.name).write_text(text)
@@ -183,8 +187,8 @@ def test_payloads_are_an_array_or_lines(wanted: list[object]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "\n", '{"a": 1}\nnot json\n', "[1,", '{"secret": 1} {"b": 2}'])
-def test_payloads_that_are_neither_are_refused(tmp_path: Path, text: str) -> None:
-    """All or none, and the message does not repeat what is in them."""
+def test_payloads_in_another_form_are_refused(tmp_path: Path, text: str) -> None:
+    """All payloads are refused together, and the message does not repeat their contents."""
     file = tmp_path / "payloads"
     file.write_text(text)
     with pytest.raises(UsageError) as refused:
@@ -192,8 +196,8 @@ def test_payloads_that_are_neither_are_refused(tmp_path: Path, text: str) -> Non
     assert "secret" not in str(refused.value)
 
 
-def test_a_volume_is_read_as_it_was_written() -> None:
-    """For writing unless it says `:ro`."""
+def test_a_volume_is_parsed_exactly() -> None:
+    """A volume is writable unless the word ends in `:ro`."""
     assert parse.volumes(["data:/srv/data", "models:/m:ro", "logs:/var/log:rw"]) == (
         VolumeMount(volume="data", mount_path="/srv/data"),
         VolumeMount(volume="models", mount_path="/m", readonly=True),
@@ -205,14 +209,16 @@ def test_a_volume_is_read_as_it_was_written() -> None:
     "word", ["data", "data:", ":/data", "data:data", "data:/data:r", "data:/data:ro:rw", "", "/a:/b:c"]
 )
 def test_a_malformed_volume_is_refused(word: str) -> None:
-    """A typing error in --volume does not attach something else, and `:r` is not taken for writing."""
+    """A typing error in --volume is refused: `:r` does not mean writable, and no other volume is
+    attached.
+    """
     with pytest.raises(UsageError):
         parse.volumes([word])
 
 
 @given(st.text())
 def test_any_text_is_a_volume_or_a_usage_error(text: str) -> None:
-    """Garbage in --volume never raises anything else."""
+    """Garbage in --volume raises only a usage error."""
     try:
         (found,) = parse.volumes([text])
     except UsageError:

@@ -1,4 +1,6 @@
-"""Commands that look, and gc: what they ask of the host, what they print for people and for programs."""
+"""Commands that only look, and gc: their requests to the host, and their output for people and for
+programs.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,17 @@ import msgspec
 import pytest
 
 from cli_host import DIGEST, FakeHost, instance, memory
-from cli_lines import document, output_of
-from coppice.host import Inspection
-from coppice.model import MIB, BudgetUse, GcReport, Image, ImageConfig, MemFile, Publish, Sharing, State
+from cli_lines import document, output_of, run
+from coppice.model import MIB, BudgetUse, GcReport, Image, ImageConfig, MemFile, Publish, Sharing, State, TreeNode
+from coppice.model.inspection import Inspection
+from coppice.requests import GcRequest, InspectRequest
+from fakes.records import make_capture
 
 VM = instance("vm")
 IMAGE = Image(
     digest=DIGEST,
     name="debian",
     size_bytes=200 * MIB,
-    filesystem="erofs",
     config=ImageConfig(cmd=("bash",), env={"PATH": "/bin"}),
     source="bookworm minbase",
     created_at=1_700_000_000.0,
@@ -23,7 +26,9 @@ IMAGE = Image(
 
 
 def test_ls_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    """A table with one line for each; names alone with -q; exact records as JSON; filters are the host's."""
+    """For people a table has a line for each instance, or only names with -q; JSON has exact
+    records; filters are the host's.
+    """
     fork = instance("vm-1", State.STANDBY, parent=VM, tags={"a": "b"}, publish=(Publish(host_port=1, guest_port=2),))
     host = FakeHost(ls=[VM, fork])
     header, first, second = output_of(capsys, host, "ls").splitlines()
@@ -38,25 +43,28 @@ def test_ls_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_ls_with_several_states(capsys: pytest.CaptureFixture[str]) -> None:
-    """--state is repeatable: any of them."""
+    """--state can be repeated and selects any of the states."""
     host = FakeHost(ls=[VM, instance("s", State.STANDBY), instance("t", State.TEMPLATE)])
     assert output_of(capsys, host, "ls", "-q", "--state", "standby", "--state", "Template") == "s\nt\n"
 
 
-def test_ls_shows_owners_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
-    """The operator sees whose an instance is; nobody else is bothered with it."""
+def test_ls_shows_owners_if_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    """The operator sees each instance's owner; without owners there is no such column."""
     assert "OWNER" not in output_of(capsys, FakeHost(ls=[VM]), "ls")
     lines = output_of(capsys, FakeHost(ls=[VM, instance("theirs", owner="alice")]), "ls").splitlines()
     assert "OWNER" in lines[0]
     assert lines[2].split()[-1] == "alice"
 
 
-def test_inspect_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    """Several names give several records; as JSON always a list; what a guest's process is called cannot drive the terminal."""
+def test_inspect_shows_the_whole_record(capsys: pytest.CaptureFixture[str]) -> None:
+    """Several names give several records, and JSON is always a list; the name of a guest's process
+    cannot control the terminal.
+    """
 
-    def inspection(name: str) -> Inspection:
+    def inspection(request: InspectRequest) -> Inspection:
+        name = request.instance
         file = MemFile(inode=77, device=1, size_bytes=MIB, sharing=Sharing.COPY, reason="EXDEV")
-        found = instance(name, mem_file=file, exit_reason="powered off", tags={"a": "b"})
+        found = instance(name, capture=make_capture(file), exit_reason="powered off", tags={"a": "b"})
         return Inspection(
             instance=found, fork_count=1, forks=("x",), directory="/d/" + name, disk_bytes=MIB, memory=memory()
         )
@@ -77,8 +85,10 @@ def test_inspect_shows_what_is_known(capsys: pytest.CaptureFixture[str]) -> None
     assert [found["instance"]["name"] for found in document(capsys, host, "inspect", "vm")] == ["vm"]
 
 
-def test_what_others_have_written_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Tags are another owner's, the working directory is the image's, and what a VMM said last may be its guest's."""
+def test_text_of_others_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tags come from another owner, the working directory from the image, and a VMM's last message
+    possibly from its guest.
+    """
     evil = "\x1b]0;owned\x07"
     found = instance("vm", tags={"a": evil}, exit_reason=f"the VMM ended: {evil}")
     found = msgspec.structs.replace(found, process=msgspec.structs.replace(found.process, workdir=f"/{evil}"))
@@ -91,8 +101,8 @@ def test_what_others_have_written_cannot_drive_the_terminal(capsys: pytest.Captu
         assert "\x07" not in text
 
 
-def test_stats_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line for each machine, and the sum of what cannot be shared."""
+def test_stats_prints_a_total(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each machine has one line, and the last line totals the memory that cannot be shared."""
     resting = msgspec.structs.replace(memory(), shared_bytes=0, unique_bytes=0, vmm_overhead_bytes=0)
     host = FakeHost(stats={"a": memory(), "b": memory(unique_mib=3), "resting": resting})
     lines = output_of(capsys, host, "stats").splitlines()
@@ -102,8 +112,8 @@ def test_stats_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert document(capsys, host, "stats")["b"]["unique_bytes"] == 3 * MIB
 
 
-def test_stats_shows_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
-    """How much is in use, and of how much: for people, and with exact numbers for programs."""
+def test_stats_prints_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    """Usage and limits are printed for people, and as exact numbers for programs."""
     use = BudgetUse(
         instances=5,
         max_instances=100,
@@ -121,14 +131,43 @@ def test_stats_shows_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
     assert document(capsys, host, "stats", "--budget")["memory_bytes"] == 192 * MIB
 
 
-def test_gc_tells_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
-    """--dry-run reaches the host, and the words say that nothing was removed."""
+def test_gc_reports_its_removals(capsys: pytest.CaptureFixture[str]) -> None:
+    """--dry-run reaches the host, and the output says that nothing was removed."""
 
-    def collect(*, dry_run: bool, caches: bool) -> GcReport:
-        removed = ("instances/x", "kernels/y") if caches else ("instances/x",)
-        return GcReport(removed=removed, bytes_freed=MIB, dry_run=dry_run)
+    def collect(request: GcRequest) -> GcReport:
+        removed = ("instances/x", "kernels/y") if request.caches else ("instances/x",)
+        return GcReport(removed=removed, bytes_freed=MIB, dry_run=request.dry_run)
 
     host = FakeHost(gc=collect)
     assert output_of(capsys, host, "gc") == "instances/x\n1 leftover, 1.0 MiB freed\n"
     assert output_of(capsys, host, "gc", "--dry-run") == "instances/x\n1 leftover, 1.0 MiB would be freed\n"
     assert output_of(capsys, host, "gc", "--caches").splitlines()[-1] == "2 leftovers, 1.0 MiB freed"
+
+
+def test_unloadable_captures_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    """The list shows which and why, once; in JSON the record has the reason, or null."""
+    useless, good = instance("warm", State.TEMPLATE), instance("cold", State.TEMPLATE)
+    reasons = {useless.id: "vmm version was 1, is 2"}
+    host = FakeHost(ls=[useless, good], unloadable=reasons)
+    assert run(host, "ls") == 0
+    shown = capsys.readouterr()
+    assert [line.split()[:3] for line in shown.out.splitlines()[1:]] == [
+        ["warm", "Template", "!"],
+        ["cold", "Template", "debian"],
+    ]
+    assert shown.err.count("vmm version was 1, is 2") == 1
+    assert "can no longer be loaded here: warm (" in shown.err
+    assert [each["unloadable"] for each in document(capsys, host, "ls")] == ["vmm version was 1, is 2", None]
+    tree = [
+        TreeNode(instance=useless, depth=0, fork_count=1, memory=None),
+        TreeNode(instance=good, depth=1, fork_count=0, memory=None),
+    ]
+    host = FakeHost(tree=tree, unloadable=reasons)
+    assert run(host, "tree") == 0
+    shown = capsys.readouterr()
+    assert "Template !" in shown.out
+    assert "can no longer be loaded here: warm (" in shown.err
+    root, child = document(capsys, host, "tree")
+    assert root["instance"]["unloadable"] == "vmm version was 1, is 2"
+    assert (child["depth"], child["instance"]["unloadable"]) == (1, None)
+    assert output_of(capsys, FakeHost(ls=[useless], unloadable=reasons), "ls", "-q") == "warm\n"

@@ -1,9 +1,10 @@
-"""The commands of volumes: what they ask of the host, what they print for people and for programs."""
+"""The commands of volumes: their requests to the host, and their output for people and for
+programs.
+"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -11,12 +12,13 @@ import pytest
 from cli_host import FakeHost, instance
 from coppice.cli import main
 from coppice.errors import InUse, NotFound
-from coppice.host import Inspection, VolumeInspection
 from coppice.model import GIB, MIB, Attachment, MachineSpec, State, Volume, VolumeDisk, VolumeMount
+from coppice.model.inspection import Inspection, VolumeInspection
+from coppice.requests import VolumeRmRequest
 
 
 def held(name: str, *, readonly: bool = True) -> Attachment:
-    """An instance that has the volume."""
+    """Return an attachment of the volume to an instance."""
     return Attachment(holder="instance", instance_id="i" * 24, name=name, mount_path="/srv/data", readonly=readonly)
 
 
@@ -32,24 +34,23 @@ SPARE = Volume(id="x" * 24, name="spare", size_bytes=16 * MIB, created_at=1_700_
 
 
 def run(host: FakeHost, *words: str) -> int:
-    """The exit status of a command line over that host."""
+    """Return the exit status of a command line over that host."""
     return main(words, host_factory=host.factory)
 
 
-def test_create_asks_for_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """Size, tags and what it starts with; it prints the name, or the record."""
+def test_create_passes_its_options_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Size, tags and initial contents reach the host; the name or the record is printed."""
     host = FakeHost(volume_create=DATA)
     assert run(host, "volume", "create", "data", "--size", "2G", "--tag", "team=a", "--from", "a.tar") == 0
     asked = host.asked("volume_create")
-    assert asked.pop("progress") is not None
-    assert asked == {"0": "data", "size_bytes": 2 * GIB, "archive": Path("a.tar"), "tags": {"team": "a"}}
+    assert asked == {"name": "data", "size_bytes": 2 * GIB, "archive": "a.tar", "tags": {"team": "a"}}
     assert capsys.readouterr().out == "data\n"
     assert run(FakeHost(volume_create=DATA), "--json", "volume", "create", "data") == 0
     assert json.loads(capsys.readouterr().out)["attachments"][0]["name"] == "oak"
 
 
-def test_ls_shows_who_has_them(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line each: who writes, who reads, how many where they are many."""
+def test_ls_shows_the_holders(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line names the writer and the readers, or gives the number of many readers."""
     host = FakeHost(volume_ls=[DATA, MODELS, SPARE])
     assert run(host, "volume", "ls", "--tag", "team=a") == 0
     assert host.asked("volume_ls") == {"tags": {"team": "a"}}
@@ -65,8 +66,8 @@ def test_ls_shows_who_has_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == ["data", "spare"]
 
 
-def test_inspect_shows_all(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each holder with its path and what it may do; with --json always a list."""
+def test_inspect_shows_each_holder(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each holder is shown with its path and its access; with --json the output is always a list."""
     found = VolumeInspection(volume=DATA, disk="/x/data.raw", disk_bytes=MIB, link_count=2)
     assert run(FakeHost(volume_inspect=found), "volume", "inspect", "data") == 0
     shown = capsys.readouterr().out
@@ -78,10 +79,11 @@ def test_inspect_shows_all(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rm_goes_on_and_ends_with_the_first_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is attached is refused with who has it, and does not keep the others."""
+    """An attached volume is refused with its holders, and does not stop the other removals."""
     problems = {"data": InUse("oak has it", hint="remove it"), "nothing": NotFound("there is none")}
 
-    def answer(name: str) -> None:
+    def answer(request: VolumeRmRequest) -> None:
+        name = request.volume
         if name in problems:
             raise problems[name]
 
@@ -92,7 +94,7 @@ def test_rm_goes_on_and_ends_with_the_first_failure(capsys: pytest.CaptureFixtur
 
 
 def test_run_attaches_volumes(capsys: pytest.CaptureFixture[str]) -> None:
-    """For writing, or with `:ro` only for reading, in the order that was said."""
+    """Volumes are attached for writing, or with `:ro` for reading, in the written order."""
     host = FakeHost(run=instance("vm"))
     words = ("run", "debian", "--volume", "data:/srv/data", "-v", "models:/models:ro")
     assert run(host, *words) == 0
@@ -104,7 +106,7 @@ def test_run_attaches_volumes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_inspect_of_an_instance_shows_its_volumes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where they are, and which it only reads."""
+    """The mount points are shown, and the read-only volumes are marked."""
     disks = tuple(
         VolumeDisk(volume_id="v" * 24, volume_name=name, size_bytes=GIB, mount_path=f"/{name}", readonly=readonly)
         for name, readonly in (("data", False), ("models", True))

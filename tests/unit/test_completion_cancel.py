@@ -1,19 +1,22 @@
-"""Cleanup and threads are not cut short by a cancellation, and the cancellation is not lost."""
+"""A cancellation does not cut cleanup or threads short, and is not lost."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import threading
+import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from coppice.completion import all_of, complete, in_stoppable_thread, in_thread
+from coppice import completion, stopping
+from coppice.completion import all_of, complete, in_own_thread, in_thread
 
 
-async def test_the_result_comes_through() -> None:
-    """Without a cancellation it is a plain await, of a result or of an error."""
+async def test_the_result_is_passed_on() -> None:
+    """Without a cancellation the call is a plain await of a result or an error."""
 
     async def value() -> int:
         return 7
@@ -28,7 +31,7 @@ async def test_the_result_comes_through() -> None:
 
 @pytest.mark.parametrize("cancels", [1, 3])
 async def test_work_ends_before_the_cancellation_is_raised(cancels: int) -> None:
-    """However often it is cancelled: the caller keeps its locks until the work is done."""
+    """However often it is cancelled, the caller keeps its locks until the work is done."""
     entered, proceed = asyncio.Event(), asyncio.Event()
     order: list[str] = []
 
@@ -56,8 +59,8 @@ async def test_work_ends_before_the_cancellation_is_raised(cancels: int) -> None
     assert order == ["work", "caller"]
 
 
-async def test_a_cancellation_goes_before_an_error_of_the_work() -> None:
-    """Whoever cancelled waits for the cancellation; the error is no warning either."""
+async def test_a_cancellation_takes_precedence_over_an_error() -> None:
+    """The canceller waits for the cancellation; the work's error does not become a warning either."""
     entered, proceed = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -74,8 +77,8 @@ async def test_a_cancellation_goes_before_an_error_of_the_work() -> None:
         await task
 
 
-async def test_a_deadline_around_it_becomes_a_timeout() -> None:
-    """asyncio.timeout sees its own cancellation again."""
+async def test_a_deadline_around_the_work_becomes_a_timeout() -> None:
+    """asyncio.timeout gets back its own cancellation."""
     proceed = asyncio.Event()
 
     async def work() -> None:
@@ -89,7 +92,7 @@ async def test_a_deadline_around_it_becomes_a_timeout() -> None:
 
 
 async def test_work_that_is_cancelled_from_inside_is_cancelled() -> None:
-    """The work's own cancellation is its outcome."""
+    """If the work cancels itself, the result is that cancellation."""
 
     async def work() -> None:
         raise asyncio.CancelledError
@@ -99,7 +102,7 @@ async def test_work_that_is_cancelled_from_inside_is_cancelled() -> None:
 
 
 async def test_a_thread_runs_to_its_end() -> None:
-    """A thread cannot be cancelled: nobody cleans up beside one that still writes."""
+    """A thread cannot be cancelled, and no cleanup may start while it still writes."""
     started, proceed = threading.Event(), threading.Event()
     order: list[str] = []
 
@@ -124,15 +127,15 @@ async def test_a_thread_runs_to_its_end() -> None:
     assert order == ["thread", "caller"]
 
 
-async def test_a_thread_returns_and_raises() -> None:
-    """With its arguments."""
+async def test_a_thread_passes_its_result_or_error_on() -> None:
+    """A thread gets its arguments and passes its result or its error on."""
     assert await in_thread(divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
         await in_thread(divmod, 7, 0)
 
 
-async def test_all_of_them_end_before_an_error_is_raised() -> None:
-    """A cleanup that fails must not leave the others at work behind the back of whoever goes on."""
+async def test_all_cleanups_end_before_an_error_is_raised() -> None:
+    """A failed cleanup must not leave the others running after the caller has continued."""
     ended: list[int] = []
 
     async def work(number: int) -> None:
@@ -147,8 +150,10 @@ async def test_all_of_them_end_before_an_error_is_raised() -> None:
     assert ended == [1, 2, 3]
 
 
-async def test_a_thousand_works_are_not_all_at_once() -> None:
-    """Each removal has files open, and a process may have a thousand: the last of so many would fail for want of one."""
+async def test_a_thousand_tasks_do_not_run_all_at_once() -> None:
+    """Each removal has files open, and a process may have about a thousand: with all at once the
+    last would fail.
+    """
     running = most = 0
 
     async def work() -> None:
@@ -163,8 +168,8 @@ async def test_a_thousand_works_are_not_all_at_once() -> None:
     assert 1 < most <= 100
 
 
-async def test_works_that_are_cancelled_before_their_turn_are_over(recwarn: pytest.WarningsRecorder) -> None:
-    """Without the warning of a coroutine that nobody has awaited."""
+async def test_tasks_cancelled_before_their_turn_are_closed(recwarn: pytest.WarningsRecorder) -> None:
+    """A cancelled coroutine that never ran gives no warning that it was not awaited."""
     begun: list[int] = []
 
     async def work(number: int) -> None:
@@ -182,19 +187,19 @@ async def test_works_that_are_cancelled_before_their_turn_are_over(recwarn: pyte
     assert not recwarn.list
 
 
-def test_long_work_takes_nobody_elses_thread() -> None:
-    """A handful of image builds at once must not keep every fork and every look at the database waiting for minutes."""
+def test_long_work_has_its_own_threads() -> None:
+    """A few concurrent image builds must not delay every fork and every database read by minutes."""
 
     async def of_one_thread() -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         started, proceed = threading.Event(), threading.Event()
 
-        def work(_: threading.Event) -> str:
+        def work() -> str:
             started.set()
             proceed.wait(30)
             return "built"
 
-        building = asyncio.create_task(in_stoppable_thread(work))
+        building = asyncio.create_task(in_own_thread(work))
         try:
             async with asyncio.timeout(10):
                 assert await in_thread(started.wait, 5)
@@ -202,22 +207,28 @@ def test_long_work_takes_nobody_elses_thread() -> None:
             proceed.set()
         assert await building == "built"
 
-    asyncio.run(of_one_thread())  # a loop of its own: its threads are what is few
+    asyncio.run(of_one_thread())  # a separate loop, with its own few threads
 
 
-async def test_work_that_can_be_stopped_cleans_up_before_the_cancellation_is_raised() -> None:
-    """It is told, and waited for."""
+@pytest.mark.parametrize("run", [in_thread, in_own_thread])
+async def test_work_that_checks_for_cancellation_ends_first(
+    run: Callable[[Callable[[], None]], Awaitable[None]],
+) -> None:
+    """The work is notified, and the caller waits for its end."""
     order: list[str] = []
     started = threading.Event()
 
-    def work(cancelled: threading.Event) -> None:
+    def work() -> None:
         started.set()
-        assert cancelled.wait(30)
-        order.append("work")
+        try:
+            while True:
+                stopping.check()
+        finally:
+            order.append("work")
 
     async def caller() -> None:
         try:
-            await in_stoppable_thread(work)
+            await run(work)
         finally:
             order.append("caller")
 
@@ -227,3 +238,41 @@ async def test_work_that_can_be_stopped_cleans_up_before_the_cancellation_is_rai
     with pytest.raises(asyncio.CancelledError):
         await task
     assert order == ["work", "caller"]
+
+
+class Quick(completion.QuickCalls):
+    """A stand-in for the database's calls to the pool."""
+
+    def get(self) -> str:
+        """Return the name of the thread."""
+        return threading.current_thread().name
+
+
+async def test_a_database_read_does_not_queue_behind_long_work() -> None:
+    """A call of one millisecond takes one millisecond, even if copies of gigabytes occupy every
+    thread for long work.
+    """
+    finish = threading.Event()
+    copies = [asyncio.create_task(in_thread(finish.wait, 60)) for _ in range(100)]
+    try:
+        async with asyncio.timeout(10):
+            assert (await in_thread(Quick().get)).startswith("coppice-quick")
+    finally:
+        finish.set()
+        await asyncio.gather(*copies)
+
+
+def test_threads_end_with_their_loop() -> None:
+    """A program that runs one loop after another does not collect threads."""
+
+    async def use() -> str:
+        return await in_thread(Quick().get)
+
+    before = threading.active_count()
+    for _ in range(3):
+        asyncio.run(use())
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,4 +1,6 @@
-"""Clones of files and directories: the same bytes, the same holes, and nothing half-made under a final name."""
+"""Clones of files and directories have the same bytes and holes, and nothing half-made has a final
+name.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coppice.disk import clone
-from coppice.disk.atomic import is_temporary, os_errors, temporary_beside
-from coppice.disk.clone import clone_directory, clone_file, nonzero_parts
-from coppice.disk.extents import data_ranges, punch_hole
 from coppice.errors import CoppiceError, HostCannot, IntegrityError, NoSpace, Refused
+from coppice.linux import clone
+from coppice.linux.clone import clone_directory, clone_file, nonzero_parts, reflink_file
+from coppice.linux.extents import data_ranges, punch_hole
+from coppice.linux.files import is_temporary, os_errors, temporary_beside
 
 BLOCK = 4096
 
@@ -45,7 +47,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("reflink", [True, False])
 def test_clone_keeps_bytes_and_holes(source: Path, tmp_path: Path, reflink: bool) -> None:
-    """A clone has the source's bytes, size and holes, by every method."""
+    """A clone has the source's bytes, size and holes, with every method."""
     result = clone_file(source, tmp_path / "clone", reflink=reflink)
     assert (tmp_path / "clone").read_bytes() == source.read_bytes()
     assert data_bytes(tmp_path / "clone") == data_bytes(source)
@@ -57,7 +59,7 @@ def test_clone_keeps_bytes_and_holes(source: Path, tmp_path: Path, reflink: bool
     blocks=st.dictionaries(st.integers(0, 40), st.binary(min_size=1, max_size=2 * BLOCK)), tail=st.integers(0, BLOCK)
 )
 def test_clone_of_any_layout_is_equal(blocks: dict[int, bytes], tail: int) -> None:
-    """Whatever the layout of data, holes and a ragged end: each method gives equal bytes."""
+    """Each method gives equal bytes for any layout of data, holes and a partial last block."""
     with tempfile.TemporaryDirectory() as name:
         path = sparse_file(Path(name) / "source", blocks, 43 * BLOCK + tail)
         for reflink in (True, False):
@@ -65,18 +67,18 @@ def test_clone_of_any_layout_is_equal(blocks: dict[int, bytes], tail: int) -> No
             assert (Path(name) / "clone").read_bytes() == path.read_bytes()
 
 
-def test_read_write_copy_leaves_zero_blocks_out(tmp_path: Path) -> None:
-    """A copy through memory does not balloon: blocks of zeros inside of data become holes."""
+def test_a_copy_through_memory_skips_zero_blocks(tmp_path: Path) -> None:
+    """A copy through memory does not grow the file: blocks of zeros inside data become holes."""
     path = sparse_file(tmp_path / "source", {0: b"x" * BLOCK + bytes(BLOCK * 62) + b"y" * BLOCK}, 64 * BLOCK)
     result = clone_file(path, tmp_path / "clone", reflink=False)
     assert result.bytes_written == 2 * BLOCK
     assert data_bytes(tmp_path / "clone") == 2 * BLOCK
 
 
-def test_kernel_that_declines_copies_is_no_obstacle(
+def test_a_kernel_without_copy_file_range_is_handled(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where copy_file_range is not possible, reading and writing takes over."""
+    """If copy_file_range is not possible, the copy reads and writes."""
 
     def declined(*_: object) -> int:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -86,8 +88,10 @@ def test_kernel_that_declines_copies_is_no_obstacle(
     assert (tmp_path / "clone").read_bytes() == source.read_bytes()
 
 
-def test_mode_is_given_and_destination_replaced(source: Path, tmp_path: Path) -> None:
-    """The clone has the asked mode and takes its name by rename: an open old file keeps its bytes."""
+def test_the_mode_is_set_and_the_destination_replaced(source: Path, tmp_path: Path) -> None:
+    """The clone has the requested mode and replaces the destination by rename: a process with the
+    old file open keeps its bytes.
+    """
     destination = tmp_path / "clone"
     destination.write_bytes(b"old")
     with destination.open("rb") as old:
@@ -97,13 +101,15 @@ def test_mode_is_given_and_destination_replaced(source: Path, tmp_path: Path) ->
 
 
 def test_failed_copy_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk is NoSpace with a hint, the destination is untouched and no temporary file stays."""
+    """A full disk raises NoSpace with a hint, the destination is untouched and no temporary file
+    stays.
+    """
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "copy_file_range", full)
-    monkeypatch.setattr(clone, "FICLONE", 0)  # so that the copy is needed on every file system
+    monkeypatch.setattr(clone, "FICLONE", 0)  # forces the copy on every file system
     before = sorted(tmp_path.iterdir())
     with pytest.raises(NoSpace) as caught:
         clone_file(source, tmp_path / "clone")
@@ -112,7 +118,7 @@ def test_failed_copy_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_only_regular_files_are_cloned(source: Path, tmp_path: Path) -> None:
-    """A symbolic link, a fifo and a missing source are refused at once, and say so."""
+    """A symbolic link, a fifo and a missing source are refused at once, with the reason."""
     (tmp_path / "link").symlink_to(source)
     os.mkfifo(tmp_path / "fifo")
     for name, error in (("link", HostCannot), ("fifo", HostCannot), ("missing", IntegrityError)):
@@ -132,15 +138,17 @@ def test_only_regular_files_are_cloned(source: Path, tmp_path: Path) -> None:
         (errno.EIO, HostCannot),
     ],
 )
-def test_every_os_error_becomes_one_of_ours(code: int, error: type[CoppiceError]) -> None:
-    """Callers see the exception tree only, always with a hint."""
+def test_every_os_error_is_translated(code: int, error: type[CoppiceError]) -> None:
+    """Callers see only Coppice's own exceptions, always with a hint."""
     with pytest.raises(error, match="Cannot do it") as caught, os_errors("do it"):
         raise OSError(code, os.strerror(code))
     assert caught.value.hint
 
 
 def test_temporary_names_are_recognised(tmp_path: Path) -> None:
-    """The recovery sweep can tell leftovers from files: temporary names are fresh, beside the file, and marked."""
+    """Temporary names are unique, in the same directory and marked, so that the recovery sweep can
+    tell leftovers from files.
+    """
     first, second = temporary_beside(tmp_path / "memory"), temporary_beside(tmp_path / "memory")
     assert first != second
     assert first.parent == tmp_path
@@ -151,8 +159,8 @@ def test_temporary_names_are_recognised(tmp_path: Path) -> None:
 @given(
     st.lists(st.sampled_from([bytes(BLOCK), b"x" * BLOCK, bytes(BLOCK - 1) + b"y"]), max_size=20), st.binary(max_size=9)
 )
-def test_nonzero_parts_tell_all_that_is_not_zero(blocks: list[bytes], tail: bytes) -> None:
-    """The parts and zeros between them give back the chunk, and parts are maximal: no zero block is in one."""
+def test_nonzero_parts_cover_all_data(blocks: list[bytes], tail: bytes) -> None:
+    """The parts with zeros between them give back the chunk, and no part contains a block of zeros."""
     chunk = b"".join(blocks) + tail
     rebuilt = bytearray(len(chunk))
     last_end = -1
@@ -165,7 +173,7 @@ def test_nonzero_parts_tell_all_that_is_not_zero(blocks: list[bytes], tail: byte
 
 
 def test_punched_hole_reads_as_zeros(tmp_path: Path) -> None:
-    """A hole gives blocks back and keeps the size."""
+    """A hole frees its blocks and keeps the size."""
     path = sparse_file(tmp_path / "file", {0: b"x" * BLOCK * 8}, 8 * BLOCK)
     with path.open("r+b") as file:
         punch_hole(file.fileno(), 2 * BLOCK, 4 * BLOCK)
@@ -196,8 +204,10 @@ def instance_directory(root: Path) -> Path:
     return directory
 
 
-def test_directory_clone_takes_the_machine_and_leaves_the_process(tmp_path: Path) -> None:
-    """Files, links, holes, modes and times are kept; logs, locks, sockets, fifos, leftovers, skipped paths are not."""
+def test_a_directory_clone_omits_files_of_the_running_process(tmp_path: Path) -> None:
+    """Files, links, holes, modes and times are copied; logs, locks, sockets, fifos, leftovers and
+    skipped paths are not.
+    """
     source = instance_directory(tmp_path)
     target = tmp_path / "fork"
     target.mkdir()
@@ -219,8 +229,8 @@ def test_directory_clone_takes_the_machine_and_leaves_the_process(tmp_path: Path
         assert (target / name).stat().st_mtime_ns == 10**18 + 7
 
 
-def test_skipped_directory_is_left_out_whole(tmp_path: Path) -> None:
-    """Skipping a directory skips all below it."""
+def test_a_skipped_directory_is_omitted_completely(tmp_path: Path) -> None:
+    """A skipped directory is omitted with its whole contents."""
     (tmp_path / "fork").mkdir()
     result = clone_directory(instance_directory(tmp_path), tmp_path / "fork", skip={"state"})
     assert not (tmp_path / "fork" / "state").exists()
@@ -228,10 +238,17 @@ def test_skipped_directory_is_left_out_whole(tmp_path: Path) -> None:
 
 
 def test_directory_clone_never_merges_into_another(tmp_path: Path) -> None:
-    """A destination that has something in it is refused and stays as it is."""
+    """A destination that is not empty is refused and stays unchanged."""
     source = instance_directory(tmp_path)
     (tmp_path / "fork").mkdir()
     (tmp_path / "fork" / "mine").touch()
     with pytest.raises(Refused):
         clone_directory(source, tmp_path / "fork")
     assert [path.name for path in (tmp_path / "fork").iterdir()] == ["mine"]
+
+
+def test_a_file_system_without_reflinks_is_noticed(tmp_path: Path) -> None:
+    """A clone by reflink is whole, or there is none."""
+    (tmp_path / "a").write_bytes(b"content")
+    done = reflink_file(tmp_path / "a", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["a", "b"] if done else ["a"])

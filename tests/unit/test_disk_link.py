@@ -1,4 +1,4 @@
-"""Ownership by hard link: the same inode or an honest copy, never something in between."""
+"""Ownership by hard link: the result is the same inode or a reported copy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from coppice.disk.link import link_or_copy
 from coppice.errors import HostCannot, IntegrityError, Refused
+from coppice.linux.link import link_or_copy
 from coppice.model import Sharing
 
 
@@ -23,7 +23,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_link_is_the_same_inode(source: Path, tmp_path: Path) -> None:
-    """A link costs no bytes, needs no reason, and survives the source's deletion."""
+    """A link costs no bytes, needs no reason, and survives the deletion of the source."""
     assert link_or_copy(source, tmp_path / "own") == (Sharing.HARDLINK, "", 0)
     assert (tmp_path / "own").stat().st_ino == source.stat().st_ino
     contents = source.read_bytes()
@@ -32,15 +32,17 @@ def test_link_is_the_same_inode(source: Path, tmp_path: Path) -> None:
 
 
 def test_link_is_immutable(source: Path, tmp_path: Path) -> None:
-    """The mode is 0444 on return even if the source was left writable."""
+    """The file has mode 0444 afterwards, even if the source was left writable."""
     source.chmod(0o644)
     link_or_copy(source, tmp_path / "own")
     assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o444
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP])
-def test_copy_says_why(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """Where the file system cannot link, the copy is equal, immutable, counted, and carries the reason."""
+def test_a_copy_gives_its_reason(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """If the file system cannot link, the copy is equal, immutable and counted, and gives the
+    reason.
+    """
 
     def refused(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -54,8 +56,8 @@ def test_copy_says_why(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o444
 
 
-def test_other_failures_do_not_copy(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fails is an error, not a reason to write more to it."""
+def test_other_failures_are_raised(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing disk is an error, not a reason to write more to it."""
 
     def broken(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -68,7 +70,7 @@ def test_other_failures_do_not_copy(source: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("occupant", ["file", "dangling link"])
 def test_existing_destination_is_refused(source: Path, tmp_path: Path, occupant: str) -> None:
-    """Nothing is ever replaced by a link."""
+    """A link never replaces an existing file."""
     if occupant == "file":
         (tmp_path / "own").write_bytes(b"mine")
     else:
@@ -78,8 +80,8 @@ def test_existing_destination_is_refused(source: Path, tmp_path: Path, occupant:
     assert source.stat().st_nlink == 1
 
 
-def test_symbolic_link_is_not_ownership(source: Path, tmp_path: Path) -> None:
-    """A source that is a symbolic link is refused, a missing one is an integrity error."""
+def test_a_symbolic_link_is_not_an_owner(source: Path, tmp_path: Path) -> None:
+    """A source that is a symbolic link is refused, and a missing source is an integrity error."""
     (tmp_path / "alias").symlink_to(source)
     with pytest.raises(HostCannot):
         link_or_copy(tmp_path / "alias", tmp_path / "own")
@@ -87,8 +89,10 @@ def test_symbolic_link_is_not_ownership(source: Path, tmp_path: Path) -> None:
         link_or_copy(tmp_path / "missing", tmp_path / "own")
 
 
-def test_source_replaced_meanwhile_is_noticed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If another file takes the source's name between look and link, the fork does not get it."""
+def test_a_source_replaced_meanwhile_is_detected(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another file takes the source's name between the check and the link, the fork does not get
+    it.
+    """
     link = os.link
 
     def raced(src: Path, dst: Path, *, follow_symlinks: bool) -> None:

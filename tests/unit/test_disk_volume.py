@@ -1,4 +1,4 @@
-"""The disk of a volume: sound, sparse, and with its journal written back before it is only read."""
+"""The disk of a volume is sound and sparse, and its journal is replayed before a read-only use."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from coppice.disk import ext4, volume
-from coppice.disk.ext4 import fsck, needs_recovery, replay_journal
 from coppice.errors import HostCannot, IntegrityError, MissingTool
+from coppice.linux import e2fs
 from coppice.model import GIB, MIB
 from coppice.vmm.process import start_ticks
+from coppice.volumes import disk as volume
+from coppice.volumes.ext4 import fsck, needs_recovery, replay_journal
 
 
 def debugfs(disk: Path, *commands: str) -> str:
-    """What e2fsprogs' debugger says to commands on an image."""
+    """Return the output of e2fsprogs' debugger for commands on an image."""
     done = subprocess.run(
         ["/usr/sbin/debugfs", "-w", "-f", "-", str(disk)],
         input="\n".join(commands).encode(),
@@ -32,7 +33,9 @@ def debugfs(disk: Path, *commands: str) -> str:
 
 
 def interrupted(disk: Path, data: Path) -> int:
-    """Leave a block in the journal that is not at its place yet, as a machine that was killed does; return where it belongs."""
+    """Leave a block in the journal that is not at its place yet, as a killed machine does; return
+    where it belongs.
+    """
     data.write_bytes(b"journalled".ljust(4096, b"."))
     block = 3000
     debugfs(disk, "journal_open", f"journal_write -b {block} {data}", "journal_close")
@@ -40,8 +43,10 @@ def interrupted(disk: Path, data: Path) -> int:
 
 
 @pytest.mark.parametrize("size", [16 * MIB, GIB, 64 * GIB])
-def test_an_empty_volume_is_sound_and_takes_little_room(tmp_path: Path, size: int) -> None:
-    """No more than is asked for beforehand; and the superblock has its backups, which an overlay saves."""
+def test_an_empty_volume_is_sound_and_small(tmp_path: Path, size: int) -> None:
+    """A new volume occupies no more than its estimate, and its superblock has backups, which an
+    overlay omits.
+    """
     disk = tmp_path / "data.raw"
     volume.create(disk, size)
     assert disk.stat().st_size == size
@@ -54,8 +59,8 @@ def test_an_empty_volume_is_sound_and_takes_little_room(tmp_path: Path, size: in
             assert file.read(2) == b"\x53\xef"
 
 
-def test_each_has_a_uuid_of_its_own(tmp_path: Path) -> None:
-    """Two of them in one machine are told apart by it."""
+def test_each_volume_has_its_own_uuid(tmp_path: Path) -> None:
+    """A machine with two volumes tells them apart by UUID."""
     uuids = set()
     for name in ("one", "two"):
         volume.create(tmp_path / name, 16 * MIB)
@@ -63,8 +68,10 @@ def test_each_has_a_uuid_of_its_own(tmp_path: Path) -> None:
     assert len(uuids) == 2
 
 
-def test_what_the_journal_holds_is_written_back(tmp_path: Path) -> None:
-    """Once: a second time there is nothing to do, and the file is not touched."""
+def test_the_journal_is_replayed_once(tmp_path: Path) -> None:
+    """The first call writes the journal's blocks back; the second has nothing to do and does not
+    touch the file.
+    """
     disk = tmp_path / "data.raw"
     volume.create(disk, 64 * MIB)
     assert not needs_recovery(disk)
@@ -82,7 +89,9 @@ def test_what_the_journal_holds_is_written_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("check", [replay_journal, fsck])
 def test_a_journal_cannot_write_beyond_its_disk(tmp_path: Path, check: Callable[[Path], object]) -> None:
-    """A guest writes its journal itself: a block that it claims to be at 12 GB would make the file that large, and fill the host."""
+    """The guest writes the journal: a block with an offset of 12 GB would grow the file that far
+    and fill the host's disk.
+    """
     disk = tmp_path / "data.raw"
     volume.create(disk, 64 * MIB)
     interrupted(disk, tmp_path / "block")
@@ -95,11 +104,13 @@ def test_a_journal_cannot_write_beyond_its_disk(tmp_path: Path, check: Callable[
         check(disk)
     assert disk.stat().st_size == 64 * MIB
     assert {path.name for path in tmp_path.iterdir()} == {"data.raw", "block"}
-    assert not (check is replay_journal and not needs_recovery(disk)), "it was taken for replayed"
+    assert not (check is replay_journal and not needs_recovery(disk)), "the journal was reported as replayed"
 
 
-def test_a_journal_that_cannot_be_replayed_is_said_so(tmp_path: Path) -> None:
-    """A guest may have written anything: it is an error with a hint, and not a file system that is read in half."""
+def test_a_journal_that_cannot_be_replayed_is_an_error(tmp_path: Path) -> None:
+    """A guest may have written anything: a broken journal is an error with a hint, not a file
+    system that is read anyway.
+    """
     disk = tmp_path / "data.raw"
     volume.create(disk, 64 * MIB)
     interrupted(disk, tmp_path / "block")
@@ -110,9 +121,9 @@ def test_a_journal_that_cannot_be_replayed_is_said_so(tmp_path: Path) -> None:
         replay_journal(disk)
 
 
-def test_without_its_tool_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without e2fsprogs is told what to install."""
-    monkeypatch.setitem(ext4._ENVIRONMENT, "PATH", str(tmp_path / "nothing"))
+def test_without_e2fsprogs_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host without e2fsprogs the error names the package."""
+    monkeypatch.setitem(e2fs.ENVIRONMENT, "PATH", str(tmp_path / "nothing"))
     with pytest.raises(MissingTool, match="mke2fs"):
         volume.create(tmp_path / "data.raw", 16 * MIB)
     assert list(tmp_path.iterdir()) == []
@@ -126,14 +137,17 @@ REPLAYS = """
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from coppice.disk import ext4
-ext4._ENVIRONMENT["PATH"], ext4._ENVIRONMENT["HERE"] = sys.argv[2] + ":/usr/bin:/bin", sys.argv[2]
+from coppice.linux import e2fs
+from coppice.volumes import ext4
+e2fs.ENVIRONMENT["PATH"], e2fs.ENVIRONMENT["HERE"] = sys.argv[2] + ":/usr/bin:/bin", sys.argv[2]
 ext4.replay_journal(Path(sys.argv[1]))
 """
 
 
 async def test_a_replay_ends_with_its_host(tmp_path: Path) -> None:
-    """A host is killed while e2fsck writes: the next machine that has the volume must not meet it there."""
+    """If the host process is killed during a replay, e2fsck ends too: it must not write while the
+    next machine uses the volume.
+    """
     disk = tmp_path / "data.raw"
     volume.create(disk, 64 * MIB)
     interrupted(disk, tmp_path / "block")
@@ -148,5 +162,5 @@ async def test_a_replay_ends_with_its_host(tmp_path: Path) -> None:
         assert ticks is not None
         host.kill()
         await host.wait()
-        while start_ticks(pid) == ticks:  # noqa: ASYNC110 - it is nobody's child that could be awaited
+        while start_ticks(pid) == ticks:  # noqa: ASYNC110 - it is not a child, so it cannot be awaited
             await asyncio.sleep(0.01)

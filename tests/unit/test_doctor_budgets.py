@@ -1,4 +1,4 @@
-"""The doctor's line of budgets: it reads, never makes, and warns before a fan-out is refused."""
+"""The doctor's budget check only reads, and warns before a fan-out is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from coppice.doctor import budgets
 from coppice.model import GIB, MIB, BudgetUse
-from coppice.store.store import Store
+from coppice.state.journal import JournalOperation
+from coppice.state.store import Store
 from fakes.records import make_instance
 
 USE = BudgetUse(
@@ -34,30 +35,32 @@ USE = BudgetUse(
     ],
 )
 def test_a_budget_that_is_nearly_spent_is_a_warning(changes: dict[str, int], status: str, named: str) -> None:
-    """With the name of the budget, and what to do."""
+    """The warning names the budget and gives a remedy."""
     check = budgets.judge_budgets(msgspec.structs.replace(USE, **changes))
     assert check.status == status
     assert named in check.cure
     assert "5 of 100" in budgets.judge_budgets(USE).detail
 
 
-def test_a_data_directory_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    """The first look at a new machine changes nothing."""
+def test_a_missing_data_directory_is_not_made(tmp_path: Path) -> None:
+    """A look at a new machine changes nothing."""
     check = budgets.budgets(tmp_path / "home", tmp_path)
     assert check.detail.startswith("0 of ")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_recorded_is_counted(tmp_path: Path) -> None:
-    """The numbers are those of the database."""
+def test_the_database_is_counted(tmp_path: Path) -> None:
+    """The numbers are the database's."""
     store = Store(tmp_path / "coppice.db", (1, 1))
-    store.create([make_instance("a"), make_instance("b")], "run")
+    store.create([make_instance("a"), make_instance("b")], JournalOperation.RUN)
     assert budgets.budgets(tmp_path, tmp_path).detail.startswith("2 of ")
     store.close()
 
 
-def test_a_config_that_cannot_be_understood_is_a_failure(tmp_path: Path) -> None:
-    """It would keep every command from opening the data directory: the doctor says so, and what to correct."""
+def test_an_invalid_config_is_a_failure(tmp_path: Path) -> None:
+    """An invalid config keeps every command from opening the data directory, so the doctor reports
+    it with a correction.
+    """
     (tmp_path / "config.toml").write_text("[budgets]\nmemory = 'much'\n")
     check = budgets.budgets(tmp_path, tmp_path)
     assert check.status == "fail"

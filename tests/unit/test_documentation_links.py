@@ -1,4 +1,4 @@
-"""The pages: every link between them leads somewhere."""
+"""Every link between the pages has a target."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """What a heading is called in a link, as the forges make it."""
+    """Return the anchors of a page's headings, as GitHub and GitLab form them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    """To a file that is there, and a heading that is in it."""
+def test_every_link_has_a_target(page: Path) -> None:
+    """Each link leads to an existing file, and to a heading in it."""
     for link in _LINK.findall(_CODE.sub("", page.read_text())):
         if link.startswith("https://"):
             continue

@@ -1,4 +1,6 @@
-"""Following a log: every line once, in order, with bounded memory whatever the guest writes."""
+"""Following a log yields every line once, in order and with bounded memory, whatever the guest
+writes.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coppice.instance import follow
-from coppice.instance.follow import follow_file
+from coppice.machine import follow
+from coppice.machine.follow import follow_file
 
 TEXT = st.lists(st.sampled_from([b"a", b"bc", b"\n", b"\n\n", b"\r", b"\0", b"\xff"]), max_size=30).map(b"".join)
 
 
 async def never() -> bool:
-    """The machine runs on."""
+    """The machine keeps running."""
     return False
 
 
@@ -26,12 +28,12 @@ async def at_once() -> bool:
 
 
 async def lines_of(path: Path, tail: int | None, *, follow: bool = False) -> list[bytes]:
-    """All that is yielded."""
+    """Return all yielded lines."""
     return [line async for line in follow_file(path, tail=tail, follow=follow, ended=at_once)]
 
 
 def expected(data: bytes, tail: int | None) -> list[bytes]:
-    """What `tail -n` would print."""
+    """Return the lines that `tail -n` would print."""
     lines = data.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -40,18 +42,22 @@ def expected(data: bytes, tail: int | None) -> list[bytes]:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=TEXT, tail=st.none() | st.integers(0, 6), chunk=st.integers(1, 8), followed=st.booleans())
-def test_tail_is_tail(
+def test_tail_equals_the_tail_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, tail: int | None, chunk: int, followed: bool
 ) -> None:
-    """Any file, any number of lines, read in pieces of any size: the lines that `tail -n` would print."""
+    """For any file and number of lines, read in pieces of any size, the result is that of `tail
+    -n`.
+    """
     path = tmp_path / "log"
     path.write_bytes(data)
     monkeypatch.setattr(follow, "_CHUNK", chunk)
     assert asyncio.run(lines_of(path, tail, follow=followed)) == expected(data, tail)
 
 
-async def test_new_lines_come_until_the_end(tmp_path: Path) -> None:
-    """Lines are yielded when they are whole; what was written before the end is read after it, a last line without an end too."""
+async def test_new_lines_are_yielded_until_the_end(tmp_path: Path) -> None:
+    """Only complete lines are yielded; after the machine's end the rest is read, including a last
+    line without a newline.
+    """
     path = tmp_path / "log"
     path.write_bytes(b"one\ntw")
     running = True
@@ -71,7 +77,7 @@ async def test_new_lines_come_until_the_end(tmp_path: Path) -> None:
     assert [line async for line in stream] == [b"last words"]
 
 
-async def test_an_endless_line_is_handed_on_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_endless_line_is_yielded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that never ends its line cannot fill the host's memory."""
     monkeypatch.setattr(follow, "_CHUNK", 1000)
     monkeypatch.setattr(follow, "_LINE_MAX", 4000)
@@ -83,9 +89,11 @@ async def test_an_endless_line_is_handed_on_in_pieces(tmp_path: Path, monkeypatc
 
 
 async def test_leaving_early_closes_the_file(tmp_path: Path) -> None:
-    """A reader that has seen enough leaves nothing open: an open file would be a warning, and those are errors here."""
+    """A reader that stops early leaves no file open: an open file would give a warning, and
+    warnings are errors here.
+    """
     path = tmp_path / "log"
     path.write_bytes(b"one\ntwo\n")
     stream = follow_file(path, tail=None, follow=True, ended=never)
     assert await anext(stream) == b"one"
-    await stream.aclose()  # type: ignore[attr-defined]  # it is declared an iterator, and is a generator
+    await stream.aclose()

@@ -1,4 +1,4 @@
-"""A guest that means harm: whatever it answers becomes an error of ours, in time."""
+"""A hostile guest: any answer becomes one of Coppice's errors, in time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from coppice.agent.channel import Channel
+from coppice.agent.control import Control, Identity
+from coppice.agent.copy import copy_out
+from coppice.agent.protocol import Frame, FrameType, encode_fields
+from coppice.agent.session import Session
+from coppice.agent.unpack import unpack
 from coppice.errors import GuestProtocolError, GuestTimeout, UnsafePath
-from coppice.guest.channel import Channel
-from coppice.guest.control import Control, Identity
-from coppice.guest.copy import copy_out
-from coppice.guest.protocol import Frame, FrameType, encode_fields
-from coppice.guest.session import Session
-from coppice.guest.unpack import unpack
 from fakes.wire import Peer
 
 Answer = Callable[[Peer, Frame], Awaitable[None]]
@@ -27,7 +27,7 @@ Answer = Callable[[Peer, Frame], Awaitable[None]]
 
 @contextlib.asynccontextmanager
 async def talking_to(answer: Answer, patience_s: float) -> AsyncIterator[Channel]:
-    """A channel to a guest that answers each request as it likes."""
+    """Open a channel to a guest with custom answers."""
     ours, theirs = socket.socketpair()
 
     async def serve() -> None:
@@ -45,12 +45,14 @@ async def talking_to(answer: Answer, patience_s: float) -> AsyncIterator[Channel
         await asyncio.gather(guest, return_exceptions=True)
 
 
-async def test_a_guest_that_talks_on_without_an_answer_is_given_up() -> None:
-    """Frames that mean nothing are no answer: else it could keep a capture, and the instance's lock, for ever."""
+async def test_a_guest_that_never_answers_is_a_timeout() -> None:
+    """Meaningless frames do not count as an answer: otherwise a guest could hold up a capture, and
+    the instance's lock, forever.
+    """
 
-    async def flood(peer: Peer, _: Frame) -> None:
+    async def flood(peer: Peer, frame: Frame) -> None:
         while True:
-            await peer.open_window(1)
+            await peer.open_window(frame.stream, 1)
             await asyncio.sleep(0.001)
 
     async with talking_to(flood, 0.2) as channel:
@@ -59,27 +61,31 @@ async def test_a_guest_that_talks_on_without_an_answer_is_given_up() -> None:
                 await Control(channel).freeze(1)
 
 
-async def test_a_duration_that_no_float_holds_is_left_out() -> None:
-    """The steps of an identity are for reports: nonsense among them must not fail a fork, let alone its siblings."""
+async def test_an_invalid_duration_is_ignored() -> None:
+    """The steps of an identity are only for reports: a nonsensical duration must not fail a fork or
+    its siblings.
+    """
 
-    async def boast(peer: Peer, _: Frame) -> None:
-        await peer.send(FrameType.OK, encode_fields([(1, 7), (2, "clock=" + "9" * 900), (2, "entropy=1500")]))
+    async def boast(peer: Peer, frame: Frame) -> None:
+        await peer.send(
+            FrameType.OK, frame.stream, encode_fields([(1, 7), (2, "clock=" + "9" * 900), (2, "entropy=1500")])
+        )
 
     async with talking_to(boast, 10) as channel:
         steps = await Control(channel).identity(Identity(serial=7, entropy=bytes(32)))
     assert steps == {"entropy": 1.5}
 
 
-def test_a_negative_size_does_not_buy_room(tmp_path: Path) -> None:
-    """What may be written would grow by it, and the limit be none."""
+def test_a_negative_size_does_not_raise_the_limit(tmp_path: Path) -> None:
+    """A negative size would raise the number of bytes that may be written without limit."""
     member = tarfile.TarInfo("top/file")
     member.size = -(1 << 40)
     with pytest.raises(GuestProtocolError):
         unpack(io.BytesIO(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024)), tmp_path, "copy", max_bytes=1024)
 
 
-def test_a_link_with_a_zero_byte_is_unsafe(tmp_path: Path) -> None:
-    """The system call would refuse it with an error that is nobody's."""
+def test_a_link_with_a_null_byte_is_unsafe(tmp_path: Path) -> None:
+    """The system call would fail with an untranslated error."""
     record = b"linkpath=a\0b\n"
     length = len(record) + 3
     extended = tarfile.TarInfo("pax")
@@ -91,13 +97,15 @@ def test_a_link_with_a_zero_byte_is_unsafe(tmp_path: Path) -> None:
         unpack(io.BytesIO(data), tmp_path, "copy")
 
 
-async def test_copies_that_hang_leave_the_threads_to_others(tmp_path: Path) -> None:
-    """An event loop has a handful of threads for all its work: guests that send nothing must not be able to take them all."""
+async def test_hanging_copies_do_not_occupy_all_threads(tmp_path: Path) -> None:
+    """An event loop has a few threads for all its work: guests that send nothing must not occupy
+    them all.
+    """
     started = asyncio.Event()
 
     async def hang(peer: Peer, frame: Frame) -> None:
         if frame.type == FrameType.FILE_STAT:
-            await peer.send(FrameType.OK, encode_fields([(1, "d"), *((tag, 0) for tag in range(2, 7))]))
+            await peer.send(FrameType.OK, frame.stream, encode_fields([(1, "d"), *((tag, 0) for tag in range(2, 7))]))
             return
         assert frame.type == FrameType.TAR_OUT
         started.set()

@@ -1,4 +1,4 @@
-"""Archives from outside: whatever is wrong with one ends in an ImageError, in bounded time and memory."""
+"""Archives from outside: any defect ends in an ImageError, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SKIPPABLE = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"table"
 
 
 def opened(path: Path, limits: Limits | None = None) -> set[str]:
-    """Names of the archive's files."""
+    """Return the names of the archive's files."""
     with workspace(path.parent, limits) as space:
         return {member.name for member in open_archive(path, space).members}
 
 
 def unfolded(data: bytes) -> bytes:
-    """What the decompressor makes of a whole stream."""
+    """Return the decompressed stream."""
     decompressor = Decompressor(data[:6])
     plain = b"".join(decompressor.feed(data))
     decompressor.finish()
@@ -50,7 +50,7 @@ def unfolded(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("kind", COMPRESSORS)
 def test_each_compression_is_recognised(tmp_path: Path, kind: str) -> None:
-    """The format is told from the bytes, not from the file's name."""
+    """The format is recognised by the bytes, not by the file's name."""
     path = tmp_path / "archive"
     path.write_bytes(COMPRESSORS[kind](tar(file("a", b"x" * 100_000), directory("d"))))
     assert opened(path) == {"a", "d"}
@@ -58,23 +58,26 @@ def test_each_compression_is_recognised(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in COMPRESSORS if kind != "plain"])
 def test_streams_may_be_concatenated(kind: str) -> None:
-    """Several streams in one file are one, as their own tools have it; zeros behind the last are padding."""
+    """Several streams in one file are joined, as the compressors' own tools do; zeros after the
+    last one are padding.
+    """
     compress = COMPRESSORS[kind]
     assert unfolded(compress(b"one") + compress(b"two")) == b"onetwo"
     assert unfolded(compress(b"one") + bytes(512)) == b"one"
 
 
 def test_skippable_frames_of_zstd_are_skipped() -> None:
-    """zstd:chunked layers carry their table of contents in such frames."""
+    """zstd:chunked layers carry their table of contents in skippable frames."""
     compress = COMPRESSORS["zstd"]
     assert unfolded(compress(b"one") + SKIPPABLE + compress(b"two") + SKIPPABLE) == b"onetwo"
 
 
 @pytest.mark.parametrize("kind", COMPRESSORS)
-def test_every_truncation_is_noticed(tmp_path: Path, kind: str) -> None:
-    """An archive cut anywhere before its end mark is refused, also where the cut falls between two members."""
+def test_every_truncation_is_detected(tmp_path: Path, kind: str) -> None:
+    """An archive without its end mark is refused, even if it ends between two members."""
     whole = tar(file("a", b"x" * 700), file("b", os.urandom(2000)))
-    whole = whole[: 512 * 9]  # one block of end mark; the padding to a full record may be missing
+    # one block of the end mark; the padding to a full record may be missing
+    whole = whole[: 512 * 9]
     data = COMPRESSORS[kind](whole)
     path = tmp_path / "cut"
     cuts = range(0, len(data), 512 if kind == "plain" else 97)
@@ -87,8 +90,8 @@ def test_every_truncation_is_noticed(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in COMPRESSORS if kind != "plain"])
-def test_damage_is_noticed(tmp_path: Path, kind: str) -> None:
-    """A flipped byte in a compressed archive, or in a header of a plain one, does not pass for an archive."""
+def test_damage_is_detected(tmp_path: Path, kind: str) -> None:
+    """An archive with a flipped byte, in compressed data or in a plain header, is refused."""
     data = bytearray(COMPRESSORS[kind](tar(file("a", bytes(5000)))))
     data[len(data) // 2] ^= 0xFF
     path = tmp_path / "bad"
@@ -97,8 +100,10 @@ def test_damage_is_noticed(tmp_path: Path, kind: str) -> None:
         opened(path)
 
 
-def test_a_damaged_header_in_the_middle_is_noticed(tmp_path: Path) -> None:
-    """The standard library stops silently at a bad header behind the first; we do not."""
+def test_a_damaged_header_in_the_middle_is_detected(tmp_path: Path) -> None:
+    """The standard library stops silently at a bad header after the first one; Coppice refuses the
+    archive.
+    """
     data = bytearray(tar(file("a", b"1"), file("b", b"2"), file("c", b"3")))
     data[1024 + 3] ^= 0xFF
     path = tmp_path / "bad"
@@ -108,7 +113,7 @@ def test_a_damaged_header_in_the_middle_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"hello world", os.urandom(4096), b"\x1f\x8b"])
-def test_what_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     """Empty files, text and noise are not archives."""
     path = tmp_path / "no"
     path.write_bytes(data)
@@ -116,8 +121,10 @@ def test_what_is_no_archive_is_refused(tmp_path: Path, data: bytes) -> None:
         opened(path)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    """A fifo does not block the import, a directory, a device and what cannot be opened are errors, and a missing path is a request that cannot succeed."""
+def test_other_kinds_of_paths_are_refused(tmp_path: Path) -> None:
+    """A fifo does not block the import. A directory, a device and an impossible path are image
+    errors; a missing path is a usage error.
+    """
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero"), tmp_path / ("x" * 300)):
         with pytest.raises(ImageError):
@@ -128,21 +135,21 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in COMPRESSORS if kind != "plain"])
 def test_compression_bombs_are_bounded(tmp_path: Path, kind: str) -> None:
-    """What unfolds beyond the limit is refused while it unfolds."""
+    """Data that decompresses beyond the limit is refused during decompression."""
     path = tmp_path / "bomb"
     path.write_bytes(COMPRESSORS[kind](tar(file("zeros", bytes(20 << 20)))))
-    with pytest.raises(ImageError, match="unfolds"):
+    with pytest.raises(ImageError, match="unpacks to more than"):
         opened(path, Limits(max_bytes=1 << 20))
 
 
 def test_each_step_of_decompression_is_bounded() -> None:
-    """One step never yields more than some tens of MiB, whatever the ratio."""
+    """One step yields at most some tens of MiB, whatever the ratio."""
     bomb = COMPRESSORS["zstd"](bytes(256 << 20))
     assert max(len(piece) for piece in Decompressor(bomb[:6]).feed(bomb)) <= 64 << 20
 
 
 def header(kind: bytes, size: int, name: bytes = b"x") -> bytes:
-    """One raw tar header with a right checksum and any size, negative ones too."""
+    """Return one raw tar header with a valid checksum and any size, even a negative one."""
     field = (
         b"%011o\0" % size
         if 0 <= size < 8**11
@@ -180,16 +187,18 @@ def header(kind: bytes, size: int, name: bytes = b"x") -> bytes:
     ],
 )
 @pytest.mark.timeout(10)
-def test_lying_headers(tmp_path: Path, data: bytes) -> None:
-    """Headers that point backwards, claim absurd sizes or stall the parser end in an ImageError, quickly."""
+def test_lying_headers_are_refused_quickly(tmp_path: Path, data: bytes) -> None:
+    """A header that points backwards, claims an absurd size or stalls the parser gives an
+    ImageError, quickly.
+    """
     path = tmp_path / "lie"
     path.write_bytes(data)
     with pytest.raises(ImageError):
         opened(path)
 
 
-def test_sparse_members_read_as_their_holes(tmp_path: Path) -> None:
-    """A sparse file of GNU tar comes out whole, zeros where the holes are."""
+def test_sparse_members_are_read_with_zeros_for_holes(tmp_path: Path) -> None:
+    """A sparse file of GNU tar is read completely, with zeros for the holes."""
     with (tmp_path / "sparse").open("wb") as out:
         out.seek(1 << 20)
         out.write(b"end")
@@ -201,12 +210,14 @@ def test_sparse_members_read_as_their_holes(tmp_path: Path) -> None:
         assert path.stat().st_size < 100_000
         with workspace(tmp_path) as space:
             tree = FileTree()
-            apply_archive(tree, open_archive(path, space), space, whiteouts=False)
+            apply_archive(tree, open_archive(path, space), whiteouts=False)
             assert text(tree, "sparse") == bytes(1 << 20) + b"end"
 
 
-def test_attributes_come_from_pax_headers(tmp_path: Path) -> None:
-    """File capabilities and other attributes are read as GNU tar, Docker and umoci write them, binary values too."""
+def test_attributes_are_read_from_pax_headers(tmp_path: Path) -> None:
+    """File capabilities and other attributes are read in the forms of GNU tar, Docker and umoci,
+    including binary values.
+    """
     info, data = file("ping", b"elf")
     info.pax_headers = {"SCHILY.xattr.security.capability": b"\x01\0\0\x02\xff\n=".decode("utf-8", "surrogateescape")}
     with workspace(tmp_path) as space:
@@ -219,7 +230,9 @@ def test_attributes_come_from_pax_headers(tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
 @given(st.data())
 def test_any_damage_is_an_image_error(tmp_path: Path, data: st.DataObject) -> None:
-    """An archive with any bytes changed is read, or refused by an ImageError; nothing else ever comes out of the parser."""
+    """An archive with any changed bytes is read or refused with an ImageError; the parser raises
+    nothing else.
+    """
     info, content = file("some/file", b"content")
     info.pax_headers = {"SCHILY.xattr.user.k": "v", "GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
     raw = bytearray(tar((info, content), file("z" * 150), directory("d")))
@@ -228,7 +241,7 @@ def test_any_damage_is_an_image_error(tmp_path: Path, data: st.DataObject) -> No
     with workspace(tmp_path) as space:
         try:
             tree = FileTree()
-            apply_archive(tree, Archive(io.BytesIO(bytes(raw)), space, must_end=True), space, whiteouts=True)
+            apply_archive(tree, Archive(io.BytesIO(bytes(raw)), space, must_end=True), whiteouts=True)
             for _, _, node in tree.walk():
                 if node.content and node.content.size < 1 << 20:
                     assert len(b"".join(node.content.chunks(0, node.content.size))) == node.content.size

@@ -1,4 +1,4 @@
-"""The EROFS writer: what goes in comes out, and the same tree is the same file."""
+"""The EROFS writer: contents are read back unchanged, and equal trees give equal files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from coppice.errors import ImageError
 from coppice.images.erofs import write_erofs
-from coppice.images.squashfs import write_squashfs
 from coppice.images.tree import Bytes, FileTree, Node
 from image_archives import Entry, read_erofs
 
@@ -21,7 +20,7 @@ MANY = 1 << 40
 
 
 def regular(data: bytes = b"", mode: int = 0o644, **more: object) -> Node:
-    """A regular file."""
+    """Return a regular file."""
     node = Node(stat.S_IFREG | mode, content=Bytes(data))
     for key, value in more.items():
         setattr(node, key, value)
@@ -29,14 +28,16 @@ def regular(data: bytes = b"", mode: int = 0o644, **more: object) -> Node:
 
 
 def written(tree: FileTree, path: Path) -> dict[str, Entry]:
-    """The tree as read back from the image."""
+    """Return the tree as read back from the image."""
     with path.open("wb") as file:
         write_erofs(tree, file, max_bytes=MANY)
     return read_erofs(path)
 
 
-def test_everything_of_an_inode_is_kept(tmp_path: Path) -> None:
-    """Mode with setuid, large owners, nanoseconds, devices, symlinks, hard links and capabilities come back."""
+def test_all_properties_of_an_inode_are_kept(tmp_path: Path) -> None:
+    """Modes with setuid, large owners, nanoseconds, devices, symlinks, hard links and capabilities
+    are kept.
+    """
     tree = FileTree()
     capability = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
     xattrs = {b"security.capability": capability, b"user.note": b"", b"system.unknown": b"dropped"}
@@ -62,7 +63,9 @@ def test_everything_of_an_inode_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 2047, 2048, 2049, 4031, 4095, 4096, 4097, 6144, 12289])
 def test_sizes_around_the_block_boundaries(tmp_path: Path, size: int) -> None:
-    """A file is whole whether its tail is stored beside the inode, in a block of its own, or there is none."""
+    """A file is complete whether its tail is stored next to the inode, in a separate block, or not
+    at all.
+    """
     tree = FileTree()
     data = bytes(index * 7 % 251 for index in range(size))
     for number in range(5):
@@ -72,8 +75,8 @@ def test_sizes_around_the_block_boundaries(tmp_path: Path, size: int) -> None:
     assert len(found["/f4"].xattrs["user.x"]) == 3600
 
 
-def test_large_attributes(tmp_path: Path) -> None:
-    """Extended attributes larger than a block run on into the next ones."""
+def test_attributes_may_span_blocks(tmp_path: Path) -> None:
+    """Extended attributes larger than a block continue in the next ones."""
     tree = FileTree()
     values = {b"user.big": bytes(range(256)) * 40, b"trusted.more": b"m" * 5000}
     tree.put((b"a",), regular(b"inline?", xattrs=values))
@@ -85,15 +88,17 @@ def test_large_attributes(tmp_path: Path) -> None:
 
 
 def test_more_attributes_than_fit_are_refused(tmp_path: Path) -> None:
-    """What the format cannot hold is an error, not a truncated image."""
+    """Attributes that the format cannot hold are an error, not a truncated image."""
     tree = FileTree()
     tree.put((b"a",), regular(xattrs={b"user.%d" % number: b"v" * 65_000 for number in range(5)}))
     with pytest.raises(ImageError), (tmp_path / "i").open("wb") as file:
         write_erofs(tree, file, max_bytes=MANY)
 
 
-def test_large_directories(tmp_path: Path) -> None:
-    """A directory over many blocks lists all its entries, in byte order, names of any bytes and of any length."""
+def test_a_directory_may_span_blocks(tmp_path: Path) -> None:
+    """A directory of many blocks lists all its entries in byte order, with names of any bytes and
+    any length.
+    """
     tree = FileTree()
     names = {b"%05d" % number + b"n" * (number % 200) for number in range(2000)} | {b"-first", b"\xff\xfe", b"z" * 255}
     for name in names:
@@ -104,7 +109,7 @@ def test_large_directories(tmp_path: Path) -> None:
 
 
 def test_the_same_tree_is_the_same_file(tmp_path: Path) -> None:
-    """The order in which a tree was made does not show; so the digest names the content."""
+    """The order in which a tree was made does not matter, so the digest identifies the content."""
     digests = set()
     for order in (1, -1):
         tree = FileTree()
@@ -115,17 +120,19 @@ def test_the_same_tree_is_the_same_file(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
-def test_the_limit_is_met_before_writing(tmp_path: Path) -> None:
-    """An image larger than allowed is refused from its plan, whatever sizes the archive claims."""
+def test_an_image_over_the_limit_is_refused_before_writing(tmp_path: Path) -> None:
+    """The planned size decides, whatever sizes the archive claims."""
     tree = FileTree()
     tree.put((b"a",), regular(bytes(8192)))
-    with (tmp_path / "i").open("wb") as file, pytest.raises(ImageError, match="more than is allowed"):
+    with (tmp_path / "i").open("wb") as file, pytest.raises(ImageError, match="more than allowed"):
         write_erofs(tree, file, max_bytes=8192)
     assert (tmp_path / "i").stat().st_size == 0
 
 
 def test_fsck_extracts_the_same_files(tmp_path: Path) -> None:
-    """The format's own tool reads the same bytes that were written: our reader in these tests is not the only witness."""
+    """The format's own tool reads the written bytes, so the tests do not depend only on their own
+    reader.
+    """
     tree = FileTree()
     contents = {b"f%d" % size: bytes(size % 251 for _ in range(size)) for size in (0, 5, 2000, 3000, 4096, 70_000)}
     for name, data in contents.items():
@@ -144,7 +151,7 @@ _NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: name not in (b".
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(st.dictionaries(st.lists(_NAMES, min_size=1, max_size=3).map(tuple), st.binary(max_size=9000), max_size=12))
-@example(  # the last inode ends where the last block does
+@example(  # the last inode ends exactly at the end of a block
     files={
         (b"\x03", b"\x01"): b"",
         (b"\x01\x02", b"\x01"): b"\x00",
@@ -157,43 +164,16 @@ _NAMES = st.binary(min_size=1, max_size=20).filter(lambda name: name not in (b".
         (b"\x01\x01\x01\x01\x01", b"\x01", b"\x01"): b"\x00",
     }
 )
-def test_any_tree_comes_back(tmp_path: Path, files: dict[tuple[bytes, ...], bytes]) -> None:
-    """Whatever files a tree has, the image has the same."""
+def test_any_tree_is_read_back(tmp_path: Path, files: dict[tuple[bytes, ...], bytes]) -> None:
+    """The image has the files of any tree."""
     tree = FileTree()
     kept = {}
     for path, data in files.items():
         if any(path[:cut] in kept for cut in range(1, len(path))) or tree.find(path) is not None:
-            continue  # a file is no directory
+            continue  # a file has no children
         tree.put(path, regular(data))
         kept[path] = data
     found = written(tree, tmp_path / "i")
     assert {path: entry.data for path, entry in found.items() if stat.S_ISREG(entry.mode)} == {
         "/" + b"/".join(path).decode("utf-8", "surrogateescape"): data for path, data in kept.items()
     }
-
-
-def test_squashfs_holds_the_same(tmp_path: Path) -> None:
-    """The other format keeps types, modes, owners, links and attributes too, without privilege."""
-    tree = FileTree()
-    tree.root.mode = stat.S_IFDIR | 0o751
-    tree.put((b"a", b"f"), regular(b"data" * 100_000, 0o4755, uid=7, gid=8, mtime_ns=5 * 10**9))
-    tree.link((b"b",), (b"a", b"f"))
-    tree.put((b"l",), Node(stat.S_IFLNK | 0o777, target=b"a/f"))
-    tree.put((b"null",), Node(stat.S_IFCHR | 0o666, device=(1, 3)))
-    tree.put((b"x",), regular(b"x", xattrs={b"user.k": b"\xff\x00\n="}))
-    first, second = tmp_path / "one", tmp_path / "two"
-    assert write_squashfs(tree, first, max_bytes=MANY) == write_squashfs(tree, second, max_bytes=MANY)
-    listing = subprocess.run(
-        ["unsquashfs", "-lln", "-UTC", str(first)], check=True, capture_output=True, text=True
-    ).stdout
-    lines = {line.split(" squashfs-root", 1)[1]: line for line in listing.splitlines() if " squashfs-root" in line}
-    assert lines[""].startswith("drwxr-x--x 0/0")
-    assert lines["/a/f"].startswith("-rwsr-xr-x 7/8")
-    assert "400000 1970-01-01 00:00" in lines["/a/f"]
-    assert "/l -> a/f" in lines
-    assert lines["/null"].startswith("crw-rw-rw- 0/0")
-    assert lines["/b"].split()[:3] == lines["/a/f"].split()[:3]
-    data = subprocess.run(["unsquashfs", "-cat", str(first), "b"], check=True, capture_output=True).stdout
-    assert data == b"data" * 100_000
-    with pytest.raises(ImageError):
-        write_squashfs(tree, tmp_path / "three", max_bytes=10)

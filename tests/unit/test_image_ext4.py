@@ -1,4 +1,6 @@
-"""Volumes that start with an archive: the file system has what the archive says, and the archive reaches nothing else."""
+"""Volumes made from an archive: the file system has the archive's contents, and the archive affects
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -7,57 +9,56 @@ import re
 import stat
 import subprocess
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coppice.disk.ext4 import fsck
 from coppice.errors import ImageError, UnsafePath, UsageError
-from coppice.images.ext4 import volume_from_archive, write_ext4
 from coppice.images.tree import Bytes, FileTree, Node
-from coppice.images.workspace import BuildCancelledError
 from coppice.model import MIB, Progress, no_progress
-from image_archives import Member, directory, file, hardlink, other, symlink, tar, workspace
+from coppice.stopping import WorkStopped, run
+from coppice.volumes.content import volume_from_archive, write_ext4
+from coppice.volumes.ext4 import fsck
+from image_archives import Member, directory, file, hardlink, other, set_flag, symlink, tar, workspace
 
 SIZE = 16 * MIB
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can take the files out with their owners")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can extract files with their owners")
 
 
-def fill(tmp_path: Path, archive: bytes, *, cancelled: threading.Event | None = None) -> Path:
-    """The disk of a volume that starts with this archive, in a directory of its own."""
+def fill(tmp_path: Path, archive: bytes) -> Path:
+    """Make the disk of a volume from this archive, in a separate directory."""
     (tmp_path / "archive.tar").write_bytes(archive)
     (tmp_path / "volume").mkdir()
     disk = tmp_path / "volume" / "data.raw"
-    volume_from_archive(
-        tmp_path / "archive.tar", disk, SIZE, progress=no_progress, cancelled=cancelled or threading.Event()
-    )
+    volume_from_archive(tmp_path / "archive.tar", disk, SIZE, progress=no_progress)
     return disk
 
 
 def debugfs(disk: Path, command: str) -> str:
-    """What e2fsprogs' debugger says."""
+    """Return the output of e2fsprogs' debugger."""
     done = subprocess.run(["/usr/sbin/debugfs", "-R", command, str(disk)], capture_output=True, check=True, timeout=30)
     return done.stdout.decode("utf-8", "backslashreplace")
 
 
 def inode(disk: Path, path: str) -> dict[str, str]:
-    """Some fields of what is at a path."""
+    """Return some fields of the inode at a path."""
     shown = debugfs(disk, f"stat {path}")
     return {name: found[1] for name in ("Type", "Mode", "User", "Group", "Links", "mtime") if (found := re.search(rf"{name}: +(\S+)", shown))}  # fmt: skip
 
 
 def with_fields(member: Member, **fields: object) -> Member:
-    """The member, changed."""
+    """Return the member with changed header fields."""
     for name, value in fields.items():
         setattr(member[0], name, value)
     return member
 
 
-def test_everything_is_as_the_archive_says(tmp_path: Path) -> None:
-    """Owners and times beyond 32 bits, modes that keep everybody out, set-id bits, links of both kinds, pipes, attributes, the root itself."""
+def test_the_volume_has_all_properties_of_the_archive(tmp_path: Path) -> None:
+    """Owners and times beyond 32 bits, modes that deny all access, set-id bits, both kinds of
+    links, pipes, attributes and the root itself are kept.
+    """
     xattrs = {"SCHILY.xattr.user.note": 'two\nlines "and" a zero\0', "SCHILY.xattr.security.capability": "cap"}
     disk = fill(
         tmp_path,
@@ -100,7 +101,7 @@ def test_everything_is_as_the_archive_says(tmp_path: Path) -> None:
 
 
 def test_names_are_never_commands(tmp_path: Path) -> None:
-    """What a tool's script would take for words, quotes and lines of its own is a name like any other."""
+    """Words, quotes and newlines that a tool's script would interpret are part of the name."""
     names = ['a"b', "two words", "line\nsif <2> uid 99\nrm kept", "-d", "\x1b[2J", "kept"]
     disk = fill(tmp_path, tar(*(file(name, name.encode()) for name in names)))
     assert fsck(disk).clean
@@ -125,8 +126,8 @@ REFUSED: dict[str, tuple[list[Member], type[Exception]]] = {
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
-def test_what_a_volume_cannot_have_is_refused(tmp_path: Path, case: str) -> None:
-    """With the reason, and nothing is left or made anywhere."""
+def test_content_that_a_volume_cannot_hold_is_refused(tmp_path: Path, case: str) -> None:
+    """The error gives the reason, and nothing is left in the volume's directory or made elsewhere."""
     (tmp_path / "outside").write_bytes(b"secret")
     members, error = REFUSED[case]
     with pytest.raises(error):
@@ -136,8 +137,8 @@ def test_what_a_volume_cannot_have_is_refused(tmp_path: Path, case: str) -> None
     assert (tmp_path / "outside").stat().st_nlink == 1
 
 
-def test_links_lead_nowhere_on_this_machine(tmp_path: Path) -> None:
-    """A member below a link is made where the link leads to in the volume."""
+def test_links_are_followed_inside_the_volume(tmp_path: Path) -> None:
+    """A member below a link is made at the link's target inside the volume, never on the host."""
     secret = tmp_path / "secret"
     secret.mkdir()
     disk = fill(tmp_path, tar(symlink("out", str(secret)), file("out/file", b"inside"), symlink("up", "../../secret")))
@@ -148,27 +149,25 @@ def test_links_lead_nowhere_on_this_machine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 700, 5000])
 def test_a_damaged_archive_is_refused(tmp_path: Path, size: int) -> None:
-    """Cut off anywhere, it leaves nothing."""
+    """A truncated archive leaves nothing, wherever it was cut."""
     with pytest.raises(ImageError):
         fill(tmp_path, tar(file("file", b"x" * 9000))[:size])
     assert list((tmp_path / "volume").iterdir()) == []
 
 
-def test_who_has_gone_waits_for_nothing(tmp_path: Path) -> None:
-    """A cancelled copy ends, and leaves nothing."""
-    cancelled = threading.Event()
-    cancelled.set()
-    with pytest.raises(BuildCancelledError):
-        fill(tmp_path, tar(file("file", b"x" * 9000)), cancelled=cancelled)
+def test_a_cancelled_copy_leaves_nothing(tmp_path: Path) -> None:
+    """A cancelled copy ends early and leaves nothing."""
+    with pytest.raises(WorkStopped):
+        run(set_flag(), fill, tmp_path, tar(file("file", b"x" * 9000)))
     assert list((tmp_path / "volume").iterdir()) == []
 
 
-def test_holes_and_progress(tmp_path: Path) -> None:
-    """Long runs of zeros take no room; how far it is, is told."""
+def test_zeros_become_holes_and_progress_is_reported(tmp_path: Path) -> None:
+    """Long runs of zeros take no space, and the copy reports its progress."""
     (tmp_path / "archive.tar").write_bytes(tar(file("sparse", bytes(32 * MIB) + b"end")))
     (tmp_path / "volume").mkdir()
     disk, steps = tmp_path / "volume" / "data.raw", list[Progress]()
-    volume_from_archive(tmp_path / "archive.tar", disk, SIZE, progress=steps.append, cancelled=threading.Event())
+    volume_from_archive(tmp_path / "archive.tar", disk, SIZE, progress=steps.append)
     assert disk.stat().st_blocks * 512 < 4 * MIB
     assert steps[-1] == Progress(stage="copy", done=32 * MIB + 3, total=32 * MIB + 3, unit="bytes")
 
@@ -189,7 +188,7 @@ nodes = st.recursive(
 
 
 def node(made: tuple[str, object, int, tuple[int, int, int]]) -> Node:
-    """The node that a drawn value stands for."""
+    """Return the node for a drawn value."""
     kind, value, mode, (uid, gid, mtime) = made
     made_of = Node(mode, uid, gid, mtime * 10**9)
     if kind == "dir":
@@ -209,10 +208,12 @@ def node(made: tuple[str, object, int, tuple[int, int, int]]) -> Node:
 @as_root
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(children=st.dictionaries(names.filter(lambda name: name != b"lost+found"), nodes, max_size=6))
-def test_any_tree_comes_out_as_it_went_in(
+def test_any_tree_is_extracted_unchanged(
     tmp_path_factory: pytest.TempPathFactory, children: dict[bytes, tuple[str, object, int, tuple[int, int, int]]]
 ) -> None:
-    """The file system is sound, and e2fsprogs takes the same names, owners, modes, times, targets and contents out of it."""
+    """The file system is sound, and e2fsprogs extracts the same names, owners, modes, times,
+    targets and contents.
+    """
     directory = tmp_path_factory.mktemp("tree")
     tree = FileTree()
     tree.root.children = {name: node(made) for name, made in children.items()}
@@ -227,10 +228,10 @@ def test_any_tree_comes_out_as_it_went_in(
     for parent, name, expected in tree.walk():
         path = places[id(expected)] = places[id(parent)] + b"/" + name
         status = os.lstat(path)
-        if stat.S_ISLNK(expected.mode):  # whose owner and time rdump does not keep
+        if stat.S_ISLNK(expected.mode):  # rdump does not keep their owner and time
             assert os.readlink(path) == expected.target  # noqa: PTH115
             continue
-        mode = expected.mode & ~0o7000  # nor these
+        mode = expected.mode & ~0o7000  # rdump does not keep these either
         assert (status.st_mode & ~0o7000, status.st_uid, status.st_gid) == (mode, expected.uid, expected.gid)
         assert int(status.st_mtime) == expected.mtime_ns // 10**9
         if expected.content:

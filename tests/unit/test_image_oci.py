@@ -45,7 +45,7 @@ OTHER = "arm64" if ARCHITECTURE == "amd64" else "amd64"
 def layout_result(
     path: Path, reference: str | None = None, limits: Limits | None = None
 ) -> tuple[FileTree, ImageConfig]:
-    """The tree and config of a layout, a directory or a tar archive."""
+    """Return the tree and config of a layout, a directory or a tar archive."""
     tree = FileTree()
     (path.parent / "work").mkdir(exist_ok=True)
     with workspace(path.parent / "work", limits) as space:
@@ -57,15 +57,15 @@ def layout_result(
 
 
 def docker_result(path: Path, tag: str | None = None) -> tuple[set[str], ImageConfig]:
-    """The names and config of a docker archive."""
+    """Return the names and config of a docker archive."""
     tree = FileTree()
     with workspace(path.parent) as space:
         config = unpack_docker_archive(ArchiveBundle(open_archive(path, space)), tree, space, tag)
     return names(tree), config
 
 
-def test_layers_and_config_of_a_layout(tmp_path: Path) -> None:
-    """Layers are applied in order, and the process is what the config says."""
+def test_a_layouts_layers_and_config_are_read(tmp_path: Path) -> None:
+    """Layers are applied in order, and the config defines the process."""
     layout = Layout(tmp_path / "oci")
     process: dict[str, object] = {
         "Entrypoint": ["/bin/run"],
@@ -92,7 +92,7 @@ def test_layers_and_config_of_a_layout(tmp_path: Path) -> None:
 
 
 def test_missing_parts_of_a_config_have_defaults(tmp_path: Path) -> None:
-    """Null and absent fields are the same: no process, root directory, no user."""
+    """Null and absent fields have the same defaults: no process, root directory, no user."""
     layout = Layout(tmp_path / "oci")
     nothing: dict[str, object] = dict.fromkeys(["Entrypoint", "Cmd", "Env", "WorkingDir", "User", "Labels"])
     layout.index(layout.image(ROOT, process=nothing))
@@ -100,8 +100,8 @@ def test_missing_parts_of_a_config_have_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.ZstdCompressor().compress, lambda data: data])
-def test_layer_compressions(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
-    """Layers are tar, tar+gzip or tar+zstd; the diff_id is that of the plain tar."""
+def test_each_layer_compression_is_read(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    """Layers are tar, tar+gzip or tar+zstd; the diff_id is the plain tar's."""
     layout = Layout(tmp_path / "oci")
     diff_id = f"sha256:{hashlib.sha256(ROOT).hexdigest()}"
     layout.index(layout.image(compress(ROOT), compress=False, diff_ids=[diff_id]))
@@ -109,7 +109,7 @@ def test_layer_compressions(tmp_path: Path, compress: Callable[[bytes], bytes]) 
 
 
 def test_the_image_for_this_machine_is_chosen(tmp_path: Path) -> None:
-    """Among the platforms of a nested index the host's is taken; attestations are no images."""
+    """The host's platform is chosen in a nested index; attestations do not count as images."""
     layout = Layout(tmp_path / "oci")
     mine = {**layout.image(ROOT), "platform": {"architecture": ARCHITECTURE, "os": "linux"}}
     other = {
@@ -123,7 +123,7 @@ def test_the_image_for_this_machine_is_chosen(tmp_path: Path) -> None:
 
 
 def test_an_image_for_another_machine_is_refused(tmp_path: Path) -> None:
-    """An image for another architecture is refused by what the index, or only the config, says."""
+    """The architecture in the index, or only in the config, decides."""
     layout = Layout(tmp_path / "oci")
     descriptor = layout.image(ROOT, architecture=OTHER)
     layout.index(descriptor)
@@ -134,8 +134,8 @@ def test_an_image_for_another_machine_is_refused(tmp_path: Path) -> None:
         layout_result(layout.path)
 
 
-def test_a_reference_chooses(tmp_path: Path) -> None:
-    """With several images a reference is needed, and the error lists what there is."""
+def test_a_reference_chooses_the_image(tmp_path: Path) -> None:
+    """With several images a reference is required, and the error lists the images."""
     layout = Layout(tmp_path / "oci")
     key = "org.opencontainers.image.ref.name"
     one = {**layout.image(ROOT), "annotations": {key: "one"}}
@@ -163,10 +163,8 @@ def damaged(layout: Layout, change: Callable[[bytes], bytes], index: int) -> Non
     ids=["short", "long", "first", "last", "empty"],
 )
 @pytest.mark.parametrize("compress", [True, False])
-def test_no_blob_is_taken_on_trust(
-    tmp_path: Path, compress: bool, change: Callable[[bytes], bytes], index: int
-) -> None:
-    """A manifest, config or layer that was changed in any way is a DigestMismatch."""
+def test_every_blob_is_verified(tmp_path: Path, compress: bool, change: Callable[[bytes], bytes], index: int) -> None:
+    """A manifest, config or layer with any change is a DigestMismatch."""
     layout = Layout(tmp_path / "oci")
     layout.index(layout.image(ROOT, compress=compress))
     damaged(layout, change, index)
@@ -186,7 +184,7 @@ def test_diff_ids_are_verified(tmp_path: Path) -> None:
 
 
 def test_sizes_are_verified(tmp_path: Path) -> None:
-    """A descriptor whose size is wrong is refused, though its digest is right."""
+    """A descriptor with a wrong size is refused, even if its digest is right."""
     layout = Layout(tmp_path / "oci")
     descriptor = layout.image(ROOT)
     for size in (0, 1, 10**6):
@@ -199,7 +197,7 @@ def test_sizes_are_verified(tmp_path: Path) -> None:
     "digest", ["sha256:../../../etc/passwd", "md5:" + "0" * 32, "sha256:" + "A" * 64, "", "sha256:" + "0" * 63]
 )
 def test_digests_do_not_become_paths(tmp_path: Path, digest: str) -> None:
-    """A digest that is not one never reaches the file system."""
+    """A malformed digest never reaches the file system."""
     layout = Layout(tmp_path / "oci")
     layout.index({**layout.image(ROOT), "digest": digest})
     with pytest.raises(ImageError, match="not a digest"):
@@ -207,7 +205,7 @@ def test_digests_do_not_become_paths(tmp_path: Path, digest: str) -> None:
 
 
 def test_artifacts_are_not_images(tmp_path: Path) -> None:
-    """A layout that holds something else than a file system is told apart."""
+    """A layout without a file system is recognised and refused."""
     layout = Layout(tmp_path / "oci")
     chart = layout.blob(ROOT, "application/vnd.cncf.helm.chart.content.v1")
     config = {"architecture": ARCHITECTURE, "os": "linux", "rootfs": {"diff_ids": [chart["digest"]]}}
@@ -245,23 +243,23 @@ _KEYS = ["manifests", "mediaType", "digest", "size", "platform", "annotations"]
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, deadline=None)
 @given(st.one_of(_JSON, st.fixed_dictionaries({"manifests": st.lists(st.dictionaries(st.sampled_from(_KEYS), _JSON))})))
 def test_any_index_is_an_image_error(tmp_path: Path, document: Any) -> None:
-    """Whatever JSON stands in the place of an index, the answer is an ImageError."""
+    """Any JSON in place of an index gives an ImageError."""
     (tmp_path / "oci").mkdir(exist_ok=True)
     (tmp_path / "oci" / "index.json").write_text(json.dumps(document))
     with pytest.raises(ImageError):
         layout_result(tmp_path / "oci")
 
 
-def test_a_docker_archive_with_repeated_layers(tmp_path: Path) -> None:
-    """The legacy form links an equal layer to the first by a symlink; the config is read."""
+def test_repeated_layers_of_a_docker_archive_are_read(tmp_path: Path) -> None:
+    """In the legacy form a repeated layer is a symlink to the first one; the config is read too."""
     path = docker_archive(tmp_path / "d.tar", ROOT, UPPER, ROOT, Cmd=["sh"], Env=["A=b=c"])
     found, config = docker_result(path)
     assert found == {"/etc", "/etc/hosts", "/bin", "/bin/sh", "/bin/new"}
     assert (config.cmd, config.env) == (("sh",), {"A": "b=c"})
 
 
-def test_docker_tags_choose(tmp_path: Path) -> None:
-    """A tag is found with or without :latest; a wrong one is answered by the list."""
+def test_a_tag_chooses_the_docker_image(tmp_path: Path) -> None:
+    """A tag is found with or without :latest; the error for a wrong tag lists the tags."""
     path = docker_archive(tmp_path / "d.tar", ROOT, tags=("demo:latest", "demo:1"))
     for tag in (None, "demo", "demo:1", "demo:latest"):
         assert "/bin/sh" in docker_result(path, tag)[0]
@@ -269,8 +267,10 @@ def test_docker_tags_choose(tmp_path: Path) -> None:
         docker_result(path, "other")
 
 
-def test_a_changed_docker_archive_is_noticed(tmp_path: Path) -> None:
-    """The config's name and the diff_ids guard a docker archive, which has no other digests."""
+def test_a_changed_docker_archive_is_refused(tmp_path: Path) -> None:
+    """A docker archive has no digests except the config's name and the diff_ids, and these are
+    verified.
+    """
     path = docker_archive(tmp_path / "d.tar", ROOT)
     members = {}
     with tarfile.open(path) as archive:
@@ -288,19 +288,21 @@ def test_a_changed_docker_archive_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["../../../etc/passwd", "/etc/passwd", "loop/layer.tar", "../missing"])
-def test_links_in_a_docker_archive_stay_in_it(tmp_path: Path, target: str) -> None:
-    """A layer that is a symlink to outside of the archive, or to itself, is missing."""
+def test_links_out_of_a_docker_archive_are_not_followed(tmp_path: Path, target: str) -> None:
+    """A layer that is a symlink out of the archive, or to itself, counts as missing."""
     manifest = [{"Config": "c.json", "Layers": ["loop/layer.tar"]}]
     config = {"rootfs": {"diff_ids": [f"sha256:{'0' * 64}"]}}
     members = [file("manifest.json", json.dumps(manifest).encode()), file("c.json", json.dumps(config).encode())]
     path = tmp_path / "d.tar"
     path.write_bytes(tar(*members, symlink("loop/layer.tar", target)))
-    with pytest.raises(ImageError, match="does not have it"):
+    with pytest.raises(ImageError, match="which is missing"):
         docker_result(path)
 
 
 def test_archives_made_by_skopeo_and_umoci(tmp_path: Path) -> None:
-    """What the field's own tools write is read: umoci's layers, and skopeo's docker archive and OCI layout of them."""
+    """Archives of common tools are read: umoci's layers, and skopeo's docker archive and OCI layout
+    of them.
+    """
     root = tmp_path / "bundle"
     layout = f"{tmp_path}/made:v1"
 

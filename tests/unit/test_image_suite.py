@@ -1,6 +1,7 @@
-"""Bootstrapping a suite: what is handed to mmdebstrap, what is made of its log, and what is taken out of its result.
+"""Bootstrapping a suite: the arguments to mmdebstrap, the use of its log, and the files removed
+from its result.
 
-The real bootstrap needs a mirror; it is done where virtual machines are tested.
+The real bootstrap needs a mirror; the tests with virtual machines run it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import pytest
 
 from coppice.errors import HostCannot, ImageError, MissingTool, UsageError
 from coppice.images import ImageCatalog
+from coppice.images.catalog import BuildOptions
 from coppice.images.suite import host_mirrors, make_generic
 from coppice.images.tree import Bytes, FileTree, Node
 from coppice.model import Progress
-from image_archives import directory, file, read_erofs, tar
+from image_archives import directory, file, open_catalog, read_erofs, tar
 
 APT_GET = """#!/bin/sh
 case "$*" in
@@ -38,7 +40,7 @@ echo "broken"
 
 
 def program(directory: Path, name: str, text: str) -> None:
-    """An executable script in `directory`."""
+    """Write an executable script in `directory`."""
     path = directory / name
     path.write_text(text)
     path.chmod(0o755)
@@ -46,7 +48,7 @@ def program(directory: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory that comes first in PATH, with an apt-get that knows one mirror."""
+    """Return a directory that comes first in PATH, with an apt-get that has one mirror."""
     path = tmp_path / "tools"
     path.mkdir()
     program(path, "apt-get", APT_GET)
@@ -58,13 +60,15 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> ImageCatalog:
-    """An empty catalog."""
-    return ImageCatalog(tmp_path / "images")
+    """Return an empty catalog."""
+    return open_catalog(tmp_path)
 
 
 @pytest.mark.parametrize("known", ["yes", ""])
 def test_mirrors_come_from_the_hosts_apt(tools: Path, monkeypatch: pytest.MonkeyPatch, known: str) -> None:
-    """The suite, its updates and its security come from the host's configuration; others' repositories do not."""
+    """The suite, its updates and its security archive come from the host's configuration; other
+    repositories do not.
+    """
     monkeypatch.setenv("KNOWN", known)
     assert host_mirrors("bookworm") == [
         "http://m.example/debian/ bookworm",
@@ -74,8 +78,10 @@ def test_mirrors_come_from_the_hosts_apt(tools: Path, monkeypatch: pytest.Monkey
     assert host_mirrors("noble") == []
 
 
-async def test_a_bootstrap(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
-    """mmdebstrap's archive becomes an image without the host's traces; commands stay one word per argument."""
+async def test_a_bootstrap_becomes_an_image(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
+    """mmdebstrap's archive becomes an image without traces of the host; each of the command's words
+    stays one argument.
+    """
     archive = tar(
         directory("etc"),
         file("etc/machine-id", b"0123"),
@@ -112,7 +118,7 @@ async def test_a_bootstrap(tools: Path, catalog: ImageCatalog, tmp_path: Path) -
     assert Progress(stage="download", done=1, unit="items") in seen
 
 
-async def test_a_mirror_of_the_callers(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
+async def test_a_given_mirror_is_used(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
     """A given mirror replaces the host's, and without an epoch none is set."""
     (tmp_path / "archive").write_bytes(tar(file("x")))
     program(tools, "mmdebstrap", '#!/bin/sh\nprintf "%s\\n" "$@" > "$OUT/argv"; env > "$OUT/env"; cat "$OUT/archive"\n')
@@ -123,36 +129,40 @@ async def test_a_mirror_of_the_callers(tools: Path, catalog: ImageCatalog, tmp_p
     assert "SOURCE_DATE_EPOCH" not in (tmp_path / "env").read_text()
 
 
-async def test_a_failed_bootstrap_says_why(tools: Path, catalog: ImageCatalog) -> None:
-    """The error carries mmdebstrap's own words, and nothing is left."""
+async def test_a_failed_bootstrap_quotes_the_error(tools: Path, catalog: ImageCatalog) -> None:
+    """The error quotes mmdebstrap, and nothing is left."""
     program(tools, "mmdebstrap", "#!/bin/sh\necho 'I: x' >&2; echo 'E: Unable to locate package nope' >&2; exit 25\n")
     with pytest.raises(ImageError, match="Unable to locate package nope"):
         await catalog.build_suite("d", include=["nope"])
-    assert sorted(path.name for path in catalog.root.iterdir()) == [".lock", "names"]
+    assert list(catalog.content.root.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "said", ["E: unshare syscall failed: No space left on device", "E: unable to unshare the mount namespace"]
 )
-async def test_a_host_without_namespaces_is_not_the_packages_fault(
+async def test_a_host_without_namespaces_is_reported_as_the_cause(
     tools: Path, catalog: ImageCatalog, said: str
 ) -> None:
-    """A user without namespaces, and root of a container, are told that the host cannot, and what can be done."""
+    """The error for a user without namespaces, and for root in a container, names the host's
+    restriction and a remedy.
+    """
     program(tools, "mmdebstrap", f"#!/bin/sh\necho '{said}' >&2; echo 'E: chown failed' >&2; exit 1\n")
     with pytest.raises(HostCannot, match=r"namespaces.*import an image"):
         await catalog.build_suite("d")
 
 
-async def test_the_deadline_ends_it(tools: Path, catalog: ImageCatalog) -> None:
-    """A bootstrap that hangs is ended with all its processes when its time is up."""
+async def test_the_deadline_ends_a_bootstrap(tools: Path, catalog: ImageCatalog) -> None:
+    """A bootstrap that hangs is ended with all its processes at the deadline."""
     program(tools, "mmdebstrap", '#!/bin/sh\necho "I: stuck" >&2; echo $$ > "$OUT/pid"; sleep 1000 & wait\n')
     with pytest.raises(HostCannot, match="stuck"):
         await catalog.build_suite("d", timeout_s=0.5)
-    assert sorted(path.name for path in catalog.root.iterdir()) == [".lock", "names"]
+    assert list(catalog.content.root.iterdir()) == []
 
 
-async def test_cancellation_ends_it(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
-    """A cancelled bootstrap leaves no process, not even a child of mmdebstrap's, and no staging directory."""
+async def test_cancellation_ends_a_bootstrap(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
+    """A cancelled bootstrap leaves no process, not even a child of mmdebstrap, and no staging
+    directory.
+    """
     script = '#!/bin/sh\nexec 3> "$OUT/held"\necho "Get:1 x" >&2\nsleep 1000 &\nwait\n'
     program(tools, "mmdebstrap", script)
     os.mkfifo(tmp_path / "held")
@@ -168,12 +178,15 @@ async def test_cancellation_ends_it(tools: Path, catalog: ImageCatalog, tmp_path
     with pytest.raises(asyncio.CancelledError):
         await task
     os.set_blocking(held, True)
-    assert await asyncio.to_thread(os.read, held, 1) == b""  # the end comes when the last holder is gone
+    # end of file comes when the last holder has ended
+    assert await asyncio.to_thread(os.read, held, 1) == b""
     os.close(held)
-    assert sorted(path.name for path in catalog.root.iterdir()) == [".lock", "names"]
+    assert list(catalog.content.root.iterdir()) == []
 
 
-async def test_a_missing_tool(catalog: ImageCatalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_mmdebstrap_is_named(
+    catalog: ImageCatalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without mmdebstrap the error names it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingTool, match="mmdebstrap"):
@@ -198,13 +211,13 @@ async def test_a_missing_tool(catalog: ImageCatalog, tmp_path: Path, monkeypatch
     ],
 )
 async def test_arguments_cannot_become_options(catalog: ImageCatalog, arguments: dict[str, object]) -> None:
-    """What mmdebstrap would take for something else is refused before it is started."""
+    """An argument that mmdebstrap would misread is refused before the start."""
     with pytest.raises(UsageError):
         await catalog.build_suite("d", **arguments)  # type: ignore[arg-type]  # the point of the table
 
 
-def test_what_is_one_machines_own_goes(tmp_path: Path) -> None:
-    """Machine ids, host keys and random seeds are not handed to every guest."""
+def test_machine_specific_files_are_removed(tmp_path: Path) -> None:
+    """Machine ids, host keys and random seeds must not be copied to every guest."""
     tree = FileTree()
     for path in (
         "etc/machine-id",
@@ -218,3 +231,22 @@ def test_what_is_one_machines_own_goes(tmp_path: Path) -> None:
     make_generic(tree)
     left = {name: node.content.size for _, name, node in tree.walk() if node.content}
     assert left == {b"machine-id": 0, b"sshd_config": 6}
+
+
+async def test_a_build_behind_a_company_proxy(tools: Path, catalog: ImageCatalog, tmp_path: Path) -> None:
+    """apt uses the proxy and trusts the company's authority besides those of this host. The image
+    keeps the certificates, but neither the proxy nor apt's option.
+    """
+    (tmp_path / "archive").write_bytes(tar(file("x")))
+    program(
+        tools,
+        "mmdebstrap",
+        '#!/bin/sh\nprintf "%s\\n" "$@" > "$OUT/argv"; env > "$OUT/env"\n'
+        'cat "$(printf "%s\\n" "$@" | sed -n "s/^--aptopt=.*CAInfo \\"\\(.*\\)\\"$/\\1/p")" > "$OUT/bundle"; cat "$OUT/archive"\n',
+    )
+    image = await catalog.build_suite("d", proxy="http://p:1", options=BuildOptions(certificates=("COMPANY\n",)))
+    assert (tmp_path / "bundle").read_text().endswith("COMPANY\n")
+    assert "https_proxy=http://p:1\n" in (tmp_path / "env").read_text()
+    assert '--customize-hook=rm "$1/etc/apt/apt.conf.d/99mmdebstrap"\n' in (tmp_path / "argv").read_text()
+    assert image.config.certificates == ("COMPANY\n",)
+    assert image.config.env == {}

@@ -1,4 +1,4 @@
-"""The initramfs: what is in it, and that the same inputs are the same file."""
+"""The initramfs has the right members, and equal inputs give equal files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coppice.boot import initramfs
 from coppice.errors import UsageError
-from coppice.guest import initramfs
-from coppice.guest.kernel import Kernel
+from coppice.model.kernel import Kernel
 from kernel_files import RELEASE, module, module_tree
 
 
 class Member(NamedTuple):
-    """One member, as a reader of the format sees it."""
+    """One member, as a reader of the format parses it."""
 
     name: str
     mode: int
@@ -63,15 +63,17 @@ def agent(tmp_path: Path) -> Path:
 
 @given(st.lists(st.tuples(st.from_regex(r"[a-z/]{1,30}", fullmatch=True), st.binary(max_size=50)), max_size=8))
 def test_any_members_are_read_back(members: list[tuple[str, bytes]]) -> None:
-    """Padding and sizes are right for every length of name and data."""
+    """Padding and sizes are right for names and data of any length."""
     archive = initramfs.Archive()
     for name, data in members:
         archive.add(name, stat.S_IFREG | 0o644, data)
     assert [(member.name, member.data) for member in read_newc(archive.finish())] == members
 
 
-def test_the_guest_finds_what_it_needs(kernel: Kernel, agent: Path, tmp_path: Path) -> None:
-    """The agent is /init, there is a console for it, and every module of the order is there, whole."""
+def test_the_initramfs_has_all_that_a_guest_needs(kernel: Kernel, agent: Path, tmp_path: Path) -> None:
+    """The agent is /init, there is a console for it, and every module in the load order is
+    complete.
+    """
     path = initramfs.build(kernel, agent, tmp_path / "initramfs")
     members = {member.name: member for member in read_newc(path.read_bytes())}
     assert members["init"].mode == stat.S_IFREG | 0o755
@@ -89,8 +91,8 @@ def test_the_guest_finds_what_it_needs(kernel: Kernel, agent: Path, tmp_path: Pa
     assert {(member.owner, member.mtime) for member in members.values()} == {((0, 0), 0)}
 
 
-def test_same_inputs_same_file(kernel: Kernel, agent: Path, tmp_path: Path) -> None:
-    """A second build finds the first one's file, and leaves it alone: VMs have it open."""
+def test_equal_inputs_give_the_same_file(kernel: Kernel, agent: Path, tmp_path: Path) -> None:
+    """A second build finds the first file and does not touch it, because VMs have it open."""
     first = initramfs.build(kernel, agent, tmp_path / "initramfs")
     before = first.stat()
     assert initramfs.build(kernel, agent, tmp_path / "initramfs") == first
@@ -99,8 +101,8 @@ def test_same_inputs_same_file(kernel: Kernel, agent: Path, tmp_path: Path) -> N
     assert list((tmp_path / "initramfs").iterdir()) == [first]
 
 
-def test_another_agent_is_another_file(kernel: Kernel, agent: Path, tmp_path: Path) -> None:
-    """After an upgrade no guest boots with the old agent, and no running one loses its file."""
+def test_another_agent_gives_another_file(kernel: Kernel, agent: Path, tmp_path: Path) -> None:
+    """After an upgrade no guest boots with the old agent, and no running guest loses its file."""
     first = initramfs.build(kernel, agent, tmp_path / "initramfs")
     agent.write_bytes(b"\x7fELF newer agent")
     second = initramfs.build(kernel, agent, tmp_path / "initramfs")
@@ -109,7 +111,8 @@ def test_another_agent_is_another_file(kernel: Kernel, agent: Path, tmp_path: Pa
 
 
 def test_a_kernel_that_cannot_run_a_guest_is_refused(kernel: Kernel, agent: Path, tmp_path: Path) -> None:
-    """A kernel without a needed module is an error that names it, and leaves no file behind."""
+    """A kernel that lacks a required module is an error that names the module, and leaves no file."""
+    assert kernel.modules is not None
     (kernel.modules / "kernel/drivers/char/virtio_console.ko").unlink()
     with pytest.raises(UsageError, match="virtio_console"):
         initramfs.build(kernel, agent, tmp_path / "initramfs")

@@ -15,13 +15,14 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coppice.boot.bzimage import STUB_BYTES, kernel_version
+from coppice.boot.vmlinux import extract_vmlinux
 from coppice.errors import UsageError
-from coppice.guest.vmlinux import STUB_BYTES, extract_vmlinux, kernel_version
 from kernel_files import RELEASE, bzimage, vmlinux
 
 
 def lz4_legacy(plain: bytes) -> bytes:
-    """As `lz4 -l` and the kernel's build make it, in two blocks, with the size appended."""
+    """Compress like `lz4 -l` and the kernel's build, in two blocks, with the size appended."""
     library = ctypes.CDLL("liblz4.so.1")
     frame = bytearray(b"\x02\x21\x4c\x18")
     for part in (plain[:1000], plain[1000:]):
@@ -32,7 +33,7 @@ def lz4_legacy(plain: bytes) -> bytes:
 
 
 def sized(plain: bytes, compressed: bytes) -> bytes:
-    """As the kernel's build does it for every format but gzip."""
+    """Append the size, as the kernel's build does for every format except gzip."""
     return compressed + struct.pack("<I", len(plain))
 
 
@@ -46,14 +47,16 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def test_version_is_that_of_the_image() -> None:
-    """The version shown and matched against the modules is the kernel's own word, not a file name."""
+def test_the_version_is_read_from_the_image() -> None:
+    """The version that is shown and matched with the modules comes from the kernel, not from a file
+    name.
+    """
     assert kernel_version(bzimage()) == RELEASE
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_a_truncated_payload_falls_back_to_the_bzimage(name: str) -> None:
-    """A kernel that ends too early would hang in the guest; it is never extracted."""
+    """A truncated kernel would hang in the guest, so it is never extracted."""
     payload = COMPRESSORS[name](vmlinux() + random.Random(1).randbytes(20_000))
     assert extract_vmlinux(bzimage(payload)) is not None
     assert extract_vmlinux(bzimage(payload[: len(payload) // 2])) is None
@@ -62,15 +65,15 @@ def test_a_truncated_payload_falls_back_to_the_bzimage(name: str) -> None:
 @pytest.mark.parametrize(
     "image", [b"", b"\x7fELF" + bytes(STUB_BYTES), bzimage()[: STUB_BYTES - 1], bzimage(release="a/b")]
 )
-def test_what_is_no_bzimage_is_refused(image: bytes) -> None:
-    """A wrong file is a UsageError when it is added, and not a VMM that does not start."""
+def test_other_files_are_refused(image: bytes) -> None:
+    """A wrong file is a UsageError when it is added, not a VMM that does not start."""
     with pytest.raises(UsageError):
         kernel_version(image)
 
 
 @given(st.binary(max_size=64), st.integers(0, 0x300))
 def test_damaged_headers_never_crash(data: bytes, position: int) -> None:
-    """A header with any bytes in it gives a version or a UsageError, and a kernel or None."""
+    """A header with any bytes gives a version or a UsageError, and a kernel or None."""
     image = bytearray(bzimage(gzip.compress(vmlinux())))
     image[position : position + len(data)] = data
     try:
@@ -81,14 +84,14 @@ def test_damaged_headers_never_crash(data: bytes, position: int) -> None:
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
-def test_every_compression_of_the_kernel_build_is_unfolded(name: str) -> None:
-    """The uncompressed kernel is the exact input of the kernel's build, however it was compressed."""
+def test_every_compression_of_the_kernel_build_is_supported(name: str) -> None:
+    """The uncompressed kernel equals the input of the kernel's build with every compression."""
     assert extract_vmlinux(bzimage(COMPRESSORS[name](vmlinux()))) == vmlinux()
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_a_corrupt_payload_falls_back_to_the_bzimage(name: str) -> None:
-    """Nothing that could not be unfolded to its end is booted."""
+    """A kernel that cannot be decompressed completely is never booted."""
     payload = bytearray(COMPRESSORS[name](vmlinux()))
     payload[8:40] = bytes(32)
     assert extract_vmlinux(bzimage(bytes(payload))) is None
@@ -106,5 +109,5 @@ def test_a_corrupt_payload_falls_back_to_the_bzimage(name: str) -> None:
     ids=["other note", "other owner", "no ELF", "unknown format", "old protocol"],
 )
 def test_a_kernel_without_pvh_entry_is_not_extracted(image: bytes) -> None:
-    """QEMU refuses an ELF kernel without that note: then the bzImage is used."""
+    """QEMU refuses an ELF kernel without the PVH note, so the bzImage is used."""
     assert extract_vmlinux(image) is None

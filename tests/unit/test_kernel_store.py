@@ -1,4 +1,4 @@
-"""The kernel store: what is in it is complete, read-only, and found again."""
+"""The kernel store: kernels are complete and read-only, and are found again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from coppice.boot import debian
+from coppice.boot.kernel import KernelStore
+from coppice.content import store as content_store
 from coppice.errors import HostCannot, InUse, MissingTool, NotFound, UsageError
-from coppice.guest import debian
-from coppice.guest import kernel as kernel_store
-from coppice.guest.kernel import KernelStore
-from coppice.guest.modules import ModuleTree
 from coppice.model import Progress
 from kernel_files import RELEASE, bzimage, module_tree, vmlinux
 
@@ -29,7 +28,7 @@ def store(tmp_path: Path) -> KernelStore:
 
 
 def built(directory: Path, release: str = RELEASE) -> tuple[Path, Path]:
-    """A kernel and its modules, as a build leaves them."""
+    """Make a kernel and its modules, as a build leaves them."""
     modules = module_tree(directory / release, release=release)
     image = directory / f"bzImage-{release}"
     image.write_bytes(bzimage(gzip.compress(vmlinux(), mtime=0), release=release))
@@ -37,22 +36,26 @@ def built(directory: Path, release: str = RELEASE) -> tuple[Path, Path]:
 
 
 def test_an_added_kernel_is_complete_and_read_only(store: KernelStore, tmp_path: Path) -> None:
-    """What VMs map and link never changes: copies of one's own, mode 0444, without links out of the store."""
+    """Files that VMs map and link never change: they are copies with mode 0444, without links out
+    of the store.
+    """
     image, modules = built(tmp_path)
     kernel = store.add(image, modules)
     assert kernel.version == RELEASE
+    assert kernel.vmlinuz is not None
     assert kernel.vmlinuz.read_bytes() == image.read_bytes()
     assert kernel.vmlinux is not None
+    assert kernel.modules is not None
     assert kernel.boot_image.read_bytes() == vmlinux()
     assert (kernel.modules / "kernel/fs/erofs/erofs.ko").is_file()
     assert not (kernel.modules / "build").is_symlink()
-    files = [path for path in (store.root / kernel.key).rglob("*") if path.is_file()]
+    files = [path for path in (store.content.root / kernel.key).rglob("*") if path.is_file()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o444}
     assert store.get(kernel.key) == kernel
 
 
 def test_without_an_uncompressed_kernel_the_bzimage_boots(store: KernelStore, tmp_path: Path) -> None:
-    """A kernel that cannot be unfolded here is used as it is."""
+    """A kernel that cannot be decompressed here is used unchanged."""
     image, modules = built(tmp_path)
     image.write_bytes(bzimage())
     kernel = store.add(image, modules)
@@ -61,7 +64,7 @@ def test_without_an_uncompressed_kernel_the_bzimage_boots(store: KernelStore, tm
 
 
 def test_the_same_kernel_is_stored_once(store: KernelStore, tmp_path: Path) -> None:
-    """Adding is idempotent; another module makes another kernel."""
+    """Adding is idempotent; a different module makes a different kernel."""
     image, modules = built(tmp_path)
     first = store.add(image, modules)
     assert store.add(image, modules) == first
@@ -70,12 +73,14 @@ def test_the_same_kernel_is_stored_once(store: KernelStore, tmp_path: Path) -> N
     assert len(store.kernels()) == 2
 
 
-def test_a_kernel_is_removed_only_unused(store: KernelStore, tmp_path: Path) -> None:
-    """Whole or not at all: who knows of users is asked, and what a killed removal leaves is swept."""
+def test_only_an_unused_kernel_is_removed(store: KernelStore, tmp_path: Path) -> None:
+    """The guard decides, and the removal is all or nothing: an error after the guard leaves no
+    part.
+    """
     kernel = store.add(*built(tmp_path))
 
     def in_use(_: object) -> None:
-        raise InUse("it is used", hint="")
+        raise InUse("the kernel is used", hint="")
 
     with pytest.raises(InUse):
         store.remove(kernel.key, in_use)
@@ -88,16 +93,16 @@ def test_a_kernel_is_removed_only_unused(store: KernelStore, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         store.remove(kernel.key, killed)
     assert store.kernels() == []
-    assert len(store.sweep()) == 1
+    assert list(store.content.root.iterdir()) == []
     store.add(*built(tmp_path / "again"))
     store.remove(kernel.key, lambda retire: retire())
-    assert list(store.root.iterdir()) == []
+    assert list(store.content.root.iterdir()) == []
     with pytest.raises(NotFound):
         store.remove(kernel.key, lambda retire: retire())
 
 
-def test_kernels_added_at_the_same_time_do_not_collide(store: KernelStore, tmp_path: Path) -> None:
-    """Several processes may add the same kernel: all get it, and nothing half made stays."""
+def test_concurrent_additions_do_not_collide(store: KernelStore, tmp_path: Path) -> None:
+    """Several processes may add the same kernel: all get it, and nothing half-made stays."""
     image, modules = built(tmp_path)
     keys: list[str] = []
     threads = [threading.Thread(target=lambda: keys.append(store.add(image, modules).key)) for _ in range(4)]
@@ -106,7 +111,7 @@ def test_kernels_added_at_the_same_time_do_not_collide(store: KernelStore, tmp_p
     for thread in threads:
         thread.join()
     assert len(keys) == 4
-    assert [path.name for path in store.root.iterdir()] == [keys[0]]
+    assert [path.name for path in store.content.root.iterdir()] == [keys[0]]
 
 
 def test_versions_sort_by_their_numbers(store: KernelStore, tmp_path: Path) -> None:
@@ -117,7 +122,7 @@ def test_versions_sort_by_their_numbers(store: KernelStore, tmp_path: Path) -> N
 
 
 def test_modules_of_another_kernel_are_refused(store: KernelStore, tmp_path: Path) -> None:
-    """Modules that the kernel would not load are found out before any guest boots."""
+    """Modules that the kernel would not load are detected before any guest boots."""
     image, _ = built(tmp_path, RELEASE)
     _, modules = built(tmp_path, NEWER)
     with pytest.raises(UsageError, match=NEWER):
@@ -127,7 +132,7 @@ def test_modules_of_another_kernel_are_refused(store: KernelStore, tmp_path: Pat
 
 @pytest.mark.parametrize("wrong", ["no kernel", "no modules", "not a kernel"])
 def test_wrong_paths_are_usage_errors(store: KernelStore, tmp_path: Path, wrong: str) -> None:
-    """Each wrong argument is an error of the caller, with a hint, and leaves nothing."""
+    """Each wrong argument is a usage error with a hint, and leaves nothing."""
     image, modules = built(tmp_path)
     if wrong == "not a kernel":
         image.write_bytes(b"text")
@@ -143,34 +148,37 @@ def test_wrong_paths_are_usage_errors(store: KernelStore, tmp_path: Path, wrong:
 
 @pytest.mark.parametrize("key", ["", "..", "custom-x", "../custom-x-00000000", "custom-6.1.0-00000000", ".stage-0123"])
 def test_unknown_keys_are_not_found(store: KernelStore, key: str) -> None:
-    """A key from outside never becomes a path unless it has the form of one."""
+    """A key from outside becomes a path only if it has the form of a key."""
     with pytest.raises(NotFound):
         store.get(key)
 
 
 def test_stubs_are_small_and_valid(store: KernelStore, tmp_path: Path) -> None:
-    """A VMM that only restores gets 64 KiB with the real header, and 512 bytes of initrd."""
+    """A VMM that only restores gets 64 KiB with the real header, and an initrd of 512 bytes."""
     kernel = store.add(*built(tmp_path))
     stub, initrd = store.stub(kernel)
+    assert kernel.vmlinuz is not None
     assert stub.read_bytes() == kernel.vmlinuz.read_bytes()[: 64 << 10]
     assert initrd.stat().st_size == 512
     assert {stat.S_IMODE(path.stat().st_mode) for path in (stub, initrd)} == {0o444}
 
 
-def test_sweep_removes_only_what_nobody_holds(store: KernelStore, tmp_path: Path) -> None:
-    """What a killed process left goes; what a living one is making, and finished kernels, stay."""
+def test_a_sweep_removes_only_leftovers(store: KernelStore, tmp_path: Path) -> None:
+    """Leftovers of a killed process are removed; the staging directory of a living one, and
+    finished kernels, stay.
+    """
     kernel = store.add(*built(tmp_path))
-    (store.root / ".stage-dead" / "kernel").mkdir(parents=True)
-    with store._staging() as alive:
-        assert store.sweep() == (".stage-dead",)
+    (store.content.root / ".stage-dead" / "kernel").mkdir(parents=True)
+    with store.content.staging() as alive:
+        assert [removed.path.name for removed in store.content.sweep()] == [".stage-dead"]
         assert alive.is_dir()
-    assert store.sweep() == ()
+    assert store.content.sweep() == []
     assert store.kernels() == [kernel]
 
 
-def test_sweep_of_a_store_that_is_not_there_yet(store: KernelStore) -> None:
+def test_a_sweep_of_a_missing_store_does_nothing(store: KernelStore) -> None:
     """The first start on a new machine has nothing to sweep."""
-    assert store.sweep() == ()
+    assert store.content.sweep() == []
 
 
 APT_CACHE = """#!/bin/sh
@@ -192,7 +200,7 @@ cp -r {tree} "$3"
 
 
 class FakeApt:
-    """Stand-ins for apt-cache, apt-get and dpkg-deb in a directory of their own."""
+    """Stand-ins for apt-cache, apt-get and dpkg-deb in a separate directory."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = directory / "bin"
@@ -203,7 +211,7 @@ class FakeApt:
         for name, source in (("boot", image), ("lib/modules", modules)):
             (self._tree / name).mkdir(parents=True)
             source.rename(self._tree / name / (RELEASE if name != "boot" else f"vmlinuz-{RELEASE}"))
-        (self._tree / "boot" / f"config-{RELEASE}").write_text("CONFIG_VIRTIO=m\n")
+        (self._tree / "boot" / f"config-{RELEASE}").write_text("CONFIG_ACPI=y\nCONFIG_VIRTIO=m\n")
         monkeypatch.setitem(debian._ENVIRONMENT, "PATH", f"{self.directory}:/usr/bin:/bin")
         self.install()
 
@@ -226,21 +234,25 @@ def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApt:
 
 
 async def test_debian_kernel_is_fetched_once(store: KernelStore, apt: FakeApt) -> None:
-    """The first call fetches, unpacks and tells how far it is; the second finds it without any tool or network."""
+    """The first call fetches, unpacks and reports progress; the second finds the kernel without any
+    tool or network.
+    """
     seen: list[Progress] = []
     kernel = await store.ensure_debian(seen.append)
     assert kernel.key.startswith(f"debian-{RELEASE}-")
-    assert (store.root / kernel.key / "config").is_file()
+    assert (store.content.root / kernel.key / "config").is_file()
     assert {step.stage for step in seen} == {"download kernel", "unpack kernel"}
     assert seen[0].total == 12
     apt.install(cache=1, get=1)
     assert await store.ensure_debian() == kernel
-    assert [path.name for path in store.root.iterdir()] == [kernel.key]
+    assert [path.name for path in store.content.root.iterdir()] == [kernel.key]
 
 
 @pytest.mark.parametrize("broken", ["lists", "download", "no dependency"])
-async def test_apt_failures_say_what_to_do(store: KernelStore, apt: FakeApt, broken: str) -> None:
-    """Without package lists, or with old ones, the error says to run apt-get update; nothing is left behind."""
+async def test_apt_failures_have_a_hint(store: KernelStore, apt: FakeApt, broken: str) -> None:
+    """Without package lists, or with old ones, the error says to run apt-get update; nothing is
+    left.
+    """
     if broken == "no dependency":
         apt.install(depends="kmod, linux-base")
     else:
@@ -248,13 +260,13 @@ async def test_apt_failures_say_what_to_do(store: KernelStore, apt: FakeApt, bro
     with pytest.raises(HostCannot) as caught:
         await store.ensure_debian()
     assert "apt-get update" in (caught.value.hint or "")
-    assert list(store.root.iterdir()) == []
+    assert list(store.content.root.iterdir()) == []
 
 
 async def test_without_apt_a_kernel_can_be_added(
     store: KernelStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On another distribution the error names the missing tool and the way around it."""
+    """On another distribution the error names the missing tool and an alternative."""
     monkeypatch.setitem(debian._ENVIRONMENT, "PATH", str(tmp_path))
     with pytest.raises(MissingTool, match="apt-cache"):
         await store.ensure_debian()
@@ -269,22 +281,24 @@ async def test_cancelling_a_download_leaves_nothing(store: KernelStore, apt: Fak
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert list(store.root.iterdir()) == []
+    assert list(store.content.root.iterdir()) == []
 
 
 async def test_cancelling_the_last_step_waits_for_it(
     store: KernelStore, apt: FakeApt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread cannot be cancelled: a directory that is removed under it could get its name with half of its modules gone."""
+    """A directory must not be removed while a thread works in it: it could get its final name with
+    half of its modules gone.
+    """
     started, proceed = threading.Event(), threading.Event()
-    freeze = kernel_store._freeze
+    freeze = content_store._freeze
 
     def slow(directory: Path) -> None:
         started.set()
         proceed.wait(30)
         freeze(directory)
 
-    monkeypatch.setattr(kernel_store, "_freeze", slow)
+    monkeypatch.setattr(content_store, "_freeze", slow)
     task = asyncio.create_task(store.ensure_debian())
     assert await asyncio.to_thread(started.wait, 30)
     task.cancel()
@@ -295,13 +309,13 @@ async def test_cancelling_the_last_step_waits_for_it(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not ended
-    (kernel,) = store.kernels()
-    assert ModuleTree(kernel.modules).files
-    assert [path.name for path in store.root.iterdir()] == [kernel.key]
+    assert list(store.content.root.iterdir()) == []
 
 
-def test_stanza_is_the_first_one() -> None:
-    """Of several versions the first, which apt would install, is read; long descriptions do not confuse it."""
+def test_the_first_stanza_is_read() -> None:
+    """Of several versions the first one is read, which apt would install; long descriptions do not
+    confuse the parser.
+    """
     text = "Package: a\nDescription: short\n Depends: not a field\nSize: 1\n\nPackage: b\nSize: 2\n"
     assert debian.parse_stanza(text) == {"Package": "a", "Description": "short", "Size": "1"}
 
@@ -317,5 +331,5 @@ def test_stanza_is_the_first_one() -> None:
     ],
 )
 def test_the_image_package_is_found_among_dependencies(depends: str, expected: str | None) -> None:
-    """Only a versioned kernel image counts: its name becomes a path and an argument."""
+    """Only a versioned kernel image counts, because its name becomes a path and an argument."""
     assert debian.image_package(depends) == expected

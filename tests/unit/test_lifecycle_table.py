@@ -1,4 +1,4 @@
-"""The transition table: every operation in every state."""
+"""The transition table covers every operation in every state."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from coppice.errors import IllegalTransition, InUse
-from coppice.lifecycle import Operation, legal_states, require
 from coppice.model import MachineSpec, State, VolumeDisk
+from coppice.model.lifecycle import Operation, legal_states, require
 from fakes.records import make_instance
 
-# Written out a second time, by hand: the design's words, not the code's table.
+# Written a second time by hand, from the design, not from the code's table.
 ALLOWED: dict[Operation, dict[State, State]] = {
     Operation.START: {State.STOPPED: State.RUNNING, State.RUNNING: State.RUNNING},
     Operation.STOP: {
@@ -47,19 +47,23 @@ ALLOWED: dict[Operation, dict[State, State]] = {
         State.STANDBY: State.STANDBY,
         State.STOPPED: State.STANDBY,
     },
+    Operation.EGRESS: {state: state for state in State},
+    Operation.UPDATE: {state: state for state in State},
     Operation.REMOVE: {state: state for state in State},
 }
 EVERY_PAIR = [(operation, state) for operation in Operation for state in State]
 
 
 def test_every_operation_has_its_row() -> None:
-    """An operation that is added without a decision for each state is seen here."""
+    """An operation that is added without a decision for each state fails here."""
     assert set(ALLOWED) == set(Operation)
 
 
 @pytest.mark.parametrize(("operation", "state"), EVERY_PAIR)
 def test_each_pair_is_decided(operation: Operation, state: State) -> None:
-    """Legal pairs lead to the state of the design; all others are refused with a cure, naming the instance and its state."""
+    """A legal pair leads to the design's state; any other pair is refused with a remedy, and the
+    error names the instance and its state.
+    """
     instance = make_instance("oak", state)
     target = ALLOWED[operation].get(state)
     assert (state in legal_states(operation)) == (target is not None)
@@ -74,14 +78,17 @@ def test_each_pair_is_decided(operation: Operation, state: State) -> None:
 
 
 def test_a_template_is_only_forked_kept_demoted_or_removed() -> None:
-    """A template never runs: a second VM on its mem-file's own disk would break every fork to come."""
+    """A template never runs: a second VM on the disk of its mem-file would break every later fork."""
     legal = {operation for operation in Operation if State.TEMPLATE in legal_states(operation)}
-    assert legal == {Operation.PROMOTE, Operation.DEMOTE, Operation.FORK, Operation.SNAPSHOT, Operation.REMOVE}
+    kept = {Operation.PROMOTE, Operation.DEMOTE, Operation.SNAPSHOT, Operation.EGRESS, Operation.UPDATE}
+    assert legal == {Operation.FORK, Operation.REMOVE, *kept}
 
 
 @pytest.mark.parametrize(("operation", "state"), EVERY_PAIR)
 def test_a_writer_of_a_volume_is_never_multiplied(operation: Operation, state: State) -> None:
-    """What leads to a second machine with its disks is possible in no state; all else is as without a volume, and so is all for a reader."""
+    """An operation that would give a second machine the same writable disks is refused in every
+    state. Other operations, and machines that only read volumes, are not affected.
+    """
     disk = VolumeDisk(volume_id="v" * 24, volume_name="data", size_bytes=1, mount_path="/data", readonly=False)
     writer = make_instance(state=state, machine=MachineSpec(volumes=(disk,)))
     multiplies = {Operation.FORK, Operation.FORK_RUNNING, Operation.PROMOTE, Operation.SNAPSHOT}

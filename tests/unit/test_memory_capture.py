@@ -1,4 +1,6 @@
-"""Capture of a private mapping: all that the guest wrote, in a new file, and the base untouched."""
+"""Capture of a private mapping: a new file has all pages that the guest wrote, and the base is
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from coppice.disk.extents import data_ranges
 from coppice.errors import IntegrityError, VmmDied
+from coppice.linux.extents import data_ranges
+from coppice.linux.maps import identify, private_parts, read_text, spans_of
 from coppice.memory import capture
-from coppice.memory.capture import PrivateCapture, capture_private, guest_ram
-from coppice.memory.maps import identify
+from coppice.memory.capture import PrivateCapture, guest_ram
 from coppice.memory.memfile import check, freeze
 from coppice.model import MIB, MemFile, Sharing
 from mapping_process import MappingProcess
+from memory_helpers import capture_private
 
 PAGE = 4096
 SIZE = 24 * MIB
@@ -24,7 +27,7 @@ SIZE = 24 * MIB
 
 @pytest.fixture(autouse=True, params=[256 * MIB, 7 * MIB + PAGE, PAGE], ids=["in memory", "in both", "in a file"])
 def staged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where private pages are put aside: all in memory, what is more than that in a file, or nearly all in a file."""
+    """Stage private pages in memory, partly in a file, or almost all in a file."""
     monkeypatch.setattr(capture, "_IN_MEMORY_BYTES", request.param)
 
 
@@ -49,8 +52,10 @@ def fingerprint(path: Path) -> tuple[int, int, str]:
     return path.stat().st_ino, path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_capture_is_base_plus_what_was_written(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """Scattered pages, a range longer than a batch, and more ranges than one call reads: all are in the new file."""
+def test_a_capture_is_the_base_plus_the_written_pages(base: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """The new file has scattered pages, a range longer than a batch, and more ranges than one call
+    reads.
+    """
     path, mem = base
     before = fingerprint(path)
     expected = bytearray(path.read_bytes())
@@ -65,6 +70,7 @@ def test_capture_is_base_plus_what_was_written(base: tuple[Path, MemFile], tmp_p
     assert (tmp_path / "memory").read_bytes() == expected
     assert stats.dirty_bytes == 1300 * PAGE + 9 * MIB
     assert stats.zero_bytes == 0
+    assert stats.base is not None
     assert stats.written_bytes == stats.base.bytes_written + stats.dirty_bytes
     assert captured.sharing is Sharing.OWN
     check(tmp_path / "memory", captured)
@@ -91,8 +97,8 @@ def test_zeroed_pages_become_holes(base: tuple[Path, MemFile], tmp_path: Path) -
     assert contents[5 * MIB : 6 * MIB] == path.read_bytes()[5 * MIB : 6 * MIB]
 
 
-def test_untouched_guest_gives_an_equal_file(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """No private page: the capture equals the base, and is still a new file."""
+def test_an_untouched_guest_gives_an_equal_file(base: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """Without private pages the capture equals the base, but is still a new file."""
     path, mem = base
     with MappingProcess(path) as guest:
         guest.touch()
@@ -103,7 +109,7 @@ def test_untouched_guest_gives_an_equal_file(base: tuple[Path, MemFile], tmp_pat
 
 
 def test_capture_of_a_capture_keeps_both_generations(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """A fork of a fork has what its parent wrote and what it wrote itself; the parent's file stays as it was."""
+    """A fork of a fork has its parent's writes and its own; the parent's file is unchanged."""
     path, mem = base
     with MappingProcess(path) as parent:
         parent.write((3 * PAGE, b"first"))
@@ -118,8 +124,8 @@ def test_capture_of_a_capture_keeps_both_generations(base: tuple[Path, MemFile],
     assert fingerprint(tmp_path / "second") == before
 
 
-def test_collect_is_the_instant(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """What is written before the pause is in, what is written after it is not, and a repeated collect starts over."""
+def test_collect_defines_the_captured_instant(base: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """Writes before the pause are captured and later ones are not; a repeated collect starts over."""
     path, mem = base
     with MappingProcess(path) as guest, PrivateCapture(path, mem, tmp_path / "memory") as work:
         guest.write((0, b"early"))
@@ -129,7 +135,7 @@ def test_collect_is_the_instant(base: tuple[Path, MemFile], tmp_path: Path) -> N
         guest.write((PAGE, b"new"), (2 * PAGE, b"new"))
         assert work.collect(guest.pid) == 3 * PAGE
         guest.write((PAGE, b"too late"))
-        _, stats = work.finish()
+        stats = work.finish().stats
     contents = (tmp_path / "memory").read_bytes()
     assert [contents[page * PAGE : page * PAGE + 3] for page in range(3)] == [b"ear", b"new", b"new"]
     assert stats.dirty_bytes == 3 * PAGE
@@ -137,7 +143,9 @@ def test_collect_is_the_instant(base: tuple[Path, MemFile], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["shared", "copy"])
 def test_other_mappings_are_not_captured_as_empty(base: tuple[Path, MemFile], tmp_path: Path, kind: str) -> None:
-    """A VMM that maps its file shared, or copied it, has no private pages: an error, not a capture without them."""
+    """A VMM that mapped its file shared, or copied it, has no private pages: the capture is an
+    error, not a file without them.
+    """
     path, mem = base
     with (
         MappingProcess(path, "shared" if kind == "shared" else "copy") as guest,
@@ -147,17 +155,18 @@ def test_other_mappings_are_not_captured_as_empty(base: tuple[Path, MemFile], tm
     assert leftovers(tmp_path) == []
 
 
-def test_mapping_of_a_part_is_refused(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """A process that maps only a part of the mem-file cannot be captured by its pages."""
+def test_a_mapping_of_a_part_is_refused(base: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """A process that maps only a part of the mem-file cannot be captured by its private pages."""
     path, _ = base
     with MappingProcess(path) as guest:
-        (vma,) = guest_ram(guest.pid, identify(path), SIZE)
+        parts = private_parts(read_text(guest.pid, "maps"), [identify(path)])
+        (vma,) = guest_ram(guest.pid, spans_of(parts, lambda part: part.offset), SIZE)
         with pytest.raises(IntegrityError, match=f"{vma.length} of {SIZE * 2}"):
-            guest_ram(guest.pid, vma.file, SIZE * 2)
+            guest_ram(guest.pid, [vma], SIZE * 2)
 
 
-def test_changed_base_is_noticed_before_anything_is_made(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """A base that is not what was captured makes no capture."""
+def test_a_changed_base_is_detected_before_the_capture(base: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """A base that differs from its record makes no capture."""
     path, mem = base
     path.chmod(0o644)
     with PrivateCapture(path, mem, tmp_path / "memory") as work, pytest.raises(IntegrityError, match="mode"):
@@ -165,8 +174,8 @@ def test_changed_base_is_noticed_before_anything_is_made(base: tuple[Path, MemFi
     assert leftovers(tmp_path) == []
 
 
-def test_guest_that_dies_leaves_nothing(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """A VMM that ends in the middle is VmmDied, and nothing appears under the final name."""
+def test_a_dying_guest_leaves_nothing(base: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """A VMM that ends during a capture raises VmmDied, and nothing appears under the final name."""
     path, mem = base
     with PrivateCapture(path, mem, tmp_path / "memory") as work:
         with MappingProcess(path) as guest:
@@ -177,7 +186,7 @@ def test_guest_that_dies_leaves_nothing(base: tuple[Path, MemFile], tmp_path: Pa
 
 
 def test_abort_is_idempotent(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """Aborting at any step, and again, removes everything temporary and nothing finished."""
+    """An abort at any step, even repeated, removes all temporary files and no finished one."""
     path, mem = base
     work = PrivateCapture(path, mem, tmp_path / "memory")
     work.abort()
@@ -195,7 +204,7 @@ def test_abort_is_idempotent(base: tuple[Path, MemFile], tmp_path: Path) -> None
 
 
 def test_steps_out_of_order_are_a_bug(base: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """Collecting or finishing what was not prepared is a programming error, and is told."""
+    """Collecting or finishing without preparation is a programming error, and raises."""
     path, mem = base
     work = PrivateCapture(path, mem, tmp_path / "memory")
     with pytest.raises(RuntimeError):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coppice.errors import HostCannot, IntegrityError, VmmDied
-from coppice.memory.maps import (
+from coppice.linux.maps import (
     FileIdentity,
     Vma,
     VmaUsage,
@@ -68,20 +68,24 @@ def block(usage: VmaUsage, name: str) -> str:
 
 
 @given(st.lists(st.tuples(VMAS, NAMES)))
-def test_maps_round_trip(vmas: list[tuple[Vma, str]]) -> None:
-    """Every mapping line is read back exactly, whatever its file is called."""
+def test_maps_are_parsed_exactly(vmas: list[tuple[Vma, str]]) -> None:
+    """Every mapping line is parsed exactly, whatever its file's name."""
     assert parse_maps("".join(header(*vma) for vma in vmas).encode()) == [vma for vma, _ in vmas]
 
 
 @given(st.lists(st.tuples(USAGES, NAMES)))
-def test_smaps_round_trip(usages: list[tuple[VmaUsage, str]]) -> None:
-    """Every block is read back exactly: no field is taken from a neighbour, a file name or a longer field name."""
+def test_smaps_are_parsed_exactly(usages: list[tuple[VmaUsage, str]]) -> None:
+    """Every block is parsed exactly: no field comes from a neighbour, a file name or a longer field
+    name.
+    """
     assert parse_smaps("".join(block(*usage) for usage in usages).encode()) == [usage for usage, _ in usages]
 
 
 @given(st.lists(st.tuples(USAGES, NAMES)))
-def test_a_part_of_smaps_is_that_of_the_whole(usages: list[tuple[VmaUsage, str]]) -> None:
-    """What is read of one file, or summed up over all, is what reading every block gives."""
+def test_a_partial_read_of_smaps_equals_the_full_one(usages: list[tuple[VmaUsage, str]]) -> None:
+    """Reading one file's mappings, or the sums over all, gives the same numbers as reading every
+    block.
+    """
     text = "".join(block(*usage) for usage in usages).encode()
     maps = "".join(header(usage.vma, name) for usage, name in usages).encode()
     for file in {usage.vma.file for usage, _ in usages}:
@@ -91,8 +95,8 @@ def test_a_part_of_smaps_is_that_of_the_whole(usages: list[tuple[VmaUsage, str]]
 
 
 @given(st.binary())
-def test_parsers_pass_over_garbage(text: bytes) -> None:
-    """Lines of a future kernel do not raise."""
+def test_parsers_skip_garbage(text: bytes) -> None:
+    """Unknown lines of a future kernel do not raise."""
     parse_maps(text)
     parse_smaps(text)
     smaps_of(text, FileIdentity("fe:00", 12))
@@ -106,8 +110,10 @@ def test_maps_and_smaps_agree_on_a_real_process(tmp_path: Path) -> None:
         assert [usage.vma for usage in parse_smaps(read_text(process.pid, "smaps"))] == read_maps(process.pid)
 
 
-def test_identity_is_what_another_process_shows(tmp_path: Path) -> None:
-    """A file is recognised in another process, and a file of the same contents is not."""
+def test_a_file_is_identified_in_another_process(tmp_path: Path) -> None:
+    """A file is recognised in another process's mappings, and another file with the same contents
+    is not.
+    """
     for name in ("ram", "other"):
         (tmp_path / name).write_bytes(b"r" * 8192)
     with MappingProcess(tmp_path / "ram") as process:
@@ -116,15 +122,17 @@ def test_identity_is_what_another_process_shows(tmp_path: Path) -> None:
         assert not [vma for vma in read_maps(process.pid) if vma.file == identify(tmp_path / "other")]
 
 
-def test_the_likely_identity_is_the_true_one_here(tmp_path: Path) -> None:
-    """On an ordinary file system the kernel names a mapping's device as stat(2) does, written the same way."""
+def test_the_likely_identity_is_correct_on_ordinary_file_systems(tmp_path: Path) -> None:
+    """On an ordinary file system the kernel shows a mapping's device as stat(2) does, in the same
+    notation.
+    """
     path = tmp_path / "ram"
     path.write_bytes(bytes(4096))
     assert likely_identity(path.stat()) == identify(path)
 
 
-def test_identity_of_what_cannot_be_mapped(tmp_path: Path) -> None:
-    """A missing file, an empty one and a symbolic link are told apart."""
+def test_paths_that_cannot_be_mapped_have_no_identity(tmp_path: Path) -> None:
+    """A missing file, an empty file and a symbolic link are refused."""
     (tmp_path / "empty").touch()
     (tmp_path / "link").symlink_to("empty")
     for name, error in (("missing", IntegrityError), ("empty", HostCannot), ("link", HostCannot)):
@@ -132,8 +140,8 @@ def test_identity_of_what_cannot_be_mapped(tmp_path: Path) -> None:
             identify(tmp_path / name)
 
 
-def test_ended_process_is_told() -> None:
-    """A process that is gone, or ended but not yet reaped, is VmmDied."""
+def test_an_ended_process_is_reported() -> None:
+    """A process that has ended, even if it is not reaped yet, raises VmmDied."""
     process = subprocess.Popen((sys.executable, "-I", "-S", "-c", ""))
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, still a zombie
     with pytest.raises(VmmDied):
@@ -143,8 +151,8 @@ def test_ended_process_is_told() -> None:
         read_maps(process.pid)
 
 
-def test_missing_permission_has_a_cure() -> None:
-    """Where the kernel forbids the look, the hint names the setting."""
+def test_a_missing_permission_has_a_hint() -> None:
+    """If the kernel denies access, the hint names the setting."""
     error = process_error(1, "read it", PermissionError(1, "Operation not permitted"))
     assert isinstance(error, HostCannot)
     assert "ptrace_scope" in str(error)

@@ -1,4 +1,4 @@
-"""The mem-file's life: frozen once, linked, checked before use, hashed, never changed."""
+"""The mem-file is frozen once, linked, checked before use, hashed, and never changed."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def frozen(tmp_path: Path) -> tuple[Path, MemFile]:
     return path, freeze(ram_file(tmp_path / "live"), path)
 
 
-def test_frozen_file_is_the_live_one_made_immutable(tmp_path: Path) -> None:
-    """Freezing moves the inode to its final name with mode 0444, and what is returned passes the check."""
+def test_a_frozen_file_is_the_live_one_made_immutable(tmp_path: Path) -> None:
+    """Freezing moves the inode to its final name with mode 0444, and the returned record passes the
+    check.
+    """
     live = ram_file(tmp_path / "live")
     inode, contents = live.stat().st_ino, live.read_bytes()
     mem = freeze(live, tmp_path / "memory")
@@ -47,8 +49,8 @@ def test_frozen_file_is_the_live_one_made_immutable(tmp_path: Path) -> None:
     check(tmp_path / "memory", mem)
 
 
-def test_freeze_makes_a_new_file_where_an_old_one_was(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """A second capture replaces the name, not the inode: whoever linked the first keeps it unchanged."""
+def test_a_second_freeze_replaces_the_name(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """A second capture replaces the name, not the inode: links to the first file keep its contents."""
     path, first = frozen
     _, _ = link(path, tmp_path / "fork", first)
     before = (tmp_path / "fork").read_bytes()
@@ -57,7 +59,7 @@ def test_freeze_makes_a_new_file_where_an_old_one_was(frozen: tuple[Path, MemFil
     assert (tmp_path / "fork").read_bytes() == before
 
 
-def test_data_is_safe_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If syncing fails, the final name does not exist."""
 
     def broken(_: int) -> None:
@@ -70,14 +72,14 @@ def test_data_is_safe_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "memory").exists()
 
 
-def test_nothing_to_freeze(tmp_path: Path) -> None:
-    """A missing image is an integrity error."""
+def test_freezing_a_missing_image_is_an_error(tmp_path: Path) -> None:
+    """A missing image raises an integrity error."""
     with pytest.raises(IntegrityError):
         freeze(tmp_path / "live", tmp_path / "memory")
 
 
-def test_link_is_own_and_free(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """A fork's link has the source's inode and hash, costs nothing, and outlives the source."""
+def test_a_link_costs_nothing_and_outlives_its_source(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """A fork's link has the source's inode and hash, takes no space, and outlives the source."""
     path, mem = frozen
     mem = msgspec.structs.replace(mem, sha256="ab" * 32)
     own, written = link(path, tmp_path / "fork", mem)
@@ -87,16 +89,16 @@ def test_link_is_own_and_free(frozen: tuple[Path, MemFile], tmp_path: Path) -> N
     check(tmp_path / "fork", own)
 
 
-def test_link_without_a_record(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """A file that nobody recorded can be linked; there is just nothing to compare it with."""
+def test_a_file_without_a_record_can_be_linked(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """Without a record the link has nothing to be compared with."""
     own, _ = link(frozen[0], tmp_path / "fork", None)
     assert (own.inode, own.sha256) == (frozen[1].inode, None)
 
 
-def test_link_that_cannot_be_is_a_copy(
+def test_an_impossible_link_becomes_a_copy(
     frozen: tuple[Path, MemFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy is told with reason and bytes, has its own inode, and passes its own check."""
+    """The copy is reported with its reason and bytes, has its own inode, and passes its own check."""
 
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
@@ -109,8 +111,10 @@ def test_link_that_cannot_be_is_a_copy(
     check(tmp_path / "fork", own)
 
 
-def test_link_refuses_what_was_not_captured(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """A source that differs from its record is not linked, and an existing destination not replaced."""
+def test_a_link_to_a_changed_source_is_refused(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """A source that differs from its record is not linked, and an existing destination is not
+    replaced.
+    """
     path, mem = frozen
     with pytest.raises(IntegrityError, match="size"):
         link(path, tmp_path / "fork", msgspec.structs.replace(mem, size_bytes=1))
@@ -148,7 +152,9 @@ def _alias(path: Path) -> None:
     ],
 )
 def test_check_names_the_difference(frozen: tuple[Path, MemFile], damage: Callable[[Path], None], word: str) -> None:
-    """Each way a mem-file can be spoilt is refused with its own word, before a VMM maps it and takes a SIGBUS."""
+    """Each kind of damage is refused with its own message, before a VMM maps the file and gets a
+    SIGBUS.
+    """
     path, mem = frozen
     check(path, mem)
     damage(path)
@@ -160,8 +166,8 @@ def test_check_names_the_difference(frozen: tuple[Path, MemFile], damage: Callab
     pieces=st.lists(st.tuples(st.integers(0, 5 * MIB), st.binary(min_size=1, max_size=300)), max_size=6),
     size=st.integers(0, 5 * MIB),
 )
-def test_hash_is_that_of_all_bytes(pieces: list[tuple[int, bytes]], size: int) -> None:
-    """Wherever the holes are, the hash is what a plain read gives."""
+def test_the_hash_covers_all_bytes(pieces: list[tuple[int, bytes]], size: int) -> None:
+    """The hash equals that of a plain read, wherever the holes are."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "memory"
         with path.open("wb") as file:
@@ -172,8 +178,8 @@ def test_hash_is_that_of_all_bytes(pieces: list[tuple[int, bytes]], size: int) -
         assert memfile.sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_hash_sees_one_flipped_byte(frozen: tuple[Path, MemFile]) -> None:
-    """Damage that size and inode do not show changes the hash."""
+def test_one_flipped_byte_changes_the_hash(frozen: tuple[Path, MemFile]) -> None:
+    """The hash detects damage that does not change the size or the inode."""
     path, _ = frozen
     before = memfile.sha256(path)
     path.chmod(0o644)
@@ -183,8 +189,8 @@ def test_hash_sees_one_flipped_byte(frozen: tuple[Path, MemFile]) -> None:
     assert memfile.sha256(path) != before
 
 
-def test_hash_tells_progress_and_can_be_cancelled(frozen: tuple[Path, MemFile]) -> None:
-    """The last step is the whole; a cancelled hash is None, not a wrong value."""
+def test_a_hash_reports_progress_and_can_be_cancelled(frozen: tuple[Path, MemFile]) -> None:
+    """The last progress step is the whole file; a cancelled hash is None, not a wrong value."""
     steps: list[Progress] = []
     assert memfile.sha256(frozen[0], progress=steps.append) is not None
     assert (steps[-1].done, steps[-1].total, steps[-1].unit) == (3 * MIB, 3 * MIB, "bytes")
@@ -192,14 +198,16 @@ def test_hash_tells_progress_and_can_be_cancelled(frozen: tuple[Path, MemFile]) 
     assert memfile.sha256(frozen[0], cancelled=lambda: next(answers)) is None
 
 
-def test_hash_of_a_missing_file(tmp_path: Path) -> None:
-    """A missing file has no hash."""
+def test_a_missing_file_has_no_hash(tmp_path: Path) -> None:
+    """The hash of a missing file is None."""
     with pytest.raises(IntegrityError):
         memfile.sha256(tmp_path / "memory")
 
 
-def test_private_copy_shares_nothing(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """The naive baseline really is a copy: own inode, equal bytes, its bytes counted, holes kept."""
+def test_a_private_copy_shares_nothing(frozen: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """The naive baseline is a real copy: a new inode, equal bytes, a count of its bytes, and the
+    same holes.
+    """
     path, mem = frozen
     own, written = copy_private(path, tmp_path / "copy", reason="asked for")
     assert (own.sharing, own.reason, own.size_bytes) == (Sharing.COPY, "asked for", mem.size_bytes)

@@ -1,4 +1,4 @@
-"""Finding private pages: two ways through the kernel, one answer."""
+"""Private pages are found in two ways, with the same result."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coppice.errors import VmmDied
-from coppice.memory import pagemap
-from coppice.memory.maps import FileIdentity, Vma, identify, read_maps, read_text, smaps_of
-from coppice.memory.pagemap import Method, PrivateRange, merge, private_ranges, private_runs, usages
+from coppice.linux import pagemap
+from coppice.linux.maps import FileIdentity, Vma, identify, read_maps, read_text, smaps_of
+from coppice.linux.pagemap import Method, PrivateRange, merge, private_ranges, private_runs, usages
 from mapping_process import MappingProcess
 
 PAGE = 4096
@@ -46,7 +46,7 @@ def pages_of(ranges: list[PrivateRange]) -> set[int]:
 @settings(max_examples=20, deadline=None)
 @given(writes=st.lists(st.tuples(st.integers(0, PAGES - 1), st.integers(1, 40)), max_size=30))
 def test_both_methods_find_exactly_the_written_pages(ram: Path, writes: list[tuple[int, int]]) -> None:
-    """On a real process: the pages it wrote, all of them and no other, by either method."""
+    """On a real process each method finds exactly the written pages."""
     written: set[int] = set()
     with MappingProcess(ram) as process:
         for page, wanted in writes:
@@ -67,7 +67,9 @@ def test_both_methods_find_exactly_the_written_pages(ram: Path, writes: list[tup
 
 @pytest.mark.parametrize("method", ["pagemap_scan", "pagemap"])
 def test_read_pages_are_not_private(process: MappingProcess, ram: Path, method: Method) -> None:
-    """Pages that were only read still belong to the file, and the addresses lead to the written ones."""
+    """Pages that were only read still belong to the file; the offsets are those of the written
+    pages.
+    """
     process.touch()
     process.write((5 * PAGE + 17, b"x"))
     (vma,) = ram_vmas(process, ram)
@@ -76,10 +78,10 @@ def test_read_pages_are_not_private(process: MappingProcess, ram: Path, method: 
 
 
 @pytest.mark.parametrize("method", ["pagemap_scan", "pagemap"])
-def test_answers_in_many_parts_are_joined(
+def test_results_in_several_parts_are_joined(
     process: MappingProcess, ram: Path, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full result vector and the end of a read are not the end of the scan, and do not cut a range in two."""
+    """A full result vector or the end of a read does not end the scan or split a range."""
     monkeypatch.setattr(pagemap, "_REGIONS", 3)
     monkeypatch.setattr(pagemap, "_READ_BYTES", 8 * 7)
     process.write(*((page * PAGE, b"w") for page in range(0, 100, 2)))
@@ -90,15 +92,19 @@ def test_answers_in_many_parts_are_joined(
 
 
 @pytest.mark.parametrize("count", [511, 512, 513, 600, 1024, 1400])
-def test_no_range_is_told_twice(process: MappingProcess, ram: Path, count: int) -> None:
-    """More regions than the kernel buffers at once, but fewer than asked for: its `walk_end` is wrong then."""
+def test_no_range_is_reported_twice(process: MappingProcess, ram: Path, count: int) -> None:
+    """The kernel's `walk_end` is wrong for more regions than its buffer holds but fewer than
+    requested.
+    """
     process.write(*((page * 2 * PAGE, b"w") for page in range(count)))
     ranges, _ = private_ranges(process.pid, ram_vmas(process, ram), method="pagemap_scan")
     assert [found.offset // PAGE for found in ranges] == [page * 2 for page in range(count)]
 
 
-def test_old_kernel_falls_back(process: MappingProcess, ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that does not know the ioctl is served by the page map."""
+def test_an_old_kernel_falls_back_to_the_page_map(
+    process: MappingProcess, ram: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel without the ioctl is served through the page map."""
     monkeypatch.setattr(pagemap, "PAGEMAP_SCAN", 0xC0606611)
     process.write((0, b"w"))
     ranges, method = private_ranges(process.pid, ram_vmas(process, ram))
@@ -106,8 +112,8 @@ def test_old_kernel_falls_back(process: MappingProcess, ram: Path, monkeypatch: 
     assert usages(process.pid, ram_vmas(process, ram)) is None
 
 
-def test_mapping_in_two_pieces_keeps_file_offsets(process: MappingProcess, ram: Path) -> None:
-    """The offsets are those of the file, also in a mapping that does not begin at the file's start."""
+def test_a_mapping_in_two_pieces_keeps_file_offsets(process: MappingProcess, ram: Path) -> None:
+    """The offsets are the file's, even in a mapping that does not begin at the file's start."""
     process.write((10 * PAGE, b"w"), (2000 * PAGE, b"w"))
     (vma,) = ram_vmas(process, ram)
     middle = vma.start + 1000 * PAGE
@@ -115,16 +121,16 @@ def test_mapping_in_two_pieces_keeps_file_offsets(process: MappingProcess, ram: 
     assert private_ranges(process.pid, halves) == private_ranges(process.pid, [vma])
 
 
-def test_ended_process_is_told(ram: Path) -> None:
-    """A process that is gone has no page map, and no pages are invented for it."""
+def test_an_ended_process_is_reported(ram: Path) -> None:
+    """A process that has ended raises VmmDied instead of reporting no private pages."""
     with MappingProcess(ram) as process:
         vmas = ram_vmas(process, ram)
     with pytest.raises(VmmDied):
         private_ranges(process.pid, vmas)
 
 
-def test_mapping_that_is_not_there_has_no_private_pages(process: MappingProcess) -> None:
-    """A hole in the address space counts as nothing, by both methods."""
+def test_a_missing_mapping_has_no_private_pages(process: MappingProcess) -> None:
+    """Both methods find no pages in a hole of the address space."""
     nowhere = Vma(4096, 4096 * 16, "rw-p", 0, FileIdentity("00:00", 0))
     for method in ("pagemap_scan", "pagemap"):
         assert private_ranges(process.pid, [nowhere], method=method)[0] == []
@@ -132,7 +138,9 @@ def test_mapping_that_is_not_there_has_no_private_pages(process: MappingProcess)
 
 @given(st.lists(st.integers(0, 2**64 - 1)))
 def test_private_runs_agree_with_the_definition(entries: list[int]) -> None:
-    """Private is: present or swapped, and not of a file. Runs are maximal and in order."""
+    """A page is private if it is present or swapped and does not belong to a file. Runs are maximal
+    and in order.
+    """
     raw = b"".join(entry.to_bytes(8, "little") for entry in entries)
     expected = [bool(entry >> 62) and not entry >> 61 & 1 for entry in entries]
     found = [False] * len(entries)
@@ -145,7 +153,7 @@ def test_private_runs_agree_with_the_definition(entries: list[int]) -> None:
 
 
 @given(st.lists(st.integers(1, 5), max_size=40), st.lists(st.integers(0, 2), min_size=40, max_size=40))
-def test_merge_joins_what_touches_and_nothing_else(lengths: list[int], gaps: list[int]) -> None:
+def test_merge_joins_only_adjacent_runs(lengths: list[int], gaps: list[int]) -> None:
     """Merging keeps the covered set, and no two runs of the result touch."""
     runs, position = [], 0
     for length, gap in zip(lengths, gaps, strict=False):

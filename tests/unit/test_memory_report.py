@@ -1,4 +1,6 @@
-"""What a guest's memory costs, measured on real processes, and the driver that silently copied."""
+"""The memory cost of a guest, measured on real processes, and the detection of a driver that
+silently copied.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,22 @@ import msgspec
 import pytest
 
 from coppice.errors import IntegrityError, VmmDied
-from coppice.memory import pagemap
-from coppice.memory.maps import FileIdentity, Vma, VmaUsage
+from coppice.linux import pagemap
+from coppice.linux.maps import FileIdentity, Vma, VmaUsage
 from coppice.memory.memfile import freeze, link
-from coppice.memory.report import Backing, classify, mapping_is_shared, memory_report
+from coppice.memory.report import Backing, classify, memory_report
 from coppice.model import MIB, MemFile, Sharing
 from mapping_process import MappingProcess
+from memory_helpers import mapping_is_shared
 
 SIZE = 16 * MIB
 
 
 @pytest.fixture(autouse=True, params=["of 6.7", "older"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each report is the same on a kernel without PAGEMAP_SCAN: it is read from smaps then."""
+    """Run each test with and without PAGEMAP_SCAN: without it the report is read from smaps and
+    must be the same.
+    """
     if request.param == "older":
         monkeypatch.setattr(pagemap, "PAGEMAP_SCAN", 0xC0606611)
 
@@ -37,8 +42,10 @@ def fork(tmp_path: Path) -> tuple[Path, MemFile]:
     return tmp_path / "fork", own
 
 
-def test_unique_is_what_was_written(fork: tuple[Path, MemFile]) -> None:
-    """Read pages are shared even if nobody else maps them, written pages are unique, the rest costs nothing."""
+def test_written_pages_are_unique(fork: tuple[Path, MemFile]) -> None:
+    """Read pages count as shared even if no other process maps them, written pages are unique, and
+    untouched pages cost nothing.
+    """
     path, mem = fork
     with MappingProcess(path) as vmm:
         fresh = memory_report(vmm.pid, mem, path)
@@ -52,8 +59,8 @@ def test_unique_is_what_was_written(fork: tuple[Path, MemFile]) -> None:
     assert (report.inode, report.link_count, report.sharing) == (mem.inode, 2, Sharing.HARDLINK)
 
 
-def test_overhead_is_the_rest_of_the_process(fork: tuple[Path, MemFile]) -> None:
-    """The VMM's own private memory is counted, guest RAM is not in it."""
+def test_the_overhead_excludes_guest_ram(fork: tuple[Path, MemFile]) -> None:
+    """The VMM's own private memory is counted without guest RAM."""
     path, mem = fork
     with MappingProcess(path) as vmm:
         before = memory_report(vmm.pid, mem, path).vmm_overhead_bytes
@@ -63,8 +70,10 @@ def test_overhead_is_the_rest_of_the_process(fork: tuple[Path, MemFile]) -> None
     assert abs(after - before) < 2 * MIB
 
 
-def test_first_boot_owns_its_file(tmp_path: Path) -> None:
-    """Guest RAM that is the instance's own file, mapped shared: unique is what the file has allocated."""
+def test_a_first_boot_owns_its_file(tmp_path: Path) -> None:
+    """If guest RAM is the instance's own file, mapped shared, the unique bytes are the file's
+    allocated bytes.
+    """
     path = tmp_path / "memory"
     with path.open("wb") as file:
         file.truncate(SIZE)
@@ -77,8 +86,10 @@ def test_first_boot_owns_its_file(tmp_path: Path) -> None:
     assert report.sharing is Sharing.OWN
 
 
-def test_silent_copy_is_seen(fork: tuple[Path, MemFile]) -> None:
-    """A driver that claims to share and copied: the report says copy, and counts every byte as unique."""
+def test_a_silent_copy_is_detected(fork: tuple[Path, MemFile]) -> None:
+    """For a driver that claims to share but copied, the report says copy and counts every byte as
+    unique.
+    """
     path, mem = fork
     with MappingProcess(path, "copy") as vmm:
         assert not mapping_is_shared(vmm.pid, path, mem)
@@ -88,8 +99,10 @@ def test_silent_copy_is_seen(fork: tuple[Path, MemFile]) -> None:
     assert report.shared_bytes == 0
 
 
-def test_sharing_is_of_the_expected_inode(fork: tuple[Path, MemFile], tmp_path: Path) -> None:
-    """Only a private mapping of the whole captured inode counts; equal bytes in another file do not."""
+def test_sharing_means_the_expected_inode(fork: tuple[Path, MemFile], tmp_path: Path) -> None:
+    """Only a private mapping of the whole captured inode counts; equal bytes in another file do
+    not.
+    """
     path, mem = fork
     with MappingProcess(path) as vmm:
         assert mapping_is_shared(vmm.pid, path, mem)
@@ -102,16 +115,18 @@ def test_sharing_is_of_the_expected_inode(fork: tuple[Path, MemFile], tmp_path: 
         assert not mapping_is_shared(vmm.pid, tmp_path / "own", own)
 
 
-def test_parked_instance_has_nothing_resident(fork: tuple[Path, MemFile]) -> None:
-    """Without a process there is a file and its links, and no memory."""
+def test_a_parked_instance_has_no_resident_memory(fork: tuple[Path, MemFile]) -> None:
+    """Without a process the report shows the file and its links, and no memory."""
     path, mem = fork
     report = memory_report(None, mem, path)
     assert (report.mapped_bytes, report.shared_bytes, report.unique_bytes, report.vmm_overhead_bytes) == (SIZE, 0, 0, 0)
     assert (report.inode, report.link_count, report.sharing) == (mem.inode, 2, Sharing.HARDLINK)
 
 
-def test_vmm_that_boots_without_a_file(tmp_path: Path) -> None:
-    """Anonymous guest RAM is all unique, which is no failed sharing: there was nothing to share."""
+def test_a_boot_without_a_file_is_all_unique(tmp_path: Path) -> None:
+    """Anonymous guest RAM is all unique. This does not count as failed sharing, because there was
+    no file to share.
+    """
     path = ram_file(tmp_path / "memory")
     with MappingProcess(path, "copy") as vmm:
         path.unlink()
@@ -120,8 +135,8 @@ def test_vmm_that_boots_without_a_file(tmp_path: Path) -> None:
     assert report.unique_bytes >= SIZE
 
 
-def test_what_cannot_be_reported_is_an_error(fork: tuple[Path, MemFile]) -> None:
-    """A process that ended and a file that is gone are errors, not zeros."""
+def test_a_missing_process_or_file_is_an_error(fork: tuple[Path, MemFile]) -> None:
+    """A process that ended and a missing file raise errors instead of reporting zeros."""
     path, mem = fork
     with MappingProcess(path) as vmm:
         pass
@@ -138,14 +153,16 @@ def usage(start: int, length: int, permissions: str, inode: int, rss: int) -> Vm
     return VmaUsage(Vma(start, start + length, permissions, 0, FileIdentity("00:10", inode)), rss, rss, 0)
 
 
-def test_translation_cache_is_not_guest_ram() -> None:
-    """Of several large mappings the one of the guest's exact size is its RAM; without any there is none."""
+def test_a_translation_cache_is_not_guest_ram() -> None:
+    """Of several large mappings, the one with the guest's exact size is its RAM; without such a
+    mapping there is none.
+    """
     cache, ram, heap = (
         usage(0, 4 * SIZE, "rwxp", 0, 99),
         usage(8 * SIZE, SIZE, "rw-p", 0, 5),
         usage(10 * SIZE, 4096, "rw-p", 0, 1),
     )
     reserve = usage(20 * SIZE, 9 * SIZE, "---p", 0, 0)
-    found = classify([cache, ram, heap, reserve], FileIdentity("00:10", 77), SIZE)
+    found = classify([cache, ram, heap, reserve], [FileIdentity("00:10", 77)], SIZE)
     assert found == (Backing.COPY, [ram])
-    assert classify([heap, reserve], FileIdentity("00:10", 77), SIZE) == (Backing.NONE, [])
+    assert classify([heap, reserve], [FileIdentity("00:10", 77)], SIZE) == (Backing.NONE, [])

@@ -1,14 +1,17 @@
-"""The boundary: what is let in as a name, a tag, a variable, a size; nothing else becomes a path or an argument."""
+"""The boundary checks names, tags, variables and sizes: nothing else becomes a path or an argument."""
 
 from __future__ import annotations
 
 import posixpath
 import re
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from coppice.addresses import MAX_PORTS, check_publish
 from coppice.errors import InvalidName, UsageError
 from coppice.model import GIB, MIB, Publish, VolumeMount
 from coppice.names import (
@@ -26,7 +29,7 @@ from coppice.names import (
     check_machine,
     check_mounts,
     check_name,
-    check_publish,
+    check_payloads,
     check_reference,
     check_tags,
     check_volume_size,
@@ -44,7 +47,7 @@ PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
 @example("a")
 @example("a" * NAME_MAX)
 def test_valid_names_pass_unchanged(name: str) -> None:
-    """The documented form is the accepted form."""
+    """Names of the documented form are accepted."""
     assert check_name(name) == name
     assert check_reference(name) == name
 
@@ -60,8 +63,8 @@ def test_valid_names_pass_unchanged(name: str) -> None:
 @example("a" * (NAME_MAX + 1))
 @example("ａ")
 @example("١")
-def test_whatever_passes_is_safe_as_a_file_name(text: str) -> None:
-    """No text at all that passes has a separator, a dot, a blank, a control character or a leading dash."""
+def test_an_accepted_name_is_safe_as_a_file_name(text: str) -> None:
+    """No accepted text has a separator, a dot, a blank, a control character or a leading dash."""
     try:
         name = check_name(text)
     except InvalidName:
@@ -73,7 +76,7 @@ def test_whatever_passes_is_safe_as_a_file_name(text: str) -> None:
 
 
 def test_a_long_wrong_name_is_not_repeated_in_full() -> None:
-    """An error message stays readable whatever was sent."""
+    """An error message stays readable for any input."""
     with pytest.raises(InvalidName) as refusal:
         check_name("x" * 1_000_000)
     assert len(str(refusal.value)) < 300
@@ -82,16 +85,16 @@ def test_a_long_wrong_name_is_not_repeated_in_full() -> None:
 
 @given(NAMES)
 @example("a" * NAME_MAX)
-@example("a" * 55 + "-" * 2 + "a" * 6)
-def test_generated_names_are_valid_and_start_as_asked(prefix: str) -> None:
-    """A generated name is always a valid one, whatever its prefix."""
+@example("a" * 53 + "-" * 2 + "a" * 8)
+def test_generated_names_are_valid_and_have_the_prefix(prefix: str) -> None:
+    """A generated name is always valid, whatever its prefix."""
     name = new_name(prefix)
     assert check_name(name) == name
-    assert name.startswith(prefix[: NAME_MAX - 7].rstrip("-") + "-")
+    assert name.startswith(prefix[: NAME_MAX - 9].rstrip("-") + "-")
 
 
-def test_ids_are_ids_names_and_different() -> None:
-    """An id can be given wherever a name can, and no two are the same."""
+def test_ids_are_unique_and_valid_references() -> None:
+    """An id is accepted in place of a name, and no two ids are equal."""
     ids = {new_id() for _ in range(1000)}
     assert len(ids) == 1000
     assert all(is_id(text) and check_reference(text) == text for text in ids)
@@ -101,8 +104,8 @@ def test_ids_are_ids_names_and_different() -> None:
 @example("a" * 24 + "\n")
 @example("1" + "a" * 23)
 @example("../" + "a" * 21)
-def test_is_id_admits_only_ids(text: str) -> None:
-    """Paths are built from ids: what is no id never becomes one."""
+def test_is_id_accepts_only_ids(text: str) -> None:
+    """Paths are built from ids, so other text must never pass as one."""
     assert is_id(text) == bool(re.fullmatch(r"[a-z][a-z0-9]{23}", text))
 
 
@@ -124,7 +127,7 @@ def test_tags_are_bounded(tags: dict[str, str]) -> None:
 @example({"A=B": "x"})
 @example({"É": "x"})
 def test_variables_are_identifiers_without_nul(env: dict[str, str]) -> None:
-    """execve ends a string at a NUL and a key at the first equals sign: neither is let in."""
+    """execve ends a value at a NUL and a key at the first equals sign, so neither is accepted."""
     try:
         accepted = check_env(env)
     except UsageError:
@@ -136,7 +139,7 @@ def test_variables_are_identifiers_without_nul(env: dict[str, str]) -> None:
 
 @given(st.integers(0, 2**50), st.sampled_from(["", "K", "M", "G", "T", "KiB", "mib", "GB", "tb", "k"]))
 def test_sizes_are_exact(number: int, unit: str) -> None:
-    """A whole number of units is that many bytes, to the byte, however large."""
+    """A whole number of units gives the exact number of bytes, however large."""
     factor = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}[unit[:1].lower()]
     assert parse_size(f"{number}{unit}") == number * factor
 
@@ -150,8 +153,8 @@ def test_sizes_are_exact(number: int, unit: str) -> None:
 @example("0x10")
 @example("inf")
 @example("0\x85")
-def test_what_is_no_size_is_refused_as_usage(text: str) -> None:
-    """No text at all makes the parser fail in another way than with UsageError, nor gives a negative size."""
+def test_an_invalid_size_is_a_usage_error(text: str) -> None:
+    """Any invalid text raises UsageError and nothing else, and no size is negative."""
     try:
         size = parse_size(text)
     except UsageError:
@@ -161,7 +164,7 @@ def test_what_is_no_size_is_refused_as_usage(text: str) -> None:
 
 
 def test_a_fraction_of_a_unit_is_rounded_down() -> None:
-    """1.5G is what a person expects."""
+    """1.5G means one and a half GiB."""
     assert parse_size("1.5G") == GIB * 3 // 2
     assert parse_size(" 0.3K ") == 307
 
@@ -187,13 +190,13 @@ def test_impossible_machines_are_refused(cpus: int, memory: int, overlay: int) -
 
 
 def test_the_smallest_machine_is_allowed() -> None:
-    """The bounds themselves are inside."""
+    """The bounds themselves are accepted."""
     check_machine(1, MIN_MEMORY, MIN_OVERLAY)
 
 
 @pytest.mark.parametrize("count", [0, -1, MAX_FORKS + 1])
 def test_impossible_counts_are_refused(count: int) -> None:
-    """A fan-out has at least one child, and not more than the bound."""
+    """A fan-out has at least one child, and at most as many as the bound."""
     with pytest.raises(UsageError):
         check_count(count)
     assert check_count(MAX_FORKS) == MAX_FORKS
@@ -208,18 +211,24 @@ def test_impossible_counts_are_refused(count: int) -> None:
         Publish(host_port=80, guest_port=65536),
         Publish(host_port=80, guest_port=80, host_address="localhost"),
         Publish(host_port=80, guest_port=80, host_address=""),
+        Publish(host_port=80, guest_port=80, host_address="224.0.0.1"),
+        Publish(host_port=80, guest_port=80, host_address="ff02::1"),
+        Publish(host_port=80, guest_port=80, host_address="255.255.255.255"),
+        Publish(host_port=80, guest_port=80, host_address="0:0::1"),
         Publish(host_port=80, guest_port=80, host_address="127.0.0.1,guestfwd=tcp:10.0.2.9:1-cmd:reboot"),
         Publish(host_port=80, guest_port=80, host_address="fe80::1%,guestfwd=tcp:10.0.2.9:1-cmd:reboot"),
     ],
 )
-def test_what_is_no_port_cannot_be_published(port: Publish) -> None:
-    """It becomes an option of the VMM: whatever else is in it would be one too."""
+def test_an_invalid_port_cannot_be_published(port: Publish) -> None:
+    """The port becomes part of a VMM's option, so it must contain nothing else."""
     with pytest.raises(UsageError):
         check_publish([port])
 
 
 def test_ports_of_either_family_are_published() -> None:
-    """As they are; so are any port, several times, and an address that is chosen later."""
+    """They are kept unchanged; any port may be given several times, and an address may be chosen
+    later.
+    """
     ports = (
         Publish(host_port=1, guest_port=65535),
         Publish(host_port=80, guest_port=80, host_address="::1"),
@@ -232,14 +241,39 @@ def test_ports_of_either_family_are_published() -> None:
 
 
 def test_a_port_is_published_once() -> None:
-    """The second would find it taken, by the machine's own first."""
+    """A second publication of a port would find it taken by the machine itself."""
     port = Publish(host_port=80, guest_port=80, host_address="own")
     with pytest.raises(UsageError, match="twice"):
         check_publish([port, Publish(host_port=80, guest_port=81, host_address="own")])
 
 
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_port_of_all_addresses_excludes_single_addresses(protocol: Literal["tcp", "udp"], order: int) -> None:
+    """0.0.0.0 takes the port of all addresses, even of one chosen later: a VMM cannot listen on
+    both. Other protocols and ports stay free.
+    """
+    every = Publish(host_port=80, guest_port=80, host_address="0.0.0.0", protocol=protocol)
+    for address in ("127.0.0.1", "own"):
+        one = Publish(host_port=80, guest_port=80, host_address=address, protocol=protocol)
+        with pytest.raises(UsageError, match=f"80/{protocol} is published twice"):
+            check_publish([every, one][::order])
+        other = Publish(
+            host_port=80, guest_port=80, host_address=address, protocol="udp" if protocol == "tcp" else "tcp"
+        )
+        assert check_publish((every, other)) == (every, other)
+
+
+def test_the_number_of_published_ports_is_bounded() -> None:
+    """Thousands of forwards would not fit on a command line."""
+    ports = tuple(Publish(host_port=number + 1, guest_port=80) for number in range(MAX_PORTS))
+    assert check_publish(ports) == ports
+    with pytest.raises(UsageError, match=str(MAX_PORTS + 1)):
+        check_publish([*ports, Publish(host_port=9999, guest_port=80)])
+
+
 def mounts(*paths: str) -> tuple[VolumeMount, ...]:
-    """A volume at each of the paths."""
+    """Return a volume at each of the paths."""
     return tuple(VolumeMount(volume=f"v{number}", mount_path=path) for number, path in enumerate(paths))
 
 
@@ -254,8 +288,8 @@ def mounts(*paths: str) -> tuple[VolumeMount, ...]:
 @example("/proc/self")
 @example("/run/coppice/payload")
 @example("a")
-def test_a_volume_is_mounted_at_a_plain_path_or_not_at_all(path: str) -> None:
-    """Absolute, without dots to climb by, and never over what the agent itself mounts."""
+def test_a_volumes_path_is_plain_or_refused(path: str) -> None:
+    """A mount point is absolute, without dot components, and never covers the agent's own mounts."""
     try:
         check_mounts(mounts(path))
     except UsageError:
@@ -270,14 +304,14 @@ def test_a_volume_is_mounted_at_a_plain_path_or_not_at_all(path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/", "/proc", "/sys/fs", "/dev/shm", "/run", "/run/coppice", "/run/coppice/x", "/etc", "/" + "x" * 1024]
 )
-def test_the_machines_own_paths_are_kept(path: str) -> None:
-    """A volume there would hide what makes the machine itself."""
+def test_the_machines_own_paths_are_refused(path: str) -> None:
+    """A volume at such a path would hide a part of the machine itself."""
     with pytest.raises(UsageError):
         check_mounts(mounts(path))
 
 
 def test_usual_paths_are_allowed() -> None:
-    """Also below each other, below /run and /etc, and up to as many as a machine has."""
+    """Volumes may be nested, lie below /run and /etc, and be as many as a machine can have."""
     paths = ("/data", "/data/sub", "/run/data", "/etc/app", "/procs", "/srv/a b", "/srv/d\u00e4ta", "/..data")
     assert len(paths) == MAX_VOLUMES
     assert check_mounts(mounts(*paths)) == mounts(*paths)
@@ -293,14 +327,16 @@ def test_usual_paths_are_allowed() -> None:
     ids=["same path", "too many", "no name"],
 )
 def test_impossible_mounts_are_refused(wanted: tuple[VolumeMount, ...]) -> None:
-    """Before anything is looked up."""
+    """They are refused before any volume is looked up."""
     with pytest.raises(UsageError):
         check_mounts(wanted)
 
 
 @pytest.mark.parametrize("size", [0, -MIB, MIN_VOLUME - MIB, MIN_VOLUME + 1, MAX_VOLUME + MIB])
 def test_impossible_sizes_of_volumes_are_refused(size: int) -> None:
-    """The bounds themselves are inside; what was asked for is shown as a person writes it, not as 1e+07."""
+    """The bounds themselves are accepted; the error shows the requested size in a readable form,
+    not as 1e+07.
+    """
     with pytest.raises(UsageError, match=rf"{size // MIB} MiB|{size} bytes"):
         check_volume_size(size)
     assert check_volume_size(MIN_VOLUME) == MIN_VOLUME
@@ -308,13 +344,28 @@ def test_impossible_sizes_of_volumes_are_refused(size: int) -> None:
 
 
 @pytest.mark.parametrize("argv", ["ls -l", ["printf", "a\0b"]])
-def test_what_is_no_command_is_refused(argv: str | list[str]) -> None:
-    """A string is a sequence of strings too, and would run its first letter; and no argument can have a NUL."""
+def test_an_invalid_command_is_refused(argv: str | list[str]) -> None:
+    """A string is a sequence too, and would run its first letter. An argument cannot contain a NUL."""
     with pytest.raises(UsageError):
         check_argv(argv)
 
 
 def test_a_command_is_kept_word_by_word() -> None:
-    """Empty words count, and so does none at all."""
+    """Empty words are kept, and an empty command is allowed."""
     assert check_argv(["printf", "", "a b"]) == ("printf", "", "a b")
     assert check_argv([]) == ()
+
+
+@pytest.mark.parametrize("argv", [["ls", 1], ["ls", b"-l"], [None], ["ls", Path("/")]])
+def test_words_that_are_not_strings_are_refused(argv: list[str]) -> None:
+    """The error names the word, instead of a TypeError from a lower layer."""
+    with pytest.raises(UsageError, match="is not a string"):
+        check_argv(argv)
+
+
+@pytest.mark.parametrize(("payload", "payloads"), [("text", ()), ({"a": 1}, ()), (None, ["text", b"x"]), (None, "ab")])
+def test_payloads_that_are_not_bytes_are_refused(payload: Any, payloads: Any) -> None:
+    """The encoding of text would be a guess; the hint says how to encode it."""
+    with pytest.raises(UsageError, match="not bytes") as refused:
+        check_payloads(payload, payloads, 2)
+    assert "encode()" in (refused.value.hint or "")

@@ -1,4 +1,6 @@
-"""VMM processes: named beyond doubt, ended for certain, and no other process ever touched."""
+"""VMM processes are identified beyond doubt and ended reliably, and no other process is ever
+touched.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import re
-import resource
 import select
 import shutil
 import signal
@@ -18,9 +18,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coppice.errors import HostCannot, MissingTool
+from coppice.errors import HostCannot
 from coppice.model import VmmProcess
 from coppice.vmm import process as process_control
+from coppice.vmm.launcher import PROGRAM as LAUNCHER
 from coppice.vmm.process import (
     by_working_directory,
     is_alive,
@@ -28,20 +29,19 @@ from coppice.vmm.process import (
     may_trace_any,
     own_process,
     reap,
-    spawn,
-    start_in_thread,
     start_ticks,
     wait_exit,
 )
+from coppice.vmm.starting import spawn, start_in_thread
 
 
 def sleeper(tmp_path: Path) -> VmmProcess:
-    """A process that does nothing."""
+    """Start a process that does nothing."""
     return spawn(["sleep", "1000"], cwd=tmp_path, log=tmp_path / "log")
 
 
 async def test_a_process_lives_until_it_is_killed(tmp_path: Path) -> None:
-    """Killing returns when it is gone, again and again; no zombie is left."""
+    """A kill returns after the process has ended, can be repeated, and leaves no zombie."""
     process = sleeper(tmp_path)
     assert is_alive(process)
     assert Path(process.executable).name in ("sleep", "coreutils", "busybox")
@@ -51,17 +51,19 @@ async def test_a_process_lives_until_it_is_killed(tmp_path: Path) -> None:
         assert not Path(f"/proc/{process.pid}").exists()
 
 
-async def test_it_is_detached_and_inherits_only_what_it_is_given(tmp_path: Path, fake_vmm: Path) -> None:
-    """It leads a session of its own, so no signal of a terminal reaches it, and holds no file of the host."""
+async def test_a_process_is_detached_and_inherits_only_the_given_files(tmp_path: Path, fake_vmm: Path) -> None:
+    """The process leads its own session, so no terminal signal reaches it, and it holds no file of
+    the host.
+    """
     ready, tell = os.pipe()
     os.set_inheritable(ready, True)
     (tmp_path / "ram").write_bytes(bytes(4096))
-    argv = [str(fake_vmm), "private", "ram", "4096", str(tell)]
+    argv = [str(fake_vmm), "private", "ram", "4096", str(tell), "saved"]
     process = spawn(argv, cwd=tmp_path, log=tmp_path / "log", pass_fds=[tell])
     os.close(tell)
     try:
         assert os.read(ready, 1) == b"\0"
-        assert os.read(ready, 1) == b""  # it has closed what it was given
+        assert os.read(ready, 1) == b""  # the parent has closed its copy
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         assert int(fields[3]) == process.pid  # session
         held = {entry.readlink().name for entry in Path(f"/proc/{process.pid}/fd").iterdir()}
@@ -78,7 +80,9 @@ async def test_it_is_detached_and_inherits_only_what_it_is_given(tmp_path: Path,
     ids=["other start time", "other program"],
 )
 async def test_a_recycled_pid_is_another_process(tmp_path: Path, change: dict[str, object]) -> None:
-    """The same pid with another start time or program is not alive, and is left alone by kill and wait."""
+    """A process with the same pid but another start time or program does not count as alive; kill
+    and wait leave it alone.
+    """
     process = sleeper(tmp_path)
     try:
         impostor = msgspec.structs.replace(process, **change)
@@ -91,17 +95,19 @@ async def test_a_recycled_pid_is_another_process(tmp_path: Path, change: dict[st
         await kill(process)
 
 
-def test_a_process_that_may_not_be_looked_at_is_not_taken_for_dead() -> None:
-    """Root of a container, as an ordinary user, is not shown another user's program: to call that dead would lose a VMM that runs."""
+def test_an_unreadable_process_is_not_taken_for_dead() -> None:
+    """In a container root may not read the program of an ordinary user's process: taking it for
+    dead would lose a running VMM.
+    """
     init = VmmProcess(pid=1, start_ticks=start_ticks(1) or 0, executable=str(Path("/sbin/init").resolve()))
-    with as_nobody(), pytest.raises(HostCannot, match="does not show"):
+    with as_unprivileged(), pytest.raises(HostCannot, match="does not show"):
         is_alive(init)
-    with as_nobody():
+    with as_unprivileged():
         assert not is_alive(msgspec.structs.replace(init, start_ticks=init.start_ticks + 1))
 
 
-def test_a_process_that_is_hidden_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With /proc mounted hidepid=1 not even its start time is shown."""
+def test_a_hidden_process_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If /proc is mounted with hidepid=1, even the start time is hidden."""
 
     def hidden(pid: int) -> int | None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), f"/proc/{pid}/stat")
@@ -111,17 +117,17 @@ def test_a_process_that_is_hidden_is_not_taken_for_dead(monkeypatch: pytest.Monk
         is_alive(VmmProcess(pid=1, start_ticks=1, executable="/sbin/init"))
 
 
-def test_whether_others_may_be_looked_at() -> None:
-    """CAP_SYS_PTRACE is bit 19 of the effective set, whatever else is in it."""
+def test_the_ptrace_capability_is_read_from_the_status() -> None:
+    """CAP_SYS_PTRACE is bit 19 of the effective set, whatever the other bits are."""
     assert may_trace_any("CapPrm:\t00000000a80c25fb\nCapEff:\t0000000000080000\n")
     assert not may_trace_any("CapPrm:\t00000000a80c25fb\nCapEff:\t00000000a80425fb\n")
-    with as_nobody():
+    with as_unprivileged():
         assert not may_trace_any()
 
 
 @contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """For the length of a block without root's powers, where we have them."""
+def as_unprivileged() -> Iterator[None]:
+    """Drop root's privileges for the length of a block, if this process has them."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -132,11 +138,13 @@ def as_nobody() -> Iterator[None]:
             os.seteuid(0)
 
 
-async def test_the_end_is_an_event_with_a_status(tmp_path: Path) -> None:
-    """The exit status, or the negated signal, of a process that was started here; None for any other."""
+async def test_the_end_of_a_process_has_a_status(tmp_path: Path) -> None:
+    """The result is the exit status, or the negated signal, of a process that was started here; it
+    is None for any other.
+    """
     process = spawn(["sh", "-c", "exit 7"], cwd=tmp_path, log=tmp_path / "log")
     assert await wait_exit(process) == 7
-    assert await wait_exit(process) == 7  # remembered for whoever asks next
+    assert await wait_exit(process) == 7  # remembered for a later caller
     process = sleeper(tmp_path)
     waiting = asyncio.create_task(wait_exit(process))
     await asyncio.sleep(0)
@@ -146,8 +154,22 @@ async def test_the_end_is_an_event_with_a_status(tmp_path: Path) -> None:
     assert reap(process) == -signal.SIGTERM
 
 
-async def test_a_process_of_another_parent_is_awaited_too(tmp_path: Path) -> None:
-    """A VMM outlives the host process that started it, and another one ends it."""
+async def test_a_process_that_ended_in_time_is_no_late_one(tmp_path: Path) -> None:
+    """A busy event loop can notice the end only after the deadline. The process counts, not the loop."""
+    process = sleeper(tmp_path)
+    with contextlib.closing(select.epoll()) as ended:
+        pidfd = os.pidfd_open(process.pid)
+        ended.register(pidfd, select.EPOLLIN)
+        os.kill(process.pid, signal.SIGKILL)
+        assert ended.poll(10)
+        os.close(pidfd)
+    await kill(process, deadline_s=0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+
+
+async def test_the_end_of_another_parents_process_is_awaited(tmp_path: Path) -> None:
+    """A VMM outlives the host process that started it, and another host process ends it."""
     foreign = await asyncio.to_thread(subprocess.Popen, ["sleep", "1000"], cwd=tmp_path)
     ticks = start_ticks(foreign.pid)
     assert ticks is not None
@@ -159,8 +181,10 @@ async def test_a_process_of_another_parent_is_awaited_too(tmp_path: Path) -> Non
     assert foreign.wait(5) == -signal.SIGKILL
 
 
-async def test_children_that_others_ended_do_not_stay_for_ever(tmp_path: Path) -> None:
-    """Another process may end the VMMs that this one started: their pids are free again when more are started."""
+async def test_children_ended_by_others_are_reaped(tmp_path: Path) -> None:
+    """Another process may end the VMMs that this one started: they are reaped when the next ones
+    are started.
+    """
     pids = []
     for _ in range(150):
         process = sleeper(tmp_path)
@@ -175,7 +199,7 @@ async def test_children_that_others_ended_do_not_stay_for_ever(tmp_path: Path) -
 
 
 def test_a_zombie_is_not_alive() -> None:
-    """It has a pid and a start time, and will never do anything again."""
+    """A zombie has a pid and a start time, but never runs again."""
     dead = subprocess.Popen(["true"])
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
     assert Path(f"/proc/{dead.pid}").exists()
@@ -184,8 +208,10 @@ def test_a_zombie_is_not_alive() -> None:
     assert start_ticks(dead.pid) is None
 
 
-def test_names_in_proc_do_not_confuse_it(tmp_path: Path) -> None:
-    """The second field of /proc/PID/stat is the guest's to choose, in a way: it may hold blanks and parentheses."""
+def test_odd_program_names_in_proc_are_parsed(tmp_path: Path) -> None:
+    """The second field of /proc/PID/stat is the program's name, which may contain blanks and
+    parentheses.
+    """
     program = tmp_path / "a) R 1 (b"
     shutil.copy(shutil.which("sleep") or "/bin/sleep", program)
     with subprocess.Popen([program, "1000"]) as odd:
@@ -199,68 +225,8 @@ def test_names_in_proc_do_not_confuse_it(tmp_path: Path) -> None:
             odd.kill()
 
 
-async def test_no_file_grows_beyond_its_limit(tmp_path: Path) -> None:
-    """A guest writes to its console as it likes: the log has an end, and the VMM lives on there."""
-    go, tell = os.pipe()
-    script = f"read word </proc/self/fd/{go}; head -c 3000000 /dev/zero; exec sleep 1000"
-    process = spawn(["sh", "-c", script], cwd=tmp_path, log=tmp_path / "log", pass_fds=[go], largest_file=1 << 20)
-    os.close(go)
-    os.write(tell, b"now\n")
-    os.close(tell)
-    async with asyncio.timeout(10):
-        while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":  # noqa: ASYNC110 - an exec has no event
-            await asyncio.sleep(0.01)
-    assert (tmp_path / "log").stat().st_size == 1 << 20
-    await kill(msgspec.structs.replace(process, executable=str(Path(f"/proc/{process.pid}/exe").readlink())))
-
-
-async def test_the_limit_does_not_depend_on_when_the_process_gives_up_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a container root may not change the limits of another user's process, which a VMM is soon after its start: it has them from the start."""
-
-    def refused(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(resource, "prlimit", refused)
-    process = spawn(["sleep", "1000"], cwd=tmp_path, log=tmp_path / "log", largest_file=1 << 20)
-    try:
-        assert process.executable == os.path.realpath(shutil.which("sleep") or "")
-        limits = Path(f"/proc/{process.pid}/limits").read_text()
-        assert re.search(r"Max file size +1048576 +1048576 ", limits)
-    finally:
-        await kill(process)
-
-
-async def test_a_launcher_is_known_by_what_it_becomes(tmp_path: Path) -> None:
-    """Before that it would be taken for dead: a wait for its end would return at once, and a kill would leave it."""
-    program = os.path.realpath(shutil.which("sleep") or "")
-    slow = ["sh", "-c", f"i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exec {program} 1000"]
-    process = spawn(slow, cwd=tmp_path, log=tmp_path / "log", becomes=program)
-    assert is_alive(process)
-    await kill(process)
-    assert not Path(f"/proc/{process.pid}").exists()
-
-
-async def test_a_launcher_that_fails_is_a_process_that_ended(tmp_path: Path) -> None:
-    """It never becomes anything: that is no reason to wait for it."""
-    async with asyncio.timeout(5):
-        process = await asyncio.to_thread(
-            spawn, ["sh", "-c", "exit 3"], cwd=tmp_path, log=tmp_path / "log", becomes="/usr/bin/sleep"
-        )
-        assert not process.start_ticks
-        assert await wait_exit(process) == 3
-
-
-def test_a_missing_program_is_said_so(tmp_path: Path) -> None:
-    """With the way to its cure."""
-    with pytest.raises(MissingTool, match="no-such-vmm") as refusal:
-        spawn(["no-such-vmm"], cwd=tmp_path, log=tmp_path / "log")
-    assert "doctor" in str(refusal.value)
-
-
-async def test_a_process_that_ends_at_once_is_a_process_that_ended(tmp_path: Path) -> None:
-    """Starting it does not fail; its end and its words are there to be read."""
+async def test_a_process_may_end_at_once(tmp_path: Path) -> None:
+    """The start does not fail; the exit status and the log can be read."""
     for _ in range(20):
         process = spawn(["sh", "-c", "echo gone >&2"], cwd=tmp_path, log=tmp_path / "log")
         assert await wait_exit(process) == 0
@@ -268,14 +234,16 @@ async def test_a_process_that_ends_at_once_is_a_process_that_ended(tmp_path: Pat
     assert (tmp_path / "log").read_text() == "gone\n" * 20
 
 
-def test_the_own_process_is_this_one() -> None:
-    """What the journal calls its owner."""
+def test_own_process_is_this_process() -> None:
+    """The journal records this process as the owner of its operations."""
     pid, ticks = own_process()
     assert (pid, ticks) == (os.getpid(), start_ticks(os.getpid()))
 
 
-async def test_processes_are_found_by_where_they_work(tmp_path: Path) -> None:
-    """Directly below the directory and of that program only, even when the directory has been removed."""
+async def test_processes_are_found_by_their_working_directory(tmp_path: Path) -> None:
+    """Only processes of that program, directly below the directory, are found, even if their
+    directory has been removed.
+    """
     instances = tmp_path / "instances"
     for name in ("a", "a/deeper", "b"):
         (instances / name).mkdir(parents=True)
@@ -299,17 +267,64 @@ async def test_processes_are_found_by_where_they_work(tmp_path: Path) -> None:
             await kill(process)
 
 
+def test_a_child_is_found_before_it_runs_its_program(tmp_path: Path) -> None:
+    """A child of a killed host process still has that process's program, and no lock any more. Its
+    output goes to the log of the instance. Another program in the directory is left alone.
+    """
+    (directory := tmp_path / "instances" / "a").mkdir(parents=True)
+    (tmp_path / "instances" / "b").mkdir()
+    with (directory / "vmm.log").open("wb") as log:
+        child = subprocess.Popen(["sleep", "1000"], cwd=directory, stdout=log)
+        other = subprocess.Popen(["sleep", "1000"], cwd=directory, stdout=subprocess.DEVNULL)
+        elsewhere = subprocess.Popen(["sleep", "1000"], cwd=tmp_path / "instances" / "b", stdout=log)
+    with child, other, elsewhere:
+        try:
+            found = by_working_directory(tmp_path / "instances", ["some-vmm"])
+            assert {path: [each.pid for each in processes] for path, processes in found.items()} == {
+                directory: [child.pid]
+            }
+        finally:
+            for process in (child, other, elsewhere):
+                process.kill()
+
+
+async def test_the_end_of_an_ending_process_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between freeing its memory and leaving its directory a process has no program any more. It is
+    found by its directory, and `kill` returns only when it is gone.
+    """
+    (directory := tmp_path / "instances" / "a").mkdir(parents=True)
+    process = spawn(["sleep", "1000"], cwd=directory, log=tmp_path / "log")
+    readlink = os.readlink
+
+    def read(path: str | Path, **options: int) -> str:
+        if str(path) == f"/proc/{process.pid}/exe":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return readlink(path, **options)
+
+    monkeypatch.setattr(os, "readlink", read)
+    ((found,),) = (await asyncio.to_thread(by_working_directory, directory.parent, ["some-vmm"])).values()
+    assert (found.pid, found.start_ticks) == (process.pid, process.start_ticks)
+    ending = asyncio.create_task(kill(found))
+    assert not (await asyncio.wait([ending], timeout=0.2))[0]
+    os.kill(process.pid, signal.SIGKILL)
+    await ending
+    assert start_ticks(process.pid) is None
+
+
 @pytest.mark.parametrize(
     ("argv", "found"),
-    [(["prlimit", "--", "/usr/bin/some-vmm"], True), (["prlimit", "--", "other"], False), ([""], True)],
-    ids=["becomes a VMM", "becomes something else", "in the midst of its exec"],
+    [([LAUNCHER, "--", "/usr/bin/some-vmm"], True), ([LAUNCHER, "--", "other"], False), ([""], True)],
+    ids=["becomes a VMM", "becomes something else", "during its exec"],
 )
-def test_a_launcher_is_found_by_what_it_is_to_become(tmp_path: Path, argv: list[str], found: bool) -> None:
-    """The kernel gives a process its new program first and its new command line a moment later: in between there is none to go by."""
+def test_a_launcher_is_found_by_its_target_program(tmp_path: Path, argv: list[str], found: bool) -> None:
+    """The kernel sets the new program slightly before the new command line: in between, the command
+    line is empty.
+    """
     (tmp_path / "instances" / "a").mkdir(parents=True)
-    launcher = tmp_path / "prlimit"
+    launcher = tmp_path / LAUNCHER
     shutil.copy(shutil.which("cat") or "/bin/cat", launcher)
-    launcher_argv = [argv[0], "-", *argv[2:]] if argv[1:] else argv  # cat waits for its stdin, whatever comes after
+    # cat waits for its stdin, whatever follows
+    launcher_argv = [argv[0], "-", *argv[2:]] if argv[1:] else argv
     with subprocess.Popen(
         launcher_argv, executable=launcher, cwd=tmp_path / "instances" / "a", stdin=subprocess.PIPE
     ) as process:
@@ -323,7 +338,9 @@ def test_a_launcher_is_found_by_what_it_is_to_become(tmp_path: Path, argv: list[
 
 
 async def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
-    """A start is a thread that cannot be cancelled: what it has started is ended before the cancellation is raised."""
+    """A start runs in a thread that cannot be cancelled: its process is ended before the
+    cancellation is raised.
+    """
     started: list[VmmProcess] = []
     loop = asyncio.get_running_loop()
 

@@ -1,4 +1,6 @@
-"""Frames and fields: whatever a guest sends, and however it is cut, is decoded rightly, refused, or waited for; within bounds."""
+"""Frames and fields: any bytes from a guest, in chunks of any size, are decoded correctly, refused,
+or waited for, within bounds.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coppice.errors import GuestProtocolError, UsageError
-from coppice.guest.protocol import (
+from coppice.agent.protocol import (
     GUEST_PAYLOAD_MAX,
     HOST_PAYLOAD_MAX,
     MAGIC,
@@ -25,20 +26,21 @@ from coppice.guest.protocol import (
     encode_request,
     readable,
 )
+from coppice.errors import GuestProtocolError, UsageError
 
 NONCE = bytes(range(16))
 
 
-def guest_frame(frame_type: int, payload: bytes) -> bytes:
+def guest_frame(frame_type: int, stream: int, payload: bytes) -> bytes:
     """A frame as an agent writes it."""
-    return struct.pack("<BI", frame_type, len(payload)) + payload + b"\xa5"
+    return struct.pack("<BHH", frame_type, stream, len(payload)) + payload + b"\xa5"
 
 
-ACK = guest_frame(FrameType.HELLO_ACK, MAGIC + NONCE)
+ACK = guest_frame(FrameType.HELLO_ACK, 0, MAGIC + NONCE)
 
 
 def cut(data: bytes, sizes: list[int]) -> list[bytes]:
-    """The data in chunks of these sizes, and the rest."""
+    """Split the data into chunks of these sizes, and the rest."""
     chunks, at = [], 0
     for size in sizes:
         chunks.append(data[at : at + size])
@@ -46,15 +48,15 @@ def cut(data: bytes, sizes: list[int]) -> list[bytes]:
     return [*chunks, data[at:]]
 
 
-frames = st.lists(st.tuples(st.integers(1, 255), st.binary(max_size=200)), max_size=8)
+frames = st.lists(st.tuples(st.integers(1, 255), st.integers(0, 65535), st.binary(max_size=200)), max_size=8)
 sizes = st.lists(st.integers(1, 64), max_size=50)
 
 
 @given(stale=st.binary(max_size=300), sent=frames, sizes=sizes, padding=st.integers(0, 40))
 def test_any_cut_gives_the_same_frames(
-    stale: bytes, sent: list[tuple[int, bytes]], sizes: list[int], padding: int
+    stale: bytes, sent: list[tuple[int, int, bytes]], sizes: list[int], padding: int
 ) -> None:
-    """Where the bytes are cut makes no difference, and neither does what stood before the acknowledgement."""
+    """Neither the chunk boundaries nor bytes before the acknowledgement change the frames."""
     zeros = bytes(padding)
     data = stale + ACK + b"".join(zeros + guest_frame(*frame) for frame in sent) + zeros
     decoder = FrameDecoder(NONCE)
@@ -65,7 +67,7 @@ def test_any_cut_gives_the_same_frames(
 
 @given(chunks=st.lists(st.binary(max_size=2000), max_size=30), acknowledged=st.booleans())
 def test_garbage_is_refused_or_waited_for(chunks: list[bytes], acknowledged: bool) -> None:
-    """No bytes make the decoder raise anything but its error, or keep more than a frame."""
+    """Any bytes make the decoder raise only its own error, and keep at most one frame."""
     decoder = FrameDecoder(NONCE)
     if acknowledged:
         decoder.feed(ACK)
@@ -84,11 +86,11 @@ def test_a_flood_before_the_acknowledgement_is_not_kept(flood: bytes) -> None:
     for _ in range(50):
         decoder.feed(flood * 10_000)
     assert len(decoder._buffer) < 100
-    assert not decoder.acknowledged
+    assert decoder._seeking
 
 
 def test_a_flood_of_padding_is_not_kept() -> None:
-    """Zeros between frames are dropped as they come."""
+    """Zeros between frames are dropped as they arrive."""
     decoder = FrameDecoder(NONCE)
     decoder.feed(ACK)
     for _ in range(50):
@@ -96,45 +98,55 @@ def test_a_flood_of_padding_is_not_kept() -> None:
     assert len(decoder._buffer) == 0
 
 
-def test_the_acknowledgement_of_another_session_is_not_ours() -> None:
-    """Only the nonce of this very HELLO opens the session."""
+def test_only_this_sessions_acknowledgement_counts() -> None:
+    """Only the nonce of the current HELLO opens the session."""
     decoder = FrameDecoder(NONCE)
-    assert decoder.feed(guest_frame(FrameType.HELLO_ACK, MAGIC + bytes(16)) + guest_frame(49, b"stale")) == []
-    assert not decoder.acknowledged
+    assert decoder.feed(guest_frame(FrameType.HELLO_ACK, 0, MAGIC + bytes(16)) + guest_frame(49, 1, b"stale")) == []
+    assert decoder._seeking
     assert decoder.feed(ACK)[0].type == FrameType.HELLO_ACK
 
 
-def test_a_nonce_that_is_echoed_elsewhere_is_refused() -> None:
-    """A guest that answers with the nonce in another frame than the acknowledgement breaks the protocol."""
+def test_a_nonce_in_another_frame_is_refused() -> None:
+    """A guest that sends the nonce in a frame other than the acknowledgement breaks the protocol."""
     with pytest.raises(GuestProtocolError):
-        FrameDecoder(NONCE).feed(guest_frame(FrameType.STDOUT, MAGIC + NONCE))
+        FrameDecoder(NONCE).feed(guest_frame(FrameType.STDOUT, 1, MAGIC + NONCE))
 
 
-@pytest.mark.parametrize(
-    "data", [struct.pack("<BI", 49, GUEST_PAYLOAD_MAX + 1), struct.pack("<BI", 49, 2) + b"ab\x00"], ids=["long", "end"]
-)
-def test_a_broken_frame_is_refused(data: bytes) -> None:
-    """A frame that is too long is refused before its bytes are there; so is one that does not end where it says."""
+def test_a_broken_frame_is_refused() -> None:
+    """A frame that does not end where it says is refused."""
     decoder = FrameDecoder(NONCE)
     decoder.feed(ACK)
     with pytest.raises(GuestProtocolError):
-        decoder.feed(data)
+        decoder.feed(struct.pack("<BHH", 49, 1, 2) + b"ab\x00")
+
+
+def test_an_agent_of_protocol_1_is_refused_with_the_cure() -> None:
+    """An agent in an old capture answers the HELLO of its protocol, which goes out first."""
+    hello = encode_hello(NONCE)
+    old = struct.pack("<BI", FrameType.HELLO, 24) + b"COPPICE1" + NONCE + b"\xa5"
+    assert hello.startswith(old)
+    answer = struct.pack("<BI", FrameType.HELLO_ACK, 24) + b"COPPICE1" + NONCE + b"\xa5"
+    with pytest.raises(GuestProtocolError, match=r"speaks protocol 1 only.*make templates and snapshots again"):
+        FrameDecoder(NONCE).feed(b"\0stale" + answer)
 
 
 def test_padding_completes_any_half_sent_frame() -> None:
     """The zeros before a HELLO are enough for the longest frame that a host may have left half-sent."""
-    longest = encode_frame(FrameType.STDIN, bytes(HOST_PAYLOAD_MAX))
+    longest = encode_frame(FrameType.STDIN, 1, bytes(HOST_PAYLOAD_MAX))
     assert len(PADDING) >= len(longest)
-    assert encode_hello(NONCE) == guest_frame(FrameType.HELLO, MAGIC + NONCE)
+    assert encode_hello(NONCE).endswith(
+        PADDING + guest_frame(FrameType.HELLO, 0, MAGIC + NONCE + encode_fields([(1, 2)]))
+    )
 
 
 @given(size=st.integers(0, 3 * HOST_PAYLOAD_MAX))
-def test_a_request_of_any_size_is_cut_to_frames(size: int) -> None:
-    """A request goes out in frames that an agent takes, and its parts are its payload."""
+def test_a_request_of_any_size_is_split_into_frames(size: int) -> None:
+    """Each frame of a request fits the agent's limit, and the joined parts are the payload."""
     payload = bytes(index % 251 for index in range(size))
-    data, seen, types = encode_request(FrameType.EXEC, payload), b"", []
+    data, seen, types = encode_request(FrameType.EXEC, 9, payload), b"", []
     while data:
-        frame_type, length = struct.unpack_from("<BI", data)
+        frame_type, stream, length = struct.unpack_from("<BHH", data)
+        assert stream == 9
         assert length <= HOST_PAYLOAD_MAX
         assert data[5 + length] == 0xA5
         seen += data[5 : 5 + length]
@@ -144,10 +156,10 @@ def test_a_request_of_any_size_is_cut_to_frames(size: int) -> None:
     assert types == [FrameType.PART] * (len(types) - 1) + [FrameType.EXEC]
 
 
-def test_a_request_that_no_agent_takes_is_refused() -> None:
-    """A payload beyond the agent's bound is refused before it is sent."""
+def test_a_request_beyond_the_agents_bound_is_refused() -> None:
+    """It is refused before it is sent."""
     with pytest.raises(UsageError):
-        encode_request(FrameType.IDENTITY, bytes(REQUEST_MAX + 1))
+        encode_request(FrameType.IDENTITY, 1, bytes(REQUEST_MAX + 1))
 
 
 values = st.one_of(
@@ -156,8 +168,8 @@ values = st.one_of(
 
 
 @given(fields=st.lists(st.tuples(st.integers(0, 255), values), max_size=10))
-def test_fields_come_back_as_they_were(fields: list[tuple[int, Value]]) -> None:
-    """Each value is found under its tag, the last one where a tag is repeated."""
+def test_fields_are_decoded_unchanged(fields: list[tuple[int, Value]]) -> None:
+    """Each value is found under its tag; of repeated tags the last one counts."""
     decoded = Fields(encode_fields(fields))
     for tag, value in dict(fields).items():
         if isinstance(value, int):
@@ -168,7 +180,7 @@ def test_fields_come_back_as_they_were(fields: list[tuple[int, Value]]) -> None:
 
 @given(payload=st.binary(max_size=200))
 def test_any_bytes_are_fields_or_are_refused(payload: bytes) -> None:
-    """A malformed list raises the protocol's error and nothing else."""
+    """A malformed list raises only the protocol's error."""
     try:
         fields = Fields(payload)
         fields.integer(1, 0)
@@ -177,15 +189,15 @@ def test_any_bytes_are_fields_or_are_refused(payload: bytes) -> None:
         pass
 
 
-def test_text_with_a_zero_byte_is_refused() -> None:
-    """A path that would end early in the guest is not sent."""
+def test_text_with_a_null_byte_is_refused() -> None:
+    """A path with a null byte would end early in the guest, so it is not sent."""
     with pytest.raises(UsageError):
         encode_fields([(1, "/etc\0/passwd")])
 
 
 @given(value=st.binary(max_size=3000))
 def test_a_guest_cannot_write_to_the_terminal(value: bytes) -> None:
-    """Text of the guest's that gets into a message has no control characters and is not long."""
+    """Guest text in a message is short and has no control characters."""
     text = readable(value)
     assert len(text) <= 1000
     assert text.isprintable()

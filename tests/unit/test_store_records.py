@@ -1,7 +1,11 @@
-"""Records and journal: what is committed is whole, and what must not be is refused inside of the same transaction."""
+"""Records and journal: a committed change is complete, and an invalid one is refused within the
+transaction.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,37 +17,37 @@ import pytest
 
 from coppice.errors import InUse, NameTaken, NotFound
 from coppice.model import Instance, State
-from coppice.store.store import Store
+from coppice.state.journal import JournalOperation
+from coppice.state.store import LOAD, Store
 from coppice.vmm.process import own_process
 from fakes.records import make_instance
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """A new store."""
+    """Return a new store."""
     store = Store(tmp_path / "coppice.db", own_process())
     yield store
     store.close()
 
 
 def recorded(store: Store, name: str = "oak", state: State = State.STOPPED, **changes: object) -> Instance:
-    """An instance in the store, with no operation under way."""
-    instance = make_instance(name, state, **changes)
-    store.create([instance], "run")
+    """Return an instance in the store without an operation in progress."""
+    (instance,) = store.create([make_instance(name, state, **changes)], JournalOperation.RUN)
     store.save(instance, done=True)
     return instance
 
 
-def test_a_record_comes_back_as_it_was(store: Store) -> None:
-    """By id and by name, to the last field."""
+def test_a_record_is_read_back_unchanged(store: Store) -> None:
+    """A record is read by id and by name, with every field."""
     instance = recorded(store, tags={"a": "b"}, parent="x" * 24, public=True)
     assert store.get(instance.id) == instance
     assert store.get("oak") == instance
     assert store.instances() == [instance]
 
 
-def test_an_id_goes_before_a_name(store: Store) -> None:
-    """An instance that is called by another's id cannot stand in for it."""
+def test_an_id_takes_precedence_over_a_name(store: Store) -> None:
+    """An instance whose name is another's id cannot stand in for it."""
     victim = recorded(store, "victim")
     impostor = recorded(store, victim.id)
     assert store.get(victim.id) == victim
@@ -51,33 +55,33 @@ def test_an_id_goes_before_a_name(store: Store) -> None:
 
 
 def test_an_unknown_reference_is_not_found(store: Store) -> None:
-    """With what was asked for in the message."""
+    """The message contains the requested name."""
     with pytest.raises(NotFound, match="elm"):
         store.get("elm")
 
 
-def test_names_are_taken_for_all_or_none(store: Store) -> None:
-    """A fan-out with one name that is in use records no child at all, and no journal row."""
+def test_a_fan_out_takes_all_names_or_none(store: Store) -> None:
+    """A fan-out with one used name records neither a child nor a journal row."""
     recorded(store, "b")
     with pytest.raises(NameTaken, match="'b'"):
-        store.create([make_instance("a"), make_instance("b"), make_instance("c")], "fork")
+        store.create([make_instance("a"), make_instance("b"), make_instance("c")], JournalOperation.FORK)
     assert [instance.name for instance in store.instances()] == ["b"]
     assert store.journal() == []
 
 
-def test_a_check_inside_of_the_transaction_can_refuse(store: Store) -> None:
-    """What the check raises undoes the records."""
+def test_a_check_in_the_transaction_can_refuse(store: Store) -> None:
+    """An error in the check undoes the records."""
 
     def refuse() -> None:
         raise InUse("no")
 
     with pytest.raises(InUse):
-        store.create([make_instance()], "run", check=refuse)
+        store.create([make_instance()], JournalOperation.RUN, check=refuse)
     assert store.instances() == []
 
 
-def test_forks_are_counted_when_read(store: Store) -> None:
-    """The fork count follows the records: nothing else has to be kept in step."""
+def test_forks_are_counted_from_the_records(store: Store) -> None:
+    """The fork count is derived from the records, so nothing else has to be updated."""
     parent = recorded(store, "oak", State.TEMPLATE)
     forks = [recorded(store, f"oak-{n}", parent=parent.id) for n in range(3)]
     assert store.children(parent.id) == forks
@@ -87,14 +91,16 @@ def test_forks_are_counted_when_read(store: Store) -> None:
 
 
 @pytest.mark.parametrize("operation", ["demote", "rm"])
-def test_a_template_with_forks_is_kept_and_they_are_named(store: Store, operation: str) -> None:
-    """Demote and removal are refused in the transaction that would do them; the first names are listed, the rest counted."""
+def test_a_template_with_forks_cannot_be_demoted_or_removed(store: Store, operation: str) -> None:
+    """Demotion and removal are refused within their transaction; the error names the first forks
+    and counts the rest.
+    """
     template = recorded(store, "oak", State.TEMPLATE)
     for number in range(10):
         recorded(store, f"fork-{number}", parent=template.id)
     calls: dict[str, Callable[[], object]] = {
         "demote": lambda: store.promote(template, State.STANDBY),
-        "rm": lambda: store.begin(template, "rm"),
+        "rm": lambda: store.begin(template, JournalOperation.REMOVE),
     }
     with pytest.raises(InUse) as refusal:
         calls[operation]()
@@ -105,20 +111,20 @@ def test_a_template_with_forks_is_kept_and_they_are_named(store: Store, operatio
     assert store.journal() == []
 
 
-def test_a_standby_with_forks_may_go(store: Store) -> None:
-    """Only a template is protected: forks of a standby own what they share with it."""
+def test_a_standby_with_forks_can_be_removed(store: Store) -> None:
+    """Only a template is protected: forks of a standby own the files that they share with it."""
     parent = recorded(store, "oak", State.STANDBY)
     recorded(store, "fork", parent=parent.id)
-    store.begin(parent, "rm")
+    store.begin(parent, JournalOperation.REMOVE)
     assert store.journal_entry(parent.id) is not None
 
 
-def test_the_journal_names_operation_and_process(store: Store) -> None:
-    """One row per instance, with who is at work; the commit of the outcome removes it."""
+def test_the_journal_names_the_operation_and_the_process(store: Store) -> None:
+    """Each instance has one row with the working process; the commit of the outcome removes it."""
     instance = recorded(store)
     assert store.journal_entry(instance.id) is None
-    store.begin(instance, "stop")
-    store.begin(instance, "standby")
+    store.begin(instance, JournalOperation.STOP)
+    store.begin(instance, JournalOperation.STANDBY)
     entry = store.journal_entry(instance.id)
     assert entry is not None
     assert (entry.operation, (entry.owner_pid, entry.owner_ticks)) == ("standby", own_process())
@@ -128,8 +134,8 @@ def test_the_journal_names_operation_and_process(store: Store) -> None:
     assert store.get("oak").state is State.STANDBY
 
 
-def test_nothing_is_saved_for_an_instance_that_is_gone(store: Store) -> None:
-    """A record that another process removed does not come back to life."""
+def test_nothing_is_saved_for_a_removed_instance(store: Store) -> None:
+    """A record that another process removed does not reappear."""
     instance = recorded(store)
     store.forget(instance.id)
     store.forget(instance.id)
@@ -138,17 +144,10 @@ def test_nothing_is_saved_for_an_instance_that_is_gone(store: Store) -> None:
     assert store.instances() == []
 
 
-def test_users_of_an_image_are_named(store: Store) -> None:
-    """`image rm` asks here."""
-    image = make_instance().image
-    recorded(store, "b")
-    recorded(store, "a")
-    recorded(store, "c", image="sha256:" + "1" * 64)
-    assert store.users_of_image(image) == ["a", "b"]
-
-
-def test_threads_and_stores_write_at_once(tmp_path: Path) -> None:
-    """Two stores with four threads each: every record arrives, one of all takers gets a contended name, nobody sees a locked database."""
+def test_threads_and_stores_write_concurrently(tmp_path: Path) -> None:
+    """Two stores with four threads each write every record, one of them gets a contested name, and
+    none finds the database locked.
+    """
     path = tmp_path / "coppice.db"
     stores = [Store(path, own_process()) for _ in range(2)]
     outcomes: list[str] = []
@@ -159,7 +158,7 @@ def test_threads_and_stores_write_at_once(tmp_path: Path) -> None:
         for step in range(10):
             recorded(store, f"own-{number}-{step}")
         try:
-            store.create([make_instance("contended")], "run")
+            store.create([make_instance("contended")], JournalOperation.RUN)
             outcomes.append("mine")
         except NameTaken:
             outcomes.append("taken")
@@ -176,7 +175,9 @@ def test_threads_and_stores_write_at_once(tmp_path: Path) -> None:
 
 
 def test_a_commit_is_whole_after_a_crash(tmp_path: Path, store: Store) -> None:
-    """A process that dies inside of a transaction leaves the state before it: SQLite's own promise, with our settings."""
+    """A process that dies in a transaction leaves the previous state: SQLite guarantees this with
+    Coppice's settings.
+    """
     instance = recorded(store)
     program = (
         "import os, sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None); "
@@ -185,3 +186,16 @@ def test_a_commit_is_whole_after_a_crash(tmp_path: Path, store: Store) -> None:
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "coppice.db")], check=False, timeout=30)
     assert killed.returncode == -9
     assert store.get("oak") == instance
+
+
+def test_the_cost_of_a_count_does_not_grow_with_stopped_instances(tmp_path: Path) -> None:
+    """Each fork counts the running instances twice, once while it holds the database. The count
+    reads no record of a stopped instance.
+    """
+    path = tmp_path / "coppice.db"
+    Store(path, own_process()).close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {LOAD}")]
+    scans = [step for step in plan if step.startswith("SCAN instances")]
+    assert all("COVERING INDEX" in step for step in scans), plan
+    assert any("instances_state" in step for step in plan), plan

@@ -1,4 +1,4 @@
-"""Transactions: one that fails, wherever it fails, is over, and the error says what happened."""
+"""A transaction that fails, at any point, is over, and its error gives the reason."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from coppice.errors import Busy, NoSpace
-from coppice.store import database
-from coppice.store.database import Database
-from coppice.store.reserve import keep
+from coppice.state import database
+from coppice.state.database import Database
+from coppice.state.reserve import keep
 
 
-def test_a_full_disk_is_said_to_be_one_and_the_next_write_works(tmp_path: Path) -> None:
-    """SQLite has undone the transaction by itself then: to undo it again would hide what happened."""
+def test_a_full_disk_is_reported_and_the_next_write_works(tmp_path: Path) -> None:
+    """SQLite has then already undone the transaction: a second rollback would hide the reason."""
     database = Database(tmp_path / "coppice.db")
     with database.read() as connection:
         pages = connection.execute("PRAGMA page_count").fetchone()[0]
@@ -33,8 +33,8 @@ def test_a_full_disk_is_said_to_be_one_and_the_next_write_works(tmp_path: Path) 
     database.close()
 
 
-def test_a_commit_that_fails_does_not_keep_the_others_out(tmp_path: Path) -> None:
-    """A transaction that stayed open would hold the database's only write lock until its process ends."""
+def test_a_failed_commit_does_not_block_other_writers(tmp_path: Path) -> None:
+    """A transaction left open would hold the database's only write lock until its process ends."""
     first, second = Database(tmp_path / "coppice.db"), Database(tmp_path / "coppice.db")
     with first.read() as connection:
         connection.execute("PRAGMA foreign_keys = ON")
@@ -48,23 +48,23 @@ def test_a_commit_that_fails_does_not_keep_the_others_out(tmp_path: Path) -> Non
     second.close()
 
 
-def test_a_data_directory_that_somebody_holds_is_not_waited_for_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that was stopped while it opened it, or another program with a lock of its own, must not hang all that come after."""
+def test_the_wait_for_a_held_data_directory_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may be suspended while it opens the directory, or another program may hold
+    its lock: later processes must not hang.
+    """
     monkeypatch.setattr(database, "_BUSY_TIMEOUT_S", 0.05)
     holder = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(Busy, match="another process holds"):
+        with pytest.raises(Busy, match="another process has locked"):
             Database(tmp_path / "coppice.db")
     finally:
         os.close(holder)
     Database(tmp_path / "coppice.db").close()
 
 
-def test_the_reserve_of_a_copied_data_directory_is_filled_again(tmp_path: Path) -> None:
-    """`cp` leaves out blocks that were never written, and a hole gives no room back on a full disk."""
+def test_the_reserve_of_a_copied_data_directory_is_refilled(tmp_path: Path) -> None:
+    """`cp` skips blocks of zeros, and a hole frees no space on a full disk."""
     reserve = tmp_path / "coppice.db-reserve"
     keep(reserve)
     held = reserve.stat()

@@ -1,4 +1,6 @@
-"""Records of volumes: who has one is derived from those who do, and the rule is kept in the transaction that makes a holder."""
+"""Records of volumes: holders are derived from their own records, and the rule for holders is
+checked in the transaction that adds one.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +13,33 @@ import msgspec
 import pytest
 
 from coppice.errors import InUse, NameTaken, NotFound
-from coppice.instance.snapshot import new_snapshot
 from coppice.model import MIB, Instance, State, Volume, VolumeDisk
 from coppice.names import new_id
-from coppice.store.store import Store
+from coppice.snapshots.snapshot import new_snapshot
+from coppice.state.journal import JournalOperation
+from coppice.state.store import Store
 from coppice.vmm.process import own_process
 from fakes.records import MACHINE, make_instance
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """A new store."""
+    """Return a new store."""
     store = Store(tmp_path / "coppice.db", own_process())
     yield store
     store.close()
 
 
 def made(store: Store, name: str = "data", **more: Any) -> Volume:
-    """A volume that is whole."""
+    """Return a finished volume."""
     volume = Volume(id=new_id(), name=name, size_bytes=16 * MIB, created_at=time.time(), **more)
-    store.volumes.create(volume, "volume", lambda: None)
+    store.volumes.create(volume, JournalOperation.VOLUME, lambda: None)
     store.volumes.finish(volume)
     return volume
 
 
 def holder(name: str, *volumes: Volume, readonly: bool) -> Instance:
-    """An instance's record with these volumes."""
+    """Return an instance's record with these volumes."""
     disks = tuple(
         VolumeDisk(
             volume_id=volume.id,
@@ -50,12 +53,12 @@ def holder(name: str, *volumes: Volume, readonly: bool) -> Instance:
     return make_instance(name, State.STOPPED, machine=msgspec.structs.replace(MACHINE, volumes=disks))
 
 
-def test_a_record_comes_back_as_it_was(store: Store) -> None:
-    """By id and by name, to the last field; until it is whole it is not found."""
+def test_a_record_is_read_back_unchanged(store: Store) -> None:
+    """A record is read by id and by name, with every field; an unfinished volume is not found."""
     volume = made(store, owner="alice", tags={"a": "b"})
     assert store.volumes.get("data") == store.volumes.get(volume.id) == volume
     half = msgspec.structs.replace(volume, id=new_id(), name="half")
-    store.volumes.create(half, "volume", lambda: None)
+    store.volumes.create(half, JournalOperation.VOLUME, lambda: None)
     with pytest.raises(NotFound, match="no volume 'half'"):
         store.volumes.get("half")
     assert store.volumes.all() == [volume]
@@ -63,29 +66,29 @@ def test_a_record_comes_back_as_it_was(store: Store) -> None:
 
 
 def test_a_name_is_taken_once(store: Store) -> None:
-    """And what was refused leaves no journal row."""
+    """A refused record leaves no journal row."""
     made(store)
     with pytest.raises(NameTaken, match="data"):
         made(store)
     assert store.journal() == []
 
 
-def test_what_the_check_refuses_is_not_recorded(store: Store) -> None:
-    """The budget is looked at in the same transaction."""
+def test_a_volume_refused_by_the_check_is_not_recorded(store: Store) -> None:
+    """The budget is checked in the same transaction."""
 
     def refuse() -> None:
-        raise NotFound("no room")
+        raise NotFound("no space")
 
     volume = Volume(id=new_id(), name="data", size_bytes=16 * MIB, created_at=0)
     with pytest.raises(NotFound):
-        store.volumes.create(volume, "volume", refuse)
+        store.volumes.create(volume, JournalOperation.VOLUME, refuse)
     assert store.volumes.ids() == set()
 
 
-def test_who_has_a_volume_is_derived(store: Store) -> None:
-    """Holders come and go with their records, and are never part of what is stored."""
+def test_the_holders_of_a_volume_are_derived(store: Store) -> None:
+    """Holders appear and disappear with their records, and are never stored with the volume."""
     data, other = made(store), made(store, "other")
-    store.create([holder("oak", data, other, readonly=True), holder("elm", data, readonly=True)], "run")
+    store.create([holder("oak", data, other, readonly=True), holder("elm", data, readonly=True)], JournalOperation.RUN)
     assert [each.name for each in store.volumes.get("data").attachments] == ["oak", "elm"]
     assert [(each.name, len(each.attachments)) for each in store.volumes.all()] == [("data", 2), ("other", 1)]
     store.forget(store.get("oak").id)
@@ -95,37 +98,39 @@ def test_who_has_a_volume_is_derived(store: Store) -> None:
 
 @pytest.mark.parametrize("first", [True, False], ids=["reader", "writer"])
 @pytest.mark.parametrize("second", [True, False], ids=["reader", "writer"])
-def test_one_writes_or_any_number_reads(store: Store, first: bool, second: bool) -> None:
-    """Two in one call or one after the other: two readers, or one of them is refused and nothing of its call is recorded."""
+def test_a_volume_has_one_writer_or_any_number_of_readers(store: Store, first: bool, second: bool) -> None:
+    """Two readers are accepted, in one call or in two. With a writer among them one is refused, and
+    nothing of its call is recorded.
+    """
     data = made(store)
     pair = [holder("oak", data, readonly=first), holder("elm", data, readonly=second)]
     allowed = first and second
     if not allowed:
         with pytest.raises(InUse, match="data"):
-            store.create(pair, "run")
+            store.create(pair, JournalOperation.RUN)
         assert store.instances() == []
-    store.create(pair[:1], "run")
+    store.create(pair[:1], JournalOperation.RUN)
     if allowed:
-        store.create(pair[1:], "run")
+        store.create(pair[1:], JournalOperation.RUN)
         return
     with pytest.raises(InUse, match="oak has it"):
-        store.create(pair[1:], "run")
+        store.create(pair[1:], JournalOperation.RUN)
     with pytest.raises(InUse, match="oak has it"):
         store.volumes.require_free(pair[1].machine.volumes)
     assert [each.name for each in store.instances()] == ["oak"]
 
 
-def test_a_volume_that_is_had_is_not_removed_and_one_that_goes_is_not_had(store: Store) -> None:
-    """The two are decided in one order, whoever comes first."""
+def test_attaching_and_removing_a_volume_exclude_each_other(store: Store) -> None:
+    """Attachment and removal are serialised: the first one wins."""
     data = made(store)
     oak = holder("oak", data, readonly=True)
-    store.create([oak], "run")
+    store.create([oak], JournalOperation.RUN)
     with pytest.raises(InUse, match="oak has it"):
-        store.volumes.begin_removal(data, "volume-rm")
+        store.volumes.begin_removal(data, JournalOperation.VOLUME_REMOVE)
     store.forget(oak.id)
-    store.volumes.begin_removal(data, "volume-rm")
+    store.volumes.begin_removal(data, JournalOperation.VOLUME_REMOVE)
     with pytest.raises(NotFound, match="no volume 'data'"):
-        store.create([oak], "run")
+        store.create([oak], JournalOperation.RUN)
     with pytest.raises(NotFound, match="no volume 'data'"):
         store.volumes.require_free(oak.machine.volumes)
     store.volumes.forget(data.id)
@@ -133,22 +138,22 @@ def test_a_volume_that_is_had_is_not_removed_and_one_that_goes_is_not_had(store:
 
 
 def test_a_snapshot_is_a_holder_too(store: Store) -> None:
-    """It keeps writers out, and is not recorded beside one."""
+    """A snapshot excludes writers, and is not recorded while there is one."""
     data = made(store)
     source = holder("oak", data, readonly=True)
     kept = new_snapshot(source, "noon", None, {})
-    store.create([holder("writer", data, readonly=False)], "run")
+    store.create([holder("writer", data, readonly=False)], JournalOperation.RUN)
     with pytest.raises(InUse, match="writer has it for writing"):
-        store.snapshots.create(kept, "snapshot")
+        store.snapshots.create(kept, JournalOperation.SNAPSHOT)
     store.forget(store.get("writer").id)
-    store.snapshots.create(kept, "snapshot")
+    store.snapshots.create(kept, JournalOperation.SNAPSHOT)
     with pytest.raises(InUse, match="the snapshot noon has it"):
-        store.create([holder("writer", data, readonly=False)], "run")
+        store.create([holder("writer", data, readonly=False)], JournalOperation.RUN)
 
 
-def test_many_holders_are_named_in_one_line(store: Store) -> None:
-    """Eight, and how many more."""
+def test_a_long_list_of_holders_is_shortened(store: Store) -> None:
+    """Eight holders are named, and the others are counted."""
     data = made(store)
-    store.create([holder(f"vm-{number:02}", data, readonly=True) for number in range(12)], "run")
+    store.create([holder(f"vm-{number:02}", data, readonly=True) for number in range(12)], JournalOperation.RUN)
     with pytest.raises(InUse, match=r"vm-00, .*vm-07 and 4 more have it;"):
-        store.volumes.begin_removal(data, "volume-rm")
+        store.volumes.begin_removal(data, JournalOperation.VOLUME_REMOVE)

@@ -1,10 +1,13 @@
-"""Host, the blocking twin: the same names and signatures as AsyncHost, and a Ctrl-C that leaves nothing half-made."""
+"""Host, the blocking twin, has the names and signatures of AsyncHost, and a Ctrl-C leaves nothing
+half-made.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import inspect
 import os
 import re
@@ -18,55 +21,81 @@ from typing import Any
 
 import pytest
 
-from coppice.guest.process import ExecSession as AsyncExecSession
-from coppice.host import AsyncHost
-from coppice.portal import Portal
-from coppice.sync import ExecSession, Host
+from coppice.agent.process import ExecSession as AgentSession
+from coppice.client import AsyncHost, AsyncMachine, ExecSession, Host, Machine
+from coppice.client.aio import images, managers
+from coppice.client.blocking import images as blocking_images
+from coppice.client.blocking import managers as blocking_managers
+from coppice.client.portal import Portal
 from fakes.driver import FakeDriver
 from fakes.rooms import DEADLINES, open_rooms
 
-INTERNAL = {"rooms"}  # how the use cases reach the data directory, not a use case
+TWINS: list[tuple[type, type]] = [
+    (AsyncHost, Host),
+    (AsyncMachine, Machine),
+    (images.AsyncImages, blocking_images.Images),
+    (images.AsyncKernels, blocking_images.Kernels),
+    (managers.AsyncVolumes, blocking_managers.Volumes),
+    (managers.AsyncSnapshots, blocking_managers.Snapshots),
+]
+WITH_AWAIT_ONLY = {"stream"}  # handles have a method for each stream
 
 
 def public(kind: type) -> dict[str, Any]:
-    """The public members of a class."""
+    """Return the public members of a class."""
     return {name: inspect.getattr_static(kind, name) for name in dir(kind) if not name.startswith("_")}
 
 
 def parameters(function: Any) -> list[inspect.Parameter]:
-    """Parameters with names, kinds, defaults and annotations."""
+    """Return the parameters with names, kinds, defaults and annotations."""
     return list(inspect.signature(function).parameters.values())
 
 
 def blocking(annotation: str) -> str:
-    """What an asynchronous result is called where one waits for it."""
-    return re.sub(r"^Async(Iterator)", r"\1", annotation)
+    """Return the blocking form of an asynchronous annotation."""
+    annotation = re.sub(r"^Opening\[(.*)\]$", r"\1", annotation)
+    return (
+        re.sub(r"\bAsync(\w)", r"\1", annotation).replace("AbstractContextManager", "Iterator").replace("Abstract", "")
+    )
 
 
-def test_host_has_every_name_of_async_host() -> None:
-    """Whoever changes between the two looks nothing up."""
-    assert set(public(Host)) == set(public(AsyncHost)) - INTERNAL
+def members() -> list[tuple[type, type, str]]:
+    return [(theirs, ours, name) for theirs, ours in TWINS for name in sorted(set(public(theirs)) - WITH_AWAIT_ONLY)]
 
 
-@pytest.mark.parametrize("name", ["__init__", *sorted(set(public(AsyncHost)) - INTERNAL)])
-def test_host_has_the_signatures_of_async_host(name: str) -> None:
-    """Same parameters, defaults, results and documentation; only `await` is gone."""
-    ours, theirs = inspect.getattr_static(Host, name), inspect.getattr_static(AsyncHost, name)
-    assert name == "__init__" or ours.__doc__ == theirs.__doc__
-    if isinstance(theirs, property):
-        ours, theirs = ours.fget, theirs.fget
+@pytest.mark.parametrize(("theirs", "ours"), TWINS)
+def test_a_twin_has_every_name(theirs: type, ours: type) -> None:
+    """A user who moves between the two finds the same names."""
+    assert set(public(ours)) == set(public(theirs)) - WITH_AWAIT_ONLY
+
+
+@pytest.mark.parametrize(("asynchronous", "twin", "name"), members())
+def test_a_twin_has_the_same_signatures(asynchronous: type, twin: type, name: str) -> None:
+    """Parameters, defaults, results and documentation are the same without `await`."""
+    ours, theirs = inspect.getattr_static(twin, name), inspect.getattr_static(asynchronous, name)
+    assert ours.__doc__
+    assert ours.__doc__.splitlines()[0] == theirs.__doc__.splitlines()[0]
+    if isinstance(theirs, property | functools.cached_property):
+        ours, theirs = ours.fget, theirs.fget if isinstance(theirs, property) else theirs.func
     assert parameters(ours) == parameters(theirs)
-    found, wanted = (inspect.signature(each).return_annotation for each in (ours, theirs))
-    assert found == blocking(wanted)
+    found, wanted = (inspect.signature(each).return_annotation for each in (inspect.unwrap(ours), theirs))
+    assert found == blocking(wanted) or wanted.startswith("AbstractAsyncContextManager")
     assert not inspect.iscoroutinefunction(ours)
 
 
+def test_the_hosts_have_the_same_settings() -> None:
+    """The settings have the same defaults too."""
+    assert parameters(Host.__init__) == parameters(AsyncHost.__init__)
+
+
 def test_a_session_has_every_name_of_the_asynchronous_one() -> None:
-    """A session in a `with` block can do what one in an `async with` block can; ending it is the block's."""
-    wanted = {name for name in dir(AsyncExecSession) if not name.startswith("_")} - {"close"}
+    """A session in a `with` block has the methods of one in an `async with` block; only the block
+    begins and ends it.
+    """
+    wanted = {name for name in dir(AgentSession) if not name.startswith("_")} - {"opened", "end", "leave"}
     assert {name for name in dir(ExecSession) if not name.startswith("_")} == wanted | {"pid"}
     for name in wanted:
-        ours, theirs = (parameters(getattr(kind, name)) for kind in (ExecSession, AsyncExecSession))
+        ours, theirs = (parameters(getattr(kind, name)) for kind in (ExecSession, AgentSession))
         assert [(each.name, each.kind, each.default) for each in ours] == [
             (each.name, each.kind, each.default) for each in theirs
         ]
@@ -74,7 +103,7 @@ def test_a_session_has_every_name_of_the_asynchronous_one() -> None:
 
 @pytest.fixture
 def portal() -> Iterator[Portal]:
-    """A loop in a thread, ended with the test."""
+    """Return a loop in a thread, which ends with the test."""
     portal = Portal()
     yield portal
     portal.close()
@@ -90,15 +119,15 @@ async def _fail(why: str) -> None:
     raise LookupError(why)
 
 
-def test_results_and_errors_come_back(portal: Portal) -> None:
-    """A call returns what the work returned and raises what it raised, many times over one loop."""
+def test_results_and_errors_are_passed_on(portal: Portal) -> None:
+    """A call returns the result of the work or raises its error, many times over one loop."""
     assert [portal.call(_answer()) for _ in range(3)] == [42] * 3
     with pytest.raises(LookupError, match="nothing"):
         portal.call(_fail("nothing"))
 
 
-def test_calls_from_several_threads(portal: Portal) -> None:
-    """Threads wait for their own work only: they run at the same time."""
+def test_calls_from_several_threads_run_concurrently(portal: Portal) -> None:
+    """Each thread waits only for its own work."""
 
     arrived: list[int] = []
     all_here = asyncio.Event()
@@ -119,7 +148,7 @@ def test_calls_from_several_threads(portal: Portal) -> None:
 
 
 class Interrupted:
-    """Work that presses Ctrl-C when it has begun, and takes its time to clean up."""
+    """Work that interrupts the caller once it has begun, and takes its time to clean up."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
@@ -140,7 +169,7 @@ class Interrupted:
 
 
 def test_ctrl_c_cancels_and_waits_for_the_cleanup(portal: Portal) -> None:
-    """KeyboardInterrupt comes out when the operation's own cleanup is over, not before."""
+    """KeyboardInterrupt is raised after the operation's own cleanup, not before."""
     work = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         portal.call(work.run())
@@ -148,10 +177,12 @@ def test_ctrl_c_cancels_and_waits_for_the_cleanup(portal: Portal) -> None:
     assert portal.call(_answer()) == 42
 
 
-def test_ctrl_c_at_the_very_start_leaves_no_work_behind(portal: Portal) -> None:
-    """Wherever the caller is when the work presses the keys, the work has been cleaned up when the interrupt comes out of the call."""
+def test_an_early_ctrl_c_leaves_no_work(portal: Portal) -> None:
+    """The work has been cleaned up when the call raises the interrupt, wherever the caller was at
+    that moment.
+    """
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # the loop's thread gets its turn at any moment of the call
+    sys.setswitchinterval(1e-6)  # lets the loop's thread run at any moment of the call
     try:
         for _ in range(100):
             work = Interrupted()
@@ -163,15 +194,15 @@ def test_ctrl_c_at_the_very_start_leaves_no_work_behind(portal: Portal) -> None:
 
 
 def test_ctrl_c_while_a_block_is_entered(portal: Portal) -> None:
-    """The same holds for `with host.machine(...)`, whose entry takes the longest."""
+    """The same holds for `with host.run(...)`, whose entry takes longest."""
     work = Interrupted()
     with pytest.raises(KeyboardInterrupt), portal.within(work.entered()):
-        pytest.fail("it was never entered")
+        pytest.fail("the block was entered")
     assert work.done == ["cleaned"]
 
 
 class InterruptedWhenDone(concurrent.futures.Future[None]):
-    """The keys are pressed when the work is done, and the caller has not learned of it yet."""
+    """A future that interrupts the caller when the work is done but its result not yet delivered."""
 
     def result(self, timeout: float | None = None) -> None:
         super().result(timeout)
@@ -179,7 +210,9 @@ class InterruptedWhenDone(concurrent.futures.Future[None]):
 
 
 def test_ctrl_c_when_a_block_has_just_been_entered(portal: Portal) -> None:
-    """Nobody would ever leave it: what it holds, such as the forks of `with host.forks(...)`, would stay."""
+    """No code would leave the block otherwise: what it holds, such as the forks of `with
+    template.fork(...)`, would stay.
+    """
     done: list[str] = []
 
     async def hold(entered: concurrent.futures.Future[None]) -> None:
@@ -196,7 +229,7 @@ def test_ctrl_c_when_a_block_has_just_been_entered(portal: Portal) -> None:
 
 
 class Manager:
-    """A context manager that needs one task to enter and leave it, as asyncio.timeout does."""
+    """A context manager that must be entered and left in one task, like asyncio.timeout."""
 
     def __init__(self) -> None:
         self.seen: list[BaseException | None] = []
@@ -218,7 +251,7 @@ class Manager:
 
 
 def test_a_block_is_entered_and_left_in_one_task(portal: Portal) -> None:
-    """A value comes out, calls go on inside, and the end is waited for."""
+    """The block gets its value, calls inside it work, and its end is awaited."""
     manager = Manager()
     with portal.within(manager.held()) as value:
         assert value == 7
@@ -229,7 +262,9 @@ def test_a_block_is_entered_and_left_in_one_task(portal: Portal) -> None:
 
 @pytest.mark.parametrize("kind", [LookupError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_an_exception_in_a_block_ends_it(portal: Portal, kind: type[BaseException]) -> None:
-    """The manager sees a failure, the caller gets the very exception it raised, and the loop lives on."""
+    """The manager sees the failure, the caller gets the same exception back, and the loop keeps
+    running.
+    """
     manager = Manager()
     raised = kind("mine")
     with pytest.raises(kind) as found, portal.within(manager.held()):
@@ -240,8 +275,8 @@ def test_an_exception_in_a_block_ends_it(portal: Portal, kind: type[BaseExceptio
     assert portal.call(_answer()) == 42
 
 
-def test_an_entry_or_a_cleanup_that_fails_is_raised(portal: Portal) -> None:
-    """Neither is swallowed by the thread between."""
+def test_a_failed_entry_or_cleanup_is_raised(portal: Portal) -> None:
+    """The thread in between swallows neither error."""
 
     @contextlib.asynccontextmanager
     async def broken() -> AsyncIterator[None]:
@@ -249,13 +284,13 @@ def test_an_entry_or_a_cleanup_that_fails_is_raised(portal: Portal) -> None:
         yield
 
     with pytest.raises(LookupError, match="entry"), portal.within(broken()):
-        pytest.fail("it was never entered")
+        pytest.fail("the block was entered")
     with pytest.raises(ZeroDivisionError), portal.within(Manager().held(ZeroDivisionError)):
         pass
 
 
-def test_items_are_taken_one_by_one(portal: Portal) -> None:
-    """An iterator waits for each item, and what it held is closed when its user breaks off."""
+def test_items_are_iterated_one_by_one(portal: Portal) -> None:
+    """An iterator waits for each item, and is closed when its user stops early."""
     closed: list[str] = []
 
     async def numbers() -> AsyncIterator[int | None]:
@@ -271,12 +306,12 @@ def test_items_are_taken_one_by_one(portal: Portal) -> None:
     assert closed == ["yes"]
     partly = portal.iterate(numbers())
     assert next(partly) == 1
-    partly.close()  # type: ignore[attr-defined] # what `for ... break` does at last; it is a generator
+    partly.close()  # type: ignore[attr-defined] # as `for ... break` does eventually; it is a generator
     assert closed == ["yes", "yes"]
 
 
 def test_a_call_from_the_hosts_own_thread_is_refused(portal: Portal) -> None:
-    """A progress sink that calls the host gets an error instead of waiting for itself for ever."""
+    """A progress sink that calls the host gets an error instead of a deadlock."""
 
     async def nested() -> int:
         return portal.call(_answer())
@@ -285,8 +320,8 @@ def test_a_call_from_the_hosts_own_thread_is_refused(portal: Portal) -> None:
         portal.call(nested())
 
 
-def test_closing_cancels_what_runs() -> None:
-    """A thread that still waits when the host is closed does not wait for ever."""
+def test_closing_cancels_running_calls() -> None:
+    """A thread that still waits when the host is closed does not wait forever."""
     portal = Portal()
     begun = threading.Event()
     outcome: list[BaseException] = []
@@ -311,35 +346,43 @@ def test_closing_cancels_what_runs() -> None:
 
 
 def test_a_host_over_fake_machines(fake_vmm: Path, fake_home: Path) -> None:
-    """A whole life through the blocking twin: run, exec, logs of a session, fork in a block, and nothing is left."""
+    """A whole life cycle through the blocking twin leaves nothing: run, exec, logs of a session,
+    and a fork in a block.
+    """
     with Host(fake_home, driver=FakeDriver(fake_vmm), deadlines=DEADLINES, open_rooms=open_rooms) as host:
         assert host.home == fake_home
-        (image,) = host.image_ls()
-        with host.machine(image.name, memory_bytes=64 << 20) as vm:
-            assert host.exec(vm, ["echo", "hello"]).stdout == b"hello\n"
-            with host.open_exec(vm, ["cat"]) as session:
+        (image,) = host.images.ls()
+        with host.run(image.name, memory_bytes=64 << 20) as vm:
+            assert vm.exec(["echo", "hello"]).stdout == b"hello\n"
+            with vm.open_exec(["cat"]) as session:
                 session.send_stdin(b"data")
                 session.eof()
                 assert b"".join(data for _, data in session) == b"data"
                 assert session.wait().exit_code == 0
-            host.standby(vm)
-            with host.forks(vm, 2) as forks:
+            template = vm.freeze()
+            assert template is vm
+            with template.fork(2) as forks:
                 assert len(host.ls()) == 3
-                assert set(host.inspect(vm).forks) == {fork.name for fork in forks}
+                assert set(vm.inspect().forks) == {fork.name for fork in forks}
+                assert [fork.exec(["hostname"]).stdout.decode().strip() for fork in forks] == [
+                    fork.name for fork in forks
+                ]
+            with template.fork_one(name="one") as one:
+                assert (one.name, one.state, host.get("one")) == ("one", "Running", one)
         assert host.ls() == []
 
 
 def test_a_host_that_cannot_be_opened_leaves_no_thread(tmp_path: Path) -> None:
-    """An error at the entry of the block ends the thread too."""
+    """An error on entry of the block ends the thread too."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(Exception, match="cannot be used"), Host(tmp_path / "file" / "home"):
-        pytest.fail("it was never opened")
+    with pytest.raises(Exception, match="cannot use the data directory"), Host(tmp_path / "file" / "home"):
+        pytest.fail("the host was opened")
     assert "coppice-host" not in {thread.name for thread in threading.enumerate()}
 
 
 FORKING = """
 import asyncio, os, signal, sys
-from coppice.portal import Portal
+from coppice.client.portal import Portal
 portal = Portal()
 portal.call(asyncio.sleep(0))
 if os.fork() == 0:
@@ -354,12 +397,14 @@ portal.close()
 """
 
 
-def test_a_host_does_not_come_along_into_a_process_that_is_forked() -> None:
-    """Its thread does not: a worker of multiprocessing that uses its parent's host is told so, and does not wait for ever."""
+def test_a_host_cannot_be_used_in_a_forked_process() -> None:
+    """A fork does not copy the host's thread: a multiprocessing worker that uses its parent's host
+    gets an error and does not hang.
+    """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKING], capture_output=True, text=True, timeout=60, check=True
     )
-    assert "opened by the process that this one was forked from" in done.stdout
+    assert "belongs to the parent of this forked process" in done.stdout
 
 
 def test_a_host_that_cannot_be_closed_leaves_no_thread(
@@ -367,13 +412,13 @@ def test_a_host_that_cannot_be_closed_leaves_no_thread(
 ) -> None:
     """An error at the end of the block ends the thread too."""
     host = Host(fake_home, driver=FakeDriver(fake_vmm), deadlines=DEADLINES, open_rooms=open_rooms).open()
-    close = host._host.close
+    close = host._twin.close
 
     async def failing() -> None:
         await close()
         raise ZeroDivisionError
 
-    monkeypatch.setattr(host._host, "close", failing)
+    monkeypatch.setattr(host._twin, "close", failing)
     with pytest.raises(ZeroDivisionError):
         host.close()
     assert "coppice-host" not in {thread.name for thread in threading.enumerate()}

@@ -1,4 +1,4 @@
-"""Real machines for the tests: one warm template per test session; each test gets its machine by forking it."""
+"""Real machines for the tests: each test forks one warm template per session."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from coppice.host import AsyncHost
+from coppice.client import AsyncHost
 from coppice.model import Instance
+from coppice.requests import PromoteRequest, RunRequest, StandbyRequest
 from machines import GUEST_MEMORY, WARM_SERVER, warm_up
 
 
 @pytest.fixture(scope="session")
 async def template(host: AsyncHost, image: str) -> Instance:
     """A template with a warm Python: booted once, forked by nearly every test."""
-    vm = await host.run(image, ["python3", "-c", WARM_SERVER], name="stump", memory_bytes=GUEST_MEMORY)
+    vm = await host.call(
+        RunRequest(image=image, command=["python3", "-c", WARM_SERVER], name="stump", memory_bytes=GUEST_MEMORY)
+    )
     await warm_up(host, vm)
-    await host.standby(vm)
-    return await host.promote(vm)
+    await host.call(StandbyRequest(instance=vm.id))
+    return await host.call(PromoteRequest(instance=vm.id))
 
 
 @pytest.fixture
 async def vm(host: AsyncHost, template: Instance) -> AsyncIterator[Instance]:
-    """A machine of its own for one test: a fork of the template."""
-    async with host.forks(template, 1) as (fork,):
-        yield fork
+    """A machine for one test: a fork of the template."""
+    async with (await host.get(template.id)).fork(1, atomic=True) as (fork,):
+        yield fork.record

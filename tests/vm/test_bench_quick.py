@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, on real machines, and leave nothing behind."""
+"""The benchmarks measure what they claim on real machines, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coppice.bench.records import Cache, CaptureBenchReport, FanOutReport, Method
-from coppice.host import AsyncHost
+from bench.records import Cache, CaptureBenchReport, FanOutReport, Method, TreeReport
+from coppice.client import AsyncHost
 from coppice.model import MIB
 from documentation import environment, run
 
 
 @pytest.mark.timeout(300)
 async def test_a_quick_fan_out(host: AsyncHost, image: str, tmp_path: Path) -> None:
-    """All methods in one run, each with a warm cache and a cold one. Copies are real: they write the whole file, or its data.
+    """One run has all methods, each with a warm cache and a cold one.
 
-    A shared fork writes nearly nothing and owns little.
+    Copies are real: they write the whole file, or its data. A shared fork writes nearly nothing and
+    has little memory of its own.
     """
     before = {instance.id for instance in await host.ls()}
     words = (
         "-m",
-        "coppice",
         "bench",
         "fan-out",
         "--quick",
@@ -67,8 +67,11 @@ async def test_a_quick_fan_out(host: AsyncHost, image: str, tmp_path: Path) -> N
 
 @pytest.mark.timeout(300)
 async def test_a_quick_capture(host: AsyncHost, image: str, tmp_path: Path) -> None:
-    """A machine that was just booted is captured without a byte of RAM written; a fork with what it dirtied, and no more than some of its own."""
-    words = ("-m", "coppice", "--json", "bench", "capture", "--quick", "--image", image)
+    """The capture of a freshly booted machine writes no RAM.
+
+    The capture of a fork writes its dirty pages and little more.
+    """
+    words = ("-m", "bench", "capture", "--quick", "--json", "--image", image)
     printed = await run(
         sys.executable, *words, env=environment(host.home, tmp_path), directory=tmp_path, deadline_s=280
     )
@@ -80,3 +83,20 @@ async def test_a_quick_capture(host: AsyncHost, image: str, tmp_path: Path) -> N
     assert dirtied.dirty_bytes > idle.dirty_bytes
     for done in report.captures:
         assert 0 < done.pause_ms <= done.total_ms
+
+
+@pytest.mark.timeout(300)
+async def test_a_quick_tree(host: AsyncHost, image: str, tmp_path: Path) -> None:
+    """With layers each level writes what it dirtied and the tree has one base; with whole files each level has its own."""
+    words = ("-m", "bench", "tree", "--quick", "--json", "--image", image)
+    printed = await run(
+        sys.executable, *words, env=environment(host.home, tmp_path), directory=tmp_path, deadline_s=280
+    )
+    layered, whole = msgspec.json.decode(printed, type=TreeReport).trees
+    assert [level.layers for level in layered.levels] == [1, 2]
+    assert [level.layers for level in whole.levels] == [0, 0]
+    assert all(MIB <= level.dirty_bytes <= level.written_bytes <= 1.2 * level.dirty_bytes for level in layered.levels)
+    own = sum(level.file_bytes for level in layered.levels)
+    assert layered.disk_bytes == layered.base_bytes + own
+    assert layered.cached_bytes <= 1.2 * layered.disk_bytes
+    assert whole.disk_bytes > 2 * layered.disk_bytes

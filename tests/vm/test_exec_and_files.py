@@ -1,4 +1,4 @@
-"""Commands and files in a real guest: binary-safe, any size, with exact exit codes."""
+"""Commands and files in a real guest are binary-safe, of any size, with exact exit codes."""
 
 from __future__ import annotations
 
@@ -9,74 +9,95 @@ from pathlib import Path
 
 import pytest
 
+from coppice.client import AsyncHost
 from coppice.errors import GuestRefused, GuestTimeout
-from coppice.host import AsyncHost
 from coppice.model import Instance
+from coppice.requests import (
+    CpInRequest,
+    CpOutRequest,
+    ExecRequest,
+    ForkRequest,
+    OpenExecRequest,
+    RmRequest,
+    StandbyRequest,
+    StatRequest,
+)
 
 
 async def test_exit_codes_and_streams(host: AsyncHost, vm: Instance) -> None:
-    """stdout and stderr apart; the exit code as a shell has it: the command's own, or 128+n for signal n."""
-    result = await host.exec(vm, ["sh", "-c", "echo out; echo err >&2; exit 7"])
+    """stdout and stderr are separate.
+
+    The exit code is the command's own, or 128+n for signal n, as in a shell.
+    """
+    result = await host.call(ExecRequest(instance=vm.id, argv=["sh", "-c", "echo out; echo err >&2; exit 7"]))
     assert (result.exit_code, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
-    assert (await host.exec(vm, ["sh", "-c", "kill -TERM $$"])).exit_code == 143
+    assert (await host.call(ExecRequest(instance=vm.id, argv=["sh", "-c", "kill -TERM $$"]))).exit_code == 143
     with pytest.raises(GuestRefused, match="no-such-program"):
-        await host.exec(vm, ["no-such-program"])
+        await host.call(ExecRequest(instance=vm.id, argv=["no-such-program"]))
     with pytest.raises(GuestTimeout):
-        await host.exec(vm, ["sleep", "60"], timeout_s=1)
+        await host.call(ExecRequest(instance=vm.id, argv=["sleep", "60"], timeout_s=1))
 
 
 async def test_environment_user_and_directory(host: AsyncHost, vm: Instance) -> None:
-    """env, cwd and user are those that were asked for."""
-    result = await host.exec(
-        vm, ["sh", "-c", "echo $WORD; pwd; id -un"], env={"WORD": "two words"}, workdir="/usr", user="nobody"
+    """The command runs with the given environment, directory and user."""
+    result = await host.call(
+        ExecRequest(
+            instance=vm.id,
+            argv=["sh", "-c", "echo $WORD; pwd; id -un"],
+            env={"WORD": "two words"},
+            workdir="/usr",
+            user="nobody",
+        )
     )
     assert result.stdout.decode().splitlines() == ["two words", "/usr", "nobody"]
 
 
 async def test_stdin_is_binary_safe(host: AsyncHost, vm: Instance) -> None:
-    """Four MiB of random bytes go in by stdin and come out of stdout unchanged."""
+    """Four MiB of random bytes pass through stdin and stdout unchanged."""
     data = os.urandom(4 << 20)
-    result = await host.exec(vm, ["cat"], stdin=data, timeout_s=60)
+    result = await host.call(ExecRequest(instance=vm.id, argv=["cat"], stdin=data, timeout_s=60))
     assert hashlib.sha256(result.stdout).digest() == hashlib.sha256(data).digest()
 
 
 async def test_sessions_at_once(host: AsyncHost, vm: Instance) -> None:
-    """Seven sessions run side by side, and each gets its own output."""
-    results = await asyncio.gather(*(host.exec(vm, ["sh", "-c", f"sleep 0.2; echo {n}"]) for n in range(7)))
+    """Seven sessions run in parallel, and each gets its own output."""
+    results = await asyncio.gather(
+        *(host.call(ExecRequest(instance=vm.id, argv=["sh", "-c", f"sleep 0.2; echo {n}"])) for n in range(7))
+    )
     assert [result.stdout.decode().strip() for result in results] == [str(n) for n in range(7)]
 
 
 async def test_copy_both_ways(host: AsyncHost, vm: Instance, tmp_path: Path) -> None:
-    """A directory tree survives the way into the guest and back: contents, modes and links."""
+    """A directory tree keeps contents, modes and links on its way into the guest and back."""
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
     (tree / "data").write_bytes(os.urandom(300_000))
     (tree / "sub" / "run.sh").write_text("#!/bin/sh\necho ran\n")
     (tree / "sub" / "run.sh").chmod(0o755)
     (tree / "link").symlink_to("data")
-    await host.cp_in(vm, tree, "/root/tree")
-    assert (await host.exec(vm, ["/root/tree/sub/run.sh"])).stdout == b"ran\n"
-    await host.cp_out(vm, "/root/tree", tmp_path / "back")
+    await host.call(CpInRequest(instance=vm.id, host_path=str(tree), guest_path="/root/tree"))
+    assert (await host.call(ExecRequest(instance=vm.id, argv=["/root/tree/sub/run.sh"]))).stdout == b"ran\n"
+    await host.call(CpOutRequest(instance=vm.id, guest_path="/root/tree", host_path=str(tmp_path / "back")))
     assert (tmp_path / "back" / "data").read_bytes() == (tree / "data").read_bytes()
     assert (tmp_path / "back" / "sub" / "run.sh").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "back" / "link").readlink() == Path("data")
-    seen = await host.stat(vm, "/root/tree/sub/run.sh")
+    seen = await host.call(StatRequest(instance=vm.id, path="/root/tree/sub/run.sh"))
     assert (seen.kind, seen.mode & 0o777) == ("f", 0o755)
 
 
-async def test_a_sparse_file_is_copied_as_one(host: AsyncHost, vm: Instance, tmp_path: Path) -> None:
-    """Of 64 GiB with 1 MiB of data only that is sent, either way: else this would take an hour."""
+async def test_a_sparse_file_stays_sparse_when_copied(host: AsyncHost, vm: Instance, tmp_path: Path) -> None:
+    """Only the data of a sparse file is sent, both ways; all 64 GiB would take an hour."""
     source, back = tmp_path / "disk", tmp_path / "back"
     with source.open("wb") as file:
         file.seek(32 << 30)
         file.write(os.urandom(1 << 20))
         file.truncate(64 << 30)
-    assert await host.cp_in(vm, source, "/root/disk") == 64 << 30
-    inside = await host.exec(vm, ["stat", "-c", "%s %b", "/root/disk"])
+    assert await host.call(CpInRequest(instance=vm.id, host_path=str(source), guest_path="/root/disk")) == 64 << 30
+    inside = await host.call(ExecRequest(instance=vm.id, argv=["stat", "-c", "%s %b", "/root/disk"]))
     size, blocks = map(int, inside.stdout.split())
     assert size == 64 << 30
     assert blocks * 512 < 2 << 20
-    assert await host.cp_out(vm, "/root/disk", back) == 64 << 30
+    assert await host.call(CpOutRequest(instance=vm.id, guest_path="/root/disk", host_path=str(back))) == 64 << 30
     assert back.stat().st_blocks * 512 < 2 << 20
     with source.open("rb") as ours, back.open("rb") as theirs:
         for offset in (0, 32 << 30, 63 << 30):
@@ -84,21 +105,30 @@ async def test_a_sparse_file_is_copied_as_one(host: AsyncHost, vm: Instance, tmp
 
 
 async def test_a_session_of_the_source_does_not_reach_into_the_fork(host: AsyncHost, vm: Instance) -> None:
-    """Captured during a command that prints without pause: the first command on a fork gets exactly its own output."""
-    async with host.open_exec(vm, ["yes", "noise"], stdin=False) as flood:
+    """The source is captured while a command prints without pause.
+
+    The first command on a fork gets only its own output.
+    """
+    async with host.stream(OpenExecRequest(instance=vm.id, argv=["yes", "noise"], stdin=False)) as flood:
         async for _, _data in flood:
             break
-        await host.standby(vm)
-    async with host.forks(vm, 2) as forks:
+        await host.call(StandbyRequest(instance=vm.id))
+    async with (await host.get(vm.id)).fork(2, atomic=True) as forks:
         for fork in forks:
-            assert (await host.exec(fork, ["echo", "mine"])).stdout == b"mine\n"
-            async with asyncio.timeout(10):  # the command of the source's session is ended, too
-                while (await host.exec(fork, ["sh", "-c", "cat /proc/[0-9]*/comm | grep -x yes"])).exit_code == 0:
+            assert (await host.call(ExecRequest(instance=fork.id, argv=["echo", "mine"]))).stdout == b"mine\n"
+            async with asyncio.timeout(10):  # the command of the source's session is ended too
+                while (
+                    await host.call(
+                        ExecRequest(instance=fork.id, argv=["sh", "-c", "cat /proc/[0-9]*/comm | grep -x yes"])
+                    )
+                ).exit_code == 0:
                     pass
 
 
 async def test_outbound_and_published_ports(host: AsyncHost, template: Instance) -> None:
-    """A guest reaches a server of the host through the user-mode network, and a published port reaches a server of the guest."""
+    """A guest reaches a server of the host through the user-mode network, and a published port
+    reaches a server in the guest.
+    """
     from coppice.model import Publish
 
     async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -112,16 +142,20 @@ async def test_outbound_and_published_ports(host: AsyncHost, template: Instance)
     published = free.sockets[0].getsockname()[1]
     free.close()
     await free.wait_closed()
-    fork = (await host.fork(template, publish=[Publish(host_port=published, guest_port=8000)])).instances[0]
+    fork = (
+        await host.call(ForkRequest(instance=template.id, publish=[Publish(host_port=published, guest_port=8000)]))
+    ).instances[0]
     try:
         script = f"import socket; print(socket.create_connection(('10.0.2.2', {port}), 20).makefile().read())"
-        result = await host.exec(fork, ["python3", "-c", script], timeout_s=60)
+        result = await host.call(ExecRequest(instance=fork.id, argv=["python3", "-c", script], timeout_s=60))
         assert result.stdout == b"from the host\n", result.stderr
         serve_once = (
             "import socket; s = socket.create_server(('0.0.0.0', 8000)); print('up', flush=True); "
             "c = s.accept()[0]; c.sendall(b'from the guest'); c.close()"
         )
-        async with host.open_exec(fork, ["python3", "-c", serve_once], stdin=False) as session:
+        async with host.stream(
+            OpenExecRequest(instance=fork.id, argv=["python3", "-c", serve_once], stdin=False)
+        ) as session:
             async for _, data in session:
                 assert data == b"up\n"
                 break
@@ -130,6 +164,6 @@ async def test_outbound_and_published_ports(host: AsyncHost, template: Instance)
             writer.close()
             await writer.wait_closed()
     finally:
-        await host.rm(fork)
+        await host.call(RmRequest(instance=fork.id))
         server.close()
         await server.wait_closed()

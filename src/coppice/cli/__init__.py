@@ -1,17 +1,19 @@
-"""The command line: `coppice`. Thin over AsyncHost; what it adds is parsing, pictures and exit codes.
+"""The command line: `coppice`. A thin layer over AsyncHost that adds parsing, printing and exit
+codes.
 
-`coppice --help` must answer at once, so modules here import the host, asyncio, rich and msgspec inside of the commands that need them.
+`coppice --help` must answer at once. Modules here therefore import the host, asyncio, rich and
+msgspec only inside the commands that need them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from coppice.cli.context import HostFactory
 
-__all__ = ["main"]
+__all__ = ["entry", "main"]
 
 
 def main(arguments: Sequence[str] | None = None, *, host_factory: HostFactory | None = None) -> int:
@@ -20,8 +22,28 @@ def main(arguments: Sequence[str] | None = None, *, host_factory: HostFactory | 
     `host_factory` makes the host from the global options; tests give a fake one.
     """
     try:
-        from coppice.cli import program
+        from coppice.cli.start import without_collection
 
-        return program.run(arguments, host_factory)
-    except KeyboardInterrupt:  # before there was anything to clean up
+        with without_collection():
+            from coppice.cli import program
+
+            return program.run(arguments, host_factory)
+    except KeyboardInterrupt:  # nothing was started yet, so there is nothing to clean up
         return 130
+
+
+def entry() -> NoReturn:
+    """Run the process's own command line, and end the process with its status.
+
+    `os._exit` skips the teardown of the interpreter, which takes a tenth of the CPU time of
+    `coppice ls`.
+    """
+    import contextlib
+    import os
+    import sys
+
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

@@ -1,127 +1,168 @@
-"""The application: the global options, and every command in the order in which `--help` shows them."""
+"""The application: the global options, and all commands in the order of `--help`."""
 
 from __future__ import annotations
 
 import logging
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-from typer.core import TyperGroup
+import click
 
-from coppice.cli import guest, images, lifecycle, lineage, output, snapshots, view, volumes
+from coppice.cli import output
 from coppice.cli.context import Cli
+from coppice.cli.declare import Commands, Option, ProgramExit, parameters
+from coppice.cli.habits import ALIASES, advice
+from coppice.errors import UsageError
+
+_CLI = "coppice.cli"
+_PLACES = {
+    "doctor": f"{_CLI}.images:doctor",
+    "run": f"{_CLI}.lifecycle:run",
+    "ls": f"{_CLI}.view:ls",
+    "inspect": f"{_CLI}.view:inspect",
+    "exec": f"{_CLI}.guest:exec_",
+    "cp": f"{_CLI}.guest:cp",
+    "logs": f"{_CLI}.guest:logs",
+    "standby": f"{_CLI}.lifecycle:standby",
+    "restore": f"{_CLI}.lifecycle:restore",
+    "start": f"{_CLI}.lifecycle:start",
+    "stop": f"{_CLI}.lifecycle:stop",
+    "promote": f"{_CLI}.lifecycle:promote",
+    "demote": f"{_CLI}.lifecycle:demote",
+    "fork": f"{_CLI}.lineage:fork",
+    "tree": f"{_CLI}.lineage:tree",
+    "verify": f"{_CLI}.snapshots:verify",
+    "stats": f"{_CLI}.view:stats",
+    "egress": f"{_CLI}.lifecycle:egress",
+    "update": f"{_CLI}.lifecycle:update",
+    "rm": f"{_CLI}.lifecycle:rm",
+    "events": f"{_CLI}.events:events",
+    "gc": f"{_CLI}.view:gc",
+    "pull": f"{_CLI}.images:pull",
+    "image": f"{_CLI}.images:image_app",
+    "kernel": f"{_CLI}.images:kernel_app",
+    "snapshot": f"{_CLI}.snapshots:snapshot_app",
+    "volume": f"{_CLI}.volumes:volume_app",
+    "storage": f"{_CLI}.storage:storage_app",
+    "serve": f"{_CLI}.serve:serve",
+    "token": f"{_CLI}.serve:token_app",
+    "completion": f"{_CLI}.complete:completion",
+}
 
 
-class _Commands(TyperGroup):
-    """The root group. `bench` is imported when it is run, not when it is listed."""
+class _Root(Commands):
+    """The commands of `coppice`, and the aliases that users of other programs type."""
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        if name == "bench":
-            command = typer.main.get_group(import_module("coppice.bench.cli").app)
-            command.name, command.no_args_is_help = name, False  # a missing command is our kind of error
-        return name, command, rest
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """Return the command that the first words name.
 
-
-app = typer.Typer(
-    cls=_Commands,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
+        :raises UsageError: there is no such command; the hint suggests one
+        """
+        word = args[0]
+        if word in ALIASES:
+            args = [*ALIASES[word], *args[1:]]
+        elif word not in self.list_commands(ctx) and not word.startswith("-"):
+            raise UsageError(f"no such command {word!r}", hint=advice(word, self.list_commands(ctx)))
+        return super().resolve_command(ctx, args)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
         from coppice import __version__
 
         output.line(f"coppice {__version__}")
-        raise typer.Exit
+        raise ProgramExit(0)
 
 
-@app.callback(invoke_without_command=True)
 def options(
-    ctx: typer.Context,
+    ctx: click.Context,
     home: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--home",
             metavar="DIR",
             envvar="COPPICE_HOME",
             help="Data directory. Default: /var/lib/coppice as root, else ~/.local/share/coppice.",
-            file_okay=False,
+        ),
+    ] = None,
+    vmm: Annotated[
+        str | None,
+        Option(
+            "--vmm",
+            metavar="NAME",
+            envvar="COPPICE_VMM",
+            help="The VMM of new machines. Existing machines keep theirs. Default: qemu.",
         ),
     ] = None,
     accel: Annotated[
         Literal["auto", "kvm", "tcg"],
-        typer.Option(
+        Option(
             "--accel",
             envvar="COPPICE_ACCEL",
-            help="How guests are run: by KVM, or emulated (tcg); auto: by KVM where that can be.",
+            help="Accelerator: kvm, tcg (emulation), or auto: kvm if this host supports it.",
         ),
     ] = "auto",
     owner: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--owner",
             metavar="NAME",
             envvar="COPPICE_OWNER",
-            help="Make and see only what is this owner's. Default: all.",
+            help="See only this owner's machines, images and so on, and own new ones. Default: see all.",
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        Option(
+            "--host",
+            metavar="URL",
+            envvar="COPPICE_HOST",
+            help="Use the server at http://HOST:PORT or unix:PATH instead of this machine. Its token is in "
+            "COPPICE_TOKEN.",
         ),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON document, with exact numbers; errors too, on standard output."),
+        Option("--json", help="Print one JSON document with exact numbers on standard output, also for errors."),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors, and log what is done.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
-    ] = False,
+    debug: Annotated[bool, Option("--debug", help="Show tracebacks and a debug log.")] = False,
 ) -> None:
     """Grow many virtual machines from one: warm templates, and forks that share their memory.
 
-    Exit status: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 refused in this state, 5 this host cannot.
+    Exit status: 0 success, 1 failure, 2 wrong usage, 3 not found, 4 refused in this state, 5 not
+    possible on this host.
     """
-    del version  # it has ended the program
     factory = ctx.obj
-    ctx.obj = Cli(home=home, accel=accel, owner=owner or None, json=as_json, debug=debug, host_factory=factory)
+    ctx.obj = Cli(
+        home=home,
+        vmm=vmm,
+        accel=accel,
+        owner=owner or None,
+        server=host or None,
+        json=as_json,
+        debug=debug,
+        host_factory=factory,
+    )
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
         format="coppice: %(name)s: %(message)s" if debug else "coppice: %(message)s",
     )
     if not debug:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it speaks in tracebacks
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it logs tracebacks
     if ctx.invoked_subcommand is None:
         output.line(ctx.get_help())
 
 
-app.command("doctor")(images.doctor)
-app.add_typer(images.image_app, name="image", help="Build, import and list images.")
-app.add_typer(images.kernel_app, name="kernel", help="Add, fetch, list and remove guest kernels.")
-app.command("run")(lifecycle.run)
-app.command("ls")(view.ls)
-app.command("inspect")(view.inspect)
-app.command("exec", context_settings={"allow_interspersed_args": False})(guest.exec_)
-app.command("cp")(guest.cp)
-app.command("logs")(guest.logs)
-app.command("standby")(lifecycle.standby)
-app.command("restore")(lifecycle.restore)
-app.command("start")(lifecycle.start)
-app.command("stop")(lifecycle.stop)
-app.command("promote")(lifecycle.promote)
-app.command("demote")(lifecycle.demote)
-app.command("fork")(lineage.fork)
-app.command("tree")(lineage.tree)
-app.add_typer(snapshots.snapshot_app, name="snapshot", help="Keep moments of instances, and go back to them.")
-app.add_typer(volumes.volume_app, name="volume", help="Make, list and remove disks that outlive instances.")
-app.command("verify")(snapshots.verify)
-app.command("stats")(view.stats)
-app.command("rm")(lifecycle.rm)
-app.command("gc")(view.gc)
-
-
-@app.command("bench")
-def bench() -> None:
-    """Measure forks against cold boots and full copies."""
+app = _Root(
+    "coppice",
+    _PLACES,
+    params=[
+        *parameters(options),
+        click.Option(
+            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
+        ),
+    ],
+    callback=click.pass_context(options),
+    help=options.__doc__,
+    invoke_without_command=True,
+)

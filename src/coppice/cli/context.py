@@ -1,4 +1,6 @@
-"""What every command has at hand: the global options, the host, and the choice between people and programs as readers."""
+"""The context of every command: the global options, the host, and the choice of text or JSON
+output.
+"""
 
 from __future__ import annotations
 
@@ -10,83 +12,111 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-import typer
+import click
 
-from coppice.cli import output, progress
+from coppice.cli import output, progress, start
 from coppice.errors import CoppiceError, HostCannot, NoSpace
 
 if TYPE_CHECKING:
-    from coppice.host import AsyncHost
+    from coppice.client import AsyncHost
     from coppice.model import ProgressSink
+    from coppice.requests import Request
 
 T = TypeVar("T")
 HostFactory = Callable[["Cli"], "AsyncHost"]
 
 
 def open_host(cli: Cli) -> AsyncHost:
-    """The real host over the data directory that the user chose."""
-    from coppice.host import AsyncHost
+    """Return the real host over the chosen data directory, or that of the chosen server."""
+    if cli.server is not None:
+        from coppice.client.connecting import connect_async
 
-    # No spares: a command forks once.
-    return AsyncHost(cli.home, accel=cli.accel, owner=cli.owner, background=cli.background, spares=0)
+        return connect_async(cli.server)
+    from coppice.client.aio.host import AsyncHost
+
+    # No spares: a command forks only once.
+    return AsyncHost(cli.home, vmm=cli.vmm, accel=cli.accel, owner=cli.owner, background=cli.background, spares=0)
 
 
 @dataclass(frozen=True)
 class Cli:
-    """The global options. `home` is None for the default data directory, `owner` for the operator."""
+    """The global options. `home` None: the default data directory. `owner` None: the operator.
+
+    `server` is the address of a server that carries out the requests. None: this machine.
+    """
 
     home: Path | None = None
+    vmm: str | None = None
     accel: str = "auto"
     owner: str | None = None
+    server: str | None = None
     json: bool = False
     debug: bool = False
-    background: Literal["detached", "off"] = "detached"  # a command does not wait for what it has started
+    background: Literal["detached", "off"] = "detached"  # a command does not wait for the hashing of its captures
     host_factory: HostFactory = open_host
 
     @staticmethod
-    def of(context: typer.Context) -> Cli:
-        """Those of the command that runs."""
+    def of(context: click.Context) -> Cli:
+        """Return the options of the running command."""
         found = context.find_object(Cli)
         if found is None:
             raise RuntimeError("the command was invoked without the program around it")
         return found
 
     def call(self, work: Callable[[AsyncHost], Awaitable[T]], *, opened: bool = True) -> T:
-        """Run `work` with the host, opened unless said otherwise. Signals cancel it and wait for its cleanup.
+        """Run `work` with the host, and open the host first unless told otherwise.
 
-        :raises CoppiceError: what the work raised; an OSError becomes one
-        :raises Interrupted: a signal ended it
+        A signal cancels the work and waits for its cleanup.
+
+        :raises CoppiceError: the error of the work; an OSError becomes a CoppiceError
+        :raises Interrupted: a signal ended the work
         """
-
+        start.import_asyncio()
         from coppice.cli.interrupt import run_to_end
 
         async def whole() -> T:
             host = self.host_factory(self)
+            start.collect_again()
             async with host if opened else contextlib.nullcontext():
                 return await work(host)
 
         try:
             return run_to_end(whole())
         except OSError as error:
-            raise _of_the_host(error) from error
+            raise of_the_host(error) from error
+
+    def request(self, request: Request[T], *, opened: bool = True) -> T:
+        """Carry out one operation, with a progress bar if it reports progress. Parameters are as in
+        `call`.
+        """
+        return self.call(lambda host: self.carry_out(host, request), opened=opened)
+
+    async def carry_out(self, host: AsyncHost, request: Request[T]) -> T:
+        """Carry out one operation with an open host, with a progress bar if it reports progress."""
+        if not request.reports_progress:
+            return await host.call(request)
+        with self.progress() as progress:
+            return await host.call(request, progress)
 
     def progress(self) -> AbstractContextManager[ProgressSink]:
-        """A progress bar for the length of a block; none for programs."""
+        """Show a progress bar during a block, unless the output is JSON."""
         return progress.shown(wanted=not self.json)
 
     def show(self, value: object, human: Callable[[], None]) -> None:
-        """Print a result: as one JSON document, or by `human` for people."""
+        """Print a result: as one JSON document with --json, else by calling `human`."""
         if self.json:
             output.document(value)
         else:
             human()
 
 
-def _of_the_host(error: OSError) -> CoppiceError:
-    """An error of the operating system that no room gave a meaning to."""
+def of_the_host(error: OSError) -> CoppiceError:
+    """Return the error to show for an OSError that no lower layer translated."""
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(f"there is no space left{where}", hint="free some, or set COPPICE_HOME to a larger file system")
+        return NoSpace(
+            f"no disk space is left{where}", hint="free disk space, or set COPPICE_HOME to a larger file system"
+        )
     return HostCannot(
-        f"{error.strerror or error}{where}", hint="`coppice doctor` checks this host; --debug shows where it happened"
+        f"{error.strerror or error}{where}", hint="check this host with `coppice doctor`; --debug shows a traceback"
     )

@@ -1,4 +1,4 @@
-"""Ways for the program to end that are no errors."""
+"""Exceptions that end the program but are not errors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class Interrupted(Exception):
         super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
 
+    def fields(self) -> dict[str, str | None]:
+        """Return the fields of the JSON output."""
+        return {"code": "interrupted", "message": f"ended by {self}", "hint": None}
+
 
 class OutputClosed(Exception):
-    """Whoever read our standard output has gone: `coppice ls | head -1` does it."""
+    """The reader of standard output has closed it, as in `coppice ls | head -1`."""

@@ -1,89 +1,88 @@
-"""Commands inside of a running guest: exec, cp, logs."""
+"""Commands inside a running guest: exec, cp, logs."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
-from coppice.cli import complete, format, options, output, parse
+from coppice.cli import complete, format, options, output, parse, start
 from coppice.cli.context import Cli
-from coppice.cli.ending import OutputClosed
-from coppice.errors import UsageError
+from coppice.cli.declare import Argument, Option, ProgramExit, own_words
+from coppice.cli.ending import Interrupted, OutputClosed
+from coppice.errors import CoppiceError, UsageError
 
 if TYPE_CHECKING:
-    from coppice.guest.process import Exit
-    from coppice.host import AsyncHost
+    from coppice.client import AsyncHost
+    from coppice.model.guest import Exit
 
 _STDOUT = 1
-_TIMED_OUT = 124  # as timeout(1) has it
+_TIMED_OUT = 124  # the same as timeout(1)
 
 
+@own_words
 def exec_(
-    ctx: typer.Context,
+    ctx: click.Context,
     name: options.Name,
-    command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="After `--`: the program and its arguments.")],
+    command: Annotated[list[str], Argument(metavar="COMMAND", help="After `--`: the program and its arguments.")],
     interactive: Annotated[
-        bool, typer.Option("--interactive", "-i", help="Pass standard input on although it is a terminal.")
+        bool, Option("--interactive", "-i", help="Pass standard input on even if it is a terminal.")
     ] = False,
     tty: Annotated[
-        bool, typer.Option("--tty", "-t", help="Give the command a terminal; `~.` at a line's start leaves it.")
+        bool, Option("--tty", "-t", help="Give the command a terminal; `~.` at a line's start leaves it.")
     ] = False,
-    no_stdin: Annotated[bool, typer.Option("--no-stdin", "-n", help="Leave standard input alone.")] = False,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--env",
-            "-e",
-            metavar="KEY=VALUE",
-            help="A variable; repeatable. KEY alone: with the value that it has here.",
-        ),
-    ] = None,
-    workdir: Annotated[str | None, typer.Option("--workdir", "-w", metavar="DIR", help="Working directory.")] = None,
-    user: Annotated[str | None, typer.Option("--user", "-u", help="A user name, UID, or UID:GID.")] = None,
+    no_stdin: Annotated[bool, Option("--no-stdin", "-n", help="Leave standard input alone.")] = False,
+    env: options.Env = None,
+    workdir: Annotated[str | None, Option("--workdir", "-w", metavar="DIR", help="Working directory.")] = None,
+    user: Annotated[str | None, Option("--user", "-u", help="A user name, UID, or UID:GID.")] = None,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", metavar="SECONDS", help="End the command after so long.")
+        float | None, Option("--timeout", metavar="SECONDS", help="Kill the command after this time.")
     ] = None,
 ) -> None:
     """Run a command in a Running guest, as ssh does.
 
-    Input, output, signals and exit status are passed through. Standard input is passed on where it is no terminal, or with -i or -t.
-    Options go before NAME. Exit status 124: the timeout ended it; 126: it cannot be started; 127: there is no such command in the guest.
+    Input, output, signals and the exit status are passed through. Standard input is passed on
+    unless it is a terminal; -i or -t also pass a terminal on. Options go before NAME.
+
+    Exit status: the command's, or 124 timed out, 126 cannot be started, 127 no such command in the
+    guest.
     """
+    start.import_asyncio()
     from coppice.cli import session
+    from coppice.requests import OpenExecRequest
 
     cli = Cli.of(ctx)
     argv = command[1:] if command[0] == "--" else command
     if not argv:
-        raise UsageError("there is no command to run", hint="write `coppice exec NAME -- COMMAND...`")
+        raise UsageError("no command given", hint="write `coppice exec NAME -- COMMAND...`")
     if command[0].startswith("-") and command[0] != "--":
         raise UsageError(
-            f"{command[0]!r} is no command", hint="options of exec go before NAME, the command behind `--`"
+            f"{command[0]!r} is not a command", hint="options of exec go before NAME, the command after `--`"
         )
     if tty and cli.json:
-        raise UsageError("a terminal cannot be printed as JSON", hint="leave out -t or --json")
+        raise UsageError("a terminal cannot be printed as JSON", hint="omit -t or --json")
     environment = parse.environment(env or ())
     terminal = tty and os.isatty(0)
     stdin = not no_stdin and _is_open(0) and (interactive or tty or not os.isatty(0))
     captured = session.Captured() if cli.json else None
+    request = OpenExecRequest(
+        instance=name,
+        argv=argv,
+        env=environment,
+        workdir=workdir,
+        user=user,
+        tty=tty,
+        size=session.window() if tty else None,
+        term=os.environ.get("TERM", "xterm") if tty else None,
+        stdin=stdin,
+        timeout_s=timeout,
+    )
 
     async def work(host: AsyncHost) -> Exit:
-        async with host.open_exec(
-            name,
-            argv,
-            env=environment,
-            workdir=workdir,
-            user=user,
-            tty=tty,
-            size=session.window() if tty else None,
-            term=os.environ.get("TERM", "xterm") if tty else None,
-            stdin=stdin,
-            timeout_s=timeout,
-        ) as opened:
+        async with host.stream(request) as opened:
             return await session.attach(opened, stdin=stdin, raw=stdin and terminal, forward=not tty, captured=captured)
 
     started = time.monotonic()
@@ -100,8 +99,8 @@ def exec_(
             }
         )
     elif ended.timed_out:
-        output.complain(f"the command did not end within {timeout:g} s, and was ended")
-    raise typer.Exit(status)
+        output.complain(f"the command did not end within {timeout:g} s, and was killed")
+    raise ProgramExit(status)
 
 
 def _is_open(descriptor: int) -> bool:
@@ -113,58 +112,94 @@ def _is_open(descriptor: int) -> bool:
 
 
 def cp(
-    ctx: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="SRC", help="PATH or NAME:PATH.", autocompletion=complete.paths)],
-    target: Annotated[str, typer.Argument(metavar="DST", help="PATH or NAME:PATH.", autocompletion=complete.paths)],
+    ctx: click.Context,
+    source: Annotated[str, Argument(metavar="SRC", help="PATH or NAME:PATH.", autocompletion=complete.paths)],
+    target: Annotated[str, Argument(metavar="DST", help="PATH or NAME:PATH.", autocompletion=complete.paths)],
+    recursive: options.Recursive = False,
 ) -> None:
-    """Copy files into or out of a Running guest, as `cp -r` would: into a directory that is there, or under a new name.
+    """Copy files into or out of a Running guest, as `cp -r` does: into an existing directory, or to
+    a new name.
 
-    NAME:PATH on exactly one side. Links stay links; modes and times are kept, as far as that is safe. In the guest the copy is root's, on the host it is yours.
+    NAME:PATH goes on exactly one side. A DST that ends with a slash is a directory; DIR/. is a
+    directory's content. Links stay links. Modes and times are kept, except unsafe ones. The copy
+    belongs to root in the guest, and to you on the host.
     """
+    from coppice.requests import CpInRequest, CpOutRequest
+
+    del recursive
     cli = Cli.of(ctx)
     name, path, into = parse.copy_ends(source, target)
 
-    async def work(host: AsyncHost) -> int:
-        with cli.progress() as progress:
-            if into:
-                return await host.cp_in(name, Path(source), path, progress=progress)
-            return await host.cp_out(name, path, Path(target), progress=progress)
-
-    copied = cli.call(work)
+    copied = cli.request(
+        CpInRequest(instance=name, host_path=source, guest_path=path)
+        if into
+        else CpOutRequest(instance=name, guest_path=path, host_path=target)
+    )
     cli.show({"bytes": copied}, lambda: output.line(f"{format.size(copied)} copied"))
 
 
 def logs(
-    ctx: typer.Context,
+    ctx: click.Context,
     name: options.Name,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with new lines until the machine ends.")
-    ] = False,
-    lines: Annotated[int | None, typer.Option("--lines", "-n", min=0, help="Only the last so many lines.")] = None,
-    vmm: Annotated[bool, typer.Option("--vmm", help="The VMM's own log instead of the guest's console.")] = False,
+    follow: Annotated[bool, Option("--follow", "-f", help="Print new lines until the machine ends.")] = False,
+    lines: Annotated[
+        int | None, Option("--lines", "--tail", "-n", min=0, help="Print only the last lines, this many.")
+    ] = None,
+    vmm: Annotated[bool, Option("--vmm", help="Print the VMM's log instead of the guest's console.")] = False,
 ) -> None:
-    """Print the console of a guest. On a terminal, control characters are made visible."""
+    """Print the console of a guest. On a terminal, control characters are escaped."""
+    start.import_asyncio()
     from coppice.cli import terminal
+    from coppice.requests import LogsRequest
 
     cli = Cli.of(ctx)
     if follow and cli.json:
-        raise UsageError("a log that is followed is no one document", hint="leave out -f or --json")
-    collected: list[str] = []
+        raise UsageError("a followed log cannot be printed as one JSON document", hint="omit -f or --json")
+    document = _LinesDocument() if cli.json else None
+    request = LogsRequest(instance=name, source="vmm" if vmm else "console", tail=lines, follow=follow)
 
     async def read(host: AsyncHost) -> None:
         on_terminal = sys.stdout.isatty()
-        async for line in host.logs(name, source="vmm" if vmm else "console", tail=lines, follow=follow):
-            if cli.json:
-                collected.append(line.decode(errors="replace"))
-            else:
-                # The serial console ends its lines with CR LF.
-                output.write((output.harmless(line.removesuffix(b"\r")) if on_terminal else line) + b"\n")
+        async with host.stream(request) as log:
+            async for line in log:
+                if document is not None:
+                    document.add(line)
+                else:
+                    # The serial console ends its lines with CR LF.
+                    output.write((output.harmless(line.removesuffix(b"\r")) if on_terminal else line) + b"\n")
 
     try:
         cli.call(lambda host: terminal.while_read(_STDOUT, read(host)))
     except OutputClosed:
         if not follow:
             raise
-        raise typer.Exit(0) from None  # `logs -f | grep -m1 ready` is an ordinary way to wait
-    if cli.json:
-        output.document({"lines": collected})
+        raise ProgramExit(0) from None  # `logs -f | grep -m1 ready` is a normal way to wait
+    except (CoppiceError, Interrupted) as error:
+        if document is None or not document.begun:
+            raise
+        document.end(error)
+        raise ProgramExit(error.exit_code) from error
+    if document is not None:
+        document.end()
+
+
+class _LinesDocument:
+    """`{"lines": [...]}`, printed line by line: a log may be larger than memory."""
+
+    def __init__(self) -> None:
+        self.begun = False
+
+    def add(self, line: bytes) -> None:
+        """Print the next line of the log."""
+        from coppice.model import to_json
+
+        output.write((b"," if self.begun else b'{"lines":[') + to_json(line.decode(errors="replace")))
+        self.begun = True
+
+    def end(self, error: CoppiceError | Interrupted | None = None) -> None:
+        """End the document, with the error that ended the log early, if any."""
+        from coppice.model import to_json
+
+        fields = output.error_fields(error) if isinstance(error, CoppiceError) else error.fields() if error else None
+        tail = b"" if fields is None else b',"error":' + to_json(fields)
+        output.write((b"" if self.begun else b'{"lines":[') + b"]" + tail + b"}\n")

@@ -1,4 +1,4 @@
-"""Run a coroutine to its end, or, when a signal ends the program, to the end of its cleanup."""
+"""Run a coroutine to its end. A signal cancels it, and the program ends after its cleanup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Router:
-    """Who is told of a signal: whoever asked last, else the task, by cancellation."""
+    """Passes a signal to the latest handler, or by default cancels the task."""
 
     def __init__(self, task: asyncio.Task[Any]) -> None:
         self._task = task
@@ -27,7 +27,7 @@ class _Router:
         self.handler(number)
 
     def end(self, number: int) -> None:
-        """Cancel the task. Who asks again and again is not made to wait: what a killed process leaves is tidied by the next one."""
+        """Cancel the task. The third signal kills the process; the next command cleans up."""
         self.received.append(number)
         if len(self.received) < 3:
             self._task.cancel()
@@ -40,11 +40,12 @@ _router: ContextVar[_Router] = ContextVar("router")
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` in an event loop of its own. SIGINT, SIGTERM and SIGHUP cancel it and wait for its cleanup; the third one kills.
+    """Run `work` in a new event loop, and return its result.
 
-    A signal that is ignored (as `nohup` has it) stays ignored.
+    SIGINT, SIGTERM and SIGHUP cancel the work and wait for its cleanup; the third signal kills the
+    process. Ignored signals, as under `nohup`, stay ignored.
 
-    :raises Interrupted: a signal ended it
+    :raises Interrupted: a signal ended the work
     """
     routers: list[_Router] = []
 
@@ -70,7 +71,7 @@ def run_to_end(work: Coroutine[Any, Any, T]) -> T:
 
 @contextlib.contextmanager
 def signals_to(handler: Callable[[int, Callable[[int], None]], None]) -> Iterator[None]:
-    """For the length of a block, call `handler` with each signal that would end the work, and with the function that would end it."""
+    """During a block, call `handler` with each signal, and with the function that ends the work."""
     router = _router.get()
     router.handler = lambda number: handler(number, router.end)
     try:

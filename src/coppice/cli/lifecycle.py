@@ -1,233 +1,346 @@
-"""Commands that change what an instance is: run, start, stop, standby, restore, promote, demote, rm."""
+"""Commands that change an instance: run, start, stop, standby, restore, promote, update, rm."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+import click
 
 from coppice.cli import complete, format, options, output, parse, several
 from coppice.cli.context import Cli
-from coppice.errors import CoppiceError, UsageError
+from coppice.cli.declare import Argument, Option
+from coppice.errors import CoppiceError, NotFound, UsageError
 
 if TYPE_CHECKING:
-    from coppice.host import AsyncHost
-    from coppice.model import Instance
+    from coppice.client import AsyncHost
+    from coppice.model import CaptureReport, EgressReport, Instance
 
 
 def run(
-    ctx: typer.Context,
+    ctx: click.Context,
     image: options.ImageName,
+    policies: options.PolicyOptions,
     command: Annotated[
         list[str] | None,
-        typer.Argument(metavar="COMMAND", help="After `--`: instead of the image's command; its entrypoint stays."),
+        Argument(metavar="COMMAND", help="After `--`: replaces the image's command; its entrypoint stays."),
     ] = None,
     *,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the instance; generated where it is not given.")
-    ] = None,
-    cpus: Annotated[int, typer.Option("--cpus", help="Virtual CPUs.")] = 1,
-    memory: Annotated[str, typer.Option("--memory", "-m", metavar="SIZE", help="RAM, such as 512M or 2G.")] = "512M",
-    overlay: Annotated[str, typer.Option("--overlay", metavar="SIZE", help="Size of its own writable disk.")] = "2G",
-    env: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--env",
-            "-e",
-            metavar="KEY=VALUE",
-            help="A variable of its process; repeatable. KEY alone: with the value that it has here.",
+    entrypoint: Annotated[
+        str | None,
+        Option(
+            "--entrypoint",
+            metavar="PROGRAM",
+            help="Replaces the image's entrypoint and command; COMMAND is its arguments.",
         ),
     ] = None,
+    name: Annotated[str | None, Option("--name", help="Name of the instance. Default: generated.")] = None,
+    cpus: Annotated[int, Option("--cpus", help="Virtual CPUs.")] = 1,
+    memory: Annotated[str, Option("--memory", "-m", metavar="SIZE", help="RAM, such as 512M or 2G.")] = "512M",
+    overlay: Annotated[str, Option("--overlay", metavar="SIZE", help="Size of its own writable disk.")] = "2G",
+    env: options.Env = None,
     env_file: Annotated[
         list[Path] | None,
-        typer.Option("--env-file", metavar="FILE", help="Variables, one KEY=VALUE in a line; repeatable."),
+        Option("--env-file", metavar="FILE", help="A file of variables, one KEY=VALUE per line; repeatable."),
     ] = None,
     workdir: Annotated[
-        str | None, typer.Option("--workdir", "-w", metavar="DIR", help="Working directory of its process.")
+        str | None, Option("--workdir", "-w", metavar="DIR", help="Working directory of its process.")
     ] = None,
-    user: Annotated[
-        str | None, typer.Option("--user", "-u", help="User of its process: a name, UID, or UID:GID.")
-    ] = None,
+    user: Annotated[str | None, Option("--user", "-u", help="User of its process: a name, UID, or UID:GID.")] = None,
     hostname: Annotated[
-        str | None, typer.Option("--hostname", help="The guest's host name. Default: the name of the instance.")
+        str | None, Option("--hostname", help="The guest's host name. Default: the name of the instance.")
     ] = None,
     tag: options.Tags = None,
     publish: options.Published = None,
+    network: Annotated[
+        str | None,
+        Option(
+            "--network",
+            metavar="nat|user|passt|none",
+            help="Its network. nat: its own subnet with an egress policy; none: no NIC. Default: nat if this host can "
+            "provide it, else user. Also set by COPPICE_NETWORK.",
+        ),
+    ] = None,
+    vmm: Annotated[
+        str | None, Option("--vmm", metavar="NAME", help="Its VMM: qemu or firecracker. Default: the host's.")
+    ] = None,
+    egress: options.Egress = None,
+    memory_limit: options.MemoryLimit = None,
+    cpu_limit: options.CpuLimit = None,
+    pids_limit: options.PidsLimit = None,
+    io_limit: options.IoLimit = None,
     volume: options.Volumes = None,
+    ca: options.Authorities = None,
+    proxy: Annotated[
+        str | None,
+        Option("--proxy", metavar="URL", help="HTTP proxy of its programs, as http_proxy, https_proxy and their like."),
+    ] = None,
     kernel: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--kernel",
             metavar="KEY|PATH",
-            help="A kernel that was added, or a bzImage (with --modules).",
+            help="The key of an added kernel, or the path of one (see `coppice kernel add`).",
             autocompletion=complete.kernels,
         ),
     ] = None,
     modules: Annotated[
         Path | None,
-        typer.Option("--modules", metavar="DIR", help="The modules of the kernel: .../lib/modules/VERSION."),
+        Option("--modules", metavar="DIR", help="The modules of the kernel: .../lib/modules/VERSION."),
     ] = None,
-    no_start: Annotated[bool, typer.Option("--no-start", help="Make it, but do not boot it.")] = False,
+    pull: Annotated[
+        Literal["missing", "always", "never"],
+        Option(
+            "--pull",
+            help="When to pull the image. missing: if it is missing and its name begins with a registry, as in "
+            "docker.io/library/alpine.",
+        ),
+    ] = "missing",
+    no_start: Annotated[bool, Option("--no-start", help="Make the instance, but do not boot it.")] = False,
+    detach: options.Detach = False,
 ) -> None:
     """Make an instance of an image and boot it; print its name.
 
-    Returns when the guest has answered. The first run fetches a kernel. Options go before `--`, the command after it.
+    Return when the guest has answered. The first run fetches a kernel. Options go before `--`, the
+    command after it.
     """
     from coppice.names import parse_size
+    from coppice.requests import KernelAddRequest, RunRequest
 
+    del detach
     cli = Cli.of(ctx)
     if modules is not None and kernel is None:
-        raise UsageError("--modules belongs to a kernel", hint="give its bzImage with --kernel PATH")
-    if kernel is not None and "/" in kernel and modules is None:
-        raise UsageError(f"the kernel {kernel} comes without its modules", hint="add --modules .../lib/modules/VERSION")
+        raise UsageError("--modules needs --kernel", hint="add --kernel PATH")
     memory_bytes, overlay_bytes = parse_size(memory), parse_size(overlay)
     environment = parse.environment(env or (), env_file or ())
     tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
-    volumes = parse.volumes(volume or ())
+    volumes, authorities = parse.volumes(volume or ()), parse.certificates(ca)
 
-    async def work(host: AsyncHost) -> Instance:
-        key = kernel
-        if kernel is not None and modules is not None:
-            key = (await host.kernel_add(kernel, modules)).key
-        with cli.progress() as progress:
-            return await host.run(
-                image,
-                command or (),
-                name=name,
-                cpus=cpus,
-                memory_bytes=memory_bytes,
-                overlay_bytes=overlay_bytes,
-                env=environment,
-                workdir=workdir,
-                user=user,
-                hostname=hostname,
-                tags=tags,
-                publish=ports,
-                volumes=volumes,
-                kernel=key,
-                start=not no_start,
-                progress=progress,
-            )
-
-    instance = cli.call(work)
+    if kernel is not None and (modules is not None or "/" in kernel):
+        added = KernelAddRequest(kernel=kernel, modules=None if modules is None else str(modules))
+        kernel = cli.request(added).key
+    instance = cli.request(
+        RunRequest(
+            image=image,
+            command=command or (),
+            entrypoint=None if entrypoint is None else [entrypoint],
+            name=name,
+            cpus=cpus,
+            memory_bytes=memory_bytes,
+            overlay_bytes=overlay_bytes,
+            env=environment,
+            workdir=workdir,
+            user=user,
+            hostname=hostname,
+            tags=tags,
+            publish=ports,
+            network=network,
+            vmm=vmm,
+            egress=parse.egress(egress),
+            limits=parse.limits(memory_limit, cpu_limit, pids_limit, io_limit),
+            volumes=volumes,
+            certificates=authorities,
+            proxy=proxy,
+            kernel=kernel,
+            start=not no_start,
+            pull=pull,
+            **policies.policies(),
+        )
+    )
     cli.show(instance, lambda: output.line(instance.name))
 
 
-def start(ctx: typer.Context, name: options.Name) -> None:
-    """Boot a Stopped instance from its disk."""
-    cli = Cli.of(ctx)
+def start(
+    ctx: click.Context, names: options.Names, ttl: options.Ttl = None, on_expiry: options.OnExpiry = None
+) -> None:
+    """Boot Stopped instances from their disks."""
+    from coppice.requests import StartRequest
 
-    async def work(host: AsyncHost) -> Instance:
-        with cli.progress() as progress:
-            return await host.start(name, progress=progress)
+    ttl_s = parse.ttl(ttl)
+    several.change(
+        Cli.of(ctx),
+        names,
+        lambda name: StartRequest(instance=name, ttl_s=ttl_s, on_expiry=on_expiry),
+        several.is_now,
+    )
 
-    _tell(cli, cli.call(work))
+
+def update(ctx: click.Context, names: options.Names, policies: options.PolicyOptions) -> None:
+    """Change the policies of instances, in any state. What is not given stays as it is.
+
+    A server carries policies out (`coppice serve`). Without one, the next command ends the machines
+    whose lifetime is over.
+    """
+    from coppice.requests import UpdateRequest
+
+    given = policies.policies()
+    several.change(
+        Cli.of(ctx),
+        names,
+        lambda name: UpdateRequest(instance=name, **given),
+        lambda changed: f"{changed.name}: {format.policies(changed.supervision) or 'no policies'}",
+    )
 
 
 def stop(
-    ctx: typer.Context,
-    name: options.Name,
+    ctx: click.Context,
+    names: options.Names,
     grace: Annotated[
         float | None,
-        typer.Option("--grace", metavar="SECONDS", help="Time to power off by itself; 0: none. Default: 30."),
+        Option(
+            "--grace",
+            "--time",
+            "-t",
+            metavar="SECONDS",
+            help="Time to power off by itself; 0: end it at once. Default: 30.",
+        ),
     ] = None,
 ) -> None:
-    """Power a guest off, hard where it does not obey in time. Its memory is gone, its disk stays."""
-    _change(ctx, lambda host: host.stop(name, grace_s=grace))
-
-
-def standby(ctx: typer.Context, name: options.Name) -> None:
-    """Capture a Running instance and end its VMM process.
-
-    It holds no RAM then, and `restore` lets it run on.
+    """Power off guests. After the grace period, end them. Their memory is lost; their disks are
+    kept.
     """
-    cli = Cli.of(ctx)
-    instance, capture = cli.call(lambda host: host.standby(name))
-    cost = (
+    from coppice.requests import StopRequest
+
+    several.change(Cli.of(ctx), names, lambda name: StopRequest(instance=name, grace_s=grace), several.is_now)
+
+
+def standby(ctx: click.Context, names: options.Names) -> None:
+    """Capture Running instances and end their VMM processes.
+
+    They hold no RAM until `restore` continues them.
+    """
+    from coppice.requests import StandbyRequest
+
+    several.change(
+        Cli.of(ctx),
+        names,
+        lambda name: StandbyRequest(instance=name),
+        lambda done: several.is_now(done.instance) + _cost(done.capture),
+    )
+
+
+def _cost(capture: CaptureReport) -> str:
+    if not capture.total_ms:
+        return ""
+    return (
         f" (paused for {format.duration(capture.pause_ms)}, {format.duration(capture.total_ms)} in all, "
         f"{format.size(capture.ram_bytes_written)} of RAM written)"
     )
-    cli.show(
-        {"instance": instance, "capture": capture},
-        lambda: output.line(f"{instance.name} is {instance.state}{cost if capture.total_ms else ''}"),
-    )
 
 
-def restore(ctx: typer.Context, name: options.Name) -> None:
-    """Let a Standby instance run on from its captured memory, or a Running one that a full disk has paused."""
-    _change(ctx, lambda host: host.restore(name))
+def restore(ctx: click.Context, names: options.Names) -> None:
+    """Continue Standby instances from their captured memory, or Running ones that a full disk has
+    paused.
+    """
+    from coppice.requests import RestoreRequest
+
+    several.change(Cli.of(ctx), names, lambda name: RestoreRequest(instance=name), several.is_now)
 
 
 def promote(
-    ctx: typer.Context,
-    name: options.Name,
+    ctx: click.Context,
+    names: options.Names,
     public: Annotated[
         bool | None,
-        typer.Option("--public/--private", help="Whether other owners may fork it too, and so share its memory."),
+        Option("--public/--private", help="Whether other owners may also fork it, and so share its memory."),
     ] = None,
 ) -> None:
-    """Make a Standby instance a Template, which can only be forked."""
-    _change(ctx, lambda host: host.promote(name, public=public))
+    """Make Standby instances Templates, which can only be forked. `demote` reverses it.
+
+    It warns of processes whose random numbers all forks would share.
+    """
+    from coppice.requests import PromoteRequest
+
+    def line(template: Instance) -> str:
+        output.warn_of_shared_random(template.name, template.shared_random)
+        return several.is_now(template)
+
+    several.change(Cli.of(ctx), names, lambda name: PromoteRequest(instance=name, public=public), line)
 
 
 def demote(
-    ctx: typer.Context,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Name or id of a template.", autocompletion=complete.templates)
+    ctx: click.Context,
+    names: Annotated[
+        list[str], Argument(metavar="NAME", help="Names or ids of templates.", autocompletion=complete.templates)
     ],
 ) -> None:
-    """Make a Template a Standby instance again. Refused while it has forks."""
-    _change(ctx, lambda host: host.demote(name))
+    """Make Templates Standby instances again. Refused while they have forks."""
+    from coppice.requests import DemoteRequest
+
+    several.change(Cli.of(ctx), names, lambda name: DemoteRequest(instance=name), several.is_now)
 
 
-def _change(ctx: typer.Context, work: Callable[[AsyncHost], Awaitable[Instance]]) -> None:
+def egress(
+    ctx: click.Context,
+    name: options.Name,
+    policy: Annotated[
+        str | None,
+        Argument(metavar="none|all|allow=LIST", help="The new policy. Default: show the current one."),
+    ] = None,
+) -> None:
+    """Show or change the egress policy of a guest on the network `nat`, in any state.
+
+    Also show the refused destinations. LIST is comma-separated: networks, such as 192.0.2.0/24, and
+    names, such as example.org or *.example.org.
+    """
+    from coppice.requests import EgressRequest
+
     cli = Cli.of(ctx)
-    _tell(cli, cli.call(work))
+    report = cli.request(EgressRequest(instance=name, policy=parse.egress(policy)))
+    cli.show(report, lambda: _show_egress(report))
 
 
-def _tell(cli: Cli, instance: Instance) -> None:
-    cli.show(instance, lambda: output.line(f"{instance.name} is {instance.state}"))
+def _show_egress(report: EgressReport) -> None:
+    output.line(
+        f"{format.egress(report.policy)}: {report.passed_packets} packets passed, {report.refused_packets} refused"
+    )
+    for each in report.refused:
+        output.line(f"  refused {output.printable(each.what)} ({each.count})")
 
 
 def rm(
-    ctx: typer.Context,
+    ctx: click.Context,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Names or ids of instances.", autocompletion=complete.instances),
+        Argument(metavar="NAME", help="Names or ids of instances.", autocompletion=complete.instances),
     ] = None,
     tag: options.TagFilter = None,
-    everything: Annotated[bool, typer.Option("--all", help="All instances; needs --yes.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Really, with --all.")] = False,
+    everything: Annotated[bool, Option("--all", help="All instances; needs --yes.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Confirm --all.")] = False,
+    force: options.Force = False,
 ) -> None:
-    """Remove instances in any state: by name, by tag, or all. Forks go before what they were forked from.
+    """Remove instances in any state, also running ones: by name, by tag, or all. Forks go before
+    their sources.
 
-    If one cannot be removed, the others still are; the exit status is then the first failure's.
+    If one cannot be removed, the others still are. The exit status is then that of the first
+    failure.
     """
     cli = Cli.of(ctx)
     if sum((bool(names), bool(tag), everything)) != 1:
-        raise UsageError("it is not clear what to remove", hint="give names, or --tag KEY=VALUE, or --all")
+        raise UsageError("rm needs names, a tag or --all", hint="give names, or --tag KEY=VALUE, or --all --yes")
     if everything and not yes:
-        raise UsageError("--all removes every instance of this data directory", hint="add --yes if that is meant")
+        raise UsageError("--all removes every instance of this data directory", hint="add --yes to confirm")
     tags = parse.pairs(tag or (), "tag")
 
     async def work(host: AsyncHost) -> tuple[list[str], dict[str, CoppiceError]]:
         from coppice.completion import each_of
+        from coppice.requests import GetRequest, LsRequest, RmRequest
 
         failed: dict[str, CoppiceError] = {}
         found: dict[str, Instance] = {}
         for name in dict.fromkeys(names or ()):
             try:
-                instance = await host.get(name)
+                instance = await host.call(GetRequest(instance=name))
                 found[instance.id] = instance
             except CoppiceError as error:
-                failed[name] = error
+                if not (force and isinstance(error, NotFound)):
+                    failed[name] = error
         if not names:
-            found = {instance.id: instance for instance in await host.ls(tags=tags)}
+            found = {instance.id: instance for instance in await host.call(LsRequest(tags=tags))}
         removed: list[str] = []
         for generation in _youngest_first(found):
-            outcomes = await each_of(host.rm(instance) for instance in generation)
+            outcomes = await each_of(host.call(RmRequest(instance=instance.id)) for instance in generation)
             for instance, outcome in zip(generation, outcomes, strict=True):
                 if outcome is None:
                     removed.append(instance.name)
@@ -241,7 +354,10 @@ def rm(
 
 
 def _youngest_first(instances: dict[str, Instance]) -> Sequence[list[Instance]]:
-    """Generations: those that none of the others was forked from come first. A removal never waits for one in its own generation."""
+    """Group instances into generations, forks before their sources.
+
+    Removals in the same generation do not wait for each other.
+    """
     depths: dict[str, int] = {}
     for instance in instances.values():
         ancestors, parent = 0, instance.parent

@@ -1,89 +1,69 @@
-"""Commands of the lineage: fork, which grows it, and tree, which draws it."""
+"""Commands of the lineage: fork, which adds to it, and tree, which draws it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+import click
 
-from coppice.cli import complete, format, options, output, parse
+from coppice.cli import complete, format, loadable, options, output, table
 from coppice.cli.context import Cli
-from coppice.errors import exit_code_of
+from coppice.cli.declare import Argument, Option, ProgramExit
+from coppice.errors import kind_of
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from coppice.host import AsyncHost
+    from coppice.client import AsyncHost
     from coppice.model import ForkReport, ForkResult, TreeNode
 
 
-_WITH_STAGES = 97  # columns that a table of forks with all their stages takes beside the names
+_WITH_STAGES = 97  # columns of a table of forks with all their stages, without the names
 
 
 def fork(
-    ctx: typer.Context,
+    ctx: click.Context,
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="SOURCE",
             help="A Template, Standby or Stopped instance; with --from-running a Running one.",
             autocompletion=complete.sources,
         ),
     ],
-    count: options.Count = None,
-    name: options.ForkNames = None,
-    target: options.Target = "running",
-    atomic: options.Atomic = False,
+    forks: options.ForkOptions,
     from_running: Annotated[
         bool,
-        typer.Option(
-            "--from-running", help="Fork a Running instance: it is paused for some milliseconds, and runs on."
+        Option(
+            "--from-running",
+            help="Fork a Running instance. It is paused, longer on a file system without reflinks, and then continues.",
         ),
     ] = False,
-    payload: options.Payload = None,
-    payloads: options.Payloads = None,
-    tag: options.Tags = None,
-    publish: options.Published = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Grow forks that share the source's memory. Each is running when its guest has answered, as itself.
+    """Grow forks that share the source's memory. Each is Running when its guest has confirmed its
+    new identity.
 
-    A wide terminal, and --json, show what each stage took.
-    The image's /etc/coppice/on-fork, if it has one, is run in each fork (but one that boots) before that counts as running; its payload is there by then.
-    A fork that fails is undone and does not touch its siblings; the exit status then says why, as for any other command.
+    If the image has /etc/coppice/on-fork, each fork runs it first, except forks that boot. The
+    payload is in place before that. A fork that fails is undone and does not affect the others; the
+    exit status then has the reason. A wide terminal and --json show the time of each stage.
     """
+    from coppice.requests import ForkRequest
+
     cli = Cli.of(ctx)
-    tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
-    shared, each = parse.forks_payloads(payload, payloads)
-
-    async def work(host: AsyncHost) -> ForkReport:
-        from coppice.model import State
-
-        with cli.progress() as progress:
-            return await host.fork(
-                source,
-                count=parse.fork_count(count, each, name or ()),
-                names=tuple(name or ()),
-                target=State(target.capitalize()),
-                atomic=atomic,
-                from_running=from_running,
-                payload=shared,
-                payloads=each,
-                tags=tags,
-                publish=ports,
-                progress=progress,
-            )
-
-    show(cli, cli.call(work), quiet=quiet)
+    request = forks.request(ForkRequest, instance=source, from_running=from_running)
+    show(cli, cli.request(request), quiet=quiet)
 
 
 def show(cli: Cli, report: ForkReport, *, quiet: bool) -> None:
-    """Print what became of a fan-out. Where a fork failed the program ends with the exit status of why, or with 1 where it is not for all the same."""
+    """Print the report of a fan-out.
+
+    If forks failed, end the program with the exit status of their error, or 1 if their errors
+    differ.
+    """
     cli.show(report, lambda: _print_names(report) if quiet else _print_report(report))
     if report.succeeded < report.count:
-        statuses = {exit_code_of(result.error_code or "") for result in report.results if not result.ok}
-        raise typer.Exit(statuses.pop() if len(statuses) == 1 else 1)
+        statuses = {kind_of(result.error_code or "").exit_code for result in report.results if not result.ok}
+        raise ProgramExit(statuses.pop() if len(statuses) == 1 else 1)
 
 
 def _print_names(report: ForkReport) -> None:
@@ -111,16 +91,18 @@ def _print_report(report: ForkReport) -> None:
     done = f"{report.succeeded} of {format.count(report.count, 'fork')} of {report.source_name}"
     output.line(f"{done} in {format.duration(report.wall_ms)}{cost}")
     if report.source_pause_ms is not None:
-        output.line(f"{report.source_name} was paused for {format.duration(report.source_pause_ms)}, and runs on")
+        output.line(f"{report.source_name} was paused for {format.duration(report.source_pause_ms)}")
     for reason in dict.fromkeys(result.sharing_reason for result in grown if result.sharing_reason):
         output.complain(f"memory was copied, not shared: {reason}")
+    if grown:
+        output.warn_of_shared_random(report.source_name, report.shared_random)
     _complain(report)
 
 
-def _row(result: ForkResult, stages: Sequence[str], *, with_ports: bool) -> list[str | Text]:
+def _row(result: ForkResult, stages: Sequence[str], *, with_ports: bool) -> list[str]:
     return [
         result.name,
-        output.state(result.instance.state if result.instance else "Unknown"),
+        table.state(result.instance.state if result.instance else "Unknown"),
         format.duration(result.total_ms),
         *(format.duration(result.stages[stage]) if stage in result.stages else "-" for stage in stages),
         str(result.sharing or "-"),
@@ -137,21 +119,29 @@ def _complain(report: ForkReport) -> None:
 
 
 def tree(
-    ctx: typer.Context,
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="Only this one and its forks.", autocompletion=complete.instances),
+    ctx: click.Context,
+    names: Annotated[
+        list[str] | None,
+        Argument(metavar="NAME", help="Draw only these and their forks.", autocompletion=complete.instances),
     ] = None,
 ) -> None:
-    """Draw the lineage, and the memory that is shared in it.
+    """Draw the lineage, and the memory that it shares.
 
-    Each instance has its forks below it. The same INODE is the same memory file; LINKS counts its holders. UNIQUE is what an instance alone costs.
+    Each instance is followed by its forks. Instances with the same INODE share a memory file; LINKS
+    counts its holders. UNIQUE is the memory of this instance alone.
     """
     cli = Cli.of(ctx)
-    roots = cli.call(lambda host: host.tree(name))
+
+    async def work(host: AsyncHost) -> tuple[list[TreeNode], dict[str, str]]:
+        from coppice.requests import TreeRequest, UnloadableRequest
+
+        found = [node for name in names or (None,) for node in await host.call(TreeRequest(instance=name))]
+        return found, await host.call(UnloadableRequest(holders=[node.instance.id for node in found]))
+
+    nodes, reasons = cli.call(work)
 
     def human() -> None:
-        rows = [row for root in roots for row in _branch(root, "", "")]
+        rows = [_row_of(node, lead, reasons) for node, lead in zip(nodes, _leads(nodes), strict=True)]
         output.table(
             [
                 ("NAME", "left"), ("STATE", "left"), ("FORKS", "right"), ("SHARED", "right"), ("UNIQUE", "right"),
@@ -159,17 +149,37 @@ def tree(
             ],
             rows,
         )  # fmt: skip
-        _summary(roots)
+        _summary(nodes)
+        loadable.explain({node.instance.id: node.instance.name for node in nodes}, reasons)
 
-    cli.show(roots, human)
+    cli.show([_document(node, reasons) for node in nodes] if cli.json else None, human)
 
 
-def _branch(node: TreeNode, lead: str, below: str) -> Iterator[list[str | Text]]:
-    """The rows of one instance and its forks. `lead` is drawn before its own name, `below` before those of its forks."""
+def _leads(nodes: Sequence[TreeNode]) -> list[str]:
+    """Return the lines to draw before each name."""
+    leads: list[str] = []
+    later: set[int] = set()  # levels at which another fork of the same parent follows
+    for node in reversed(nodes):
+        bars = "".join("│   " if level in later else "    " for level in range(1, node.depth))
+        leads.append(bars + ("├── " if node.depth in later else "└── ") if node.depth else "")
+        later = {level for level in later if level < node.depth} | ({node.depth} if node.depth else set())
+    return leads[::-1]
+
+
+def _document(node: TreeNode, reasons: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "instance": loadable.marked(node.instance, reasons),
+        "depth": node.depth,
+        "fork_count": node.fork_count,
+        "memory": node.memory,
+    }
+
+
+def _row_of(node: TreeNode, lead: str, reasons: Mapping[str, str]) -> list[str]:
     memory = node.memory
-    yield [
+    return [
         lead + node.instance.name,
-        output.state(node.instance.state),
+        loadable.state(node.instance.state, node.instance, reasons),
         str(node.fork_count) if node.fork_count else "-",
         *(
             [
@@ -183,16 +193,10 @@ def _branch(node: TreeNode, lead: str, below: str) -> Iterator[list[str | Text]]
             else ["-"] * 5
         ),
     ]
-    for child in node.children:
-        last = child is node.children[-1]
-        yield from _branch(child, below + ("└── " if last else "├── "), below + ("    " if last else "│   "))
 
 
-def _summary(roots: Sequence[TreeNode]) -> None:
-    """What sharing saves: RAM that the running machines see, against what they hold."""
-    nodes = list(roots)
-    for node in nodes:
-        nodes.extend(node.children)
+def _summary(nodes: Sequence[TreeNode]) -> None:
+    """Print what sharing saves: the RAM that running machines see, and the memory that they use."""
     running = [node.memory for node in nodes if node.memory and node.instance.vmm]
     if len(running) > 1:
         mapped, unique = sum(memory.mapped_bytes for memory in running), sum(memory.unique_bytes for memory in running)

@@ -1,4 +1,6 @@
-"""What is printed: documents, tables and errors. Standard output is for results alone; everything else goes to standard error."""
+"""Printing of documents, tables and errors. Results go to standard output, the rest to standard
+error.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +9,42 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
 
+from coppice.cli import table as tables
 from coppice.cli.ending import OutputClosed
+from coppice.cli.table import Column
 from coppice.errors import CoppiceError
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.text import Text
+Field = tuple[str, str | None]
 
-Column = tuple[str, Literal["left", "right"]]
-Field = tuple[str, "str | Text | None"]
-
-_STATE_STYLES = {
-    "Running": "green",
-    "Template": "magenta",
-    "Standby": "cyan",
-    "Stopped": "dim",
-    "Unknown": "red",
-}
-# Everything that could move the cursor or set the terminal's title; colours (SGR) are let through.
+# Sequences that could move the cursor or set the terminal's title. Colours (SGR) are allowed.
 _UNSAFE = re.compile(rb"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]|\xc2[\x80-\x9f]")
 _UNSAFE_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_WIDE = 1 << 14  # where the output is no terminal, lines are as long as they need to be
+_WIDE = 1 << 14  # the width without a terminal: lines are never folded
 
 
 class OutputLost(CoppiceError):
-    """Standard output does not take what is written to it: its disk is full, or its terminal is gone."""
+    """Standard output cannot be written: its disk is full, or its terminal is closed."""
 
 
 def open_streams() -> None:
-    """Open those of the three standard streams that are closed, on nothing.
+    """Open closed standard streams on /dev/null.
 
-    The next file or socket that is opened would get the number of a closed one, and what is printed would go there.
+    Otherwise the next opened file or socket would get the number of a closed stream, and receive
+    the output.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
             setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
 
 
 def write(data: bytes) -> None:
-    """Write to standard output, at once.
+    """Write to standard output, and flush it.
 
-    :raises OutputClosed: nobody reads it any more
+    :raises OutputClosed: the reader has closed it
     :raises OutputLost: it cannot be written
     """
     try:
@@ -64,17 +56,17 @@ def write(data: bytes) -> None:
 
 
 def unwritten(error: OSError) -> Exception:
-    """What to raise where standard output was not written."""
+    """Return the exception to raise if writing to standard output has failed."""
     if isinstance(error, BrokenPipeError):
         return OutputClosed()
     return OutputLost(
-        f"standard output cannot be written: {error.strerror or error}",
-        hint="what was to be done is done; ask for the result again, to another place",
+        f"cannot write to standard output: {error.strerror or error}",
+        hint="the operation is done; `coppice ls` and `coppice inspect NAME` show its result",
     )
 
 
 def discard() -> None:
-    """Send what is still buffered for standard output nowhere, so that the interpreter does not complain at its exit."""
+    """Redirect standard output to /dev/null, so that the flush at exit causes no error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, sys.stdout.fileno())
@@ -95,82 +87,65 @@ def document(value: object) -> None:
 
 
 def complain(text: str) -> None:
-    """Print a line to standard error, where it can be. Control characters, which may come from a guest, are made visible."""
+    """Print a line to standard error, if possible. Escape control characters, which may come from a
+    guest.
+    """
     with contextlib.suppress(OSError):
         print(f"coppice: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - this is the one place that does
 
 
+def warn_of_shared_random(source: str, processes: Sequence[str]) -> None:
+    """Print which processes continue with the same random numbers in all forks, if there are any."""
+    if processes:
+        complain(f"all forks of {source} continue with the same random numbers in {'; '.join(processes)}")
+        complain("hint: see docs/fork-correctness.md, section Random numbers, for what to do about each")
+
+
 def printable(text: str) -> str:
-    """The text without what a terminal would obey."""
+    """Return the text with escaped control characters."""
     return _UNSAFE_TEXT.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def harmless(data: bytes) -> bytes:
-    """Bytes of a guest, made safe for a terminal: control characters are made visible, colours stay."""
+    """Return bytes from a guest with escaped control characters, except colours."""
     return _UNSAFE.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0]).encode(), data)
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], *, optional: Collection[str] = ()) -> None:
-    """Print rows under their headings, in aligned columns; `optional` ones only where a row has more than `-`. Without rows: the headings alone."""
-    from rich.table import Table
+def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, optional: Collection[str] = ()) -> None:
+    """Print rows in aligned columns, below their headings.
 
+    An `optional` column is printed only if a row has a value other than `-`.
+    """
     rows = list(rows)
     shown = [
         place
         for place, (heading, _) in enumerate(columns)
-        if heading not in optional or any(str(row[place]) != "-" for row in rows)
+        if heading not in optional or any(row[place] != "-" for row in rows)
     ]
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading, justify in (columns[place] for place in shown):
-        grid.add_column(heading, justify=justify, overflow="fold", no_wrap=not sys.stdout.isatty())
-    for row in rows:
-        grid.add_row(*(row[place] for place in shown))
-    render(grid)
+    _print([columns[place] for place in shown], [[row[place] for place in shown] for row in rows])
 
 
 def width() -> int:
-    """Columns that a table may have: as many as it needs, where the output is no terminal."""
-    return _console().width
+    """Return the width available to a table, which is unlimited if the output is not a terminal."""
+    return tables.columns_of_terminal() or _WIDE
 
 
 def fields(pairs: Iterable[Field]) -> None:
-    """Print labels with their values, in two columns; what has no value is left out."""
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, value in pairs:
-        if value:
-            grid.add_row(label, value)
-    render(grid)
+    """Print labels and their values in two columns. Leave out empty values."""
+    rows = [(tables.Styled(label, tables.BOLD), value) for label, value in pairs if value]
+    _print([("", "left"), ("", "left")], rows)
 
 
-def render(what: RenderableType) -> None:
-    """Print something of rich's, without trailing blanks."""
-    console = _console()
-    with console.capture() as captured:
-        console.print(what)
-    lines = (text.rstrip() for text in captured.get().splitlines())
+def _print(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    lines = tables.lines(columns, rows, tables.columns_of_terminal())
     write("".join(f"{text}\n" for text in lines).encode(errors="replace"))
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else _WIDE
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-
-
-def state(text: str) -> Text:
-    """A state in its colour."""
-    from rich.text import Text
-
-    return Text(text, style=_STATE_STYLES.get(text, "yellow"))
-
-
 def error_fields(error: CoppiceError) -> dict[str, str | None]:
-    """An error as the JSON output has it: in UTF-8, also where it names a file that is not."""
+    """Return the fields of an error for JSON.
+
+    They are valid UTF-8, even if a file's name is not.
+    """
     from coppice.names import as_recorded
 
     message, hint = (text and as_recorded(text) for text in (error.message, error.hint))

@@ -1,22 +1,25 @@
-"""The program: run a command line, and turn whatever comes out of it into an exit status."""
+"""The program: run a command line, and turn its outcome into an exit status."""
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-import typer
+import click
 
 from coppice.cli import output
 from coppice.cli.app import app
 from coppice.cli.context import HostFactory, open_host
 from coppice.cli.ending import Interrupted, OutputClosed
+from coppice.cli.habits import option_advice
 from coppice.errors import CoppiceError, UsageError
 
-_WITH_VALUE = ("--home", "--accel", "--owner")
+_WITH_VALUE = ("--home", "--vmm", "--accel", "--owner", "--host")
 _GLOBAL_OPTIONS = ("--json", "--debug", *_WITH_VALUE)
-_BROKEN_PIPE = 141  # 128 + SIGPIPE, as a program has it that does not catch the signal
+_COMPLETE = "_COPPICE_COMPLETE"  # set when the shell asks for completions
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, the status of a program that the signal ends
 
 
 def run(arguments: Sequence[str] | None, host_factory: HostFactory | None) -> int:
@@ -25,17 +28,17 @@ def run(arguments: Sequence[str] | None, host_factory: HostFactory | None) -> in
     words = list(sys.argv[1:] if arguments is None else arguments)
     ours = _global_options(words)
     try:
-        status = typer.main.get_command(app).main(
-            words, prog_name="coppice", standalone_mode=False, obj=host_factory or open_host
-        )
+        if _COMPLETE in os.environ:
+            from coppice.cli import complete
+
+            complete.register()
+        status = app.main(words, prog_name="coppice", standalone_mode=False, obj=host_factory or open_host)
     except OutputClosed:
         return _BROKEN_PIPE
     except Exception as error:
         if "--debug" in ours:
             traceback.print_exc()
-        if isinstance(
-            error, OSError
-        ):  # not one of the work, which has made it the host's: the help could not be printed
+        if isinstance(error, OSError):  # printing the help failed; an operation's OSError is translated
             output.discard()
             error = output.unwritten(error)
         return _report(error, as_json="--json" in ours)
@@ -43,7 +46,7 @@ def run(arguments: Sequence[str] | None, host_factory: HostFactory | None) -> in
 
 
 def _global_options(words: Sequence[str]) -> list[str]:
-    """The words before the command, which may be all that there is to go by when they cannot be parsed."""
+    """Return the words before the command. They are needed even if parsing fails."""
     found: list[str] = []
     rest = iter(words)
     for word in rest:
@@ -56,9 +59,9 @@ def _global_options(words: Sequence[str]) -> list[str]:
 
 
 def _report(error: Exception, *, as_json: bool) -> int:
-    """Say what went wrong, to people or to a program. Returns the exit status."""
+    """Print an error as JSON or text. Return the exit status."""
     if isinstance(error, Interrupted):
-        fields, status = {"code": "interrupted", "message": f"ended by {error}", "hint": None}, error.exit_code
+        fields, status = error.fields(), error.exit_code
     else:
         known = _known(error)
         fields, status = output.error_fields(known), known.exit_code
@@ -77,21 +80,21 @@ def _report(error: Exception, *, as_json: bool) -> int:
 def _known(error: Exception) -> CoppiceError:
     if isinstance(error, CoppiceError):
         return error
-    if isinstance(error, typer.TyperException):
+    if isinstance(error, click.ClickException):
         return _misused(error)
     message = " ".join(f"{type(error).__name__}: {error}".split())
     return CoppiceError(f"internal error: {message}", hint="run again with --debug")
 
 
-def _misused(error: typer.TyperException) -> UsageError:
-    """An error of the command line's grammar, as ours."""
+def _misused(error: click.ClickException) -> UsageError:
+    """Return click's error about the command line as a UsageError."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "coppice"
     message = error.format_message().rstrip(".").replace(": Value error, ", ": ")
     message = message[:1].lower() + message[1:]
-    if "\n" in message:  # a group without a command: its whole help
-        message = "missing command"
     misplaced = getattr(error, "option_name", None)
     if misplaced in _GLOBAL_OPTIONS and command != "coppice":
         return UsageError(message, hint=f"it goes before the command: `coppice {misplaced} ...`")
+    if misplaced and (meant := option_advice(command.removeprefix("coppice "), misplaced)):
+        return UsageError(message, hint=meant)
     return UsageError(message, hint=f"`{command} --help` shows how")

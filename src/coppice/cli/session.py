@@ -1,4 +1,4 @@
-"""Connect a session in a guest with this process: its three streams, its signals, the size of its window."""
+"""Connect a session in a guest to this process: its three streams, its signals, its window size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coppice.errors import GuestError
 from coppice.model import MIB
 
 if TYPE_CHECKING:
-    from coppice.guest.process import ExecSession, Exit
+    from coppice.model.guest import ExecSession, Exit
 
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _MAX_CAPTURED = 64 * MIB
@@ -25,15 +25,15 @@ _Action = Callable[[], Coroutine[Any, Any, None]]
 
 @dataclass
 class Captured:
-    """Output that is kept instead of passed on."""
+    """Output that is collected instead of passed on."""
 
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
 
     def add(self, stream: str, data: bytes) -> None:
-        """Keep more of it.
+        """Append data of a stream.
 
-        :raises GuestError: it grows too large
+        :raises GuestError: the output exceeds its limit
         """
         if len(self.stdout) + len(self.stderr) + len(data) > _MAX_CAPTURED:
             raise GuestError(f"the command printed more than {_MAX_CAPTURED // MIB} MiB", hint="run it without --json")
@@ -41,18 +41,18 @@ class Captured:
 
 
 def window() -> tuple[int, int]:
-    """(rows, columns) of our terminal."""
+    """Return (rows, columns) of this process's terminal."""
     return terminal.size_of(_STDIN)
 
 
 async def attach(session: ExecSession, *, stdin: bool, raw: bool, forward: bool, captured: Captured | None) -> Exit:
-    """Pass everything through until the command has ended, and return how.
+    """Pass streams and signals through until the command has ended. Return how it ended.
 
-    `stdin`: pass our standard input on. `raw`: it is a terminal, whose keys and size are the command's for the time. `forward`: hand
-    SIGINT and SIGTERM on to the command; who sends a third one ends the session.
+    `stdin`: pass standard input on. `raw`: standard input is a terminal; pass its keys and its size
+    on. `forward`: pass SIGINT and SIGTERM to the command. The third signal ends the session.
 
-    :raises Interrupted: the user left, or a signal ended the session
-    :raises OutputClosed: nobody reads our output any more
+    :raises Interrupted: the user left with `~.`, or a signal ended the session
+    :raises OutputClosed: the reader has closed standard output
     """
     over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     actions: asyncio.Queue[_Action] = asyncio.Queue()
@@ -95,7 +95,7 @@ async def _pump(session: ExecSession, captured: Captured | None) -> Exit:
 
 
 async def _feed(session: ExecSession, over: asyncio.Future[None], *, escapes: bool) -> None:
-    """Pass standard input on, to its end."""
+    """Pass standard input on until its end."""
     escape = terminal.Escape() if escapes else None
     while data := await terminal.read(_STDIN):
         wanted, leave = escape.feed(data) if escape else (data, False)
@@ -107,14 +107,14 @@ async def _feed(session: ExecSession, over: asyncio.Future[None], *, escapes: bo
 
 
 async def _act(actions: asyncio.Queue[_Action]) -> None:
-    """Do what signals ask for, in order: their handlers cannot wait."""
+    """Run queued actions in order. Signal handlers queue them, because a handler cannot await."""
     while True:
         await (await actions.get())()
 
 
 @contextlib.contextmanager
 def _following_size(session: ExecSession, actions: asyncio.Queue[_Action]) -> Iterator[None]:
-    """Tell the command's terminal when ours changes its size."""
+    """During a block, resize the command's terminal whenever the local terminal is resized."""
 
     async def resize() -> None:
         await session.resize(*window())
@@ -137,7 +137,7 @@ def _forwarder(session: ExecSession, actions: asyncio.Queue[_Action]) -> Callabl
             end(number)
             return
         if seen == 2:
-            output.complain("the command was told; once more ends the session")
+            output.complain("signal sent to the command; another one ends the session")
         actions.put_nowait(lambda: session.signal(number))
 
     return forward

@@ -1,36 +1,53 @@
-"""What commands do alike with several things of a kind: show them, and remove them."""
+"""Commands with several names: carry out the operation for each, even if it fails for others."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-import typer
-
 from coppice.cli import output
-from coppice.cli.context import Cli
-from coppice.errors import CoppiceError
+from coppice.cli.context import Cli, of_the_host
+from coppice.cli.declare import ProgramExit
+from coppice.errors import CoppiceError, NotFound
 
 if TYPE_CHECKING:
-    from coppice.host import AsyncHost
+    from coppice.client import AsyncHost
+    from coppice.model import Instance
+    from coppice.requests import Request
 
 T = TypeVar("T")
+Ask = Callable[[str], "Request[T]"]
+"""Makes the request for one name."""
 
 
-def inspect(
-    cli: Cli,
-    names: Sequence[str],
-    ask: Callable[[AsyncHost, str], Awaitable[T]],
-    details: Callable[[T], Iterable[output.Field]],
-) -> None:
-    """Print all that is known of each: for programs a list, for people their `details` one below the other."""
+def is_now(instance: Instance) -> str:
+    """Return the line that reports a changed instance."""
+    return f"{instance.name} is {instance.state}"
 
-    async def work(host: AsyncHost) -> list[T]:
-        import asyncio
 
-        return list(await asyncio.gather(*(ask(host, name) for name in names)))
+def change(cli: Cli, names: Sequence[str], ask: Ask[T], line: Callable[[T], str]) -> None:
+    """Change each in parallel, and print a `line` for each.
 
-    found = cli.call(work)
+    With --json and one name, print the result. With several names, print `done`, a list of results,
+    and `failed`, a list of errors with their names.
+    """
+    done, failed = _each(cli, names, ask)
+    if len(names) == 1:
+        _raise_first(failed)
+        cli.show(done[0], lambda: output.line(line(done[0])))
+        return
+    _show(cli, "done", done, failed, line)
+
+
+def inspect(cli: Cli, names: Sequence[str], ask: Ask[T], details: Callable[[T], Iterable[output.Field]]) -> None:
+    """Print all fields of each: with --json as a list, else as the `details` of one after the
+    other.
+    """
+    found, failed = _each(cli, names, ask)
+    if len(names) == 1:
+        _raise_first(failed)
+    if cli.json and failed:
+        _show(cli, "found", found, failed, str)
 
     def human() -> None:
         for number, inspection in enumerate(found):
@@ -39,36 +56,74 @@ def inspect(
             output.fields(details(inspection))
 
     cli.show(found, human)
+    _end(cli, failed)
 
 
-def remove(cli: Cli, names: Sequence[str], ask: Callable[[AsyncHost, str], Awaitable[None]]) -> None:
-    """Remove each, one after the other. One that cannot be removed does not keep the others."""
-
-    async def work(host: AsyncHost) -> tuple[list[str], dict[str, CoppiceError]]:
-        removed: list[str] = []
-        failed: dict[str, CoppiceError] = {}
-        for name in dict.fromkeys(names):
-            try:
-                await ask(host, name)
-                removed.append(name)
-            except CoppiceError as error:
-                failed[name] = error
-        return removed, failed
-
-    show_removal(cli, *cli.call(work))
+def remove(cli: Cli, names: Sequence[str], ask: Ask[None], *, force: bool = False) -> None:
+    """Remove each. With `force` a missing name counts as removed."""
+    _, failed = _each(cli, names, ask)
+    if force:
+        failed = {name: error for name, error in failed.items() if not isinstance(error, NotFound)}
+    show_removal(cli, [name for name in dict.fromkeys(names) if name not in failed], failed)
 
 
 def show_removal(cli: Cli, removed: Sequence[str], failed: Mapping[str, CoppiceError]) -> None:
-    """Print what was removed and what could not be; the program ends with the first failure's status."""
-    first = next(iter(failed.values()), None)
+    """Print the removed names and the failures. End the program with the status of the first
+    failure.
+    """
+    _show(cli, "removed", removed, failed, str)
+
+
+def _each(cli: Cli, names: Sequence[str], ask: Ask[T]) -> tuple[list[T], dict[str, CoppiceError]]:
+    """Carry out the request for each name; return the results, and the errors by name."""
+    wanted = list(dict.fromkeys(names))
+
+    async def work(host: AsyncHost) -> list[T | BaseException]:
+        from coppice.completion import each_of
+
+        async def one(name: str) -> T:
+            try:
+                return await cli.carry_out(host, ask(name))
+            except OSError as error:
+                raise of_the_host(error) from error
+
+        return await each_of(map(one, wanted))
+
+    done: list[T] = []
+    failed: dict[str, CoppiceError] = {}
+    for name, outcome in zip(wanted, cli.call(work), strict=True):
+        if isinstance(outcome, CoppiceError):
+            failed[name] = outcome
+        elif isinstance(outcome, BaseException):
+            raise outcome
+        else:
+            done.append(outcome)
+    return done, failed
+
+
+def _show(
+    cli: Cli, title: str, done: Sequence[T], failed: Mapping[str, CoppiceError], line: Callable[[T], str]
+) -> None:
     if cli.json:
         failures = [output.error_fields(failure) | {"name": name} for name, failure in failed.items()]
-        document: dict[str, object] = {"removed": removed, "failed": failures}
+        document: dict[str, object] = {title: done, "failed": failures}
+        first = next(iter(failed.values()), None)
         output.document(document if first is None else document | {"error": output.error_fields(first)})
     else:
-        for name in removed:
-            output.line(name)
+        for each in done:
+            output.line(line(each))
+    _end(cli, failed)
+
+
+def _end(cli: Cli, failed: Mapping[str, CoppiceError]) -> None:
+    """Print the failures. If there are any, end the program with the status of the first one."""
+    if not cli.json:
         for failure in failed.values():
             output.complain(str(failure))
-    if first is not None:
-        raise typer.Exit(first.exit_code)
+    if failed:
+        raise ProgramExit(next(iter(failed.values())).exit_code)
+
+
+def _raise_first(failed: Mapping[str, CoppiceError]) -> None:
+    for failure in failed.values():
+        raise failure

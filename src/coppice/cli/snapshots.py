@@ -1,73 +1,81 @@
-"""Commands of snapshots, and verify, which checks all that was captured."""
+"""Commands of snapshots, and verify, which checks all captures and disks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+import click
 
-from coppice.cli import complete, format, lineage, options, output, parse, several
+from coppice.cli import complete, format, lineage, loadable, options, output, parse, several, table
 from coppice.cli.context import Cli
+from coppice.cli.declare import Argument, Commands, Option, ProgramExit
 
 if TYPE_CHECKING:
-    from coppice.host import AsyncHost, SnapshotInspection
-    from coppice.model import ForkReport, Snapshot, VerifyReport
+    from coppice.client import AsyncHost
+    from coppice.model import Snapshot
+    from coppice.model.inspection import SnapshotInspection
 
-snapshot_app = typer.Typer(rich_markup_mode=None)
+snapshot_app = Commands("snapshot", help="Save states of instances, and go back to them.")
 SnapshotName = Annotated[
-    str, typer.Argument(metavar="SNAPSHOT", help="Name or id of a snapshot.", autocompletion=complete.snapshots)
+    str, Argument(metavar="SNAPSHOT", help="Name or id of a snapshot.", autocompletion=complete.snapshots)
 ]
 SnapshotNames = Annotated[
-    list[str], typer.Argument(metavar="SNAPSHOT", help="Names or ids of snapshots.", autocompletion=complete.snapshots)
+    list[str], Argument(metavar="SNAPSHOT", help="Names or ids of snapshots.", autocompletion=complete.snapshots)
 ]
 
 
-@snapshot_app.command("create")
+@snapshot_app.declare("create")
 def create(
-    ctx: typer.Context,
+    ctx: click.Context,
     instance: options.Name,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the snapshot; generated where it is not given.")
-    ] = None,
+    name: Annotated[str | None, Option("--name", help="Name of the snapshot. Default: generated.")] = None,
     kind: Annotated[
         Literal["standby", "stopped"] | None,
-        typer.Option("--kind", help="Memory and disk, or the disk alone. Default: standby, unless it is Stopped."),
+        Option("--kind", help="Save memory and disk, or only the disk. Default: standby, unless it is Stopped."),
     ] = None,
     tag: options.Tags = None,
 ) -> None:
-    """Keep an instance as it is now; print the snapshot's name.
+    """Save the current state of an instance; print the snapshot's name.
 
-    One that runs is paused for some milliseconds, and runs on. A snapshot never changes, and outlives its instance.
+    A Running instance is paused, longer on a file system without reflinks, and then continues. A
+    snapshot never changes, and outlives its instance.
     """
+    from coppice.model import SnapshotKind
+    from coppice.requests import SnapshotRequest
+
     cli = Cli.of(ctx)
     tags = parse.pairs(tag or (), "tag")
 
-    async def work(host: AsyncHost) -> Snapshot:
-        from coppice.model import SnapshotKind
-
-        wanted = SnapshotKind(kind.capitalize()) if kind is not None else None
-        return await host.snapshot_create(instance, name=name, kind=wanted, tags=tags)
-
-    made = cli.call(work)
+    wanted = SnapshotKind(kind.capitalize()) if kind is not None else None
+    made = cli.request(SnapshotRequest(instance=instance, name=name, kind=wanted, tags=tags))
     cli.show(made, lambda: output.line(made.name))
 
 
-@snapshot_app.command("ls")
+@snapshot_app.declare("ls")
 def ls(
-    ctx: typer.Context,
+    ctx: click.Context,
     source: Annotated[
         str | None,
-        typer.Option(
-            "--source", metavar="NAME", help="Only those of this instance.", autocompletion=complete.instances
+        Option(
+            "--source", metavar="NAME", help="List only snapshots of this instance.", autocompletion=complete.instances
         ),
     ] = None,
     tag: options.TagFilter = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """List snapshots, the oldest first."""
+    """List snapshots, oldest first."""
+    from coppice.requests import SnapshotLsRequest, UnloadableRequest
+
     cli = Cli.of(ctx)
     tags = parse.pairs(tag or (), "tag")
-    found = cli.call(lambda host: host.snapshot_ls(source=source, tags=tags))
+
+    async def work(host: AsyncHost) -> tuple[list[Snapshot], dict[str, str]]:
+        found = await host.call(SnapshotLsRequest(source=source, tags=tags))
+        if quiet and not cli.json:
+            return found, {}
+        return found, await host.call(UnloadableRequest(holders=[each.id for each in found]))
+
+    found, reasons = cli.call(work)
 
     def human() -> None:
         if quiet:
@@ -82,7 +90,7 @@ def ls(
             [
                 [
                     snapshot.name,
-                    output.state(snapshot.kind),
+                    loadable.state(snapshot.kind, snapshot, reasons),
                     snapshot.source_name,
                     snapshot.image_name,
                     format.size(snapshot.machine.memory_bytes),
@@ -93,14 +101,17 @@ def ls(
                 for snapshot in found
             ],
         )  # fmt: skip
+        loadable.explain({snapshot.id: snapshot.name for snapshot in found}, reasons)
 
-    cli.show(found, human)
+    cli.show([loadable.marked(snapshot, reasons) for snapshot in found] if cli.json else None, human)
 
 
-@snapshot_app.command("inspect")
-def inspect(ctx: typer.Context, names: SnapshotNames) -> None:
-    """Show all that is known of snapshots. With --json: always a list."""
-    several.inspect(Cli.of(ctx), names, lambda host, name: host.snapshot_inspect(name), _details)
+@snapshot_app.declare("inspect")
+def inspect(ctx: click.Context, names: SnapshotNames) -> None:
+    """Show all fields of snapshots. With --json: always a list."""
+    from coppice.requests import SnapshotInspectRequest
+
+    several.inspect(Cli.of(ctx), names, lambda name: SnapshotInspectRequest(snapshot=name), _details)
 
 
 def _details(found: SnapshotInspection) -> list[output.Field]:
@@ -109,10 +120,10 @@ def _details(found: SnapshotInspection) -> list[output.Field]:
     return [
         ("Name", snapshot.name),
         ("Id", snapshot.id),
-        ("Kind", output.state(snapshot.kind)),
+        ("Kind", table.state(snapshot.kind)),
         ("Source", snapshot.source_name + ("" if found.source_lives else " (gone)")),
         ("Created", f"{format.moment(snapshot.created_at)} ({format.age(snapshot.created_at)} ago)"),
-        ("Captured", format.moment(snapshot.captured_at) if snapshot.captured_at else None),
+        ("Captured", format.moment(snapshot.capture.captured_at) if snapshot.capture else None),
         ("Image", f"{snapshot.image_name} ({snapshot.image})"),
         (
             "Machine",
@@ -134,82 +145,58 @@ def _details(found: SnapshotInspection) -> list[output.Field]:
     ]
 
 
-@snapshot_app.command("restore")
+@snapshot_app.declare("restore")
 def restore(
-    ctx: typer.Context,
-    snapshot: SnapshotName,
-    start: Annotated[bool, typer.Option("--start", help="Let it run at once.")] = False,
+    ctx: click.Context,
+    names: SnapshotNames,
+    start: Annotated[bool, Option("--start", help="Start the instance afterwards.")] = False,
 ) -> None:
-    """Take the snapshot's instance back to that moment. What it has in memory and on its disk now is lost.
+    """Reset instances to their snapshots. Their current memory and disks are lost.
 
-    It is ended if it runs, and is Standby afterwards: Stopped, where the snapshot has no memory.
+    A Running instance is ended. Each is Standby afterwards, or Stopped if its snapshot has no
+    memory.
     """
-    cli = Cli.of(ctx)
-    instance = cli.call(lambda host: host.snapshot_restore(snapshot, start=start))
-    cli.show(instance, lambda: output.line(f"{instance.name} is {instance.state}"))
+    from coppice.requests import SnapshotRestoreRequest
+
+    several.change(Cli.of(ctx), names, lambda name: SnapshotRestoreRequest(snapshot=name, start=start), several.is_now)
 
 
-@snapshot_app.command("fork")
+@snapshot_app.declare("fork")
 def fork(
-    ctx: typer.Context,
+    ctx: click.Context,
     snapshot: SnapshotName,
-    count: options.Count = None,
-    name: options.ForkNames = None,
-    target: options.Target = "running",
-    atomic: options.Atomic = False,
-    payload: options.Payload = None,
-    payloads: options.Payloads = None,
-    tag: options.Tags = None,
-    publish: options.Published = None,
+    forks: options.ForkOptions,
     quiet: options.Quiet = False,
 ) -> None:
-    """Grow forks from a snapshot, as `coppice fork` does from an instance: payloads, published ports and all."""
+    """Grow forks from a snapshot, as `coppice fork` does from an instance. Options are the same."""
+    from coppice.requests import SnapshotForkRequest
+
     cli = Cli.of(ctx)
-    tags, ports = parse.pairs(tag or (), "tag"), parse.publish(publish or ())
-    shared, each = parse.forks_payloads(payload, payloads)
-
-    async def work(host: AsyncHost) -> ForkReport:
-        from coppice.model import State
-
-        with cli.progress() as progress:
-            return await host.snapshot_fork(
-                snapshot,
-                count=parse.fork_count(count, each, name or ()),
-                names=tuple(name or ()),
-                target=State(target.capitalize()),
-                atomic=atomic,
-                payload=shared,
-                payloads=each,
-                tags=tags,
-                publish=ports,
-                progress=progress,
-            )
-
-    lineage.show(cli, cli.call(work), quiet=quiet)
+    lineage.show(cli, cli.request(forks.request(SnapshotForkRequest, snapshot=snapshot)), quiet=quiet)
 
 
-@snapshot_app.command("rm")
-def rm(ctx: typer.Context, names: SnapshotNames) -> None:
-    """Remove snapshots. Their instances and forks keep what they have.
+@snapshot_app.declare("rm")
+def rm(ctx: click.Context, names: SnapshotNames, force: options.Force = False) -> None:
+    """Remove snapshots. Their instances and forks keep their memory and disks.
 
-    If one cannot be removed, the others still are; the exit status is then the first failure's.
+    If one cannot be removed, the others still are. The exit status is then that of the first
+    failure.
     """
-    several.remove(Cli.of(ctx), names, lambda host, name: host.snapshot_rm(name))
+    from coppice.requests import SnapshotRmRequest
+
+    several.remove(Cli.of(ctx), names, lambda name: SnapshotRmRequest(snapshot=name), force=force)
 
 
-def verify(ctx: typer.Context) -> None:
-    """Check every captured mem-file and every disk at rest, volumes included; name what differs.
+def verify(ctx: click.Context) -> None:
+    """Check that captured mem-files and disks at rest, volumes included, are unchanged.
 
-    Mem-files by SHA-256, size, inode and mode, disks by e2fsck. A SHA-256 that is not known yet is recorded. Nothing is changed.
-    Exit status 1 if something differs.
+    Compare SHA-256, size, inode and mode of mem-files, and run e2fsck on disks. A SHA-256 that was
+    not computed yet is recorded. No file is changed. Exit status 1 if a file differs.
     """
+    from coppice.requests import VerifyRequest
+
     cli = Cli.of(ctx)
-
-    async def work(host: AsyncHost) -> VerifyReport:
-        with cli.progress() as progress:
-            return await host.verify(progress=progress)
-
-    report = cli.call(work)
+    report = cli.request(VerifyRequest())
 
     def human() -> None:
         output.line(
@@ -217,10 +204,10 @@ def verify(ctx: typer.Context) -> None:
             f"{format.size(report.bytes_hashed)} hashed, {format.count(report.recorded, 'new SHA-256 sum')} recorded"
         )
         if report.skipped:
-            output.line(f"not checked, because in use: the disks of {', '.join(report.skipped)}")
+            output.line(f"not checked because they are in use: the disks of {', '.join(report.skipped)}")
         for difference in report.differences:
             output.complain(f"{difference.file} of the {difference.holder} {difference.name}: {difference.detail}")
 
     cli.show(report, human)
     if report.differences:
-        raise typer.Exit(1)
+        raise ProgramExit(1)

@@ -1,4 +1,6 @@
-"""This side of a session: standard input without blocking, raw mode, the way out of a session that hangs."""
+"""The local side of a session: reading without blocking, raw mode, the escape from a hanging
+session.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _CHUNK = 1 << 15
 
 @contextlib.contextmanager
 def raw_mode(descriptor: int) -> Iterator[None]:
-    """Hand every key through, for the length of a block; the terminal is as it was afterwards, whatever happens."""
+    """Pass every key through during a block. Then restore the terminal, even after an error."""
     before = termios.tcgetattr(descriptor)
     try:
         tty.setraw(descriptor, termios.TCSADRAIN)
@@ -30,7 +32,7 @@ def raw_mode(descriptor: int) -> Iterator[None]:
 
 
 def size_of(descriptor: int) -> tuple[int, int]:
-    """(rows, columns) of a terminal, 24 x 80 where it does not say."""
+    """Return (rows, columns) of a terminal, or 24 x 80 if they are unknown."""
     try:
         columns, rows = os.get_terminal_size(descriptor)
     except OSError:
@@ -39,16 +41,17 @@ def size_of(descriptor: int) -> tuple[int, int]:
 
 
 async def read(descriptor: int) -> bytes:
-    """What can be read now, waiting for it; empty at the end. No thread is left in a read when the wait is cancelled.
+    """Wait until data can be read, and return it; return nothing at the end of the input.
 
-    The descriptor's own mode is left alone: O_NONBLOCK would also hit the other programs on the terminal.
+    A cancellation leaves no thread that still reads. The descriptor stays in blocking mode:
+    O_NONBLOCK would also affect other programs on the terminal.
     """
     loop = asyncio.get_running_loop()
     while True:
         ready = asyncio.Event()
         try:
             loop.add_reader(descriptor, ready.set)
-        except PermissionError:  # epoll takes no regular file and no /dev/null: a read of these does not wait
+        except PermissionError:  # epoll refuses regular files and /dev/null, whose reads do not block
             return await asyncio.to_thread(os.read, descriptor, _CHUNK)
         try:
             await ready.wait()
@@ -58,15 +61,15 @@ async def read(descriptor: int) -> bytes:
             return os.read(descriptor, _CHUNK)
         except BlockingIOError:
             continue
-        except OSError:  # EIO: the terminal has gone
+        except OSError:  # EIO: the terminal is closed
             return b""
 
 
 async def write(descriptor: int, data: bytes) -> None:
-    """Write all of it, waiting for a slow reader.
+    """Write all data, and wait for a slow reader.
 
-    :raises OutputClosed: nobody reads it any more
-    :raises OutputLost: it cannot be written
+    :raises OutputClosed: the reader has closed the descriptor
+    :raises OutputLost: the descriptor cannot be written
     """
     try:
         await asyncio.to_thread(_write_all, descriptor, data)
@@ -80,15 +83,15 @@ def _write_all(descriptor: int, data: bytes) -> None:
     while rest:
         try:
             rest = rest[os.write(descriptor, rest) :]
-        except BlockingIOError:  # someone else made the terminal non-blocking
+        except BlockingIOError:  # another program has made the terminal non-blocking
             select.select([], [descriptor], [])
 
 
 @contextlib.contextmanager
 def watched(descriptor: int, gone: Callable[[], None]) -> Iterator[None]:
-    """For the length of a block, call `gone` when nobody reads a pipe any more, even if nothing is written to it.
+    """During a block, call `gone` when the reader of a pipe closes it, even if nothing is written.
 
-    So `coppice logs -f vm | grep -m1 ready` ends with grep, not with the next line.
+    This ends `coppice logs -f vm | grep -m1 ready` together with grep, not at the next line.
     """
     loop = asyncio.get_running_loop()
 
@@ -98,9 +101,9 @@ def watched(descriptor: int, gone: Callable[[], None]) -> Iterator[None]:
 
     is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
     if is_pipe:
-        loop.add_reader(
-            descriptor, closed
-        )  # the writing end is never readable; epoll always tells of an error, which this is
+        # The writing end is never readable, but epoll also reports errors, such as a closed reading
+        # end.
+        loop.add_reader(descriptor, closed)
     try:
         yield
     finally:
@@ -109,9 +112,9 @@ def watched(descriptor: int, gone: Callable[[], None]) -> Iterator[None]:
 
 
 async def while_read(descriptor: int, work: Coroutine[Any, Any, None]) -> None:
-    """Do the work for as long as anybody reads the descriptor, where it is a pipe.
+    """Run the work. If the descriptor is a pipe, cancel the work when the reader closes it.
 
-    :raises OutputClosed: nobody reads it any more
+    :raises OutputClosed: the reader has closed it
     """
     task = asyncio.create_task(work)
     unread: list[bool] = []
@@ -131,14 +134,16 @@ async def while_read(descriptor: int, work: Coroutine[Any, Any, None]) -> None:
 
 
 class Escape:
-    """Finds `~.` at the start of a line, by which a user leaves a session that hangs; `~~` is one tilde. As ssh has it."""
+    """Finds `~.` at the start of a line, which leaves a hanging session; `~~` is one tilde. As in
+    ssh.
+    """
 
     def __init__(self) -> None:
         self._at_start = True
         self._tilde = False
 
     def feed(self, data: bytes) -> tuple[bytes, bool]:
-        """Return what is to be sent on, and whether the user wants out."""
+        """Return the bytes to send on, and whether the user leaves the session."""
         sent = bytearray()
         for byte in data:
             if self._tilde:

@@ -1,45 +1,54 @@
-"""Commands that look: ls, inspect, stats; and gc, which tidies what nothing owns."""
+"""Commands that show instances: ls, inspect, stats; and gc, which removes leftovers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
-from coppice.cli import complete, format, options, output, parse, several
+from coppice.cli import complete, format, loadable, options, output, parse, several, table
 from coppice.cli.context import Cli
+from coppice.cli.declare import Argument, Option
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from coppice.host import AsyncHost, Inspection
-    from coppice.model import BudgetUse, Instance, MemoryReport, VolumeDisk
+    from coppice.client import AsyncHost
+    from coppice.model import BudgetUse, Instance, MemoryReport, Usage, VolumeDisk
+    from coppice.model.inspection import Inspection
 
 
 def ls(
-    ctx: typer.Context,
+    ctx: click.Context,
     state: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--state",
             metavar="STATE",
-            help="Only those in this state, such as running; repeatable.",
+            help="List only instances in this state, such as running; repeatable.",
             autocompletion=complete.states,
         ),
     ] = None,
     tag: options.TagFilter = None,
     quiet: options.Quiet = False,
+    everything: options.AllStates = False,
 ) -> None:
-    """List instances, the oldest first."""
+    """List instances, oldest first.
+
+    `!` after a state: its capture can no longer be loaded here; the reason is below the list.
+    """
+    from coppice.requests import LsRequest, UnloadableRequest
+
+    del everything
     cli = Cli.of(ctx)
     wanted, tags = parse.states(state or ()), parse.pairs(tag or (), "tag")
 
-    async def work(host: AsyncHost) -> list[Instance]:
-        if len(wanted) == 1:
-            return await host.ls(state=wanted[0], tags=tags)
-        return [instance for instance in await host.ls(tags=tags) if not wanted or instance.state in wanted]
+    async def work(host: AsyncHost) -> tuple[list[Instance], dict[str, str]]:
+        found = await host.call(LsRequest(state=wanted[0] if len(wanted) == 1 else None, tags=tags))
+        found = [instance for instance in found if not wanted or instance.state in wanted]
+        if quiet and not cli.json:
+            return found, {}
+        return found, await host.call(UnloadableRequest(holders=[instance.id for instance in found]))
 
-    instances = cli.call(work)
+    instances, reasons = cli.call(work)
 
     def human() -> None:
         if quiet:
@@ -49,27 +58,29 @@ def ls(
         output.table(
             [
                 ("NAME", "left"), ("STATE", "left"), ("IMAGE", "left"), ("CPUS", "right"), ("MEMORY", "right"), ("AGE", "right"),
-                ("PARENT", "left"), ("OWNER", "left"), ("PORTS", "left"), ("TAGS", "left"),
+                ("PARENT", "left"), ("HEALTH", "left"), ("OWNER", "left"), ("PORTS", "left"), ("TAGS", "left"),
             ],
             [
                 [
                     instance.name,
-                    output.state(instance.state),
+                    loadable.state(instance.state, instance, reasons),
                     instance.image_name,
                     str(instance.machine.cpus),
                     format.size(instance.machine.memory_bytes),
                     format.age(instance.created_at),
                     instance.parent_name or "-",
+                    (instance.vmm and instance.observed and instance.observed.health) or "-",
                     instance.owner or "-",
                     format.ports(instance.publish),
                     format.tags(instance.tags),
                 ]
                 for instance in instances
             ],
-            optional=("OWNER", "PORTS", "TAGS"),
+            optional=("HEALTH", "OWNER", "PORTS", "TAGS"),
         )  # fmt: skip
+        loadable.explain({instance.id: instance.name for instance in instances}, reasons)
 
-    cli.show(instances, human)
+    cli.show([loadable.marked(instance, reasons) for instance in instances] if cli.json else None, human)
 
 
 def _volumes(disks: tuple[VolumeDisk, ...]) -> str:
@@ -79,24 +90,31 @@ def _volumes(disks: tuple[VolumeDisk, ...]) -> str:
     )
 
 
-def inspect(ctx: typer.Context, names: options.Names) -> None:
-    """Show all that is known of instances. With --json: always a list."""
-    several.inspect(Cli.of(ctx), names, lambda host, name: host.inspect(name), _details)
+def inspect(ctx: click.Context, names: options.Names) -> None:
+    """Show all fields of instances. With --json: always a list."""
+    from coppice.requests import InspectRequest
+
+    several.inspect(Cli.of(ctx), names, lambda name: InspectRequest(instance=name), _details)
 
 
 def _details(found: Inspection) -> list[output.Field]:
     import shlex
+
+    from coppice.model import Egress
 
     instance, memory = found.instance, found.memory
     process = instance.process
     return [
         ("Name", instance.name),
         ("Id", instance.id),
-        ("State", output.state(instance.state)),
+        ("State", table.state(instance.state)),
         ("Ended", output.printable(instance.exit_reason or "") or None),
         ("Created", f"{format.moment(instance.created_at)} ({format.age(instance.created_at)} ago)"),
         ("Started", format.moment(instance.started_at) if instance.started_at else None),
-        ("Captured", format.moment(instance.captured_at) if instance.captured_at else None),
+        ("Policies", format.policies(instance.supervision) or None),
+        ("Health", _health(instance)),
+        ("Restarts", _restarts(instance)),
+        ("Captured", format.moment(instance.capture.captured_at) if instance.capture else None),
         ("Image", f"{instance.image_name} ({instance.image})"),
         (
             "Machine",
@@ -110,6 +128,10 @@ def _details(found: Inspection) -> list[output.Field]:
         ("Environment", output.printable(", ".join(f"{key}={value}" for key, value in process.env.items())) or None),
         ("Host name", instance.hostname),
         ("Tags", format.tags(instance.tags) if instance.tags else None),
+        ("Network", instance.machine.network),
+        ("Egress", format.egress(instance.egress) if instance.egress != Egress() else None),
+        ("Limits", format.limits(instance.limits) or None),
+        ("Used", _used(memory.usage) if memory and memory.usage else None),
         ("Ports", format.ports(instance.publish) if instance.publish else None),
         ("Volumes", _volumes(instance.machine.volumes) or None),
         ("Owner", instance.owner),
@@ -121,6 +143,7 @@ def _details(found: Inspection) -> list[output.Field]:
             "Mem-file",
             f"inode {memory.inode}, {format.count(memory.link_count, 'link')}" if memory and memory.inode else None,
         ),
+        ("Layers", _layers(instance)),
         ("SHA-256", format.digest(instance.mem_file.sha256) if instance.mem_file else None),
         ("Sharing", _sharing(instance)),
         ("Disk", f"{format.size(found.disk_bytes)} of {format.size(instance.machine.overlay_bytes)} allocated"),
@@ -128,8 +151,23 @@ def _details(found: Inspection) -> list[output.Field]:
     ]
 
 
+def _health(instance: Instance) -> str | None:
+    seen = instance.observed
+    if seen is None or seen.health is None or instance.vmm is None:
+        return None
+    return f"{seen.health} ({output.printable(seen.health_error)})" if seen.failures else seen.health
+
+
+def _restarts(instance: Instance) -> str | None:
+    seen = instance.observed
+    if seen is None or not (seen.attempts or seen.next_attempt_at):
+        return None
+    following = f", next at {format.moment(seen.next_attempt_at)}" if seen.next_attempt_at else ""
+    return f"{format.count(seen.attempts, 'attempt')} in a row{', gave up' if seen.gave_up else following}"
+
+
 def _vmm(instance: Instance) -> str:
-    manifest, process = instance.manifest, instance.vmm
+    manifest, process = instance.capture.manifest if instance.capture else instance.manifest, instance.vmm
     version = f"{manifest.driver} {manifest.vmm_version}, {manifest.accel}" if manifest else instance.driver
     return f"{version}, pid {process.pid}" if process else version
 
@@ -141,47 +179,72 @@ def _memory(memory: MemoryReport) -> str:
     )
 
 
+def _used(usage: Usage) -> str:
+    return (
+        f"{format.size(usage.memory_bytes)} of memory, {usage.cpu_s:.1f} s of CPU time, "
+        f"{format.count(usage.tasks, 'thread')}"
+    )
+
+
+def _layers(instance: Instance) -> str | None:
+    layers = instance.capture.layers if instance.capture else ()
+    total = sum(layer.data_bytes for layer in layers)
+    return f"{len(layers)}, with {format.size(total)} of its memory" if layers else None
+
+
 def _sharing(instance: Instance) -> str | None:
-    file = instance.mem_file
-    if file is None:
+    if instance.capture is None:
         return None
+    file = instance.capture.copied or instance.capture.mem_file
     return f"{file.sharing}: {file.reason}" if file.reason else str(file.sharing)
 
 
 def stats(
-    ctx: typer.Context,
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="NAME", help="One instance; otherwise all.", autocompletion=complete.instances),
+    ctx: click.Context,
+    names: Annotated[
+        list[str] | None,
+        Argument(metavar="NAME", help="Show only these instances.", autocompletion=complete.instances),
     ] = None,
     budget: Annotated[
-        bool, typer.Option("--budget", help="Show how much of the budgets of this data directory is in use instead.")
+        bool, Option("--budget", help="Show the budgets of this data directory and their use instead.")
     ] = False,
 ) -> None:
     """Show the memory of instances, as the kernel accounts it.
 
-    SHARED: resident pages of the mem-file itself. UNIQUE: what this instance alone costs. OVERHEAD: the VMM process beside guest RAM.
+    SHARED: resident pages of the mem-file itself. UNIQUE: the memory of this instance alone.
+    OVERHEAD: the VMM process without guest RAM. CHARGED: what counts for its memory limit.
     """
+    from coppice.requests import BudgetRequest, StatsRequest
+
     cli = Cli.of(ctx)
     if budget:
-        use = cli.call(lambda host: host.budget())
+        use = cli.request(BudgetRequest())
         cli.show(use, lambda: output.fields(_budget(use)))
         return
-    reports = cli.call(lambda host: host.stats(name))
+
+    async def work(host: AsyncHost) -> dict[str, MemoryReport]:
+        found: dict[str, MemoryReport] = {}
+        for name in names or (None,):
+            reports = await host.call(StatsRequest(instance=name))
+            found |= reports
+        return found
+
+    reports = cli.call(work)
 
     def human() -> None:
         running = [report for report in reports.values() if report.vmm_overhead_bytes]
-        rows: list[list[str | Text]] = [
+        rows: list[list[str]] = [
             [
                 each,
                 format.size(report.mapped_bytes),
                 *(
-                    format.size(size) if report in running else "-"  # without a VMM a memory file is all there is
+                    format.size(size) if report in running else "-"  # without a VMM there is only the memory file
                     for size in (report.shared_bytes, report.unique_bytes, report.vmm_overhead_bytes)
                 ),
                 str(report.inode or "-"),
                 str(report.link_count),
                 str(report.sharing or "-"),
+                format.size(report.usage.memory_bytes) if report.usage else "-",
             ]
             for each, report in reports.items()
         ]
@@ -190,19 +253,22 @@ def stats(
                 sum(getattr(report, field) for report in running)
                 for field in ("mapped_bytes", "unique_bytes", "vmm_overhead_bytes")
             )
-            rows.append(["(running)", format.size(mapped), "", format.size(unique), format.size(overhead), "", "", ""])
+            rows.append(
+                ["(running)", format.size(mapped), "", format.size(unique), format.size(overhead), "", "", "", ""]
+            )
         output.table(
             [
                 ("NAME", "left"), ("RAM", "right"), ("SHARED", "right"), ("UNIQUE", "right"), ("OVERHEAD", "right"),
-                ("INODE", "right"), ("LINKS", "right"), ("SHARING", "left"),
+                ("INODE", "right"), ("LINKS", "right"), ("SHARING", "left"), ("CHARGED", "right"),
             ],
             rows,
+            optional=("CHARGED",),
         )  # fmt: skip
 
     cli.show(reports, human)
 
 
-def _budget(use: BudgetUse) -> list[tuple[str, str | Text]]:
+def _budget(use: BudgetUse) -> list[tuple[str, str]]:
     return [
         ("Instances", f"{use.instances} of {use.max_instances}, {use.running} running"),
         (
@@ -214,22 +280,22 @@ def _budget(use: BudgetUse) -> list[tuple[str, str | Text]]:
 
 
 def gc(
-    ctx: typer.Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    ctx: click.Context,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only report what would be removed.")] = False,
     caches: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--caches",
-            help="Also what no instance or snapshot uses and can be had again: fetched kernels, boot files, empty disks, unnamed images.",
+            help="Also remove unused content that can be made or fetched again: fetched kernels, boot files, empty "
+            "disks, unnamed images.",
         ),
     ] = False,
 ) -> None:
-    """Remove what nothing owns: leftovers of killed processes.
+    """Remove leftovers of killed processes. Nothing that is in use is removed."""
+    from coppice.requests import GcRequest
 
-    What is in use is never touched.
-    """
     cli = Cli.of(ctx)
-    report = cli.call(lambda host: host.gc(dry_run=dry_run, caches=caches))
+    report = cli.request(GcRequest(dry_run=dry_run, caches=caches))
 
     def human() -> None:
         for path in report.removed:

@@ -5,57 +5,58 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from coppice.cli import complete, format, options, output, parse, several
 from coppice.cli.context import Cli
+from coppice.cli.declare import Argument, Commands, Option
 
 if TYPE_CHECKING:
-    from coppice.host import AsyncHost, VolumeInspection
-    from coppice.model import Attachment, Volume
+    from coppice.model import Attachment
+    from coppice.model.inspection import VolumeInspection
 
-volume_app = typer.Typer(rich_markup_mode=None)
+volume_app = Commands("volume", help="Make, list and remove disks that outlive instances.")
 VolumeNames = Annotated[
-    list[str], typer.Argument(metavar="VOLUME", help="Names or ids of volumes.", autocompletion=complete.volumes)
+    list[str], Argument(metavar="VOLUME", help="Names or ids of volumes.", autocompletion=complete.volumes)
 ]
 
 
-@volume_app.command("create")
+@volume_app.declare("create")
 def create(
-    ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the volume.")],
-    size: Annotated[
-        str, typer.Option("--size", metavar="SIZE", help="How much it can hold, such as 512M or 20G.")
-    ] = "1G",
+    ctx: click.Context,
+    name: Annotated[str, Argument(metavar="NAME", help="Name of the volume.")],
+    size: Annotated[str, Option("--size", metavar="SIZE", help="Size of the disk, such as 512M or 20G.")] = "1G",
     archive: Annotated[
         Path | None,
-        typer.Option("--from", metavar="TAR", help="What it starts with: a tar archive, compressed or not."),
+        Option("--from", metavar="TAR", help="Its first content: a tar archive, compressed or not."),
     ] = None,
     tag: options.Tags = None,
 ) -> None:
-    """Make a volume, empty or with the contents of an archive; print its name.
+    """Make a volume, empty or with the content of an archive; print its name.
 
-    It is a disk with an ext4 file system that takes room as it is filled. `coppice run IMAGE --volume NAME:PATH` attaches it.
+    It is a disk with an ext4 file system, allocated as it is filled. `coppice run IMAGE --volume
+    NAME:PATH` attaches it.
     """
     from coppice.names import parse_size
+    from coppice.requests import VolumeCreateRequest
 
     cli = Cli.of(ctx)
     size_bytes, tags = parse_size(size), parse.pairs(tag or (), "tag")
 
-    async def work(host: AsyncHost) -> Volume:
-        with cli.progress() as progress:
-            return await host.volume_create(name, size_bytes=size_bytes, archive=archive, tags=tags, progress=progress)
-
-    made = cli.call(work)
+    made = cli.request(
+        VolumeCreateRequest(name=name, size_bytes=size_bytes, archive=str(archive) if archive else None, tags=tags)
+    )
     cli.show(made, lambda: output.line(made.name))
 
 
-@volume_app.command("ls")
-def ls(ctx: typer.Context, tag: options.TagFilter = None, quiet: options.Quiet = False) -> None:
-    """List volumes, the oldest first, with who has them."""
+@volume_app.declare("ls")
+def ls(ctx: click.Context, tag: options.TagFilter = None, quiet: options.Quiet = False) -> None:
+    """List volumes, oldest first, with the instances and snapshots that hold them."""
+    from coppice.requests import VolumeLsRequest
+
     cli = Cli.of(ctx)
     tags = parse.pairs(tag or (), "tag")
-    found = cli.call(lambda host: host.volume_ls(tags=tags))
+    found = cli.request(VolumeLsRequest(tags=tags))
 
     def human() -> None:
         if quiet:
@@ -89,10 +90,12 @@ def _holders(attachments: tuple[Attachment, ...]) -> str:
     return ", ".join(f"{each.name}{' (ro)' if each.readonly else ''}" for each in attachments) or "-"
 
 
-@volume_app.command("inspect")
-def inspect(ctx: typer.Context, names: VolumeNames) -> None:
-    """Show all that is known of volumes. With --json: always a list."""
-    several.inspect(Cli.of(ctx), names, lambda host, name: host.volume_inspect(name), _details)
+@volume_app.declare("inspect")
+def inspect(ctx: click.Context, names: VolumeNames) -> None:
+    """Show all fields of volumes. With --json: always a list."""
+    from coppice.requests import VolumeInspectRequest
+
+    several.inspect(Cli.of(ctx), names, lambda name: VolumeInspectRequest(volume=name), _details)
 
 
 def _details(found: VolumeInspection) -> list[output.Field]:
@@ -115,10 +118,13 @@ def _attachment(attachment: Attachment) -> str:
     return f"{holder}{attachment.name}, at {output.printable(attachment.mount_path)}, {how}"
 
 
-@volume_app.command("rm")
-def rm(ctx: typer.Context, names: VolumeNames) -> None:
-    """Remove volumes and all that is on them. Refused for one that an instance or a snapshot has.
+@volume_app.declare("rm")
+def rm(ctx: click.Context, names: VolumeNames, force: options.Force = False) -> None:
+    """Remove volumes and their content. Refused for a volume that an instance or a snapshot holds.
 
-    If one cannot be removed, the others still are; the exit status is then the first failure's.
+    If one cannot be removed, the others still are. The exit status is then that of the first
+    failure.
     """
-    several.remove(Cli.of(ctx), names, lambda host, name: host.volume_rm(name))
+    from coppice.requests import VolumeRmRequest
+
+    several.remove(Cli.of(ctx), names, lambda name: VolumeRmRequest(volume=name), force=force)

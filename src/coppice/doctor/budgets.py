@@ -1,4 +1,4 @@
-"""Check of the budgets: can they be understood, and how much of them is left."""
+"""Check of the budgets: whether they are valid, and how much is left."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from pathlib import Path
 
 from coppice.errors import UsageError
 from coppice.model import GIB, Budgets, BudgetUse, Check
-from coppice.store.budgets import load_budgets, use_of
-from coppice.store.layout import Layout
-from coppice.store.store import LOAD, Load
+from coppice.state.budgets import load_budgets, use_of
+from coppice.state.layout import Layout
+from coppice.state.store import LOAD, Load
 
 _NAME = "budgets"
 _NEARLY = 0.9
 
 
 def budgets(home: Path, where: Path) -> Check:
-    """What admission would say of the data directory, which is only read. `where` is the nearest directory that exists."""
+    """Check the use of the budgets. The data directory is only read.
+
+    :param where: the data directory, or its nearest existing parent
+    """
     try:
         found = load_budgets(home, where)
     except UsageError as error:
@@ -30,7 +33,7 @@ def _use(home: Path, where: Path, found: Budgets) -> BudgetUse:
     load = Load(instances=0, running=0, ram_bytes=0)
     database = f"{Layout(home.absolute()).database.as_uri()}?mode=ro"
     with (
-        contextlib.suppress(sqlite3.Error),  # there is none yet
+        contextlib.suppress(sqlite3.Error),  # no database exists yet
         contextlib.closing(sqlite3.connect(database, uri=True, timeout=1.0)) as connection,
     ):
         instances, running, ram_bytes = connection.execute(LOAD).fetchone()
@@ -40,7 +43,7 @@ def _use(home: Path, where: Path, found: Budgets) -> BudgetUse:
 
 
 def judge_budgets(use: BudgetUse) -> Check:
-    """A budget of which nine tenths are in use is worth a warning: the next fan-out may be refused."""
+    """Warn if more than nine tenths of a budget are in use: the next fan-out may be refused."""
     detail = (
         f"{use.instances} of {use.max_instances} instances; {use.running} running, {use.memory_bytes / GIB:.1f} of "
         f"{use.memory_limit_bytes / GIB:.1f} GiB of memory at {use.memory_overcommit:g} times over-commit; "

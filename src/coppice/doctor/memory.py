@@ -1,4 +1,4 @@
-"""Checks of memory: how much there is, and whether the kernel lets us share, count and capture it."""
+"""Checks of memory: its size, and whether the kernel permits sharing, counting and capture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import re
 import struct
 from pathlib import Path
 
-from coppice.doctor.mounts import Mount, read_mounts
-from coppice.memory.pagemap import PAGEMAP_SCAN
+from coppice.linux.mounts import Mount, read_mounts
+from coppice.linux.pagemap import PAGEMAP_SCAN
 from coppice.model import GIB, MIB, Check
 from coppice.vmm.process import may_trace_any
 
@@ -22,32 +22,32 @@ _SYSCTL = Path("/proc/sys")
 
 
 def available() -> Check:
-    """Memory for guests."""
+    """Check the memory available to guests."""
     return judge_available(meminfo_bytes(Path("/proc/meminfo").read_text(), "MemAvailable"))
 
 
 def meminfo_bytes(text: str, key: str) -> int:
-    """One line of /proc/meminfo, in bytes; 0 where it is not there."""
+    """Return a value of /proc/meminfo in bytes; 0 if it is missing."""
     match = re.search(rf"^{re.escape(key)}:\s+(\d+) kB$", text, re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 
 
 def judge_available(free_bytes: int) -> Check:
-    """A guest touches 100 MiB when it boots; a fork of it needs some MiB of its own."""
+    """Judge available memory: a guest touches 100 MiB in its boot, a fork a few MiB more."""
     detail = f"{free_bytes / GIB:.1f} GiB available"
-    cure = "end what else runs here, or run smaller and fewer guests"
+    cure = "end other programs on this host, or run smaller and fewer guests"
     if free_bytes >= _WARN_BELOW:
         return Check(name="memory", status="ok", detail=detail)
     return Check(name="memory", status="fail" if free_bytes < _FAIL_BELOW else "warn", detail=detail, cure=cure)
 
 
 def overcommit() -> Check:
-    """How the kernel counts memory that is mapped and not yet used."""
+    """Check how the kernel counts mapped memory that is not used yet."""
     return judge_overcommit(_sysctl("vm/overcommit_memory"))
 
 
 def judge_overcommit(value: int | None) -> Check:
-    """Strict counting (2) charges each fork for all of its guest's memory, though it shares nearly all of it."""
+    """Refuse strict counting (2), which charges each fork for all of its guest's memory."""
     name = "vm.overcommit_memory"
     if value == _STRICT:
         return Check(
@@ -60,12 +60,12 @@ def judge_overcommit(value: int | None) -> Check:
 
 
 def max_map_count() -> Check:
-    """How many mappings a process may have."""
+    """Check how many mappings a process may have."""
     return judge_max_map_count(_sysctl("vm/max_map_count"))
 
 
 def judge_max_map_count(value: int | None) -> Check:
-    """QEMU needs hundreds; less than the kernel's default is somebody's choice, which may end a VM."""
+    """Warn below the kernel's default: QEMU needs hundreds of mappings, and ends without them."""
     name = "vm.max_map_count"
     if value is not None and value < _DEFAULT_MAX_MAP_COUNT:
         cure = f"sysctl -w vm.max_map_count={_DEFAULT_MAX_MAP_COUNT}"
@@ -75,7 +75,8 @@ def judge_max_map_count(value: int | None) -> Check:
 
 def pagemap_scan() -> Check:
     """Try the ioctl on one page of this process."""
-    # struct pm_scan_arg: size, flags, start, end, walk_end, vec, vec_len, max_pages and four masks; an empty range is valid.
+    # struct pm_scan_arg: size, flags, start, end, walk_end, vec, vec_len, max_pages and four masks.
+    # An empty range is valid.
     argument = bytearray(struct.pack("=12Q", 96, *([0] * 11)))
     fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -88,7 +89,7 @@ def pagemap_scan() -> Check:
 
 
 def judge_pagemap_scan(code: int | None) -> Check:
-    """`code` is the ioctl's errno, None where it worked."""
+    """Judge the ioctl's errno; None if it worked."""
     name = "PAGEMAP_SCAN"
     if code is None:
         return Check(name=name, status="ok", detail="works: private pages of a guest are found fast")
@@ -98,13 +99,13 @@ def judge_pagemap_scan(code: int | None) -> Check:
 
 
 def smaps() -> Check:
-    """Whether the sharing of memory can be verified and reported."""
+    """Check whether memory sharing can be verified and reported."""
     Path("/proc/self/smaps_rollup").read_bytes()
     return judge_smaps(read_mounts(), root=os.geteuid() == 0)
 
 
 def judge_smaps(mounts: list[Mount], *, root: bool) -> Check:
-    """/proc mounted with hidepid hides even some of one's own processes from all but root."""
+    """Warn about /proc with hidepid, which hides even some of a user's own processes."""
     hiding = next(
         (option for mount in mounts if mount.type == "proc" for option in mount.options if _hides(option)), None
     )
@@ -119,14 +120,16 @@ def _hides(option: str) -> bool:
 
 
 def ptrace() -> Check:
-    """Whether one host process may read the memory of a VM that another one started."""
+    """Check whether a host process may read the memory of a VM that another one started."""
     return judge_ptrace(_sysctl("kernel/yama/ptrace_scope"), root=os.geteuid() == 0, capable=may_trace_any())
 
 
 def judge_ptrace(scope: int | None, *, root: bool, capable: bool) -> Check:
-    """`scope` of the Yama security module, None without it. Capturing a fork reads its memory by process_vm_readv.
+    """Judge the limits on ptrace. The capture of a fork reads its memory with process_vm_readv.
 
-    `capable`: there is CAP_SYS_PTRACE. A VMM that root starts gives up root, and is then another user's.
+    :param scope: ptrace_scope of the Yama security module; None without it
+    :param capable: whether this process has CAP_SYS_PTRACE, which root needs: a VMM that root
+        starts drops to another user
     """
     name = "ptrace"
     if root and not capable:

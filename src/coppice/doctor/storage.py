@@ -1,4 +1,4 @@
-"""Checks of the data directory: can forks share files there, and is there room."""
+"""Checks of the data directory: whether forks can share files in it, and its free space."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ import sqlite3
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from coppice.disk.clone import clone_file
-from coppice.doctor.mounts import Mount, mount_of, read_mounts
 from coppice.errors import CoppiceError
-from coppice.model import GIB, MIB, Check
-from coppice.store.database import MIGRATIONS
-from coppice.store.layout import Layout
+from coppice.linux.mounts import Mount, mount_of, read_mounts
+from coppice.linux.reflinks import has_reflinks
+from coppice.model import GIB, Check
+from coppice.state.layout import PROBE_PREFIX, Layout
+from coppice.state.migrations import MIGRATIONS
 
 NETWORK_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs", "fuse.s3fs"})
 MEMORY_TYPES = frozenset({"tmpfs", "ramfs"})
 
 _FAIL_BELOW = 2 * GIB
 _WARN_BELOW = 10 * GIB
+_STORAGE_FROM = 20 * GIB  # half of less free space is too little for images and machines
 _BETTER = "set COPPICE_HOME to a directory on a local xfs or btrfs"
 
 
 def nearest_directory(path: Path) -> Path:
-    """The directory itself, or the nearest above it that exists."""
+    """Return the directory, or its nearest existing parent."""
     resolved = path.resolve()
     return next((parent for parent in (resolved, *resolved.parents) if parent.is_dir()), Path("/"))
 
 
 def file_system(home: Path, where: Path) -> Check:
-    """What kind of file system the data directory is on."""
+    """Check the kind of file system that the data directory is on."""
     return judge_file_system(
         str(home), mount_of(PurePosixPath(where), read_mounts()), writable=os.access(where, os.W_OK)
     )
 
 
 def judge_file_system(home: str, mount: Mount | None, *, writable: bool) -> Check:
-    """`mount` is the one that holds the data directory."""
+    """Judge the mount that holds the data directory."""
     name = "data directory"
     if mount is None:
         return Check(name=name, status="warn", detail=f"{home}: its file system is not known", cure=_BETTER)
@@ -58,7 +59,7 @@ def judge_file_system(home: str, mount: Mount | None, *, writable: bool) -> Chec
 
 
 def database(home: Path) -> Check:
-    """Whether the records can be read, whole, and by this version; they are only read."""
+    """Check whether the database is undamaged, and readable by this version. It is only read."""
     path = Layout(home.absolute()).database
     if not path.exists():
         return Check(name="database", status="ok", detail="none yet")
@@ -72,10 +73,10 @@ def database(home: Path) -> Check:
 
 
 def judge_database(version: int, damage: str) -> Check:
-    """`damage` is `ok`, or what SQLite found or could not do."""
+    """Judge the schema version, and `damage`: `ok`, or SQLite's message."""
     name = "database"
     if damage != "ok":
-        cure = "put a copy of coppice.db in its place, or set COPPICE_HOME to another directory"
+        cure = "replace coppice.db by a backup, or set COPPICE_HOME to another directory"
         return Check(name=name, status="fail", detail=f"cannot be used: {damage}", cure=cure)
     if version > len(MIGRATIONS):
         detail = f"it has schema {version}, this Coppice knows {len(MIGRATIONS)}"
@@ -85,8 +86,8 @@ def judge_database(version: int, damage: str) -> Check:
 
 
 def hard_links(where: Path) -> Check:
-    """Try a hard link: it is how a fork owns the memory it shares."""
-    with tempfile.TemporaryDirectory(dir=where, prefix=".coppice-doctor-") as directory:
+    """Try a hard link, by which a fork holds its shared memory."""
+    with tempfile.TemporaryDirectory(dir=where, prefix=PROBE_PREFIX) as directory:
         source = Path(directory, "source")
         source.touch()
         try:
@@ -102,39 +103,39 @@ def hard_links(where: Path) -> Check:
 
 
 def reflinks(where: Path) -> Check:
-    """Try a reflink, and see that its blocks are shared."""
-    with tempfile.TemporaryDirectory(dir=where, prefix=".coppice-doctor-") as directory:
-        source = Path(directory, "source")
-        source.write_bytes(b"\xa5" * MIB)
-        try:
-            shared = clone_file(source, Path(directory, "clone")).method == "reflink"
-        except CoppiceError as error:
-            return Check(name="reflinks", status="warn", detail=error.message, cure=error.hint or _BETTER)
-    return judge_reflinks(shared)
+    """Try a reflink, and check that it shares blocks."""
+    try:
+        shared = has_reflinks(where, PROBE_PREFIX)
+    except CoppiceError as error:
+        return Check(name="reflinks", status="warn", detail=error.message, cure=error.hint or _BETTER)
+    state = os.statvfs(where)
+    return judge_reflinks(shared, free_bytes=state.f_bavail * state.f_frsize, root=os.geteuid() == 0)
 
 
-def judge_reflinks(shared: bool) -> Check:
-    """`shared`: a clone shares its blocks with its source."""
+def judge_reflinks(shared: bool, *, free_bytes: int = 0, root: bool = False) -> Check:
+    """Judge whether a clone shares its blocks with its source. Root can have that anywhere."""
     if shared:
         return Check(name="reflinks", status="ok", detail="work: a fork's disk costs what it writes")
     return Check(
         name="reflinks",
         status="warn",
         detail="do not work: a fork copies the written part of its source's disk",
-        cure=_BETTER,
+        cure=f"run `coppice storage init --size {free_bytes // 2 // GIB}G`, or {_BETTER}"
+        if root and free_bytes >= _STORAGE_FROM
+        else _BETTER,
     )
 
 
 def free_space(where: Path) -> Check:
-    """Room on the file system, for this user."""
+    """Check the free space for this user on the file system."""
     state = os.statvfs(where)
     return judge_free_space(state.f_bavail * state.f_frsize)
 
 
 def judge_free_space(free_bytes: int) -> Check:
-    """A template takes up to the memory of its guest, and each fork what it writes."""
+    """Judge free space: a template needs up to its guest's memory, and each fork its own writes."""
     detail = f"{free_bytes / GIB:.1f} GiB"
-    cure = "free some, with `coppice gc` and `coppice image rm`; or set COPPICE_HOME to a larger file system"
+    cure = "free space with `coppice gc` and `coppice image rm`, or set COPPICE_HOME to a larger file system"
     if free_bytes >= _WARN_BELOW:
         return Check(name="free space", status="ok", detail=detail)
     return Check(name="free space", status="fail" if free_bytes < _FAIL_BELOW else "warn", detail=detail, cure=cure)

@@ -1,4 +1,4 @@
-"""Checks of everything else: programs, the kernel image, limits, mounts, namespaces."""
+"""Checks of programs, the kernel image, limits, mounts and namespaces."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from coppice.doctor.mounts import Mount, read_mounts
-from coppice.errors import MissingTool
-from coppice.guest.kernel import KernelStore
+from coppice.boot.kernel import KernelStore
+from coppice.errors import HostCannot, MissingTool
+from coppice.linux.kvm import read_cpu
+from coppice.linux.mounts import Mount, read_mounts
 from coppice.model import MIB, Check
 from coppice.vmm.qemu import host
-from coppice.vmm.qemu.command import READ_ONLY_RAM
+from coppice.vmm.qemu.releases import READ_ONLY_RAM
 
 _SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _ENOUGH_FILES = 4096
@@ -34,17 +35,17 @@ class _Tool(NamedTuple):
 _TOOLS = (
     _Tool("mke2fs", "e2fsprogs", "fail", "makes the disks of instances"),
     _Tool("e2fsck", "e2fsprogs", "warn", "checks the disks of instances"),
-    _Tool("prlimit", "util-linux", "fail", "limits what a guest can write to its log"),
-    _Tool("setpriv", "util-linux", "warn", "ends the repair of a volume with who began it"),
-    _Tool("unshare", "util-linux", "warn", "runs QEMU where Coppice is not root"),
+    _Tool("prlimit", "util-linux", "fail", "limits the files that the repair of a volume writes"),
+    _Tool("setpriv", "util-linux", "warn", "ends the repair of a volume when its parent process ends"),
     _Tool("apt-get", "apt", "warn", "fetches Debian's kernel"),
     _Tool("dpkg-deb", "dpkg", "warn", "unpacks Debian's kernel"),
     _Tool("mmdebstrap", "mmdebstrap", "warn", "makes images of Debian suites"),
+    _Tool("skopeo", "skopeo", "warn", "pulls images from registries"),
 )
 
 
 def tools() -> list[tuple[str, Callable[[], Check]]]:
-    """A check for each program that is run."""
+    """Return a check for each program that Coppice runs."""
     return [(tool.program, partial(_tool, tool)) for tool in _TOOLS]
 
 
@@ -57,7 +58,7 @@ def _tool(tool: _Tool) -> Check:
 
 
 def kernel_image(home: Path) -> Check:
-    """Whether there is a kernel to boot."""
+    """Check whether a kernel to boot is stored."""
     kernels = KernelStore(home / "kernels").kernels()
     if not kernels:
         detail = "none yet: Debian's cloud kernel, 27 MB, is fetched with the first instance"
@@ -66,12 +67,12 @@ def kernel_image(home: Path) -> Check:
 
 
 def open_files() -> Check:
-    """The limit on open files."""
+    """Check the limit on open files."""
     return judge_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 def judge_open_files(soft: int, hard: int) -> Check:
-    """One fan-out holds a dozen descriptors for each fork that it starts."""
+    """Judge the limit: a fan-out holds a dozen descriptors for each fork that it starts."""
     if _within(soft, _ENOUGH_FILES):
         raised = 65536
         cure = (
@@ -82,12 +83,12 @@ def judge_open_files(soft: int, hard: int) -> Check:
 
 
 def processes() -> Check:
-    """The limit on processes and threads."""
+    """Check the limit on processes and threads."""
     return judge_processes(resource.getrlimit(resource.RLIMIT_NPROC)[0], root=os.geteuid() == 0)
 
 
 def judge_processes(soft: int, *, root: bool) -> Check:
-    """A VM has three threads and one for each vCPU. The limit does not bind root."""
+    """Judge the limit, which does not bind root: a VM has three threads, and one for each vCPU."""
     if not root and _within(soft, _ENOUGH_PROCESSES):
         detail = f"{soft} threads are enough for some {soft // 4} VMs"
         return Check(name="processes", status="warn", detail=detail, cure="raise nproc in /etc/security/limits.d")
@@ -95,12 +96,15 @@ def judge_processes(soft: int, *, root: bool) -> Check:
 
 
 def locked_memory() -> Check:
-    """The limit on locked memory."""
+    """Check the limit on locked memory."""
     return judge_locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], root=os.geteuid() == 0)
 
 
 def judge_locked_memory(soft: int, *, root: bool) -> Check:
-    """Guest memory is never locked; io_uring in QEMU may count against the limit on old kernels. It does not bind root."""
+    """Judge the limit, which does not bind root.
+
+    Guest memory is never locked, but on old kernels io_uring in QEMU may count against the limit.
+    """
     if not root and _within(soft, _ENOUGH_LOCKED):
         detail = f"{soft >> 10} KiB: below the kernel's default, io_uring may not work"
         return Check(name="locked memory", status="warn", detail=detail, cure="raise memlock in /etc/security/limits.d")
@@ -108,27 +112,28 @@ def judge_locked_memory(soft: int, *, root: bool) -> Check:
 
 
 def mount_count() -> Check:
-    """How many mounts a new namespace copies."""
+    """Check how many mounts a new namespace copies."""
     return judge_mount_count(len(read_mounts()))
 
 
 def judge_mount_count(count: int) -> Check:
-    """Making and ending a mount namespace copies all mounts under one lock of the whole kernel (namespace_sem)."""
+    """Judge the count: a new mount namespace copies all mounts under one kernel-wide lock."""
     if count > _MANY_MOUNTS:
         detail = f"{count}: every network namespace and container that starts or ends pays for them"
-        return Check(name="mounts", status="warn", detail=detail, cure="see `findmnt`, and unmount what is left over")
+        return Check(name="mounts", status="warn", detail=detail, cure="see `findmnt`, and unmount stale mounts")
     return Check(name="mounts", status="ok", detail=str(count))
 
 
 def favordynmods() -> Check:
-    """Whether threads move between control groups fast."""
-    return judge_favordynmods(read_mounts(), virtual=host.read_cpu().virtualization)
+    """Check whether threads move between control groups quickly."""
+    return judge_favordynmods(read_mounts(), virtual=read_cpu().virtualization)
 
 
 def judge_favordynmods(mounts: list[Mount], *, virtual: bool) -> Check:
-    """Since Linux 6.0 moving a task into a group waits for an RCU grace period, unless the mount favours such moves.
+    """Warn if favordynmods is not set: since Linux 6.0 a move into a group then waits for an RCU
+    grace period.
 
-    KVM makes worker threads in the group of the VMM. Source: Documentation/admin-guide/cgroup-v2.rst, `favordynmods`.
+    KVM moves its worker threads into the VMM's group (Documentation/admin-guide/cgroup-v2.rst).
     """
     name = "favordynmods"
     groups = [mount for mount in mounts if mount.type == "cgroup2"]
@@ -146,10 +151,10 @@ def judge_favordynmods(mounts: list[Mount], *, virtual: bool) -> Check:
 
 
 async def user_namespaces() -> Check:
-    """Whether a user who is not root can have namespaces of their own."""
+    """Check whether a user who is not root can make user namespaces."""
     try:
         release = host.release(await host.version())
-    except MissingTool:  # a finding of its own
+    except (MissingTool, HostCannot):  # reported by another check
         release = READ_ONLY_RAM
     return judge_user_namespaces(
         root=os.geteuid() == 0,
@@ -163,7 +168,11 @@ async def user_namespaces() -> Check:
 def judge_user_namespaces(
     *, root: bool, qemu: bool, most: int | None, unprivileged: int | None, restricted: int | None
 ) -> Check:
-    """The three settings that may forbid it, None where the kernel does not have them. `qemu`: this QEMU runs without one."""
+    """Judge the three settings that may forbid user namespaces; None if the kernel does not have
+    one.
+
+    :param qemu: whether this QEMU runs without a user namespace
+    """
     cures = {
         "sysctl -w user.max_user_namespaces=15000": most == 0 or most is None,
         "sysctl -w kernel.unprivileged_userns_clone=1": unprivileged == 0,
@@ -173,7 +182,7 @@ def judge_user_namespaces(
         return Check(name="user namespaces", status="ok", detail="not needed by root")
     for cure, needed in cures.items():
         if needed:
-            images = "not for this user: images of Debian suites need root"
+            images = "not permitted to this user: images of Debian suites need root"
             if qemu:
                 return Check(name="user namespaces", status="warn", detail=images, cure=cure)
             oldest = ".".join(map(str, READ_ONLY_RAM))

@@ -1,59 +1,70 @@
-"""Checks of what runs the guests: KVM and QEMU."""
+"""Checks of KVM and QEMU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from coppice.errors import MissingTool
+from coppice.errors import HostCannot, MissingTool
+from coppice.linux.kvm import KVM, KvmDevice, kvm_device, read_cpu
 from coppice.model import Check
 from coppice.vmm.qemu import host
 
 OLDEST_TESTED_QEMU = (7, 2)
+NEWEST_TRIED_QEMU = (11, 1)
 
 _NX_HUGE_PAGES = Path("/sys/module/kvm/parameters/nx_huge_pages")
 _ITLB_MULTIHIT = Path("/sys/devices/system/cpu/vulnerabilities/itlb_multihit")
 
 
 def kvm() -> Check:
-    """Whether guests can run on the CPU itself."""
-    virtual = host.read_cpu().virtualization
-    return judge_kvm(virtual, host.kvm_device() if virtual or not host.KVM.exists() else "ok")
+    """Check whether guests can run on the CPU itself."""
+    virtual = read_cpu().virtualization
+    return judge_kvm(virtual, kvm_device() if virtual or not KVM.exists() else "ok")
 
 
-def judge_kvm(virtual: bool, device: host.KvmDevice) -> Check:
-    """`virtual`: the CPU shows vmx or svm. `device`: what opening /dev/kvm gave; not tried where the CPU shows neither."""
+def judge_kvm(virtual: bool, device: KvmDevice) -> Check:
+    """Judge KVM.
+
+    :param virtual: whether the CPU shows vmx or svm
+    :param device: the result of opening /dev/kvm; `ok` if it was not tried
+    """
     slow = "guests are emulated (TCG), several times slower"
     if not virtual:
         detail = f"the CPU shows neither vmx nor svm: {slow}"
         if device != "missing":
-            detail += "; there is a /dev/kvm, but without the CPU's help it may hang a guest, and is not used"
-        return _kvm(
-            "warn", detail, "enable virtualization in the firmware, or nested virtualization where this is a VM"
-        )
+            detail += "; /dev/kvm exists, but may hang a guest without the CPU's support, and is not used"
+        return _kvm("warn", detail, "enable virtualization in the firmware, or nested virtualization if this is a VM")
     match device:
         case "ok":
             return _kvm("ok", "guests run on the CPU itself")
         case "missing":
             return _kvm(
-                "warn", f"the CPU could, but there is no /dev/kvm: {slow}", "modprobe kvm_intel || modprobe kvm_amd"
+                "warn",
+                f"the CPU supports it, but there is no /dev/kvm: {slow}",
+                "modprobe kvm_intel || modprobe kvm_amd",
             )
         case "denied":
-            return _kvm("warn", f"/dev/kvm is not for this user: {slow}", "usermod -aG kvm $USER, then log in again")
+            return _kvm("warn", f"this user may not open /dev/kvm: {slow}", "usermod -aG kvm $USER, then log in again")
         case "broken":
-            return _kvm("warn", f"/dev/kvm is not what it should be: {slow}", "see `dmesg | grep -i kvm`")
+            return _kvm("warn", f"/dev/kvm does not work as KVM: {slow}", "see `dmesg | grep -i kvm`")
 
 
 async def qemu() -> Check:
-    """Whether QEMU is there."""
+    """Check whether QEMU is installed, and its version."""
     try:
         return judge_qemu(await host.version())
-    except MissingTool as error:
-        return Check(name="qemu", status="fail", detail=error.message, cure="apt-get install qemu-system-x86")
+    except (MissingTool, HostCannot) as error:
+        return Check(name="qemu", status="fail", detail=error.message, cure=_typed(error.hint))
+
+
+def _typed(hint: str | None) -> str:
+    """Return the command in a hint: cures are bare commands."""
+    return (hint or "").removeprefix("run ").strip("`")
 
 
 def judge_qemu(version: str) -> Check:
-    """`version` as QEMU says it: `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`."""
+    """Judge QEMU's version text, for example `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`."""
     if host.release(version) < OLDEST_TESTED_QEMU:
         oldest = ".".join(map(str, OLDEST_TESTED_QEMU))
         return Check(
@@ -62,22 +73,34 @@ def judge_qemu(version: str) -> Check:
             detail=f"version {version} is older than {oldest}, the oldest that is tested",
             cure="apt-get install qemu-system-x86 from a newer release",
         )
+    if host.release(version) > NEWEST_TRIED_QEMU:
+        newest = ".".join(map(str, NEWEST_TRIED_QEMU))
+        return Check(
+            name="qemu",
+            status="warn",
+            detail=f"version {version} is newer than {newest}, the newest that Coppice was tried with",
+            cure="fork a machine once before you rely on templates, or set COPPICE_QEMU to an older release",
+        )
     return Check(name="qemu", status="ok", detail=f"version {version}")
 
 
 def nx_huge_pages() -> Check:
-    """Whether KVM splits huge pages, with a kernel thread for each VM."""
+    """Check whether KVM splits huge pages, with a kernel thread for each VM."""
     return judge_nx_huge_pages(
-        host.read_cpu().virtualization,
+        read_cpu().virtualization,
         _read(_NX_HUGE_PAGES),
         affected=not _read(_ITLB_MULTIHIT).startswith("Not affected"),
     )
 
 
 def judge_nx_huge_pages(virtual: bool, value: str, *, affected: bool) -> Check:
-    """`value` of the module's parameter; `affected` by the iTLB multihit flaw, against which it protects.
+    """Judge the module's parameter. Unless it is `never`, the first vCPU of a VM waits for a new
+    worker thread.
 
-    With anything but `never` the first vCPU of a VM waits for a worker thread to be made (Firecracker's docs, "production host setup").
+    Source: Firecracker's docs, "production host setup".
+
+    :param affected: whether the CPU has the iTLB multihit flaw, against which the parameter
+        protects
     """
     name = "kvm.nx_huge_pages"
     if not virtual or not value:

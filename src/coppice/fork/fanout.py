@@ -1,39 +1,48 @@
-"""Fan-out: the children of one plan, grown in parallel, each with its own outcome."""
+"""Fan-out: create the children of one plan in parallel, each with its own outcome."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from coppice.completion import all_of, complete, in_thread
-from coppice.disk.atomic import os_errors
 from coppice.errors import CoppiceError, HostCannot
+from coppice.fork.hardware import hardware
 from coppice.fork.place import place
-from coppice.fork.plan import OPERATION, ForkRequest, grown_from, plan
+from coppice.fork.plan import grown_from, plan
 from coppice.fork.spare import Spare, adopt
-from coppice.instance import activate, destroy
-from coppice.instance import directory as directories
-from coppice.instance.rooms import Rooms
-from coppice.model import ForkReport, ForkResult, Instance, Progress, ProgressSink, Sharing, Snapshot, State
-from coppice.store import locks
+from coppice.linux.cgroups import usable_cpus
+from coppice.linux.files import untranslated
+from coppice.machine import activate, destroy, limits
+from coppice.machine import directory as directories
+from coppice.machine.rooms import Rooms
+from coppice.model import ForkReport, ForkResult, Instance, Limits, Progress, ProgressSink, Snapshot, State
+from coppice.requests import FanOut
+from coppice.state import locks
+from coppice.state.journal import JournalOperation
 from coppice.timing import Stages
 
 _log = logging.getLogger(__name__)
 
-# More starts at once than this only take turns on the CPUs, and each then waits longer for its answer.
+# More parallel starts would only take turns on the CPUs, and each guest would answer later.
 _PARALLEL_PER_CPU = 2
+
+
+@functools.cache
+def _parallel() -> int:
+    return _PARALLEL_PER_CPU * usable_cpus()
 
 
 async def fan_out(
     rooms: Rooms,
     source: Instance,
-    request: ForkRequest,
+    request: FanOut,
     progress: ProgressSink,
     *,
     owner: str | None,
@@ -42,20 +51,32 @@ async def fan_out(
     snapshot: Snapshot | None = None,
     spares: Sequence[Spare] = (),
 ) -> ForkReport:
-    """Grow all children of `source`, which the caller holds locked (shared). Every child that fails is undone.
+    """Create all children of `source`, whose shared lock the caller holds. Every child that fails
+    is undone.
 
-    `admit` refuses, inside of the transaction that records them, what the host has no room for. The children are `owner`'s, or where the
-    operator forks, the source's. `parent` is whom they are forks of, where that is not `source`: a running machine, of which `source` is the
-    capture. With a `snapshot`, which `source` stands for, they are grown from its files, and `parent` is the instance that it was made of, if
-    that still lives. The first children are what the `spares` become, at most one each; a spare that keeps its lock has not become one.
-    With `atomic`, one failure undoes all, and is raised.
+    If the request is atomic, one failure undoes all children, and is raised.
 
+    :param owner: the owner of the children; None is the operator, who leaves them to the source's
+        owner
+    :param admit: called in the transaction that records the children; raises if the host lacks
+        capacity
+    :param parent: the parent to record, if it is not `source`: a running machine whose capture is
+        `source`, or the existing instance that `snapshot` was made of
+    :param snapshot: take the files from this snapshot, which `source` stands for
+    :param spares: become the first children; a spare that keeps its lock was not used
     :raises CoppiceError: the plan is refused, or a child failed and the request is atomic
     """
     stages = Stages()
     named = source if snapshot else parent or source
     origin = rooms.layout.snapshot(snapshot.id) if snapshot else rooms.directory(source.id)
-    children = plan(source, request, named, owner)
+    driver, machine = await hardware(rooms, source, request)
+    rooms.networks.check(machine, request.publish, request.egress)
+    wanted = source.limits if request.limits is None else request.limits
+    if request.target is State.RUNNING and wanted != Limits():
+        await in_thread(limits.check, wanted, rooms.layout.home)
+    children = [
+        msgspec.structs.replace(child, driver=driver, machine=machine) for child in plan(source, request, named, owner)
+    ]
     if snapshot is not None:
         children = [grown_from(snapshot, child, parent) for child in children]
     started = {child.name: spare for child, spare in zip(children, spares, strict=False)}
@@ -64,38 +85,46 @@ async def fan_out(
         for child in children
     ]
     try:
-        children = await in_thread(rooms.store.create, children, OPERATION, admit)
+        children = await in_thread(rooms.store.create, children, JournalOperation.FORK, admit)
     except asyncio.CancelledError:
         await complete(_destroy_all(rooms, children))
         raise
-    slots = asyncio.Semaphore(_PARALLEL_PER_CPU * (os.cpu_count() or 1))
+    together = request.atomic and len(children) > 1  # none remains if this process is killed before the last
+    durable = request.target is not State.RUNNING  # one sync of the database serves all
+    slots = asyncio.Semaphore(_parallel())
     settled = 0
 
     async def child(instance: Instance, payload: bytes | None) -> ForkResult | CoppiceError:
         nonlocal settled
         async with slots:
             try:
-                with os_errors(f"fork {instance.name}"):  # not a bug: it must not take the siblings with it
+                with untranslated(
+                    f"fork {instance.name}"
+                ):  # an expected failure of one child: do not cancel the others
                     spare = started.get(instance.name)
                     async with _hold(rooms, instance, spare):
                         result: ForkResult | CoppiceError = await _grow(
-                            rooms, origin, source, instance, request, payload, spare
+                            rooms, origin, source, instance, request, payload, spare, done=not together
                         )
             except CoppiceError as error:
                 result = error
         settled += 1
-        progress(Progress(stage="fork", done=settled, total=len(children)))
+        fork = _failed(instance, result) if isinstance(result, CoppiceError) else result
+        progress(Progress(stage="fork", done=settled, total=len(children), fork=fork))
         return result
 
-    payloads = request.payloads or (None,) * len(children)
+    payloads = request.child_payloads
     tasks = [asyncio.create_task(child(*each)) for each in zip(children, payloads, strict=True)]
     try:
         outcomes = await asyncio.gather(*tasks)
         failure = next((outcome for outcome in outcomes if isinstance(outcome, CoppiceError)), None)
         if request.atomic and failure is not None:
             raise failure
-        if request.atomic:
-            await in_thread(rooms.store.finish, children, OPERATION)
+        if together:
+            made = [outcome.instance for outcome in outcomes if isinstance(outcome, ForkResult) and outcome.instance]
+            await in_thread(rooms.store.finish, made, JournalOperation.FORK, durable=durable)
+        elif durable:
+            await in_thread(rooms.store.sync)
     except BaseException:
         await complete(_abandon(rooms, children, tasks))
         raise
@@ -110,17 +139,18 @@ async def fan_out(
         succeeded=sum(result.ok for result in results),
         wall_ms=stages.total_ms,
         results=results,
+        shared_random=source.shared_random if request.target is not State.STOPPED else (),
     )
 
 
 @contextlib.asynccontextmanager
 async def _hold(rooms: Rooms, child: Instance, spare: Spare | None) -> AsyncIterator[None]:
-    """Hold a child for the length of the block. What has been a spare is held already, and is let go of at its end."""
+    """Hold a child's lock during the block. A spare's lock is held already; release it."""
     if spare is None:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(locks.hold(rooms.layout.lock(child.id), what=child.name))
-            except BaseException:  # it is recorded, and nobody else would undo that
+            except BaseException:  # the child is recorded, and nothing else would undo that
                 await complete(destroy.destroy(rooms, child))
                 raise
             yield
@@ -137,43 +167,45 @@ async def _grow(
     origin: Path,
     source: Instance,
     child: Instance,
-    request: ForkRequest,
+    request: FanOut,
     payload: bytes | None,
     spare: Spare | None,
+    *,
+    done: bool,
 ) -> ForkResult:
-    """One child: directory, links, disk; then, if it is to run, VMM, identity, verification. Undone if it fails."""
+    """Create one child: files; then, to Running, VMM, identity and checks. Undone on failure.
+
+    :param done: also end the child's operation in the journal
+    """
     stages, target = Stages(), request.target
-    done = not request.atomic  # else all are done together: should this process be killed before, none of them stays
     try:
         with stages.stage("place"):
-            await in_thread(rooms.store.get, child.id)  # another process may have removed it before it was held
             if spare is None:
-                placed = await in_thread(place, rooms, origin, source, child.id, target)
+                placed = await in_thread(place, rooms, origin, source, child, target, recorded=True)
             else:
                 placed = await in_thread(adopt, rooms, spare, source)
-                if placed.mem_file is not None and placed.mem_file.sharing is Sharing.COPY:
-                    # Its VMM has mapped the source's: a capture would look for its own in vain.
-                    await rooms.driver.quit(rooms.directory(child.id), spare.process)
+                if placed.capture is not None and placed.capture.copied:
+                    # The spare's VMM has mapped the source's mem-file, and a capture needs the
+                    # child's own.
+                    await rooms.driver(child).quit(rooms.directory(child.id), spare.process)
                     spare = None
-        with_memory = placed.mem_file is not None
-        child = msgspec.structs.replace(
-            child,
-            mem_file=placed.mem_file,
-            disk_stamp=directories.disk_stamp(rooms.directory(child.id)) if with_memory else "",
-        )
-        if placed.mem_file and placed.mem_file.sharing is Sharing.COPY:
-            _log.warning("%s: the mem-file was copied, not linked: %s", child.name, placed.mem_file.reason)
+        child = msgspec.structs.replace(child, capture=placed.capture, disk_layers=placed.disk_layers)
+        copied = child.capture.copied if child.capture else None
+        if copied:
+            _log.warning("%s: the memory was copied, not linked: %s", child.name, copied.reason)
         memory = None
+        sharing = directories.sharing_of(child.capture)
         if target is State.RUNNING:
-            if with_memory:
+            if child.capture is not None:
                 started = spare.process if spare else None
                 child = await activate.restore(rooms, child, stages, payload, done=done, started=started)
             else:
                 child = await activate.boot(rooms, child, stages, payload, done=done)
             with stages.stage("verify"):
-                memory = await activate.verify_sharing(rooms, child)
+                memory = await activate.measure_memory(rooms, child) if request.measure else None
+                sharing = memory.sharing if memory else await activate.verify_sharing(rooms, child)
         else:
-            with stages.stage("sync"):  # it is kept, and its record may be durable any moment
+            with stages.stage("sync"):  # before the record, which `fan_out` makes durable
                 await in_thread(directories.make_durable, rooms.directory(child.id))
             child = msgspec.structs.replace(child, state=target)
             with stages.stage("record"):
@@ -186,8 +218,8 @@ async def _grow(
         ok=True,
         started_ahead=spare is not None,
         instance=child,
-        sharing=memory.sharing if memory else directories.sharing_of(child.mem_file),
-        sharing_reason=child.mem_file.reason if child.mem_file else "",
+        sharing=sharing,
+        sharing_reason=copied.reason if copied else "",
         memory=memory,
         disk_bytes_written=placed.bytes_written,
         stages=stages.ms,
@@ -209,7 +241,8 @@ async def _abandon(
 
 
 async def _destroy_all(rooms: Rooms, children: list[Instance]) -> None:
-    # Also those that are whole, whose journal rows are gone: a host that dies now must not leave some of them, or half of one.
-    with contextlib.suppress(HostCannot):  # no room for the journal: they go all the same
+    # Complete children have no journal row any more. With one, a host process that dies now leaves
+    # none of them.
+    with contextlib.suppress(HostCannot):  # a full disk must not prevent their removal
         await in_thread(rooms.store.begin_removal, children)
     await all_of(destroy.destroy(rooms, child) for child in children)

@@ -1,22 +1,30 @@
-"""A child's directory. Blocks."""
+"""Make a child's directory. Blocks."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from coppice.fork.plan import takes_memory
-from coppice.instance import directory as directories
-from coppice.instance.rooms import Rooms
+from coppice.machine import directory as directories
+from coppice.machine.rooms import Rooms
 from coppice.model import Instance, State
 
 
-def place(rooms: Rooms, origin: Path, source: Instance, child_id: str, target: State) -> directories.Placed:
-    """Make the directory of a child of `source`, whose files are at `origin`: links, clones, and the memory where `target` takes it along.
+def place(
+    rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State, *, recorded: bool = False
+) -> directories.Placed:
+    """Make the directory of a child of `source`, whose files are in `origin`: links and clones.
 
-    :raises IntegrityError: the source's files are not what was captured
+    The child gets the memory only if `target` needs it (see `takes_memory`).
+
+    :param recorded: check that the child is still recorded: another process may have removed it before it was locked
+    :raises NotFound: it is not
+    :raises IntegrityError: the source's files have changed since the capture
     :raises NoSpace: the disk is full
     """
-    directory = rooms.directory(child_id)
+    if recorded:
+        rooms.store.get(child.id)
+    directory = rooms.directory(child.id)
     with_memory = takes_memory(source, target)
     if with_memory:
         directories.require_current(origin, source)
@@ -26,5 +34,6 @@ def place(rooms: Rooms, origin: Path, source: Instance, child_id: str, target: S
         directory,
         source,
         with_memory=with_memory,
-        shareable=rooms.driver.capabilities.maps_mem_file_privately,
+        drivers=(rooms.driver(source), rooms.driver(child)),
+        overlays=rooms.overlays,
     )

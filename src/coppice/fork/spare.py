@@ -1,11 +1,13 @@
-"""A VMM that is started ahead: the state of its template is loaded, and the guest has not run.
+"""Spares: VMMs started ahead, with the state of their template loaded and the guest not yet run.
 
-What a fork waits for first is the start of its VMM, which needs nothing that only the fork's caller knows. A spare has no record, no name and no
-identity: it is an instance's directory with a VMM, whose lock the host that made it holds. So everybody leaves it alone, and once that host is
-gone, whoever opens the data directory removes it, as all that has a lock file and no record. The first that it becomes is a fork like any other, by
-`fan_out`, under the id that it was made with.
+A fork first waits for the start of its VMM, which needs nothing from the fork's caller. A spare has
+no record, no name and no identity. It is an instance's directory with a VMM, and the host process
+that made it holds its lock. So other processes leave it alone; once that process has ended, the
+next one that opens the data directory removes it, like any lock file without a record. `fan_out`
+turns a spare into a fork, under the id that the spare was made with.
 
-It has no link of the mem-file while it waits, only until its VMM has mapped it: so the link count tells of forks.
+A spare keeps its links to the memory only until its VMM has mapped it. So the link count is that
+of the forks.
 """
 
 from __future__ import annotations
@@ -17,94 +19,103 @@ import msgspec
 from coppice.completion import complete, in_thread
 from coppice.errors import HostCannot
 from coppice.fork.place import place
-from coppice.fork.plan import ForkRequest
-from coppice.instance import activate, destroy
-from coppice.instance import directory as directories
-from coppice.instance.rooms import Rooms
-from coppice.memory import memfile
-from coppice.model import Instance, Sharing, State, VmmProcess
+from coppice.machine import activate, destroy
+from coppice.machine import directory as directories
+from coppice.machine.rooms import Rooms
+from coppice.model import Instance, State, VmmProcess
 from coppice.names import new_id
-from coppice.store import locks
-from coppice.vmm import driver as files
+from coppice.requests import FanOut
+from coppice.state import locks
 
 
 @dataclass(eq=False)
 class Spare:
-    """One spare, in the hands of the host that made it. `lock` is the descriptor of its instance's lock, None once that is somebody else's."""
+    """One spare of this host process. `lock` is its lock's descriptor, None once given away."""
 
     id: str
     source: str
-    inode: int  # of the mem-file that its VMM has mapped
+    inodes: tuple[int, ...]  # of the mem-file and layers that its VMM has mapped
     bytes_written: int
+    disk_layers: tuple[int, ...]
     process: VmmProcess
     lock: int | None
 
     def is_of(self, source: Instance) -> bool:
-        """Whether it is what a fork of `source` would be now. An inode is not used anew while a VMM maps it."""
-        return self.source == source.id and source.mem_file is not None and source.mem_file.inode == self.inode
+        """Return whether it has the memory of `source`. A mapped file's inode is not reused."""
+        return self.source == source.id and source.capture is not None and source.capture.inodes == self.inodes
 
     def give_lock(self) -> int:
-        """The descriptor of its lock, which is the caller's from now on."""
+        """Return the descriptor of its lock, which the caller now owns."""
         if self.lock is None:
             raise AssertionError("a spare becomes one fork")
         descriptor, self.lock = self.lock, None
         return descriptor
 
 
-def serves(rooms: Rooms, source: Instance, request: ForkRequest) -> bool:
-    """Whether spares can be forks of this kind: all that a VMM is started with must be known beforehand."""
-    able = rooms.driver.capabilities
+def serves(rooms: Rooms, source: Instance, request: FanOut) -> bool:
+    """Return whether spares can serve this request: all VMM parameters must be known beforehand."""
+    able = rooms.driver(source).capabilities
     return (
         able.restores_paused
         and able.maps_mem_file_privately
         and source.state is State.TEMPLATE
         and request.target is State.RUNNING
         and not request.publish
+        and request.limits in (None, source.limits)
         and not source.machine.volumes
     )
 
 
 async def prepare(rooms: Rooms, source: Instance) -> Spare:
-    """Make a spare of a template, which the caller holds locked (shared).
+    """Make a spare of a template, whose shared lock the caller holds.
 
-    :raises CoppiceError: it could not be made; nothing is left of it
+    :raises CoppiceError: the spare could not be made; nothing is left of it
     """
     own = msgspec.structs.replace(source, id=new_id(), publish=())
-    # Whoever sweeps may have found the file, without a record, before it was locked: then by another id.
+    # If a sweep has locked the new file first, since it has no record, use another id.
     while (descriptor := locks.try_lock(rooms.layout.lock(own.id))) is None:
         own = msgspec.structs.replace(own, id=new_id())
     directory = rooms.directory(own.id)
     try:
-        # Its own record: that of its template, which it is until now.
-        placed = await in_thread(place, rooms, rooms.directory(source.id), source, own.id, State.RUNNING)
-        if placed.mem_file is None or placed.mem_file.sharing is not Sharing.HARDLINK:
+        own = msgspec.structs.replace(own, vmm_user=await in_thread(rooms.store.reserve_user, own.id))
+        placed = await in_thread(place, rooms, rooms.directory(source.id), source, own, State.RUNNING)
+        if placed.capture is None or placed.capture.copied:
             raise HostCannot(
-                "nothing is copied ahead", hint="keep the data directory on one file system with hard links"
+                f"no spare of {source.name}: its memory cannot be hard-linked",
+                hint="keep the data directory on one file system with hard links",
             )
-        own = msgspec.structs.replace(own, mem_file=placed.mem_file, disk_stamp=directories.disk_stamp(directory))
-        await activate.check(rooms, own)
-        process = await rooms.driver.restore(activate.launch(rooms, own), paused=True)
-        await rooms.driver.is_paused(directory)  # it answers: it has mapped its memory
-        await in_thread((directory / files.MEMORY).unlink)
+        own = msgspec.structs.replace(own, capture=placed.capture, disk_layers=placed.disk_layers)
+        driver = rooms.driver(own)
+        process = await driver.restore(await activate.launch(rooms, own), paused=True)
+        await driver.is_paused(directory)  # an answer means that the VMM has mapped its memory
+        for path in directories.memory_paths(directory, placed.capture):
+            await in_thread(path.unlink)
     except BaseException:
         try:
             await complete(destroy.remove_unrecorded(rooms, own.id))
         finally:
             locks.release(descriptor)
         raise
-    return Spare(own.id, source.id, placed.mem_file.inode, placed.bytes_written, process, descriptor)
+    return Spare(
+        own.id, source.id, placed.capture.inodes, placed.bytes_written, placed.disk_layers, process, descriptor
+    )
 
 
 def adopt(rooms: Rooms, spare: Spare, source: Instance) -> directories.Placed:
-    """Give a spare its link of the mem-file: all that a fork's directory has is there then. Blocks.
+    """Give a spare its links to the memory, which completes the directory of a fork. Blocks.
 
-    :raises IntegrityError: the source's files are not what was captured
+    :raises NotFound: the fork is no longer recorded
+    :raises IntegrityError: the source's files have changed since the capture
     """
+    rooms.store.get(spare.id)  # another process may have removed it before it was locked
     origin = rooms.directory(source.id)
     directories.require_current(origin, source)
-    own = rooms.directory(spare.id) / files.MEMORY
-    mem_file, written = memfile.link(origin / files.MEMORY, own, source.mem_file)
-    return directories.Placed(mem_file, spare.bytes_written + written)
+    if source.capture is None:
+        raise AssertionError("a template has a capture")
+    directory = rooms.directory(spare.id)
+    linked, written = directories.link_memory(origin, directory, source.capture)
+    capture = directories.captured_here(linked, directory, spare.disk_layers)
+    return directories.Placed(capture, spare.bytes_written + written, spare.disk_layers)
 
 
 async def discard(rooms: Rooms, spare: Spare) -> None:

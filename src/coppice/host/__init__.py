@@ -1,34 +1,77 @@
-"""AsyncHost: every use case, each as one readable method. The CLI, the library and an HTTP server are this over one data directory.
+"""The use cases, one method per request. `LocalBackend` carries them out on this machine.
 
-There is no daemon: any process may operate on an instance that another one started. SQLite transactions and per-instance file locks keep
-them apart; what a killed process left half-done is finished or undone by the next one that opens the data directory.
+There is no daemon: any process may operate on an instance that another process started. SQLite
+transactions and per-instance file locks keep processes apart. If a process is killed, the next
+process that opens the data directory finishes or undoes its operations.
+
+Each group of use cases is imported at its first request: a command needs one of them.
 """
 
 from __future__ import annotations
 
-from coppice.host.base import Reference
-from coppice.host.guest import Guest, LogSource
-from coppice.host.housekeeping import Housekeeping
-from coppice.host.images import Images
-from coppice.host.snapshots import SnapshotInspection, SnapshotReference, Snapshots
-from coppice.host.view import Inspection, View
-from coppice.host.volumes import VolumeInspection, VolumeReference
+from contextlib import AbstractAsyncContextManager
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Final, TypeVar
 
-__all__ = [
-    "AsyncHost",
-    "Inspection",
-    "LogSource",
-    "Reference",
-    "SnapshotInspection",
-    "SnapshotReference",
-    "VolumeInspection",
-    "VolumeReference",
-]
+from coppice.host.base import UseCases
+from coppice.host.opened import OpenedHost
+from coppice.model import ProgressSink, no_progress
+from coppice.requests import Request, StreamRequest
+
+__all__ = ["LocalBackend", "group_of"]
+
+R = TypeVar("R")
+G = TypeVar("G", bound=UseCases)
+
+_GROUPS: Final = {
+    "view.View": "get ls inspect tree stats unloadable",
+    "lifecycle.Lifecycle": "run start stop standby restore promote demote egress update",
+    "forks.Forks": "fork start_ahead",
+    "removal.Removal": "rm",
+    "guest.Guest": "exec open_exec open_copy cp_in cp_out read_file write_file stat health logs wait",
+    "snapshots.Snapshots": "snapshot snapshot_ls snapshot_inspect snapshot_restore snapshot_fork snapshot_rm verify",
+    "volumes.Volumes": "volume_create volume_ls volume_inspect volume_rm",
+    "images.Images": (
+        "image_build image_import image_pull image_ls image_inspect image_tag image_rm "
+        "kernel_add kernel_fetch kernel_ls kernel_rm doctor"
+    ),
+    "admission.Admission": "budget",
+    "events.Events": "events",
+    "housekeeping.Housekeeping": "gc",
+}
+_GROUP_OF: Final = {operation: name for name, operations in _GROUPS.items() for operation in operations.split()}
 
 
-class AsyncHost(Snapshots, Guest, View, Images, Housekeeping):
-    """One data directory and what can be done in it, for asyncio.
+def group_of(operation: str) -> type[UseCases]:
+    """Return the class whose method of this name carries out the operation. Import it if needed."""
+    module, _, name = _GROUP_OF[operation].partition(".")
+    found: type[UseCases] = getattr(import_module(f"{__name__}.{module}"), name)
+    return found
 
-    async with AsyncHost() as host:
-        vm = await host.run("debian", ["sleep", "infinity"])
-    """
+
+class LocalBackend(OpenedHost):
+    """One data directory of this machine, and the use cases over it."""
+
+    @cached_property
+    def _groups(self) -> dict[type[UseCases], Any]:
+        return {}
+
+    def group(self, kind: type[G]) -> G:
+        """Return the use cases of one group over this data directory."""
+        if kind not in self._groups:
+            self._groups[kind] = kind(self)
+        made: G = self._groups[kind]
+        return made
+
+    async def call(self, request: Request[R], progress: ProgressSink = no_progress) -> R:
+        """Carry out one operation and return its result."""
+        method = getattr(self.group(group_of(request.operation)), request.operation)
+        result: R = await (method(request, progress) if request.reports_progress else method(request))
+        return result
+
+    def stream(self, request: StreamRequest[R]) -> AbstractAsyncContextManager[R]:
+        """Open a result that is used inside a block: a running command, a log."""
+        method = getattr(self.group(group_of(request.operation)), request.operation)
+        opened: AbstractAsyncContextManager[R] = method(request)
+        return opened

@@ -1,76 +1,97 @@
-"""Admission: what would not fit into the budgets is refused before its first side effect.
+"""Admission: refuse an operation that exceeds a budget, before its first side effect.
 
-The counts are those of the database, looked at in the transaction that records what is new: so of two callers at once only one gets the last place.
-Each kind of worst case is an estimate from above, and said so:
+The counts are read in the transaction that records the new instance. Of two callers at once, only
+one gets the last place. Each estimate is an upper bound:
 
-* memory: of each machine that runs, its RAM divided by the over-commit factor, and 32 MiB for its VMM;
-* disk: what an operation itself may write. A boot may fill the file that is the guest's RAM; a capture of a fork may write all of its RAM; a fork
-  copies what its source's overlay has allocated, where the file system has no reflinks; a volume is made with what an empty file system takes. Overlays and
-  volumes grow later without being asked about: the floor is for that.
+* memory: for each running machine, its RAM divided by the over-commit factor, and 32 MiB for its
+  VMM;
+* disk: the bytes that the operation itself may write. A boot may fill the guest's RAM file. A
+  capture of a fork may write all of its RAM. Without reflinks, a fork of a VMM that needs raw disks
+  copies the allocated part of its source's overlay, and a capture of a running machine the topmost
+  layer. A new volume takes the size of an empty file system. Overlays and volumes
+  grow later without a check; the disk floor reserves space for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
 from coppice.completion import in_thread
-from coppice.disk import volume as disks
-from coppice.disk.atomic import temporary_beside
-from coppice.disk.clone import clone_file
 from coppice.errors import CoppiceError, NoSpace
-from coppice.fork.plan import ForkRequest, takes_memory
-from coppice.host.base import HostBase
-from coppice.instance import directory as directories
-from coppice.instance import recovery
-from coppice.instance.rooms import Rooms
+from coppice.fork.plan import takes_memory
+from coppice.host import recovery
+from coppice.host.base import UseCases
+from coppice.host.spares import Spares
+from coppice.machine import disk
+from coppice.machine.rooms import Rooms
 from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, Record, State, Volume
-from coppice.store.budgets import use_of, worst_case
+from coppice.model.lifecycle import Operation
+from coppice.requests import BudgetRequest, FanOut, ForkRequest
+from coppice.state.budgets import use_of, worst_case
 from coppice.vmm import driver as files
+from coppice.vmm.driver import VmmDriver
+from coppice.volumes import disk as disks
 
 
 class Demand(Record, frozen=True, kw_only=True):
-    """What an operation asks for."""
+    """The resources that an operation asks for."""
 
-    what: str  # for people
+    what: str  # the subject of error messages
     instances: int = 0
-    machines: int = 0  # that run because of it
-    ram_bytes: int = 0  # of all these machines
+    machines: int = 0  # machines that the operation starts
+    ram_bytes: int = 0  # the total RAM of these machines
     disk_bytes: int = 0
-    clone_bytes: int = 0  # written only where the file system has no reflinks
+    clone_bytes: int = 0  # written only if the file system has no reflinks
 
 
-class Admission(HostBase):
-    """The guard before every operation that makes or starts something."""
+class Admission(UseCases):
+    """The budget check before every operation that makes or starts something."""
 
-    async def budget(self) -> BudgetUse:
-        """What the budgets of the data directory are, and how much of them is in use by all owners."""
+    async def budget(self, _: BudgetRequest) -> BudgetUse:
+        """Compare the budgets with the recorded use."""
         return await in_thread(_budget_use, self.rooms, self.budgets)
 
-    async def _admit(self, demand: Demand) -> Callable[[], None]:
-        """Refuse what does not fit; return the check, to be made again inside of the transaction that records it.
+    async def _admit(self, demand: Callable[[], Demand]) -> Callable[[], None]:
+        """Check a demand against the budgets. Return the check, which the recording transaction
+        repeats.
 
-        :raises NoSpace: a budget is spent; the message says which
+        :param demand: returns the demand; may block
+        :raises NoSpace: a budget is exceeded; the message names it
         """
-        check = partial(_check, self.rooms, self.budgets, demand)
         try:
-            await in_thread(check)
+            return await in_thread(self._checked, demand)
         except NoSpace:
-            await self._settle_the_dead()  # they do not count
+            await self._settle_dead()  # a machine that has ended takes no memory
             await self._spare().give_way()
-            await in_thread(check)
+        return await in_thread(self._checked, demand)
+
+    def _checked(self, demand: Callable[[], Demand]) -> Callable[[], None]:
+        check = partial(_check, self.rooms, self.budgets, demand())
+        check()
         return check
 
-    def _require_room(self, template: Instance) -> None:
-        _check(self.rooms, self.budgets, demand_of_forks(self.rooms, template, ForkRequest()))
+    def _spare(self) -> Spares:
+        if self._host.spares is None:
+            limit = self._host.spare_limit
+            self._host.spares = Spares(self.rooms, limit, self._hold_template, self._require_budget)
+        return self._host.spares
 
-    async def _settle_the_dead(self) -> None:
+    @contextlib.asynccontextmanager
+    async def _hold_template(self, instance_id: str) -> AsyncIterator[Instance]:
+        async with self._hold(instance_id, Operation.FORK, shared=True) as (instance, _):
+            yield instance
+
+    def _require_budget(self, template: Instance) -> None:
+        _check(self.rooms, self.budgets, demand_of_forks(self.rooms, template, FanOut()))
+
+    async def _settle_dead(self) -> None:
         await recovery.recover(self.rooms)
         for instance in await in_thread(self.rooms.store.instances):
-            with contextlib.suppress(CoppiceError):  # in other hands: it counts as it is recorded
+            with contextlib.suppress(CoppiceError):  # locked by another process: count it as recorded
                 await recovery.look(self.rooms, instance)
 
 
@@ -84,101 +105,128 @@ def _check(rooms: Rooms, budgets: Budgets, demand: Demand) -> None:
     where = f"{rooms.layout.home}/config.toml"
     if demand.instances and use.instances + demand.instances > use.max_instances:
         raise NoSpace(
-            f"with {demand.what} there would be {use.instances + demand.instances} instances, and {use.max_instances} are the most",
-            hint=f"remove some, or raise max_instances in {where} or COPPICE_MAX_INSTANCES",
+            f"{demand.what} would raise the number of instances to {use.instances + demand.instances} "
+            f"(the limit is {use.max_instances})",
+            hint=f"remove some with `coppice rm`, or raise max_instances in {where} or COPPICE_MAX_INSTANCES",
         )
     more = worst_case(budgets, demand.machines, demand.ram_bytes)
     if more and use.memory_bytes + more > use.memory_limit_bytes:
         raise NoSpace(
-            f"{demand.what} may come to need {_size(more)} of memory, and {_size(use.memory_limit_bytes - use.memory_bytes)} of "
-            f"{_size(use.memory_limit_bytes)} are left beside the {use.running} that run",
-            hint=f"stop some or put them into standby, or raise memory or memory_overcommit in {where}",
+            f"{demand.what} may need {_size(more)} of memory; "
+            f"{_size(use.memory_limit_bytes - use.memory_bytes)} of {_size(use.memory_limit_bytes)} are left "
+            f"({use.running} running)",
+            hint=f"`coppice stop` or `coppice standby` some, or raise memory or memory_overcommit in {where}",
         )
-    room = use.disk_free_bytes - use.disk_floor_bytes
+    free = use.disk_free_bytes - use.disk_floor_bytes
     wanted = demand.disk_bytes + demand.clone_bytes
-    if wanted > room and demand.clone_bytes and _has_reflinks(rooms):
+    if wanted > free and demand.clone_bytes and _has_reflinks(rooms):
         wanted = demand.disk_bytes
-    if wanted and wanted > room:
+    if wanted and wanted > free:
         raise NoSpace(
-            f"{demand.what} may write {_size(wanted)}, and {_size(room)} are left above the floor of {_size(use.disk_floor_bytes)}",
-            hint=f"free some with `coppice rm` and `coppice gc --caches`, or lower disk_floor in {where} or COPPICE_DISK_FLOOR",
+            f"{demand.what} may write {_size(wanted)}; {_size(free)} are free above the floor of "
+            f"{_size(use.disk_floor_bytes)}",
+            hint=f"free space with `coppice rm` and `coppice gc --caches`, or lower disk_floor in {where} "
+            "or COPPICE_DISK_FLOOR",
         )
 
 
 def _has_reflinks(rooms: Rooms) -> bool:
-    """Whether a clone of a file costs nothing. Tried, but only where it decides."""
-    probe = temporary_beside(rooms.layout.overlays / "probe")
-    clone = temporary_beside(probe)
+    """Tell whether the file system of the data directory has reflinks."""
+    from coppice.linux.reflinks import has_reflinks  # imported late: few operations come near the limit
+
     try:
-        probe.write_bytes(b"\xa5" * MIB)
-        return clone_file(probe, clone).method == "reflink"
+        with rooms.overlays.content.staging() as stage:
+            return has_reflinks(stage)
     except (OSError, CoppiceError):
         return False
-    finally:
-        probe.unlink(missing_ok=True)
-        clone.unlink(missing_ok=True)
 
 
 def _size(count: int) -> str:
     return f"{max(0, count) / GIB:.1f} GiB" if count >= GIB else f"{max(0, count) // MIB} MiB"
 
 
-def demand_of_run(memory_bytes: int, *, start: bool) -> Demand:
-    """Of a new instance of an image."""
-    if not start:
-        return Demand(what="this instance", instances=1)
-    return Demand(what="this instance", instances=1, machines=1, ram_bytes=memory_bytes, disk_bytes=memory_bytes)
+def demand_of_run(driver: VmmDriver, memory_bytes: int, *, start: bool) -> Demand:
+    """Return the demand of a new instance of an image."""
+    ram_bytes = memory_bytes if start else 0
+    disk_bytes = ram_bytes if driver.capabilities.boots_in_file else 0
+    return Demand(what="this instance", instances=1, machines=int(start), ram_bytes=ram_bytes, disk_bytes=disk_bytes)
 
 
-def demand_of_activation(instance: Instance, *, boot: bool) -> Demand:
-    """Of an instance that is started or restored."""
+def demand_of_activation(rooms: Rooms, instance: Instance, *, boot: bool) -> Demand:
+    """Return the demand of starting or restoring an instance."""
     ram_bytes = instance.machine.memory_bytes
-    return Demand(what=instance.name, machines=1, ram_bytes=ram_bytes, disk_bytes=ram_bytes if boot else 0)
+    in_file = boot and rooms.driver(instance).capabilities.boots_in_file
+    return Demand(what=instance.name, machines=1, ram_bytes=ram_bytes, disk_bytes=ram_bytes if in_file else 0)
 
 
-def demand_of_capture(instance: Instance) -> Demand:
-    """Of putting an instance into standby. A machine that has run since its boot has its RAM in its file already."""
-    private = instance.mem_file is not None
-    return Demand(what=f"standby of {instance.name}", disk_bytes=instance.machine.memory_bytes if private else 0)
+def demand_of_capture(rooms: Rooms, instance: Instance) -> Demand:
+    """Return the demand of putting an instance into standby."""
+    return Demand(what=f"standby of {instance.name}", disk_bytes=_captured_bytes(rooms, instance))
+
+
+def _captured_bytes(rooms: Rooms, instance: Instance) -> int:
+    """Return the bytes that a capture of a running machine may write.
+
+    That is all RAM, or nothing if the machine booted in a file that already holds its RAM.
+    """
+    in_file = instance.mem_file is None and rooms.driver(instance).capabilities.boots_in_file
+    return 0 if in_file else instance.machine.memory_bytes
 
 
 def demand_of_volume(volume: Volume, archive: Path | None) -> Demand:
-    """Of a new volume: empty, or with an archive's content, which is there twice meanwhile, and may be larger than the archive. Blocks."""
+    """Return the demand of a new volume, empty or with the content of an archive. Blocks.
+
+    The content counts twice: it exists unpacked and in the volume for a time. A compressed archive
+    may need more.
+    """
     content = archive.stat().st_size if archive is not None and archive.is_file() else 0
     return Demand(what=f"the volume {volume.name}", disk_bytes=disks.empty_bytes(volume.size_bytes) + 2 * content)
 
 
 def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:
-    """Of keeping an instance as it is: the capture of one that runs, and a clone of the disk. Blocks."""
-    private = source.state is State.RUNNING and source.mem_file is not None
+    """Return the demand of a snapshot: the capture of a running instance, and a clone of the disk.
+    Blocks.
+    """
     return Demand(
         what=f"the snapshot of {source.name}",
-        disk_bytes=source.machine.memory_bytes if private else 0,
-        clone_bytes=directories.overlay_bytes(rooms.directory(source.id)),
+        disk_bytes=_captured_bytes(rooms, source) if source.state is State.RUNNING else 0,
+        clone_bytes=disk.bytes_of_copy(rooms.directory(source.id), source.disk_layers)
+        if source.state is State.RUNNING
+        else disk.bytes_of_share(rooms.directory(source.id), source.disk_layers, rooms.driver(source)),
     )
 
 
 def demand_of_forks(
-    rooms: Rooms, source: Instance, request: ForkRequest, origin: Path | None = None, *, ahead: int = 0
+    rooms: Rooms, source: Instance, request: FanOut, origin: Path | None = None, *, ahead: int = 0
 ) -> Demand:
-    """Of a fan-out, from the files of a snapshot where `origin` is its directory; with the capture between, where the source runs on. Blocks.
+    """Return the demand of a fan-out. Blocks.
 
-    Of the forks, `ahead` have their disks already: they are made of spares.
+    `origin` is the directory of a snapshot, if the forks are made from its files. A fork of a
+    running source includes its capture. `ahead` of the forks are made from spares, which already
+    have their disks.
     """
     directory, ram_bytes = origin or rooms.directory(source.id), source.machine.memory_bytes
-    with_memory = request.from_running or takes_memory(source, request.target)
+    # A fork of a running machine makes one more instance, which exists until the forks are made.
+    captured = 1 if isinstance(request, ForkRequest) and request.from_running else 0
+    with_memory = bool(captured) or takes_memory(source, request.target)
     running = request.count if request.target is State.RUNNING else 0
-    captured = 1 if request.from_running else 0  # an instance while the forks are made
-    clone_bytes = directories.overlay_bytes(directory) * (request.count - ahead + captured)
-    if with_memory and not rooms.driver.capabilities.maps_mem_file_privately:
+    driver = rooms.driver(source)
+    own = driver if request.vmm is None else rooms.drivers.wanted(request.vmm)
+    clone_bytes = disk.bytes_of_fork(directory, source.disk_layers, (driver, own)) * (request.count - ahead)
+    if captured:
+        clone_bytes += disk.bytes_of_copy(directory, source.disk_layers)
+    able = driver.capabilities
+    if with_memory and source.capture is not None and source.capture.layers and not able.maps_layers:
+        clone_bytes += ram_bytes * request.count  # each gets a copy of all memory
+    elif with_memory and not able.maps_mem_file_privately:
         with contextlib.suppress(FileNotFoundError):
             clone_bytes += (directory / files.MEMORY).stat().st_blocks * 512 * request.count
-    booted = 0 if with_memory else running
+    booted = running if not with_memory and able.boots_in_file else 0
     return Demand(
         what="this fork" if request.count == 1 else f"these {request.count} forks",
         instances=request.count + captured,
         machines=running + captured,
         ram_bytes=(running + captured) * ram_bytes,
-        disk_bytes=booted * ram_bytes + (ram_bytes if captured and source.mem_file is not None else 0),
+        disk_bytes=booted * ram_bytes + (_captured_bytes(rooms, source) if captured else 0),
         clone_bytes=clone_bytes,
     )

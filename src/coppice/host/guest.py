@@ -1,178 +1,207 @@
-"""Use cases inside of a running guest: exec, files, logs."""
+"""Use cases inside a running guest: exec, files, logs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import AsyncIterator
 
-from coppice.errors import NotFound, UsageError
-from coppice.guest.client import ExecSession, Health, Session, copy_in, copy_out
-from coppice.host.base import HostBase, Reference
-from coppice.instance import recovery
-from coppice.instance.follow import follow_file
-from coppice.lifecycle import Operation, require
-from coppice.model import MIB, ExecResult, FileStat, Instance, ProgressSink, no_progress
-from coppice.names import check_argv, check_env, check_timeout
+from coppice.agent.client import Session
+from coppice.completion import in_thread
+from coppice.errors import CoppiceError, GuestError, GuestTimeout, NotFound
+from coppice.host import recovery
+from coppice.host.activity import active, idle_s
+from coppice.host.base import UseCases
+from coppice.machine import last_words
+from coppice.machine.follow import follow_file
+from coppice.model import ExecResult, FileStat, Instance, ProgressSink
+from coppice.model.guest import CopySession, ExecSession, Health
+from coppice.model.lifecycle import Operation, require
+from coppice.requests import (
+    CpInRequest,
+    CpOutRequest,
+    ExecRequest,
+    HealthRequest,
+    LogSource,
+    LogsRequest,
+    OpenCopyRequest,
+    OpenExecRequest,
+    ReadFileRequest,
+    StatRequest,
+    WaitRequest,
+    WriteFileRequest,
+)
 from coppice.vmm import driver as files
 
-LogSource = Literal["console", "vmm"]
 _LOG_FILES: dict[LogSource, str] = {"console": files.CONSOLE_LOG, "vmm": files.VMM_LOG}
 _DEFAULT_SIZE = (24, 80)
 _PORT_DEADLINE_S = 60.0
+_LOOK_S = 1.0
+_SILENT_S = 5.0
 
 
-class Guest(HostBase):
-    """Everything that talks to the agent."""
+class Guest(UseCases):
+    """The operations that talk to the agent, and the logs."""
 
-    async def exec(
-        self,
-        reference: Reference,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        workdir: str | None = None,
-        user: str | None = None,
-        stdin: bytes | None = None,
-        timeout_s: float | None = None,
-        max_output_bytes: int = 64 * MIB,
-    ) -> ExecResult:
-        """Run a command in a Running guest and collect what it prints.
-
-        A command that fails is a result, not an error: see `exit_code`, which is 128+n where signal n ended it.
-
-        :raises CommandNotFound: the program, the directory or the user does not exist
-        :raises CommandNotStarted: it cannot be started for another reason; the message has it
-        :raises GuestTimeout: it did not end within `timeout_s`; it was killed
-        :raises GuestError: it printed more than `max_output_bytes`
-        """
-        async with self._session(reference) as session:
+    async def exec(self, request: ExecRequest) -> ExecResult:
+        """Run the command on its own session port."""
+        async with self._session(request.instance) as session:
             return await session.exec(
-                _checked(argv),
-                env=check_env(env or {}),
-                cwd=workdir,
-                user=user,
-                stdin=stdin,
-                timeout_s=check_timeout(timeout_s),
-                max_output_bytes=max_output_bytes,
+                request.argv,
+                env=request.env,
+                cwd=request.workdir,
+                user=request.user,
+                stdin=request.stdin,
+                timeout_s=request.timeout_s,
+                max_output_bytes=request.max_output_bytes,
             )
 
     @contextlib.asynccontextmanager
-    async def open_exec(
-        self,
-        reference: Reference,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        workdir: str | None = None,
-        user: str | None = None,
-        tty: bool = False,
-        size: tuple[int, int] | None = None,
-        term: str | None = None,
-        stdin: bool = True,
-        timeout_s: float | None = None,
-    ) -> AsyncIterator[ExecSession]:
-        """Run a command and talk to it while it runs: an open session, ended (with SIGHUP) when the block is left.
-
-        `size` is (rows, columns) of the terminal where `tty` is wanted, `term` its type.
-        """
+    async def open_exec(self, request: OpenExecRequest) -> AsyncIterator[ExecSession]:
+        """Start the command, and end it when the block ends."""
         async with (
-            self._session(reference) as session,
+            self._session(request.instance) as session,
             session.exec_stream(
-                _checked(argv),
-                env=check_env(env or {}),
-                cwd=workdir,
-                user=user,
-                tty=tty,
-                size=size or _DEFAULT_SIZE,
-                term=term,
-                has_stdin=stdin,
-                timeout_s=check_timeout(timeout_s),
+                request.argv,
+                env=request.env,
+                cwd=request.workdir,
+                user=request.user,
+                tty=request.tty,
+                size=request.size or _DEFAULT_SIZE,
+                term=request.term,
+                has_stdin=request.stdin,
+                timeout_s=request.timeout_s,
             ) as running,
         ):
             yield running
 
-    async def cp_in(
-        self, reference: Reference, host_path: Path | str, guest_path: str, *, progress: ProgressSink = no_progress
-    ) -> int:
-        """Copy a file or directory of the host into the guest, as `cp -a` would name the result. Returns bytes copied."""
-        async with self._session(reference) as session:
-            return (await copy_in(session, Path(host_path), guest_path, progress=progress)).content_bytes
+    @contextlib.asynccontextmanager
+    async def open_copy(self, request: OpenCopyRequest) -> AsyncIterator[CopySession]:
+        """Open a session port, and close it when the block ends."""
+        async with self._session(request.instance) as session:
+            yield session
 
-    async def cp_out(
-        self, reference: Reference, guest_path: str, host_path: Path | str, *, progress: ProgressSink = no_progress
-    ) -> int:
-        """Copy a file or directory out of the guest. Nothing is written outside of `host_path`. Returns bytes copied."""
-        async with self._session(reference) as session:
-            return await copy_out(session, guest_path, Path(host_path), progress=progress)
+    async def cp_in(self, request: CpInRequest, progress: ProgressSink) -> int:
+        """Pack the tree in a thread, and have the guest unpack it."""
+        from coppice.agent.copy import copy_in  # imports tarfile, which few commands need
 
-    async def read_file(self, reference: Reference, path: str, *, max_bytes: int = 64 * MIB) -> bytes:
-        """The content of a file of the guest."""
-        async with self._session(reference) as session:
-            return await session.read_file(path, max_bytes=max_bytes)
+        async with self._session(request.instance) as session:
+            copied = await copy_in(session, request.host_path, request.guest_path, progress=progress)
+            return copied.content_bytes
 
-    async def write_file(self, reference: Reference, path: str, data: bytes, *, mode: int = 0o644) -> None:
-        """Write a file in the guest: whole, or not at all. Missing parent directories are made."""
-        async with self._session(reference) as session:
-            await session.write_file(path, data, mode=mode)
+    async def cp_out(self, request: CpOutRequest, progress: ProgressSink) -> int:
+        """Have the guest pack the tree, and unpack it in a thread."""
+        from coppice.agent.copy import copy_out
 
-    async def stat(self, reference: Reference, path: str, *, follow_links: bool = False) -> FileStat:
-        """What the guest says of a path."""
-        async with self._session(reference) as session:
-            return await session.stat(path, follow=follow_links)
+        async with self._session(request.instance) as session:
+            return await copy_out(session, request.guest_path, request.host_path, progress=progress)
 
-    async def health(self, reference: Reference) -> Health:
-        """The agent's own view: uptime, load, how the image's process fares."""
-        instance = await self._running(reference)
-        async with self.rooms.ports(instance.id).control(10.0) as control:
+    async def read_file(self, request: ReadFileRequest) -> bytes:
+        """Read the file on a session port."""
+        async with self._session(request.instance) as session:
+            return await session.read_file(request.path, max_bytes=request.max_bytes)
+
+    async def write_file(self, request: WriteFileRequest) -> None:
+        """Write the file on a session port."""
+        async with self._session(request.instance) as session:
+            await session.write_file(request.path, request.data, mode=request.mode)
+
+    async def stat(self, request: StatRequest) -> FileStat:
+        """Ask the agent on a session port."""
+        async with self._session(request.instance) as session:
+            return await session.stat(request.path, follow=request.follow_links)
+
+    async def health(self, request: HealthRequest) -> Health:
+        """Ask the agent on the control port."""
+        instance = await self._running(request.instance)
+        async with self.rooms.ports(instance).control(10.0) as control:
             return await control.health()
 
-    async def logs(
-        self, reference: Reference, *, source: LogSource = "console", tail: int | None = None, follow: bool = False
-    ) -> AsyncIterator[bytes]:
-        """Lines of the guest's console, or of the VMM's own log; with `follow` until the machine ends.
-
-        :raises NotFound: there is no such log yet
-        """
-        instance = await self._get(reference)
-        path = self.rooms.directory(instance.id) / _LOG_FILES[source]
+    @contextlib.asynccontextmanager
+    async def logs(self, request: LogsRequest) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Open the log file, and follow it if requested."""
+        instance = await self._get(request.instance)
+        path = self.rooms.directory(instance.id) / _LOG_FILES[request.source]
         if not path.exists():
-            raise NotFound(f"{instance.name} has no {source} log yet", hint="start it first")
+            raise NotFound(
+                f"{instance.name} has no {request.source} log yet", hint=f"`coppice start {instance.name}` starts it"
+            )
 
         async def ended() -> bool:
             current = await recovery.look(self.rooms, await self._get(instance.id))
             return current.vmm is None
 
-        async for line in follow_file(path, tail=tail, follow=follow, ended=ended):
-            yield line
+        async with contextlib.aclosing(
+            follow_file(path, tail=request.tail, follow=request.follow, ended=ended)
+        ) as lines:
+            yield lines
 
-    async def _running(self, reference: Reference) -> Instance:
-        instance = await self._current(reference)
+    async def _running(self, key: str) -> Instance:
+        instance = await self._current(key)
         require(Operation.EXEC, instance)
         return instance
 
     @contextlib.asynccontextmanager
-    async def _session(self, reference: Reference) -> AsyncIterator[Session]:
-        """A session port of a Running instance. No instance lock: sessions are many at once, and a capture does not wait for them."""
-        instance = await self._running(reference)
-        async with self.rooms.ports(instance.id).session(_PORT_DEADLINE_S) as session:
-            yield session
+    async def _awake(self, key: str) -> AsyncIterator[Instance]:
+        """Yield a Running instance, and keep it from an automatic standby for the block."""
+        instance = await self._running(key)
+        async with active(self.rooms, instance):
+            # An automatic standby may have been faster.
+            yield await self._running(key) if idle_s(instance) else instance
 
-    async def wait(self, reference: Reference, *, deadline_s: float) -> Instance:
-        """Wait until the machine has ended by itself.
+    @contextlib.asynccontextmanager
+    async def _session(self, key: str) -> AsyncIterator[Session]:
+        """Open a session port of a Running instance.
 
-        :raises TimeoutError: it runs on
+        Take no instance lock: sessions run in parallel, and a capture does not wait for them.
         """
-        instance = await self._get(reference)
+        async with self._awake(key) as instance, self.rooms.ports(instance).session(_PORT_DEADLINE_S) as session:
+            watching = asyncio.create_task(self._watch(instance, session))
+            try:
+                yield session
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self, instance: Instance, session: Session) -> None:
+        """End the session if the guest's kernel has ended and its VMM has not.
+
+        A kernel without ACPI cannot switch its machine off, and Firecracker has no such switch. The
+        guest can write anything to its console, so the agent is asked too.
+        """
+        console = self.rooms.directory(instance.id) / files.CONSOLE_LOG
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            words = await in_thread(last_words.of_end, console, instance.started_at or 0.0)
+            if words and await self._is_silent(instance):
+                session.give_up(
+                    GuestError(
+                        f"{instance.name} does not answer any more: {words}",
+                        hint=f"`coppice stop --grace 0 {instance.name}` ends the machine",
+                    )
+                )
+                return
+
+    async def _is_silent(self, instance: Instance) -> bool:
+        try:
+            async with self.rooms.ports(instance).control(_SILENT_S) as control:
+                await control.health()
+        except GuestTimeout:
+            return True
+        except CoppiceError:  # another process asks, or the VMM has ended, which the session notices
+            return False
+        return False
+
+    async def wait(self, request: WaitRequest) -> Instance:
+        """Wait until the VMM has ended."""
+        instance = await self._get(request.instance)
         if instance.vmm is not None:
-            async with asyncio.timeout(deadline_s):
-                await self.rooms.driver.wait_exit(self.rooms.directory(instance.id), instance.vmm)
+            try:
+                async with asyncio.timeout(request.deadline_s):
+                    await self.rooms.driver(instance).wait_exit(self.rooms.directory(instance.id), instance.vmm)
+            except TimeoutError as error:
+                raise GuestTimeout(
+                    f"{instance.name} still runs after {request.deadline_s:g} s",
+                    hint=f"wait longer, or end it with `coppice stop {instance.name}`",
+                ) from error
         return await recovery.look(self.rooms, await self._get(instance.id))
-
-
-def _checked(argv: Sequence[str]) -> Sequence[str]:
-    if not argv:
-        raise UsageError("there is no command to run", hint="give a program and its arguments")
-    return check_argv(argv)

@@ -1,4 +1,8 @@
-"""SHA-256 of captures in the background: starts the program of `coppice.instance.digests`, and ends it with the host unless it is to outlive it."""
+"""SHA-256 of captures in the background.
+
+Starts the program `coppice.integrity.digests`. The program ends with the host unless it is
+detached.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,25 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Literal
 
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError
-from coppice.instance import digests
-from coppice.instance.digests import step_aside
-from coppice.instance.rooms import Rooms
+from coppice.host.opened import Background
+from coppice.integrity import digests
+from coppice.integrity.digests import step_aside
+from coppice.machine.rooms import Rooms
 from coppice.model import Instance, Snapshot, VmmProcess
 from coppice.vmm import process as processes
+from coppice.vmm import starting
 
 _log = logging.getLogger(__name__)
 
-Background = Literal["owned", "detached", "off"]
-"""What becomes of background work when the host is closed: it ends, or goes on by itself; or there is none."""
-
 
 class Hashing:
-    """The background hashing of one opened host. Where it cannot be had, captures have no digest until they are verified: nothing else fails."""
+    """The background hashing of one open host.
+
+    If the program cannot start, captures have no digest until `verify`; no operation fails.
+    """
 
     def __init__(self, rooms: Rooms, background: Background) -> None:
         self._rooms = rooms
@@ -34,12 +39,12 @@ class Hashing:
         self._processes: list[VmmProcess] = []
 
     def resume(self) -> None:
-        """Take up what a host that was closed or killed has left."""
+        """Continue the hashing that a closed or killed host left unfinished."""
         if self._background == "owned":
             self._soon()
 
     def captured(self, *made: Instance | Snapshot) -> None:
-        """Have what lacks a digest among these computed. Does not wait, and cannot fail."""
+        """Start hashing if any of these lacks a digest. Does not wait, and cannot fail."""
         if self._background != "off" and any(digests.lacking(each) for each in made):
             self._soon()
 
@@ -56,20 +61,24 @@ class Hashing:
             _log.warning("captures are not hashed in the background: %s", error)
 
     def _spawn(self) -> None:
-        """Start the program with the lock that it works under, unless there is nothing to do, or another one has it: that one looks again at its end."""
+        """Start the program, and pass it the lock that allows one such program at a time.
+
+        Do nothing if every capture has a digest, or if another program holds the lock: that program
+        checks for new captures before it ends.
+        """
         if not sys.executable or not digests.any_lacking(self._rooms.layout, self._rooms.store):
             return
         lock = os.open(self._rooms.layout.locks, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            process = processes.spawn(
+            process = starting.spawn(
                 [sys.executable, "-P", "-m", digests.__name__, str(self._rooms.layout.home), str(lock)],
-                cwd=Path("/"),  # it must not keep a file system busy by its mere presence
+                cwd=Path("/"),  # a working directory would keep its file system from being unmounted
                 log=Path(os.devnull),
                 pass_fds=(lock,),
             )
             if self._background == "owned":
-                self._processes.append(process)  # here, where no cancellation comes between
+                self._processes.append(process)  # in this thread, so that no cancellation comes between
             step_aside(process.pid)
         except BlockingIOError:
             return
@@ -77,7 +86,7 @@ class Hashing:
             os.close(lock)
 
     async def close(self) -> None:
-        """End what is owned, and wait until it is gone. Idempotent."""
+        """End the owned programs, and wait until they are gone. Idempotent."""
         await complete(self._close())
 
     async def _close(self) -> None:

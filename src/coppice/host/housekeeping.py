@@ -1,6 +1,7 @@
-"""Housekeeping: gc removes what nothing owns, and on demand what is only kept to save time.
+"""Housekeeping: gc removes leftovers of killed processes, and on request caches.
 
-What a process that was killed leaves has a name that nothing is ever found by, or an id that no record has. All else is somebody's.
+A leftover has a temporary name that nothing looks up, or an id without a record. Everything else is
+in use.
 """
 
 from __future__ import annotations
@@ -12,38 +13,37 @@ from functools import partial
 from pathlib import Path
 
 from coppice.completion import in_thread
-from coppice.disk.atomic import is_temporary
+from coppice.content.store import ContentStore, Removed
 from coppice.errors import Busy, InUse, NotFound
-from coppice.host.base import HostBase
-from coppice.instance import destroy, recovery
-from coppice.instance import directory as directories
-from coppice.model import GcReport, MachineSpec
+from coppice.host import recovery
+from coppice.host.base import UseCases
+from coppice.images import cache
+from coppice.linux.files import allocated_bytes, is_temporary
+from coppice.machine import destroy
+from coppice.machine import directory as directories
+from coppice.model import GcReport
+from coppice.model.ownership import require_operator
 from coppice.names import is_id
-from coppice.ownership import require_operator
-from coppice.store import locks
+from coppice.requests import GcRequest
+from coppice.state import locks
+from coppice.state.layout import PROBE_PREFIX
 
-_WRITTEN_WITHIN_S = 600.0  # no temporary file is written for longer: the tools of e2fsprogs have a deadline of 300 s
-_DOCTOR_PREFIX = ".coppice-doctor-"
+_WRITTEN_WITHIN_S = 600.0  # older temporary files are leftovers: e2fsprogs tools have 300 s to finish
 
 
-class Housekeeping(HostBase):
-    """Tidying up."""
+class Housekeeping(UseCases):
+    """The removal of leftovers and caches."""
 
-    async def gc(self, *, dry_run: bool = False, caches: bool = False) -> GcReport:
-        """Remove what nothing owns: directories and lock files without a record, VMMs without an instance, leftovers of builds and checks that died.
-
-        With `caches` also what no instance or snapshot uses and can be had again: kernels that were fetched, boot files, empty disks, images without a
-        name. With `dry_run` only says what it would remove. What is in use, or may be about to be, is never touched.
-
-        :raises Refused: the host has an owner: what is left behind is nobody's
-        :raises Busy: operations are under way that may be about to use a cache
-        """
+    async def gc(self, request: GcRequest) -> GcReport:
+        """Find leftovers, and remove them unless this is a dry run."""
+        dry_run, caches = request.dry_run, request.caches
         require_operator(self.owner, "gc")
         await recovery.recover(self.rooms)
         under_way = await in_thread(self.rooms.store.journal)
         if caches and under_way:
             raise Busy(
-                "operations are under way, which may need the caches", hint="wait for them, or leave out --caches"
+                "cannot remove caches: operations are under way that may need them",
+                hint="wait for them, or omit --caches",
             )
         found: list[tuple[str, int]] = []
         for path in await in_thread(self._leftovers):
@@ -52,19 +52,16 @@ class Housekeeping(HostBase):
             found += await self._collect(key, dry_run=dry_run)
         for directory in await in_thread(self._with_copies):
             found += await self._remove_copies(directory, dry_run=dry_run)
-        if not dry_run:
-            await in_thread(self.rooms.kernels.sweep)
+        removed = await in_thread(self._sweep, unnamed=caches, dry_run=dry_run)
         if caches:
-            for path in await in_thread(self._unused):
-                found.append(await self._remove_path(path, dry_run=dry_run))
-            found += await in_thread(self._unused_kernels, dry_run=dry_run)
-            found += await in_thread(self._unnamed_images, dry_run=dry_run)
+            removed += await in_thread(self._sweep_caches, dry_run=dry_run)
+        found += [(self._shown(each.path), each.size_bytes) for each in removed]
         return GcReport(
             removed=tuple(name for name, _ in found), bytes_freed=sum(size for _, size in found), dry_run=dry_run
         )
 
     async def _remove_path(self, path: Path, *, dry_run: bool) -> tuple[str, int]:
-        size = await in_thread(directories.allocated_bytes, path)
+        size = await in_thread(allocated_bytes, path)
         if not dry_run:
             await in_thread(directories.remove, path)
         return self._shown(path), size
@@ -73,82 +70,79 @@ class Housekeeping(HostBase):
         return str(path.relative_to(self.rooms.layout.home))
 
     def _leftovers(self) -> list[Path]:
-        """What only a process that died can have left: it has a name that nothing is ever found by."""
-        layout, rooms = self.rooms.layout, self.rooms
+        """Return the paths with temporary names, which only a dead process can have left."""
+        layout = self.rooms.layout
         holders = (*layout.instances.iterdir(), *layout.snapshots.iterdir(), *layout.volumes.iterdir())
         half_removed = [path for path in holders if not is_id(path.name)]
-        caches = (layout.overlays, layout.initramfs, layout.kernels, layout.images)
-        half_removed += [path for cache in caches for path in cache.iterdir() if directories.is_half_removed(path)]
-        # In a volume's directory: what a check of it was killed over.
-        writing = (layout.overlays, layout.initramfs, *layout.volumes.iterdir())
+        # A killed check of a volume leaves a copy in the volume's directory.
         written = [
-            *(path for directory in writing for path in _named(directory, is_temporary)),
-            *_named(layout.home, lambda name: name.startswith(_DOCTOR_PREFIX)),
-            *_named(rooms.images.root / "names", lambda name: name.endswith(".new")),
+            *(path for directory in layout.volumes.iterdir() for path in _named(directory, is_temporary)),
+            *_named(layout.home, lambda name: name.startswith(PROBE_PREFIX)),
         ]
         old = [path for path in written if _modified(path) < time.time() - _WRITTEN_WITHIN_S]
-        return sorted([*half_removed, *old, *rooms.images.stale_staging(), *rooms.kernels.stale_staging()])
+        return sorted([*half_removed, *old])
 
-    def _unused(self) -> list[Path]:
-        """Caches by content that no instance has a link to, or was made with."""
-        layout, rooms = self.rooms.layout, self.rooms
-        disks = {rooms.overlays.path(machine.overlay_bytes).name for machine in self._machines()}
-        return sorted(
-            [
-                *_named(layout.overlays, lambda name: name not in disks and not is_temporary(name)),
-                *(path for path in _named(layout.initramfs, lambda name: name.endswith(".cpio")) if _links(path) == 1),
-            ]
-        )
+    def _sweep(self, *, unnamed: bool, dry_run: bool) -> list[Removed]:
+        """Remove leftovers from the content stores. `unnamed`: also images without a name."""
+        rooms = self.rooms
+        others = (ContentStore(rooms.layout.initramfs), ContentStore(rooms.layout.uploads))
+        stores = (rooms.kernels.content, rooms.overlays.content, *others)
+        found = [removed for store in stores for removed in store.sweep(dry_run=dry_run)]
+        return found + rooms.images.sweep(unnamed=unnamed, dry_run=dry_run)
 
-    def _unused_kernels(self, *, dry_run: bool) -> list[tuple[str, int]]:
-        """Kernels that were fetched, and that no instance or snapshot is to be started with."""
-        kernels, store = self.rooms.kernels, self.rooms.store
-        found: list[tuple[str, int]] = []
-        for path in kernels.fetched_except({machine.kernel for machine in self._machines()}):
-            size = directories.allocated_bytes(path)
-            try:
-                if not dry_run:
-                    kernels.remove(path.name, partial(store.retire_kernel, path.name))
-            except (InUse, NotFound):
-                continue  # somebody was faster
-            found.append((self._shown(path), size))
-        return found
-
-    def _machines(self) -> list[MachineSpec]:
-        store = self.rooms.store
-        machines = [instance.machine for instance in store.instances()]
-        return machines + [snapshot.machine for snapshot in store.snapshots.all()]
-
-    def _unnamed_images(self, *, dry_run: bool) -> list[tuple[str, int]]:
-        """Images that nobody can ask for by name, and nothing runs."""
-        images, in_use = self.rooms.images, self.rooms.store.users_of_image
-        found: list[tuple[str, int]] = []
-        for image in images.list():
-            if image.name or in_use(image.digest):
-                continue
-            try:
-                path = images.root_file(image).parent
-                size = directories.allocated_bytes(path)
-                if not dry_run:
-                    images.remove(image.digest, in_use)
-            except (InUse, NotFound):
-                continue  # somebody was faster
-            found.append((self._shown(path), size))
-        return found
+    def _sweep_caches(self, *, dry_run: bool) -> list[Removed]:
+        """Remove unused, reproducible content: fetched kernels, pulled layers, boot files, empty
+        disks.
+        """
+        rooms, records = self.rooms, self.rooms.store
+        machines = [each.machine for each in records.instances()] + [each.machine for each in records.snapshots.all()]
+        sizes = {machine.overlay_bytes for machine in machines}
+        formats = {driver.capabilities.layer_format for driver in rooms.drivers}
+        disks = {
+            *(rooms.overlays.path(size).name for size in sizes),
+            *(rooms.overlays.layer_path(size, each).name for size in sizes for each in formats),
+        }
+        initramfs = ContentStore(rooms.layout.initramfs)
+        overlays = rooms.overlays.content
+        removals: list[Callable[..., Removed]] = [
+            *(
+                partial(overlays.remove, path.name, records.retire_unused)
+                for path in overlays.entries()
+                if path.name not in disks
+            ),
+            *(
+                partial(initramfs.remove, path.name, records.retire_unused)
+                for path in initramfs.entries()
+                if _links(path) == 1
+            ),
+            *(
+                partial(rooms.kernels.remove, key, partial(records.retire_kernel, key))
+                for key in rooms.kernels.fetched_except({machine.kernel for machine in machines})
+            ),
+        ]
+        found = []
+        for remove in removals:
+            with contextlib.suppress(Busy, InUse, NotFound):  # removed or taken into use meanwhile
+                found.append(remove(dry_run=dry_run))
+        return found + cache.sweep(rooms.layout.blobs, dry_run=dry_run)
 
     def _unowned(self) -> set[str]:
-        """Ids that have a directory, a lock file or a VMM, but no record."""
-        # Records last: an instance that is made meanwhile has its record before its directory.
+        """Return the ids without a record that have a directory, lock file, VMM or network."""
+        # Read the records last: a new instance is recorded before its directory is made.
         layout = self.rooms.layout
         holders = (*layout.instances.iterdir(), *layout.snapshots.iterdir(), *layout.volumes.iterdir())
         present = {path.name for path in holders}
         present |= {path.stem for path in layout.locks.iterdir()}
-        present |= {directory.name for directory in self.rooms.driver.find_orphans(layout.instances)}
-        known = self.rooms.store.known()
-        return {name for name in present if is_id(name)} - known
+        for driver in self.rooms.drivers:
+            present |= {directory.name for directory in driver.find_orphans(layout.instances)}
+        known = self.rooms.store.known
+        return ({name for name in present if is_id(name)} - known()) | self.rooms.networks.leftovers(known)
 
     async def _collect(self, key: str, *, dry_run: bool) -> list[tuple[str, int]]:
-        """Remove what is left of an instance, snapshot or volume without a record, unless somebody holds it; return names and bytes."""
+        """Remove the leftovers of an instance, snapshot or volume that has no record.
+
+        Do nothing if its lock is held. Return the names and sizes of what was found.
+        """
         layout = self.rooms.layout
         lock, directory = layout.lock(key), self.rooms.directory(key)
         locked_before = lock.exists()
@@ -156,41 +150,47 @@ class Housekeeping(HostBase):
         if descriptor is None:
             return []
         try:
-            # Again, now that it is held: a spare has become a fork meanwhile, or a snapshot is whole.
+            # Check again under the lock: meanwhile a spare may have become a fork with a record.
             if key in await in_thread(self.rooms.store.known):
                 return []
             processes = await in_thread(destroy.working_in, self.rooms, directory)
             found = [(f"process {process.pid}", 0) for process in processes]
             placed = [path for path in (directory, layout.snapshot(key), layout.volume(key)) if path.exists()]
             for path in placed:
-                found.append((self._shown(path), await in_thread(directories.allocated_bytes, path)))
+                found.append((self._shown(path), await in_thread(allocated_bytes, path)))
             if locked_before:
                 found.append((self._shown(lock), 0))
+            if key in await in_thread(self.rooms.networks.leftovers, self.rooms.store.known):
+                found.append((f"network of {key}", 0))
             if not dry_run:
-                await destroy.end_all_in(self.rooms, directory)
+                await destroy.end_all_in(self.rooms, key)
                 for path in placed:
                     await in_thread(directories.remove, path)
+                await in_thread(self.rooms.store.release_user, key)
             return found
         finally:
             if not (dry_run and locked_before):
-                lock.unlink(missing_ok=True)
+                locks.remove(lock)
             locks.release(descriptor)
 
     def _with_copies(self) -> list[Path]:
-        """Instances and snapshots that have beside their disk what a check of it was killed over. It may also be at work."""
+        """Return the directories of instances and snapshots that contain a copy of their disk.
+
+        The check that made the copy was killed, or is still running.
+        """
         holders = (*self.rooms.layout.instances.iterdir(), *self.rooms.layout.snapshots.iterdir())
         known = self.rooms.store.known()
         return sorted(path for path in holders if path.name in known and any(_named(path, is_temporary)))
 
     async def _remove_copies(self, directory: Path, *, dry_run: bool) -> list[tuple[str, int]]:
-        """Remove what is half-written in a directory that nobody holds, and that no operation is at work on."""
+        """Remove half-written files from a directory, unless it is locked or in the journal."""
         lock = self.rooms.layout.lock(directory.name)
         descriptor = locks.try_lock(lock)
         if descriptor is None:
             return []
         try:
             if directory.name not in await in_thread(self.rooms.store.known):
-                lock.unlink(missing_ok=True)  # removed meanwhile, and taking the lock has made its file again
+                locks.remove(lock)
                 return []
             if await in_thread(self.rooms.store.journal_entry, directory.name) is not None:
                 return []
@@ -200,7 +200,7 @@ class Housekeeping(HostBase):
 
 
 def _named(directory: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    with contextlib.suppress(FileNotFoundError):  # it has just been removed
+    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
         yield from [path for path in directory.iterdir() if wanted(path.name)]
 
 
@@ -208,7 +208,7 @@ def _modified(path: Path) -> float:
     try:
         return path.lstat().st_mtime
     except FileNotFoundError:
-        return time.time()  # it has just been given its name
+        return time.time()  # renamed to its final name meanwhile
 
 
 def _links(path: Path) -> int:

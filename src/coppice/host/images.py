@@ -2,122 +2,123 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from coppice.completion import complete, in_thread
-from coppice.doctor import run_checks
 from coppice.errors import NotFound, Refused
-from coppice.guest.kernel import Kernel
-from coppice.host.base import HostBase
+from coppice.host.base import UseCases
 from coppice.images.catalog import BuildOptions
-from coppice.model import Check, Image, ProgressSink, no_progress
-from coppice.ownership import owns, require_operator
+from coppice.model import Check, Image, ProgressSink
+from coppice.model.kernel import Kernel
+from coppice.model.ownership import owns, require_operator
+from coppice.requests import (
+    DoctorRequest,
+    ImageBuildRequest,
+    ImageImportRequest,
+    ImageInspectRequest,
+    ImageLsRequest,
+    ImagePullRequest,
+    ImageRmRequest,
+    ImageTagRequest,
+    KernelAddRequest,
+    KernelFetchRequest,
+    KernelLsRequest,
+    KernelRmRequest,
+)
+from coppice.trust import certificates_in
 
 
-class Images(HostBase):
-    """What machines are made of."""
+class Images(UseCases):
+    """The operations on images and kernels, and `doctor`."""
 
-    async def image_build(
-        self,
-        name: str,
-        *,
-        suite: str = "bookworm",
-        include: Sequence[str] = (),
-        public: bool = False,
-        progress: ProgressSink = no_progress,
-    ) -> Image:
-        """Build an image of a Debian suite with extra packages. A `public` one may be run by other owners too.
-
-        :raises MissingTool: mmdebstrap is not installed
-        :raises ImageError: the suite or a package is not to be had
-        """
-        options = BuildOptions(owner=self.owner, public=public)
+    async def image_build(self, request: ImageBuildRequest, progress: ProgressSink) -> Image:
+        """Build the image with mmdebstrap."""
+        options = self._options(request)
         return await self.rooms.images.build_suite(
-            name, suite=suite, include=list(include), options=options, progress=progress
+            request.name,
+            suite=request.suite,
+            include=list(request.include),
+            proxy=request.proxy,
+            options=options,
+            progress=progress,
         )
 
-    async def image_import(
-        self,
-        name: str,
-        path: Path | str,
-        *,
-        tag: str | None = None,
-        public: bool = False,
-        progress: ProgressSink = no_progress,
-    ) -> Image:
-        """Make an image of a root file system tar, a `docker save` archive or an OCI layout (directory or tar); it is recognised.
+    async def image_import(self, request: ImageImportRequest, progress: ProgressSink) -> Image:
+        """Detect the format, and convert the content to an image."""
+        return await self.rooms.images.import_any(
+            request.name, Path(request.path), request.tag, options=self._options(request), progress=progress
+        )
 
-        `tag` chooses where several images are in it: a tag in a `docker save` archive, in a layout a reference or a digest. A `public` one may be run by
-        other owners too.
+    async def image_pull(self, request: ImagePullRequest, progress: ProgressSink) -> Image:
+        """Pull the image with skopeo."""
+        return await self._pull(request, progress)
 
-        :raises UsageError: there is no such path
-        :raises ImageError: it is corrupt, truncated or unsafe, or has several images and `tag` is none of them
-        """
-        options = BuildOptions(owner=self.owner, public=public)
-        return await self.rooms.images.import_any(name, Path(path), tag, options=options, progress=progress)
+    def _options(self, request: ImageBuildRequest | ImageImportRequest) -> BuildOptions:
+        certificates = certificates_in(request.certificates)
+        return BuildOptions(owner=self.owner, public=request.public, certificates=certificates)
 
-    async def image_ls(self) -> list[Image]:
-        """The images that this host's owner may run, its own and public ones. The operator sees all."""
-        images = await asyncio.to_thread(self.rooms.images.list)
+    async def image_ls(self, _: ImageLsRequest) -> list[Image]:
+        """List the images that this host's owner may run."""
+        images = await in_thread(self.rooms.images.list)
         return [image for image in images if self._usable(image)]
 
-    async def image_inspect(self, reference: str) -> Image:
-        """One image, by name, digest or unique prefix of a digest.
+    async def image_inspect(self, request: ImageInspectRequest) -> Image:
+        """Look the image up."""
+        return await self._image(request.image)
 
-        :raises NotFound: there is none
-        """
-        return await asyncio.to_thread(self.rooms.images.get, reference, self._usable)
+    async def _image(self, key: str) -> Image:
+        return await in_thread(self.rooms.images.get, key, self._usable)
 
-    async def image_tag(self, reference: str, name: str, *, public: bool = False) -> Image:
-        """Give an image another name, which is this owner's and, with `public`, for others too. Its own name anew changes whether it is public.
-
-        :raises NameTaken: the name is another owner's
-        """
+    async def image_tag(self, request: ImageTagRequest) -> Image:
+        """Add the name."""
         return await in_thread(
-            self.rooms.images.tag, reference, name, owner=self.owner, public=public, allowed=self._usable
+            self.rooms.images.tag,
+            request.image,
+            request.name,
+            owner=self.owner,
+            public=request.public,
+            allowed=self._usable,
         )
 
-    async def image_rm(self, reference: str) -> None:
-        """Remove an image, or one of its names.
-
-        :raises InUse: instances or snapshots have it as their root; the message names them
-        :raises Refused: it is another owner's public image
-        """
-        in_use, own = self.rooms.store.users_of_image, partial(owns, self.owner)
+    async def image_rm(self, request: ImageRmRequest) -> None:
+        """Remove the name, and with its last name the image."""
         try:
-            await in_thread(self.rooms.images.remove, reference, in_use, own)
+            await in_thread(self.rooms.images.remove, request.image, partial(owns, self.owner))
         except NotFound:
-            await self.image_inspect(reference)
+            await self._image(request.image)
             raise Refused(
-                f"the image {reference!r} is another owner's", hint="it is public: it can be run and tagged"
+                f"cannot remove the image {request.image!r} of another owner",
+                hint=f"it is public: `coppice run {request.image}` and `coppice image tag` work",
             ) from None
 
-    async def kernel_add(self, kernel: Path | str, modules: Path | str) -> Kernel:
-        """Add a kernel of your own: the bzImage, and its directory of modules (`.../lib/modules/VERSION`)."""
-        return await in_thread(self.rooms.kernels.add, Path(kernel), Path(modules))
+    async def kernel_add(self, request: KernelAddRequest) -> Kernel:
+        """Copy the kernel into the data directory."""
+        add = partial(
+            self.rooms.kernels.add,
+            modules=None if request.modules is None else Path(request.modules),
+            config=None if request.config is None else Path(request.config),
+            no_modules=request.no_modules,
+            acpi=request.acpi,
+        )
+        return await in_thread(add, Path(request.kernel))
 
-    async def kernel_fetch(self, *, progress: ProgressSink = no_progress) -> Kernel:
-        """Debian's cloud kernel, fetched and unpacked into the data directory where it is not there yet."""
+    async def kernel_fetch(self, _: KernelFetchRequest, progress: ProgressSink) -> Kernel:
+        """Fetch the kernel unless it is stored already."""
         return await self.rooms.kernels.ensure_debian(progress)
 
-    async def kernel_ls(self) -> list[Kernel]:
-        """All kernels, the newest last."""
-        return await asyncio.to_thread(self.rooms.kernels.kernels)
+    async def kernel_ls(self, _: KernelLsRequest) -> list[Kernel]:
+        """List the stored kernels."""
+        return await in_thread(self.rooms.kernels.kernels)
 
-    async def kernel_rm(self, key: str) -> None:
-        """Remove a kernel.
-
-        :raises NotFound: there is none
-        :raises InUse: instances or snapshots have it; the message names them
-        :raises Refused: the host has an owner: kernels are everybody's
-        """
+    async def kernel_rm(self, request: KernelRmRequest) -> None:
+        """Remove the kernel unless a record needs it."""
         require_operator(self.owner, "kernel rm")
-        unused = partial(self.rooms.store.retire_kernel, key)
-        await complete(in_thread(self.rooms.kernels.remove, key, unused))
+        unused = partial(self.rooms.store.retire_kernel, request.kernel)
+        await complete(in_thread(self.rooms.kernels.remove, request.kernel, unused))
 
-    async def doctor(self) -> list[Check]:
-        """Check this host: each line with its cure."""
-        return await run_checks(self.home)
+    async def doctor(self, _: DoctorRequest) -> list[Check]:
+        """Run all checks."""
+        from coppice.doctor import run_checks  # imports modules that no other operation needs
+
+        return await run_checks(self._host.home, self._host.drivers)

@@ -1,4 +1,4 @@
-"""How many spares a host keeps, of which template, and for how long."""
+"""The spares of a host: how many VMMs it starts ahead, for which templates, and for how long."""
 
 from __future__ import annotations
 
@@ -9,53 +9,49 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 
 from coppice.completion import complete, in_thread
-from coppice.errors import CoppiceError, UsageError
+from coppice.errors import CoppiceError
 from coppice.fork import spare as spares
-from coppice.fork.plan import ForkRequest
 from coppice.fork.spare import Spare
-from coppice.instance.rooms import Rooms
+from coppice.machine.rooms import Rooms
 from coppice.model import Instance
+from coppice.names import MAX_SPARES
+from coppice.requests import FanOut
 
 _log = logging.getLogger(__name__)
 
 IDLE_S = 30.0
-"""So long after a host's latest fork of a template another one is expected, and a spare is kept."""
-MOST = 16
-"""Spares of a host, of all templates together."""
-
+"""Seconds for which a host expects another fork of a template, and keeps its spares."""
 Holding = Callable[[str], AbstractAsyncContextManager[Instance]]
 
 
-def check_spares(limit: int) -> int:
-    """Validate a number of spares of one template.
-
-    :raises UsageError: it can never be
-    """
-    if not 0 <= limit <= MOST:
-        raise UsageError(f"a host cannot keep {limit} spares of a template", hint=f"use 0 to {MOST}")
-    return limit
-
-
 class Spares:
-    """The spares of one opened host, `limit` at most of one template. Where none can be had, forks start their VMMs themselves: nothing fails."""
+    """The spares of one open host, at most `limit` per template.
+
+    If no spare can be started, no operation fails: forks start their VMMs themselves.
+    """
 
     def __init__(
-        self, rooms: Rooms, limit: int, hold_template: Holding, require_room: Callable[[Instance], None]
+        self, rooms: Rooms, limit: int, hold_template: Holding, require_budget: Callable[[Instance], None]
     ) -> None:
-        """`require_room` refuses one more spare of a template; it blocks."""
+        """`require_budget` raises NoSpace if one more spare of a template exceeds a budget. It
+        blocks.
+        """
         self._rooms = rooms
         self._limit = limit
         self._hold_template = hold_template
-        self._require_room = require_room
+        self._require_budget = require_budget
         self._ready: list[Spare] = []
-        self._expected: dict[str, asyncio.TimerHandle] = {}  # templates that may be forked again: until when
+        self._expected: dict[str, asyncio.TimerHandle] = {}  # by template id; the timer ends it
         self._filling: dict[str, asyncio.Task[None]] = {}
         self._removing: set[asyncio.Task[None]] = set()
-        self._one_at_a_time = asyncio.Lock()  # or two that count what is there would start one each for the last place
+        self._one_at_a_time = asyncio.Lock()  # else two tasks could both start the last allowed spare
 
     @contextlib.contextmanager
-    def taken(self, source: Instance, request: ForkRequest) -> Iterator[list[Spare]]:
-        """Spares for the children of a fork, as far as there are any. What has not become a child at the end of the block is removed."""
+    def taken(self, source: Instance, request: FanOut) -> Iterator[list[Spare]]:
+        """Take the available spares for the children of a fork.
+
+        A spare that has not become a child at the end of the block is removed.
+        """
         mine: list[Spare] = []
         if spares.serves(self._rooms, source, request):
             self._remove_soon([each for each in self._of(source.id) if not self._is_good(each, source)])
@@ -70,10 +66,14 @@ class Spares:
         return [each for each in self._ready if each.source == source_id]
 
     def _is_good(self, spare: Spare, source: Instance) -> bool:
-        return spare.is_of(source) and self._rooms.driver.alive(spare.process)
+        return spare.is_of(source) and self._rooms.driver(source).alive(spare.process)
 
-    def forked(self, source: Instance, request: ForkRequest) -> None:
-        """A fork has been made: the second within some time lets a third be expected. Does not wait, and cannot fail."""
+    def forked(self, source: Instance, request: FanOut) -> None:
+        """Note that a fork was made. After the second one within `IDLE_S`, start spares for the
+        next.
+
+        Does not wait, and cannot fail.
+        """
         if self._limit == 0 or not spares.serves(self._rooms, source, request):
             return
         if self._expect(source.id) and source.id not in self._filling:
@@ -81,7 +81,7 @@ class Spares:
             task.add_done_callback(lambda _: self._filling.pop(source.id))
 
     def _expect(self, source_id: str) -> bool:
-        """Expect a fork for some time from now; tell whether one was expected already."""
+        """Expect a fork for the next `IDLE_S`. Return whether one was expected already."""
         before = self._expected.pop(source_id, None)
         self._expected[source_id] = asyncio.get_running_loop().call_later(IDLE_S, self._forget, source_id)
         if before is not None:
@@ -93,12 +93,14 @@ class Spares:
             async with self._hold_template(source_id) as source:
                 await self._start(source, self._limit)
         except (CoppiceError, OSError) as error:
-            _log.info("no VMM is started ahead: %s", error)
+            _log.info("cannot start a VMM ahead: %s", error)
 
     async def prepare(self, source: Instance, count: int) -> int:
-        """Start VMMs until `count` wait for forks of a template, which the caller holds locked (shared); return how many do.
+        """Start VMMs until `count` wait for forks of a template. Return how many wait.
 
-        :raises CoppiceError: one could not be started
+        The caller holds the template's lock (shared).
+
+        :raises CoppiceError: a VMM could not be started
         """
         self._expect(source.id)
         await self._start(source, count)
@@ -106,11 +108,11 @@ class Spares:
 
     async def _start(self, source: Instance, count: int) -> None:
         async with self._one_at_a_time:
-            while len(self._of(source.id)) < count and len(self._ready) < MOST:
-                await in_thread(self._require_room, source)
+            while len(self._of(source.id)) < count and len(self._ready) < MAX_SPARES:
+                await in_thread(self._require_budget, source)
                 spare = await spares.prepare(self._rooms, source)
                 self._ready.append(spare)
-                if source.id not in self._expected:  # it took too long
+                if source.id not in self._expected:  # expired or dropped while this spare started
                     self._remove_soon(self._of(source.id))
                     return
 
@@ -119,7 +121,7 @@ class Spares:
         self._remove_soon(self._of(source_id))
 
     def _remove_soon(self, removed: list[Spare]) -> None:
-        """Remove what has not become a fork."""
+        """Start to remove those of these spares that have not become forks."""
         self._ready = [each for each in self._ready if each not in removed]
         for each in removed:
             if each.lock is not None:
@@ -131,13 +133,13 @@ class Spares:
         try:
             await complete(spares.discard(self._rooms, spare))
         except (CoppiceError, OSError) as error:
-            _log.warning("a VMM that was started ahead is not removed: %s; `coppice gc` does it", error)
+            _log.warning("cannot remove a VMM that was started ahead: %s; `coppice gc` removes it", error)
 
     async def drop(self, source_id: str) -> None:
-        """Remove the spares of what is a template no longer."""
+        """Remove the spares of an instance that is no longer a template."""
         if (timer := self._expected.pop(source_id, None)) is not None:
             timer.cancel()
-            self._remove_soon(self._of(source_id))  # what is just being started is expected no more: it goes too
+            self._remove_soon(self._of(source_id))  # `_start` removes a spare that is being started now
             if (filling := self._filling.get(source_id)) is not None:
                 filling.cancel()
                 await asyncio.wait({filling})
@@ -145,15 +147,15 @@ class Spares:
 
     async def _gone(self) -> None:
         while self._removing:
-            await asyncio.wait(self._removing)  # not `gather`, which would cancel them with whoever waits
+            await asyncio.wait(self._removing)  # `gather` would cancel the removals together with the caller
 
     async def give_way(self) -> None:
-        """Remove all that wait: what is asked for goes before what is only expected."""
+        """Remove all waiting spares, to free their memory for a requested operation."""
         self._remove_soon(self._ready)
         await self._gone()
 
     async def settled(self) -> None:
-        """Wait until all that is being started ahead runs, and all that is being removed is gone."""
+        """Wait until all starting spares run, and all spares that are being removed are gone."""
         while self._filling:
             await asyncio.gather(*self._filling.values(), return_exceptions=True)
         await self._gone()

@@ -1,46 +1,43 @@
-"""Use cases that only look: ls, inspect, tree, stats."""
+"""Use cases that only read: get, ls, inspect, tree, stats."""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 
+import msgspec
+
+from coppice import stopping
+from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NotFound
-from coppice.host.base import HostBase, Reference
-from coppice.instance import activate, recovery
-from coppice.instance import directory as directories
-from coppice.model import Instance, MemoryReport, Record, State, TreeNode
-from coppice.ownership import owns
+from coppice.host import recovery
+from coppice.host.base import UseCases
+from coppice.model import Instance, MemoryReport, Snapshot, State, TreeNode
+from coppice.model.inspection import Inspection
+from coppice.model.ownership import owns
+from coppice.requests import GetRequest, InspectRequest, LsRequest, StatsRequest, TreeRequest, UnloadableRequest
 
 _log = logging.getLogger(__name__)
 
 
-class Inspection(Record, frozen=True, kw_only=True):
-    """All that is known of one instance."""
+class View(UseCases):
+    """The operations that only read."""
 
-    instance: Instance
-    fork_count: int
-    forks: tuple[str, ...]
-    directory: str
-    disk_bytes: int  # allocated by its own overlay disk
-    memory: MemoryReport | None
+    async def get(self, request: GetRequest) -> Instance:
+        """Look up the instance, and check its VMM."""
+        return await self._with_observed(await self._current(request.instance))
 
+    async def _with_observed(self, instance: Instance) -> Instance:
+        if instance.supervision is None:
+            return instance
+        seen = await in_thread(self.rooms.store.supervised.observed_of, instance.id)
+        return msgspec.structs.replace(instance, observed=seen)
 
-class View(HostBase):
-    """Reading."""
-
-    async def get(self, reference: Reference) -> Instance:
-        """The instance as it truly is: a VMM that ended since it was recorded is noticed here.
-
-        :raises NotFound: there is none
-        """
-        return await self._current(reference)
-
-    async def ls(self, *, state: State | None = None, tags: Mapping[str, str] | None = None) -> list[Instance]:
-        """The owner's instances, oldest first, or those in `state` that have all of `tags`. The operator sees all."""
+    async def ls(self, request: LsRequest) -> list[Instance]:
+        """List the instances of this host's owner, and check their VMMs."""
         await recovery.recover(self.rooms)
-        recorded = await asyncio.to_thread(self.rooms.store.instances)
+        recorded = await in_thread(self.rooms.store.instances)
         recorded = [instance for instance in recorded if owns(self.owner, instance)]
         found: list[Instance] = []
         for instance in recorded:
@@ -49,61 +46,95 @@ class View(HostBase):
             except NotFound:
                 continue  # removed since the list was read
             except CoppiceError as error:
-                _log.warning("%s cannot be brought to rest yet: %s", instance.name, error)
-                current = instance
-            wanted = (tags or {}).items() <= current.tags.items()
-            if wanted and (state is None or current.state is state):
+                _log.warning("cannot find out the state of %s: %s", instance.name, error)
+                current = msgspec.structs.replace(instance, state=State.UNKNOWN)
+            wanted = request.tags.items() <= current.tags.items()
+            if wanted and request.state in (None, current.state):
                 found.append(current)
-        return found
+        seen = await in_thread(self.rooms.store.supervised.observed)
+        return [
+            msgspec.structs.replace(each, observed=seen.get(each.id)) if each.supervision else each for each in found
+        ]
 
-    async def inspect(self, reference: Reference) -> Inspection:
-        """One instance with its forks, its disk and its memory as the kernel accounts it."""
-        instance = await self.get(reference)
-        forks = await asyncio.to_thread(self.rooms.store.children, instance.id)
+    async def unloadable(self, request: UnloadableRequest) -> dict[str, str]:
+        """Compare the manifest of each capture with this host."""
+        instances, snapshots = await in_thread(self._captures)
+        holders: list[Instance | Snapshot] = [*instances, *snapshots]
+        wanted = {each.id for each in holders} if request.holders is None else set(request.holders)
+        holders = [each for each in holders if owns(self.owner, each) and each.id in wanted]
+        from coppice.machine import loadable
+
+        return await loadable.unloadable(self.rooms.drivers, holders)
+
+    def _captures(self) -> tuple[list[Instance], list[Snapshot]]:
+        return self.rooms.store.instances(), self.rooms.store.snapshots.all()
+
+    async def inspect(self, request: InspectRequest) -> Inspection:
+        """Look up the instance, its forks, its disk and its memory."""
+        from coppice.machine import disk
+
+        instance = await self._current(request.instance)
+        forks = await in_thread(self.rooms.store.children, instance.id)
         directory = self.rooms.directory(instance.id)
         return Inspection(
-            instance=instance,
+            instance=await self._with_observed(instance),
             fork_count=len(forks),
             forks=tuple(fork.name for fork in forks),
             directory=str(directory),
-            disk_bytes=await asyncio.to_thread(directories.overlay_bytes, directory),
+            disk_bytes=await in_thread(disk.allocated, directory, instance.disk_layers),
             memory=await self._memory(instance),
         )
 
-    async def stats(self, reference: Reference | None = None) -> dict[str, MemoryReport]:
-        """Memory by instance name, of one or of all that have any."""
-        instances = [await self.get(reference)] if reference is not None else await self.ls()
-        reports = {instance.name: await self._memory(instance) for instance in instances}
-        return {name: report for name, report in reports.items() if report is not None}
+    async def stats(self, request: StatsRequest) -> dict[str, MemoryReport]:
+        """Read the memory accounts of one instance, or of all."""
+        instances = [await self._current(request.instance)] if request.instance else await self.ls(LsRequest())
+        reports = await self._memories(instances)
+        return {instance.name: reports[instance.id] for instance in instances if instance.id in reports}
 
-    async def tree(self, reference: Reference | None = None) -> list[TreeNode]:
-        """The lineage: each instance with its forks below it, from one root or from all.
-
-        An instance whose parent is gone is a root.
-        """
-        instances = await self.ls()
+    async def tree(self, request: TreeRequest) -> list[TreeNode]:
+        """Order the instances as a tree: each is followed by its forks."""
+        instances = await self.ls(LsRequest())
         known = {instance.id for instance in instances}
-        children: dict[str | None, list[Instance]] = {}
+        forks: dict[str | None, list[Instance]] = {}
         for instance in instances:
-            children.setdefault(instance.parent if instance.parent in known else None, []).append(instance)
-        memory = {instance.id: await self._memory(instance) for instance in instances}
-
-        def node(instance: Instance) -> TreeNode:
-            forks = children.get(instance.id, [])
-            return TreeNode(
+            forks.setdefault(instance.parent if instance.parent in known else None, []).append(instance)
+        roots = [await self._current(request.instance)] if request.instance else forks.get(None, [])
+        pending = [(root, 0) for root in reversed(roots)]
+        found: list[tuple[Instance, int]] = []
+        while pending:
+            found.append(pending.pop())
+            instance, depth = found[-1]
+            pending += [(fork, depth + 1) for fork in reversed(forks.get(instance.id, []))]
+        reports = await self._memories([instance for instance, _ in found])
+        return [
+            TreeNode(
                 instance=instance,
-                fork_count=len(forks),
-                memory=memory[instance.id],
-                children=tuple(node(fork) for fork in forks),
+                depth=depth,
+                fork_count=len(forks.get(instance.id, [])),
+                memory=reports.get(instance.id),
             )
-
-        roots = children.get(None, []) if reference is None else [await self.get(reference)]
-        return [node(root) for root in roots]
+            for instance, depth in found
+        ]
 
     async def _memory(self, instance: Instance) -> MemoryReport | None:
-        try:
+        return (await self._memories([instance])).get(instance.id)
+
+    async def _memories(self, instances: Sequence[Instance]) -> dict[str, MemoryReport]:
+        """Report the memory of those instances that have any, by id: all in one call of a thread."""
+        return await in_thread(self._measured, instances)
+
+    def _measured(self, instances: Sequence[Instance]) -> dict[str, MemoryReport]:
+        from coppice.machine import activate, limits
+
+        reports: dict[str, MemoryReport] = {}
+        for instance in instances:
+            stopping.check()
             if instance.mem_file is None and instance.vmm is None:
-                return None
-            return await activate.verify_sharing(self.rooms, instance)
-        except CoppiceError:
-            return None  # it ended between the look and the reading
+                continue
+            with contextlib.suppress(CoppiceError):  # the VMM ended after the state was read
+                report = activate.memory_of(self.rooms, instance)
+                if instance.vmm is not None:
+                    used = limits.usage(self.rooms.directory(instance.id))
+                    report = msgspec.structs.replace(report, usage=used)
+                reports[instance.id] = report
+        return reports

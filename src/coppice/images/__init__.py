@@ -1,4 +1,6 @@
-"""Read-only root file systems, made from OCI layouts, docker archives, rootfs archives and Debian suites."""
+"""Read-only root file systems, made from OCI layouts, docker archives, rootfs archives and Debian
+suites.
+"""
 
 from coppice.images.catalog import BuildOptions, ImageCatalog
 from coppice.images.workspace import Limits

@@ -1,7 +1,8 @@
-"""Tar archives from outside: opened, decompressed when they are, indexed, and read again.
+"""Tar archives from outside: opened, decompressed if necessary, indexed, and read again.
 
-The standard library parses the headers. What it takes on trust is checked here: that it reads forward, that no extended
-header is huge, that the archive really ends where it stops reading.
+The standard library parses the headers. This module checks what it takes on trust: that reading
+moves forward, that no extended header is huge, and that the archive really ends where the parser
+stops.
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ from coppice.images.workspace import CHUNK, Workspace
 
 BLOCK = tarfile.BLOCKSIZE
 _MAX_DIGITS = 4096
-# What the standard library lets out of its parser when a header lies: its own errors, and those of int(), struct and
-# slicing.
+# Exceptions that the standard library's parser raises on invalid headers: its own, and those of
+# int(), struct and slicing.
 _PARSER_FAILURES = (tarfile.TarError, ValueError, OverflowError, IndexError, KeyError, EOFError, RecursionError)
 _CURE = "fetch or make the archive again"
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file of the user's for reading. Raises UsageError where it is missing, ImageError where it is a device or a fifo."""
+    """Open a user's file for reading.
+
+    Raises UsageError if it is missing, ImageError if it is a device or a fifo.
+    """
     try:
-        # Without O_NONBLOCK the open of a fifo would wait for ever.
+        # Without O_NONBLOCK, opening a fifo would block forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"there is no {path}", hint="check the path") from error
+        raise UsageError(f"{path} does not exist", hint="check the path") from error
     except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror}", hint="check the path") from error
+        raise ImageError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ImageError(f"{path} is not a regular file", hint="give an archive, or an OCI layout directory")
@@ -44,7 +48,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def copy_decompressed(source: IO[bytes], workspace: Workspace, *, total: int | None = None) -> IO[bytes]:
-    """The plain bytes of `source` in a new file of the workspace. Raises ImageError: corrupt, truncated, too large."""
+    """Return the plain bytes of `source` in a new file of the workspace.
+
+    Raises ImageError if it is corrupt, truncated or too large.
+    """
     plain_file = workspace.new_file()
     done = 0
     beginning = source.read(MAGIC_BYTES)
@@ -62,7 +69,7 @@ def copy_decompressed(source: IO[bytes], workspace: Workspace, *, total: int | N
 
 
 class _GuardedFile(io.BufferedIOBase):
-    """The file below a TarFile, which refuses the reads that only a hostile header asks for."""
+    """The file below a TarFile. It refuses reads that only a hostile header causes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__()
@@ -70,20 +77,22 @@ class _GuardedFile(io.BufferedIOBase):
         self.parsing = True
 
     def read(self, size: int | None = -1, /) -> bytes:
-        # tarfile reads a whole extended header at once, and with a negative size it reads all there is (CVE-2025-8194).
+        # tarfile reads a whole extended header at once, and everything if the size is negative
+        # (CVE-2025-8194).
         if size is None or not 0 <= size <= CHUNK:
-            raise ImageError("the archive has an absurdly large extended header", hint=_CURE)
+            raise ImageError("the archive has an extended header that is too large", hint=_CURE)
         data = self._file.read(size)
-        # A long run of digits makes the parser of unpatched Pythons quadratic, with the GIL held (CVE-2024-6232).
+        # A long run of digits makes the parser of unpatched Pythons quadratic while it holds the
+        # GIL (CVE-2024-6232).
         if self.parsing and size > BLOCK and any(len(run) > _MAX_DIGITS for run in re.findall(rb"\d+", data)):
-            raise ImageError("the archive has an absurd extended header", hint=_CURE)
+            raise ImageError("the archive has an extended header with too many digits", hint=_CURE)
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         try:
             return self._file.seek(offset, whence)
-        except OSError as error:  # beyond what any file can be
-            raise ImageError("the archive has a header that points outside of it", hint=_CURE) from error
+        except OSError as error:  # beyond the largest file offset
+            raise ImageError("the archive has a header that points outside the archive", hint=_CURE) from error
 
     def tell(self) -> int:
         return self._file.tell()
@@ -99,10 +108,12 @@ class Archive:
     """An uncompressed tar archive, with its members in order."""
 
     def __init__(self, file: IO[bytes], workspace: Workspace, *, must_end: bool) -> None:
-        """Read all headers. `must_end`: without the end-of-archive block it counts as truncated (no digest vouches for
-        it).
+        """Read all headers.
 
-        Raises ImageError for whatever is not a well-formed archive, or has too many members.
+        With `must_end`, a missing end-of-archive block means truncation, for archives without a
+        digest.
+
+        Raises ImageError if it is not a well-formed archive, or has too many members.
         """
         self._guard = _GuardedFile(file)
         try:
@@ -126,7 +137,8 @@ class Archive:
             yield member
 
     def _check_end(self, file: IO[bytes], *, must_end: bool) -> None:
-        # TarFile stops at the first header that it cannot read, and says nothing unless that is the very first.
+        # TarFile stops at the first header that it cannot read. It reports this only for the very
+        # first header.
         file.seek(self._tar.offset)
         end = file.read(BLOCK)
         if end == bytes(BLOCK) or (end == b"" and not must_end and self.members):
@@ -134,11 +146,11 @@ class Archive:
         raise ImageError("the tar archive ends without its end mark: it is corrupt or truncated", hint=_CURE)
 
     def content(self, member: tarfile.TarInfo) -> TarContent:
-        """The bytes of a regular file."""
+        """Return the bytes of a regular file."""
         return TarContent(self, member)
 
     def open(self, member: tarfile.TarInfo) -> IO[bytes]:
-        """A file to read the member from; read it in pieces of at most CHUNK."""
+        """Return a file to read the member from, in pieces of at most CHUNK."""
         file = self._tar.extractfile(member)
         if file is None:
             raise ImageError(f"the archive's {member.name[:200]!r} is not a file", hint=_CURE)
@@ -147,7 +159,7 @@ class Archive:
 
 @dataclass(slots=True, frozen=True)
 class TarContent:
-    """Content of a regular file that stays in its archive; holes of sparse members read as zeros."""
+    """The content of a regular file inside its archive. Holes of sparse members read as zeros."""
 
     archive: Archive
     member: tarfile.TarInfo
@@ -158,14 +170,17 @@ class TarContent:
         return self.member.size
 
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
-        """Exactly `length` bytes from `offset`. Raises ImageError where the archive does not have them."""
+        """Yield exactly `length` bytes from `offset`.
+
+        Raises ImageError if the archive ends earlier.
+        """
         with self.archive.open(self.member) as file:
             try:
                 file.seek(offset)
                 while length:
                     data = file.read(min(CHUNK, length))
                     if not data:
-                        raise ImageError(f"the archive ends inside of {self.member.name[:200]!r}", hint=_CURE)
+                        raise ImageError(f"the archive ends within {self.member.name[:200]!r}", hint=_CURE)
                     length -= len(data)
                     yield data
             except _PARSER_FAILURES as error:
@@ -173,9 +188,9 @@ class TarContent:
 
 
 def open_archive(path: Path, workspace: Workspace) -> Archive:
-    """The tar archive at `path`: plain, or compressed by gzip, zstd, xz or bzip2.
+    """Return the tar archive at `path`: plain, or compressed by gzip, zstd, xz or bzip2.
 
-    Raises UsageError where there is nothing at `path`, ImageError for anything else.
+    Raises UsageError if there is no such file, else ImageError.
     """
     file = workspace.closing.enter_context(open_regular(path))
     size = os.fstat(file.fileno()).st_size

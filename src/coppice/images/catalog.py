@@ -1,64 +1,66 @@
-"""The catalog with all that makes images: each builder fills a tree, and one path writes, hashes and publishes it.
+"""The image store together with the builders of images.
 
-The work runs in a thread. When the caller is cancelled the thread is told, removes what it staged, and only then the
-cancellation goes on: nothing half-made stays, and nothing runs on behind the caller's back.
+Each builder fills a tree; one code path writes, hashes and publishes it.
+
+The work runs in a thread. If the caller is cancelled, the thread first removes its staged files,
+and then the cancellation is raised, so neither files nor work remain. Builders import what only
+they need: every command opens the catalog, and few build.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import tarfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
-from coppice.completion import in_stoppable_thread
-from coppice.errors import ImageError, NoSpace
-from coppice.images.archive import Archive, open_archive
-from coppice.images.blobs import ArchiveBundle, DirectoryBundle
-from coppice.images.erofs import write_erofs
-from coppice.images.layer import apply_archive, prepare_for_guest
-from coppice.images.oci import unpack_docker_archive, unpack_layout
-from coppice.images.reference import check_name
-from coppice.images.squashfs import write_squashfs
+from coppice import stopping
+from coppice.completion import in_own_thread, in_thread
+from coppice.errors import ImageError, NoSpace, NotFound
+from coppice.images.cache import LayerCache
+from coppice.images.reference import check_name, parse_reference
 from coppice.images.store import ROOT_FILE, ImageStore
-from coppice.images.suite import Suite, bootstrap, make_generic
-from coppice.images.tree import FileTree
-from coppice.images.workspace import Limits, Workspace, staging_directory
+from coppice.images.workspace import Limits, Workspace
 from coppice.model import Image, ImageConfig, ProgressSink, Record, no_progress
 from coppice.names import as_recorded
 
+if TYPE_CHECKING:
+    from coppice.images.registry import Access
+    from coppice.images.tree import FileTree
+
 T = TypeVar("T")
-_ROOT_DIRECTORIES = ("bin", "sbin", "usr", "etc", "lib")  # any of them at the top makes it a root file system
+_ROOT_DIRECTORIES = ("bin", "sbin", "usr", "etc", "lib")  # an archive with any of them at its top is a root file system
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BuildOptions(Record, frozen=True):
-    """What all builders take."""
+    """The options of all builders."""
 
-    filesystem: Literal["erofs", "squashfs"] = "erofs"
     limits: Limits = Limits()
-    config: ImageConfig | None = None  # instead of what the archive says
+    config: ImageConfig | None = None  # replaces the archive's config
     owner: str | None = None
     public: bool = False
     tags: dict[str, str] = msgspec.field(default_factory=dict)
+    manifest_digest: str | None = None
+    certificates: tuple[str, ...] = ()  # PEM; machines of the image trust them
 
 
 DEFAULTS = BuildOptions()
-_Fill = Callable[[FileTree, Workspace], ImageConfig]
+_Fill = Callable[["FileTree", Workspace], ImageConfig]
 
 
 class ImageCatalog(ImageStore):
-    """The store, and everything that puts images into it.
+    """The store with everything that adds images to it.
 
-    All builders: `name` is the image's name, and moves here if another image has it. `progress` is called from a
-    thread. They raise InvalidName, NameTaken, NoSpace, ImageError and its kinds for bad input; on cancellation nothing stays
-    behind.
+    In all builders, `name` is the image's name, which moves here if another image has it.
+    `progress` is called from a thread. They raise InvalidName, NameTaken, NoSpace, and ImageError
+    and its subclasses for bad input. A cancellation leaves nothing behind.
     """
 
     async def build_suite(
@@ -74,13 +76,18 @@ class ImageCatalog(ImageStore):
         keyring: Path | None = None,
         source_date_epoch: int | None = None,
         timeout_s: float = 1800.0,
+        proxy: str | None = None,
         options: BuildOptions = DEFAULTS,
         progress: ProgressSink = no_progress,
     ) -> Image:
-        """Bootstrap a Debian or Ubuntu suite by mmdebstrap; what the parameters mean is said at `suite.Suite`.
+        """Bootstrap a Debian or Ubuntu suite by mmdebstrap; see `suite.Suite` for the parameters.
 
-        Raises also MissingTool, HostCannot when `timeout_s` passes, UsageError.
+        Also raises MissingTool, HostCannot at the deadline `timeout_s`, and UsageError.
         """
+        from coppice.images.archive import Archive
+        from coppice.images.layer import apply_archive
+        from coppice.images.suite import Suite, bootstrap, make_generic
+
         wanted = Suite(
             suite=suite,
             include=tuple(include),
@@ -91,64 +98,19 @@ class ImageCatalog(ImageStore):
             keyring=keyring,
             source_date_epoch=source_date_epoch,
             timeout_s=timeout_s,
+            proxy=proxy,
+            certificates=options.certificates,
         )
         wanted.check()
 
         def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
             archive = Archive(bootstrap(wanted, workspace), workspace, must_end=True)
-            apply_archive(tree, archive, workspace, whiteouts=False)
+            apply_archive(tree, archive, whiteouts=False)
             make_generic(tree)
             return ImageConfig()
 
         packages = f" with {', '.join(wanted.include)}" if include else ""
         return await self._build(name, f"{suite} {variant}{packages}", fill, options, progress)
-
-    async def import_rootfs_tar(
-        self, name: str, path: Path, *, options: BuildOptions = DEFAULTS, progress: ProgressSink = no_progress
-    ) -> Image:
-        """A root file system as one tar archive: plain, or compressed by gzip, zstd, xz or bzip2."""
-
-        def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
-            apply_archive(tree, open_archive(path, workspace), workspace, whiteouts=False)
-            return ImageConfig()
-
-        return await self._build(name, f"rootfs archive {as_recorded(path.name)}", fill, options, progress)
-
-    async def import_docker_archive(
-        self,
-        name: str,
-        path: Path,
-        tag: str | None = None,
-        *,
-        options: BuildOptions = DEFAULTS,
-        progress: ProgressSink = no_progress,
-    ) -> Image:
-        """What `docker save` writes, in any of its forms. `tag` chooses where there are several images in it."""
-
-        def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
-            return unpack_docker_archive(ArchiveBundle(open_archive(path, workspace)), tree, workspace, tag)
-
-        return await self._build(name, f"docker archive {as_recorded(path.name)}", fill, options, progress)
-
-    async def import_oci_layout(
-        self,
-        name: str,
-        path: Path,
-        reference: str | None = None,
-        *,
-        options: BuildOptions = DEFAULTS,
-        progress: ProgressSink = no_progress,
-    ) -> Image:
-        """An OCI image layout: a directory, or a tar archive of one. `reference` chooses where there are several
-        images."""
-
-        def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
-            bundle = DirectoryBundle(path) if path.is_dir() else ArchiveBundle(open_archive(path, workspace))
-            if not bundle.has("index.json"):
-                raise ImageError(f"{path} has no index.json", hint="make it with skopeo copy ... oci:DIRECTORY")
-            return unpack_layout(bundle, tree, workspace, reference)
-
-        return await self._build(name, f"OCI layout {as_recorded(path.name)}", fill, options, progress)
 
     async def import_any(
         self,
@@ -159,17 +121,31 @@ class ImageCatalog(ImageStore):
         options: BuildOptions = DEFAULTS,
         progress: ProgressSink = no_progress,
     ) -> Image:
-        """Whatever of these `path` is. `reference` is the tag or reference where there are several images in it."""
-        if path.is_dir():
-            return await self.import_oci_layout(name, path, reference, options=options, progress=progress)
+        """Import a root file system or a container image.
+
+        The input is a root file system as a tar archive, the output of `docker save` in any of its
+        forms, or an OCI layout as a directory or a tar archive. Archives may be compressed by gzip,
+        zstd, xz or bzip2. `reference` is the tag or reference to choose if there are several
+        images.
+        """
+
+        from coppice.images.archive import open_archive
+        from coppice.images.blobs import ArchiveBundle, DirectoryBundle
+        from coppice.images.layer import apply_archive
+        from coppice.images.oci import unpack_docker_archive, unpack_layout
 
         def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
+            if path.is_dir():
+                directory = DirectoryBundle(path)
+                if not directory.has("index.json"):
+                    raise ImageError(f"{path} has no index.json", hint="make it with skopeo copy ... oci:DIRECTORY")
+                return unpack_layout(directory, tree, workspace, reference)
             archive = open_archive(path, workspace)
             bundle = ArchiveBundle(archive)
             if bundle.has_top(_ROOT_DIRECTORIES):
                 if reference is not None:
-                    raise ImageError(f"{path} is one root file system: it has no tags", hint="leave out --tag")
-                apply_archive(tree, archive, workspace, whiteouts=False)
+                    raise ImageError(f"{path} is a plain root file system, without tags", hint="omit --tag")
+                apply_archive(tree, archive, whiteouts=False)
                 return ImageConfig()
             if bundle.has("manifest.json"):
                 return unpack_docker_archive(bundle, tree, workspace, reference)
@@ -182,59 +158,113 @@ class ImageCatalog(ImageStore):
 
         return await self._build(name, as_recorded(path.name), fill, options, progress)
 
+    async def pull(
+        self,
+        reference: str,
+        *,
+        access: Access,
+        name: str | None,
+        cache: LayerCache,
+        options: BuildOptions = DEFAULTS,
+        progress: ProgressSink = no_progress,
+    ) -> Image:
+        """Pull an image from a registry: read its manifest, fetch the layers that `cache` lacks,
+        and apply them.
+
+        If the owner has already pulled this manifest, nothing is fetched. The other spellings of
+        the image's name that the owner has move to the new image too.
+        """
+        from coppice.images.blobs import DirectoryBundle
+        from coppice.images.oci import unpack_manifest
+        from coppice.images.registry import download, resolve
+
+        access.check()
+        wanted = parse_reference(reference)
+        name = check_name(name or reference)
+        await in_thread(self.records.refuse_taken, name, options.owner)
+        resolved = await in_own_thread(self._with_workspace, partial(resolve, wanted, access), options, progress)
+
+        def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
+            download(wanted, resolved, access, cache.blobs, workspace)
+            return unpack_manifest(DirectoryBundle(cache.directory), resolved.manifest, tree, workspace)
+
+        async with cache.hold(resolved.digest, str(wanted)):
+            image = await in_thread(self._pulled, resolved.digest, name, options)
+            if image is None:
+                pulled = msgspec.structs.replace(options, manifest_digest=resolved.digest)
+                image = await self._build(name, str(wanted), fill, pulled, progress)
+        await in_thread(self._move_spellings, image)
+        return image
+
+    def _with_workspace(self, work: Callable[[Workspace], T], options: BuildOptions, progress: ProgressSink) -> T:
+        with (
+            as_image_errors(),
+            self.content.staging() as directory,
+            Workspace(directory, limits=options.limits, progress=progress) as workspace,
+        ):
+            return work(workspace)
+
+    def _pulled(self, digest: str, name: str, options: BuildOptions) -> Image | None:
+        """Name an image that the owner has pulled before, or return None."""
+        for image in self.records.all():
+            if image.name and image.manifest_digest == digest and image.owner == options.owner:
+                with contextlib.suppress(NotFound):  # removed meanwhile
+                    self.root_file(image)
+                    named = msgspec.structs.replace(image, name=name, public=options.public, created_at=time.time())
+                    self.records.tag(named)
+                    return named
+        return None
+
+    def _move_spellings(self, image: Image) -> None:
+        for other in self.called(image.name, lambda each: each.owner == image.owner):
+            if other.name != image.name and other.digest != image.digest:
+                self.records.tag(msgspec.structs.replace(image, name=other.name, public=other.public))
+
     async def _build(self, name: str, source: str, fill: _Fill, options: BuildOptions, progress: ProgressSink) -> Image:
+        from coppice.images.erofs import write_erofs
+        from coppice.images.layer import prepare_for_guest
+        from coppice.images.tree import FileTree
+
         check_name(name)
 
-        def work(cancelled: threading.Event) -> Image:
-            with (
-                as_image_errors(),
-                staging_directory(self.root, self.lock_file) as directory,
-                Workspace(directory, limits=options.limits, progress=progress, cancelled=cancelled) as workspace,
-            ):
-                tree = FileTree(max_nodes=options.limits.max_members)
-                config = fill(tree, workspace)
-                prepare_for_guest(tree)
-                staged = directory / "image"
-                staged.mkdir()
-                digest = _write(tree, staged / ROOT_FILE, options, workspace)
-                image = Image(
-                    digest=f"sha256:{digest}",
-                    name=name,
-                    size_bytes=(staged / ROOT_FILE).stat().st_size,
-                    filesystem=options.filesystem,
-                    config=options.config or config,
-                    source=source,
-                    created_at=time.time(),
-                    owner=options.owner,
-                    public=options.public,
-                    tags=options.tags,
-                )
-                workspace.check()
-                return self.publish(staged, image)
+        def work(workspace: Workspace) -> Image:
+            tree = FileTree(max_nodes=options.limits.max_members)
+            config = fill(tree, workspace)
+            prepare_for_guest(tree)
+            staged = workspace.path / "image"
+            staged.mkdir()
+            with (staged / ROOT_FILE).open("xb") as file:
+                write = partial(workspace.report, "write")
+                digest = write_erofs(tree, file, max_bytes=options.limits.max_bytes, progress=write)
+            image = Image(
+                digest=f"sha256:{digest}",
+                name=name,
+                size_bytes=(staged / ROOT_FILE).stat().st_size,
+                config=msgspec.structs.replace(options.config or config, certificates=options.certificates),
+                source=source,
+                created_at=time.time(),
+                owner=options.owner,
+                public=options.public,
+                tags=options.tags,
+                manifest_digest=options.manifest_digest,
+            )
+            stopping.check()
+            self.publish(staged, image)
+            return image
 
-        return await in_stoppable_thread(work)
-
-
-def _write(tree: FileTree, path: Path, options: BuildOptions, workspace: Workspace) -> str:
-    """Write the image file; the hex of its SHA-256."""
-
-    def progress(done: int, total: int) -> None:
-        workspace.report("write", done, total)
-
-    if options.filesystem == "squashfs":
-        return write_squashfs(tree, path, max_bytes=options.limits.max_bytes, progress=progress)
-    with path.open("xb") as file:
-        return write_erofs(tree, file, max_bytes=options.limits.max_bytes, progress=progress)
+        return await in_own_thread(self._with_workspace, work, options, progress)
 
 
 @contextmanager
 def as_image_errors() -> Iterator[None]:
-    """Turn a full disk into NoSpace, and what the tar reader finds while reading on into ImageError."""
+    """Turn a full disk into NoSpace, and late errors of the tar reader into ImageError."""
+    import tarfile
+
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise NoSpace("the disk is full before it was written", hint="free some space") from error
+            raise NoSpace("the disk became full while the image was written", hint="free disk space") from error
         raise
     except (tarfile.TarError, EOFError) as error:
-        raise ImageError(f"the archive cannot be read: {error}", hint="fetch or make it again") from error
+        raise ImageError(f"cannot read the archive: {error}", hint="fetch or make it again") from error

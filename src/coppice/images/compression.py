@@ -1,8 +1,9 @@
-"""Decompression of hostile streams: bounded memory, every trailer checked, truncation told apart from the end.
+"""Decompress hostile streams: bounded memory, every trailer checked, truncation distinguished from
+the end.
 
-The four formats go through the same incremental interface. Input is fed a kilobyte at a time: no format makes more than
-some 32 MiB of that (a zstd RLE block is the worst: 4 bytes for 128 KiB), so a bomb is met by the caller's limit, not by
-the memory.
+The four formats share one incremental interface. Input is fed one kilobyte at a time. No format
+expands that beyond about 32 MiB (a zstd RLE block is the worst: 4 bytes for 128 KiB), so a
+decompression bomb hits the caller's limit before memory runs out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from coppice.model import MIB
 MAGIC_BYTES = 6
 _SLICE = 1024
 _LZMA_MEMORY = 256 * MIB  # xz -9 needs 65 MiB
-_ZSTD_WINDOW = 128 * MIB  # what zstd itself accepts without --long
+_ZSTD_WINDOW = 128 * MIB  # zstd's own limit without --long
 _FAILURES = (zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, ValueError, EOFError)
 
 
@@ -54,12 +55,15 @@ _FORMATS: tuple[tuple[bytes, str, Callable[[], _Stream]], ...] = (
 
 
 def is_compressed(beginning: bytes) -> bool:
-    """Whether a file that begins so is in one of the formats. Six bytes are enough."""
+    """Return whether a file with this beginning is in one of the formats. Six bytes are enough."""
     return any(beginning.startswith(magic) for magic, _, _ in _FORMATS)
 
 
 class Decompressor:
-    """One stream, recognised by its first bytes; what is in none of the formats passes through unchanged."""
+    """One stream, recognised by its first bytes.
+
+    Data in no known format passes through unchanged.
+    """
 
     def __init__(self, beginning: bytes) -> None:
         self._name = "plain"
@@ -71,7 +75,10 @@ class Decompressor:
         self._padding = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What `data`, the next bytes of the stream, unfolds to. Raises ImageError where it is corrupt."""
+        """Yield the decompressed form of `data`, the next bytes of the stream.
+
+        Raises ImageError if it is corrupt.
+        """
         if self._open is None:
             yield data
             return
@@ -83,16 +90,19 @@ class Decompressor:
                     yield plain
 
     def finish(self) -> None:
-        """The stream has ended. Raises ImageError where it should not have ended yet."""
+        """End the stream. Raises ImageError if it is incomplete."""
         if self._stream is not None and not self._stream.eof:
             raise ImageError(f"the {self._name} stream is truncated", hint="fetch or make the archive again")
 
     def _step(self, piece: bytes) -> tuple[bytes, bytes]:
-        """Feed the present member of the stream: its plain bytes, and the input that is left for the next member."""
-        assert self._open is not None  # noqa: S101 - feed() has looked
+        """Feed the current member of the stream; return its plain bytes, and the input for the next
+        member.
+        """
+        assert self._open is not None  # noqa: S101 - feed() has checked it
         assert self._stream is not None  # noqa: S101
         if self._stream.eof:
-            # gzip, xz, zstd and bzip2 streams are simply concatenated; tapes and xz pad with zeros between and behind.
+            # Streams of all formats can be concatenated; tapes and xz pad with zeros between and
+            # after them.
             piece = piece.lstrip(b"\0")
             if not piece:
                 return b"", b""

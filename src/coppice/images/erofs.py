@@ -1,14 +1,16 @@
-"""Writing an EROFS image: read-only, uncompressed, made in one sequential pass.
+"""Write an EROFS image: read-only, uncompressed, in one sequential pass.
 
-Why not mkfs.erofs: it wants a directory, so a root file system would first be unpacked on the host, which needs root
-for owners and devices; and its output differs between versions. The format without compression is small, and is fixed
-by the kernel (fs/erofs/erofs_fs.h). The same tree gives the same bytes, everywhere.
+mkfs.erofs is not used because it needs a directory: a root file system would first be unpacked on
+the host, which needs root for owners and devices. Its output also differs between versions. The
+format without compression is small, and the kernel fixes it (fs/erofs/erofs_fs.h). The same tree
+gives the same bytes on every host.
 
-Uncompressed, because guests may run under emulation: decompression would cost more than the reading does. The page
-cache of the host holds the file once for all guests.
+It is uncompressed because guests may run under emulation, where decompression costs more than
+reading. The host's page cache holds the file once for all guests.
 
-Layout, in blocks of 4 KiB: superblock at 1024; inodes, each followed by its extended attributes and, where it fits, the
-tail of its data; then all whole blocks of data. Every directory block is a small table of its own, names in byte order.
+Layout, in blocks of 4 KiB: superblock at 1024; inodes, each followed by its extended attributes
+and, if it fits, the tail of its data; then all whole blocks of data. Every directory block is a
+separate small table, with names in byte order.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from coppice import stopping
 from coppice.errors import ImageError
 from coppice.images.tree import Bytes, Content, FileTree, Node
 
@@ -30,10 +33,10 @@ _SUPERBLOCK_OFFSET = 1024
 _COMPAT_MTIME = 0x2
 _INODE = struct.Struct("<HHHHQIIIIQII16x")
 _DIRENT = struct.Struct("<QHBx")
-_SLOT = 32  # inodes are numbered by their offset in these
+_SLOT = 32  # inodes are numbered by their offset in units of this
 _PLAIN, _INLINE = 0, 2
 _EXTENDED = 1
-_MAX_INLINE = 2048  # a longer tail would waste more in front of it than it saves
+_MAX_INLINE = 2048  # a longer tail would waste more padding than it saves
 _XATTR_HEADER = 12
 _XATTR_PREFIXES = (
     (b"user.", 1),
@@ -59,7 +62,7 @@ class _Inode:
     number: int
     size: int
     xattrs: bytes
-    parent: _Inode | None = None  # of a directory
+    parent: _Inode | None = None  # the parent of a directory
     links: int = 0
     offset: int = 0  # of the inode, in bytes
     inline: int = 0  # bytes of the data that follow the inode
@@ -75,7 +78,7 @@ class _Inode:
 
 
 class _Image:
-    """The plan of one image: where everything goes is known before the first byte is written."""
+    """The plan of one image: all positions are known before the first byte is written."""
 
     def __init__(self, tree: FileTree, max_bytes: int) -> None:
         self.inodes: list[_Inode] = []
@@ -83,8 +86,10 @@ class _Image:
         self._collect(tree)
         position = _SUPERBLOCK_OFFSET + _SUPERBLOCK.size
         for inode in self.inodes:
+            stopping.check()
             position = _place(inode, position)
-        # Behind the last inode, too, there is room for a header of attributes: fsck.erofs 1.5 reads one, whether there are any or not.
+        # Leave space for a header of attributes after the last inode too: fsck.erofs 1.5 always
+        # reads one.
         block = -(-(position + _XATTR_HEADER) // BLOCK)
         self.metadata_blocks = block
         for inode in self.inodes:
@@ -93,7 +98,7 @@ class _Image:
         self.blocks = block
         if self.blocks * BLOCK > max_bytes or self.blocks >= 1 << 32:
             raise ImageError(
-                f"the root file system takes {self.blocks * BLOCK} bytes, more than is allowed",
+                f"the root file system takes {self.blocks * BLOCK} bytes, more than allowed",
                 hint="make it smaller; if it should be small, do not trust it",
             )
 
@@ -116,28 +121,31 @@ class _Image:
         return inode
 
     def entries(self, inode: _Inode) -> dict[bytes, _Inode]:
-        """What a directory lists, itself and its parent included."""
-        assert inode.parent is not None  # noqa: S101 - only directories are asked
+        """Return the entries of a directory, including itself and its parent."""
+        assert inode.parent is not None  # noqa: S101 - only called for directories
         found = {name: self._by_node[id(child)] for name, child in inode.node.children.items()}
         return {b".": inode, b"..": inode.parent, **found}
 
     def content(self, inode: _Inode) -> Content:
-        """The data of an inode, whatever it is."""
+        """Return the data of an inode of any type."""
         node = inode.node
         if node.is_dir:
             return Bytes(_directory_data(self.entries(inode)))
         return node.content or Bytes(node.target)
 
     def superblock(self) -> bytes:
-        """The superblock. The time in it is that of the newest file, so that the same tree gives the same image."""
+        """Return the superblock.
+
+        Its time is that of the newest file, so that the same tree gives the same image.
+        """
         newest = max(inode.node.mtime_ns for inode in self.inodes)
         return _SUPERBLOCK.pack(
             MAGIC,
-            0,  # checksum: a feature that is off; the image's digest covers all of it
+            0,  # checksum: this feature is off; the image's digest covers everything
             _COMPAT_MTIME,
             BLOCK.bit_length() - 1,
             0,
-            self.inodes[0].offset // _SLOT,  # the root, which comes first: its number has 16 bits only
+            self.inodes[0].offset // _SLOT,  # the root, which comes first: its number has only 16 bits
             len(self.inodes),
             newest // 10**9,
             newest % 10**9,
@@ -157,16 +165,18 @@ def write_erofs(
     max_bytes: int,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> str:
-    """Write the tree as an EROFS image, and return the SHA-256 of it in hex.
+    """Write the tree as an EROFS image, and return its SHA-256 in hex.
 
-    `progress` is called with bytes written and bytes in all, after about every MiB. Raises ImageError where the image
-    would be larger than `max_bytes`, or where an archive that holds a file is cut; OSError as the file does.
+    `progress` is called with bytes written and total bytes, after about every MiB. Raises
+    ImageError if the image would be larger than `max_bytes`, or an archive that holds a file is
+    truncated; OSError as the file does.
     """
     image = _Image(tree, max_bytes)
     total = image.blocks * BLOCK
     digest = hashlib.sha256()
     done = reported = 0
     for piece in _pieces(image):
+        stopping.check()
         file.write(piece)
         digest.update(piece)
         done += len(piece)
@@ -178,7 +188,7 @@ def write_erofs(
 
 
 def _pieces(image: _Image) -> Iterator[bytes]:
-    """The image, from the first byte to the last."""
+    """Yield the image from the first byte to the last."""
     yield bytes(_SUPERBLOCK_OFFSET) + image.superblock()
     position = _SUPERBLOCK_OFFSET + _SUPERBLOCK.size
     for inode in image.inodes:
@@ -195,11 +205,12 @@ def _pieces(image: _Image) -> Iterator[bytes]:
 
 
 def _place(inode: _Inode, position: int) -> int:
-    """Give the inode its offset at or after `position`; where it ends."""
+    """Give the inode its offset at or after `position`; return its end."""
     tail = inode.size % BLOCK
     inode.inline = tail if tail <= _MAX_INLINE and inode.head_size + tail <= BLOCK else 0
     position += -position % _SLOT
-    # The kernel wants an inode, its attributes and its inline data in one block; only attributes alone may run on.
+    # The kernel requires an inode, its attributes and its inline data in one block; without inline
+    # data, the attributes may continue in the next.
     if position % BLOCK + inode.head_size + inode.inline > BLOCK:
         position += -position % BLOCK
     inode.offset = position
@@ -207,11 +218,11 @@ def _place(inode: _Inode, position: int) -> int:
 
 
 def _head(inode: _Inode) -> bytes:
-    """The inode and its extended attributes."""
+    """Return the inode and its extended attributes."""
     node = inode.node
     if stat.S_ISCHR(node.mode) or stat.S_ISBLK(node.mode):
         major, minor = node.device
-        where = (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)  # new_encode_dev() of the kernel
+        where = (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)  # as new_encode_dev() of the kernel
     else:
         where = inode.first_block
     return (
@@ -241,7 +252,7 @@ def _data_size(node: Node) -> int:
 
 
 def _directory_blocks(names: list[bytes]) -> list[list[bytes]]:
-    """The names in order, cut into what goes into one block each."""
+    """Return the names in order, split into blocks."""
     blocks: list[list[bytes]] = [[]]
     used = 0
     for name in sorted(names):
@@ -267,7 +278,10 @@ def _directory_data(entries: dict[bytes, _Inode]) -> bytes:
 
 
 def _xattr_area(xattrs: dict[bytes, bytes]) -> bytes:
-    """The attributes as they follow their inode. Kinds that the format cannot name are left out, as mkfs.erofs does."""
+    """Return the attributes as they follow their inode.
+
+    Skip kinds that the format cannot store, as mkfs.erofs does.
+    """
     area = bytearray()
     for name, value in sorted(xattrs.items()):
         for prefix, index in _XATTR_PREFIXES:

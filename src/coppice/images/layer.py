@@ -1,7 +1,8 @@
-"""Applying tar archives to a tree: a root file system as it is, an OCI layer with its whiteouts.
+"""Apply tar archives to a tree: a plain root file system, or an OCI layer with its whiteouts.
 
-The rules are those of the OCI image specification, layer.md. A whiteout hides only what lower layers have, wherever it
-stands in its own layer; so all whiteouts of a layer are applied before anything else of it.
+The rules are those of the OCI image specification, layer.md. A whiteout hides only files of lower
+layers, regardless of its position in its own layer. So all whiteouts of a layer are applied before
+its other members.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ import math
 import stat
 import tarfile
 
+from coppice import stopping
 from coppice.errors import ImageError
 from coppice.images.archive import Archive
 from coppice.images.tree import Bytes, FileTree, Node, Path, split_path
-from coppice.images.workspace import Workspace
 
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
-RESERVED = b".wh..wh."  # bookkeeping of aufs, which old Docker exported
+RESERVED = b".wh..wh."  # bookkeeping of aufs, exported by old Docker
 XATTR = "SCHILY.xattr."
 MAX_ID = (1 << 32) - 1
 MAX_SECONDS = 1 << 40
 MAX_TARGET = 4095
-MAX_MAJOR, MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # what the kernel's dev_t holds
+MAX_MAJOR, MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1  # the limits of the kernel's dev_t
 
-# The guest needs these as mount points, and its root cannot be written to.
+# The guest mounts file systems on these, and cannot create them in its read-only root.
 _GUEST_DIRECTORIES = {
     b"proc": 0o555,
     b"sys": 0o555,
@@ -43,21 +44,24 @@ _KINDS = {
     tarfile.BLKTYPE: stat.S_IFBLK,
     tarfile.FIFOTYPE: stat.S_IFIFO,
 }
-_VOLUME_LABEL = b"V"  # GNU tar --label: a header that is no file
+_VOLUME_LABEL = b"V"  # GNU tar --label: a header without a file
 
 
-def apply_archive(tree: FileTree, archive: Archive, workspace: Workspace, *, whiteouts: bool) -> None:
-    """Apply one archive to the tree. With `whiteouts` it is a layer; without, such names are plain files.
+def apply_archive(tree: FileTree, archive: Archive, *, whiteouts: bool) -> None:
+    """Apply one archive to the tree.
 
-    Raises UnsafePath for a member that would leave the root, ImageError for one that no file system could hold.
+    With `whiteouts` it is a layer; else whiteout names are plain files.
+
+    Raises UnsafePath for a member outside the root, ImageError for one that no file system can
+    hold.
     """
     if whiteouts:
         for member in archive.members:
+            stopping.check()
             _apply_whiteout(tree, split_path(_raw(member.name)))
-    for count, member in enumerate(archive.members):
+    for member in archive.members:
+        stopping.check()
         path = split_path(_raw(member.name))
-        if count % 1024 == 0:
-            workspace.check()
         if member.type == _VOLUME_LABEL or (whiteouts and _is_marker(path)):
             continue
         if member.islnk():
@@ -67,15 +71,13 @@ def apply_archive(tree: FileTree, archive: Archive, workspace: Workspace, *, whi
 
 
 def node_of(member: tarfile.TarInfo, archive: Archive) -> Node:
-    """The inode that a member stands for, any but a hard link. Raises ImageError where it cannot be."""
+    """Return the inode of a member that is not a hard link. Raises ImageError if it is invalid."""
     name = member.name[:200]
     kind = stat.S_IFREG if member.isreg() else _KINDS.get(member.type)
     if kind is None:
-        raise ImageError(
-            f"{name!r} is of the unknown member type {member.type!r}", hint="make the archive with GNU tar"
-        )
+        raise ImageError(f"{name!r} has the unknown member type {member.type!r}", hint="make the archive with GNU tar")
     if not (0 <= member.uid <= MAX_ID and 0 <= member.gid <= MAX_ID):
-        raise ImageError(f"{name!r} has an owner that is no 32-bit number", hint="make the archive anew")
+        raise ImageError(f"{name!r} has an owner that is not a 32-bit number", hint="make the archive again")
     node = Node(kind | member.mode & 0o7777, member.uid, member.gid, _mtime_ns(member.mtime), _xattrs(member))
     if kind == stat.S_IFREG:
         node.content = archive.content(member)
@@ -83,25 +85,25 @@ def node_of(member: tarfile.TarInfo, archive: Archive) -> Node:
         node.mode = kind | 0o777  # a symlink has no permissions of its own
         node.target = _raw(member.linkname)
         if not 0 < len(node.target) <= MAX_TARGET or b"\0" in node.target:
-            raise ImageError(f"{name!r} is a symlink to nothing that a path can be", hint="make the archive anew")
+            raise ImageError(f"{name!r} is a symlink with an invalid target", hint="make the archive again")
     elif kind in (stat.S_IFCHR, stat.S_IFBLK):
         node.device = (member.devmajor, member.devminor)
         if not (0 <= member.devmajor <= MAX_MAJOR and 0 <= member.devminor <= MAX_MINOR):
-            raise ImageError(f"{name!r} has a device number that Linux does not", hint="make the archive anew")
+            raise ImageError(f"{name!r} has a device number that Linux does not support", hint="make the archive again")
     return node
 
 
 def prepare_for_guest(tree: FileTree) -> None:
-    """Make what a guest needs of a root: directories to mount on, and a name for itself in /etc/hosts.
+    """Add what a guest needs in its root: mount points, and localhost in /etc/hosts.
 
-    Raises ImageError where the tree has nothing in it: an empty archive is a mistake, not an image.
+    Raises ImageError if the tree is empty: an empty archive is a mistake, not an image.
     """
     if not tree.root.children:
-        raise ImageError("the archive has no files in it", hint="check that it is the right one")
+        raise ImageError("the archive has no files", hint="check that it is the right one")
     for name, mode in _GUEST_DIRECTORIES.items():
         tree.ensure_directory((name,), mode)
     etc = tree.find((b"etc",))
-    # Container runtimes mount their own over it, so images leave it out or empty.
+    # Container runtimes mount their own /etc/hosts, so images often have none or an empty one.
     if etc is not None and etc.is_dir and not _has_content(etc.children.get(b"hosts")):
         text = b"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
         tree.put((b"etc", b"hosts"), Node(stat.S_IFREG | 0o644, content=Bytes(text)))
@@ -119,7 +121,7 @@ def _apply_whiteout(tree: FileTree, path: Path) -> None:
     elif not path[-1].startswith(RESERVED):
         hidden = path[-1].removeprefix(WHITEOUT)
         if hidden in (b"", b".", b".."):
-            raise ImageError(f"the layer has a whiteout of {hidden!r}", hint="do not trust this archive")
+            raise ImageError(f"the layer has the invalid whiteout {hidden!r}", hint="do not trust this archive")
         tree.remove((*path[:-1], hidden))
 
 
@@ -132,7 +134,8 @@ def _raw(name: str) -> bytes:
 
 
 def _mtime_ns(mtime: float) -> int:
-    # A date before 1970 or beyond the year 36000 is a mistake or a trick, and not worth refusing an image for.
+    # A date before 1970 or after the year 36000 is a mistake or a trick, but no reason to refuse an
+    # image.
     return int(min(max(mtime, 0), MAX_SECONDS) * 1_000_000_000) if math.isfinite(mtime) else 0
 
 
@@ -145,6 +148,6 @@ def _xattrs(member: tarfile.TarInfo) -> dict[bytes, bytes]:
     for name, value in found.items():
         if len(name) > 255 or len(value) > 0xFFFF or b"\0" in name:
             raise ImageError(
-                f"{member.name[:200]!r} has an extended attribute that Linux does not", hint="do not trust it"
+                f"{member.name[:200]!r} has an extended attribute that Linux does not support", hint="do not trust it"
             )
     return found

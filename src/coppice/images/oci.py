@@ -1,7 +1,8 @@
-"""OCI image layouts and `docker save` archives: from an index to the layers and the config of one image, all verified.
+"""OCI image layouts and `docker save` archives: from an index to the verified layers and config of
+one image.
 
-Written after the OCI image specification 1.1 (image-layout.md, image-index.md, manifest.md, config.md) and Docker's image
-specification v1.2.
+Follows the OCI image specification 1.1 (image-layout.md, image-index.md, manifest.md, config.md)
+and Docker's image specification v1.2.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from coppice.images.blobs import (
 )
 from coppice.images.layer import apply_archive
 from coppice.images.tree import FileTree
-from coppice.images.workspace import Workspace
+from coppice.images.workspace import Limits, Workspace
 from coppice.model import ImageConfig
 
 _CURE = "fetch or make the archive again"
-_MAX_INDEX_DEPTH = 4
+MAX_INDEX_DEPTH = 4
 _REFERENCE = "org.opencontainers.image.ref.name"
 _IMAGE_NAMES = (_REFERENCE, "io.containerd.image.name")
-_INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+INDEX_TYPES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 _MANIFEST_TYPES = (
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
@@ -48,7 +49,7 @@ T = TypeVar("T")
 
 
 class Index(msgspec.Struct, frozen=True):
-    """index.json, and each index below it."""
+    """index.json, and each nested index."""
 
     manifests: tuple[Descriptor, ...]
 
@@ -67,7 +68,7 @@ class RootFs(msgspec.Struct, frozen=True):
 
 
 class ProcessConfig(msgspec.Struct, frozen=True, rename="pascal"):
-    """The `config` of an image config; all of it may be missing or null."""
+    """The `config` of an image config. Every field may be missing or null."""
 
     entrypoint: tuple[str, ...] | None = None
     cmd: tuple[str, ...] | None = None
@@ -97,30 +98,63 @@ class SavedImage(msgspec.Struct, frozen=True, rename="pascal"):
 def unpack_layout(bundle: Bundle, tree: FileTree, workspace: Workspace, reference: str | None) -> ImageConfig:
     """Apply the layers of an OCI layout's image for this machine to `tree`, and return its config.
 
-    `reference` chooses among several images by the layout's own names for them. Raises ImageError where the layout is
-    not well formed, has no such image, or none for this architecture; DigestMismatch where a blob is not what it is
-    called.
+    `reference` chooses among several images by their names in the layout. Raises ImageError if the
+    layout is malformed, or has no such image for this architecture; DigestMismatch if a blob does
+    not match its digest.
     """
     index = _decode(read_document(bundle, "index.json", workspace), _INDEX, "index.json")
     descriptor = _choose(bundle, _named(index.manifests, reference), workspace)
-    manifest = _decode(read_blob(bundle, descriptor, workspace), _MANIFEST, "the manifest")
+    manifest = decode_manifest(read_blob(bundle, descriptor, workspace))
+    check_layers(manifest, workspace.limits)
+    return unpack_manifest(bundle, manifest, tree, workspace)
+
+
+def unpack_manifest(bundle: Bundle, manifest: Manifest, tree: FileTree, workspace: Workspace) -> ImageConfig:
+    """Apply the layers of a manifest to `tree`, and return the image's config.
+
+    Raises what `unpack_layout` raises.
+    """
     config = _decode(read_blob(bundle, manifest.config, workspace), _CONFIG, "the image config")
     _check_platform(config)
-    for layer in manifest.layers:
-        if layer.media_type and ".tar" not in layer.media_type:
-            raise ImageError(
-                f"a layer is {layer.media_type!r}, not a tar archive",
-                hint="give a container image: this is something else",
-            )
     names = [(blob_name(layer), layer) for layer in manifest.layers]
     _apply_layers(bundle, names, config, tree, workspace)
     return image_config(config.config)
 
 
-def unpack_docker_archive(bundle: ArchiveBundle, tree: FileTree, workspace: Workspace, tag: str | None) -> ImageConfig:
-    """Apply the layers of an image in a `docker save` archive, of any version, to `tree`, and return its config.
+def decode_manifest(data: bytes) -> Manifest:
+    """Read a manifest. Raises ImageError."""
+    return _decode(data, _MANIFEST, "the manifest")
 
-    `tag` chooses among several images. Raises as `unpack_layout` does.
+
+def decode_index(data: bytes) -> Index:
+    """Read an index. Raises ImageError."""
+    return _decode(data, _INDEX, "the index")
+
+
+def check_layers(manifest: Manifest, limits: Limits) -> None:
+    """Raise ImageError if a layer is not a tar archive, or the layers are too many or too large."""
+    for layer in manifest.layers:
+        if layer.media_type and ".tar" not in layer.media_type:
+            raise ImageError(
+                f"a layer is {layer.media_type!r}, not a tar archive",
+                hint="give a container image",
+            )
+    if not 0 < len(manifest.layers) <= limits.max_layers:
+        raise ImageError(
+            f"the image has {len(manifest.layers)} layers", hint=f"between 1 and {limits.max_layers} can be applied"
+        )
+    if (total := sum(layer.size for layer in manifest.layers)) > limits.max_bytes:
+        raise ImageError(
+            f"the image's layers have {total} bytes (at most {limits.max_bytes} are allowed)",
+            hint="make it smaller; if it should be small, do not trust it",
+        )
+
+
+def unpack_docker_archive(bundle: ArchiveBundle, tree: FileTree, workspace: Workspace, tag: str | None) -> ImageConfig:
+    """Apply the layers of an image in a `docker save` archive of any version to `tree`, and return
+    its config.
+
+    `tag` chooses among several images. Raises what `unpack_layout` raises.
     """
     if not bundle.has("manifest.json"):
         raise ImageError("the archive has no manifest.json", hint="make it with docker save, Docker 1.10 or later")
@@ -137,12 +171,15 @@ def unpack_docker_archive(bundle: ArchiveBundle, tree: FileTree, workspace: Work
 
 
 def image_config(process: ProcessConfig | None) -> ImageConfig:
-    """The reduced config that an image keeps. Raises ImageError for an environment that no process can have."""
+    """Return the reduced config that an image keeps.
+
+    Raises ImageError for an invalid environment.
+    """
     process = process or ProcessConfig()
     env: dict[str, str] = {}
     for line in process.env or ():
         key, equals, value = line.partition("=")
-        if key and equals:  # without a value it means "as in the builder's environment", which is not here
+        if key and equals:  # without a value it means the builder's value, which is unknown here
             env[key] = value
     strings = (*(process.entrypoint or ()), *(process.cmd or ()), *env, *env.values(), process.user or "")
     if any("\0" in text for text in (*strings, process.working_dir or "")):
@@ -158,7 +195,7 @@ def image_config(process: ProcessConfig | None) -> ImageConfig:
 
 
 def _named(manifests: tuple[Descriptor, ...], reference: str | None) -> list[Descriptor]:
-    """The descriptors that go by `reference`, or all of them."""
+    """Return the descriptors named `reference`, or all of them."""
     if reference is None:
         return list(manifests)
     found = [
@@ -171,30 +208,34 @@ def _named(manifests: tuple[Descriptor, ...], reference: str | None) -> list[Des
     if not found:
         raise ImageError(
             f"the layout has no image called {reference!r}",
-            hint=f"choose another with --tag, of: {_names_of(manifests)}",
+            hint=f"choose another with --tag, one of: {_names_of(manifests)}",
         )
     return found
 
 
 def _choose(bundle: Bundle, descriptors: list[Descriptor], workspace: Workspace) -> Descriptor:
-    """The one image manifest for this machine among `descriptors` and what their nested indexes list."""
+    """Return the one image manifest for this machine among `descriptors` and their nested
+    indexes.
+    """
     found = {descriptor.digest: descriptor for descriptor in _manifests(bundle, descriptors, workspace, 0)}
     if len(found) == 1:
         return next(iter(found.values()))
     if not found:
-        raise ImageError(f"the layout has no image for linux/{_host_architecture()}", hint="get it for this machine")
+        raise ImageError(
+            f"the layout has no image for linux/{host_architecture()}", hint="get the image for this architecture"
+        )
     raise ImageError(
         f"the layout has {len(found)} images for this machine",
-        hint=f"choose one with --tag, of: {_names_of(descriptors)}",
+        hint=f"choose one with --tag: {_names_of(descriptors)}",
     )
 
 
 def _manifests(bundle: Bundle, descriptors: list[Descriptor], workspace: Workspace, depth: int) -> Iterator[Descriptor]:
-    if depth > _MAX_INDEX_DEPTH:
-        raise ImageError("the layout nests its indexes too deep", hint="do not trust this layout")
+    if depth > MAX_INDEX_DEPTH:
+        raise ImageError("the layout nests its indexes too deeply", hint="do not trust this layout")
     for descriptor in descriptors:
         workspace.spend_member(0)
-        if descriptor.media_type in _INDEX_TYPES:
+        if descriptor.media_type in INDEX_TYPES:
             nested = _decode(read_blob(bundle, descriptor, workspace), _INDEX, "a nested index")
             yield from _manifests(bundle, list(nested.manifests), workspace, depth + 1)
         elif descriptor.media_type in _MANIFEST_TYPES and _is_for_host(descriptor.platform):
@@ -206,15 +247,19 @@ def _choose_saved(images: tuple[SavedImage, ...], tag: str | None) -> SavedImage
     if tag is None:
         if len(images) == 1:
             return images[0]
-        raise ImageError(f"the archive has {len(images)} images", hint=f"choose one with --tag, of: {tags}")
+        raise ImageError(f"the archive has {len(images)} images", hint=f"choose one with --tag: {tags}")
     for image in images:
         if _familiar(tag) in map(_familiar, image.repo_tags or ()):
             return image
-    raise ImageError(f"the archive has no image with the tag {tag!r}", hint=f"choose another with --tag, of: {tags}")
+    raise ImageError(
+        f"the archive has no image with the tag {tag!r}", hint=f"choose another with --tag, one of: {tags}"
+    )
 
 
 def _familiar(tag: str) -> str:
-    """A tag without the parts that Docker fills in: `docker.io/library/demo:latest` is `demo`."""
+    """Return a tag without the parts that Docker adds: `docker.io/library/demo:latest` is
+    `demo`.
+    """
     return tag.removeprefix("docker.io/").removeprefix("library/").removesuffix(":latest")
 
 
@@ -235,10 +280,11 @@ def _apply_layers(
     for (name, descriptor), diff_id in zip(layers, diff_ids, strict=True):
         with bundle.open(name) as blob:
             plain = unpack_layer(blob, descriptor, diff_id, workspace)
-        apply_archive(tree, Archive(plain, workspace, must_end=False), workspace, whiteouts=True)
+        apply_archive(tree, Archive(plain, workspace, must_end=False), whiteouts=True)
 
 
-# Made here, once: an import works in a thread, and msgspec can crash the process where two threads are the first to decode a type.
+# Made at import, in one thread: imports run in threads, and two threads that first decode a type at
+# once can crash msgspec.
 _INDEX = msgspec.json.Decoder(Index)
 _MANIFEST = msgspec.json.Decoder(Manifest)
 _CONFIG = msgspec.json.Decoder(Config)
@@ -249,27 +295,27 @@ def _decode(data: bytes, decoder: msgspec.json.Decoder[T], what: str) -> T:
     try:
         return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ImageError(f"{what} is not what it should be: {error}", hint=_CURE) from error
+        raise ImageError(f"{what} is invalid: {error}", hint=_CURE) from error
 
 
-def _host_architecture() -> str:
+def host_architecture() -> str:
     machine = platform.machine()
     return _ARCHITECTURES.get(machine, machine)
 
 
 def _is_for_host(wanted: Platform | None) -> bool:
-    return wanted is None or (wanted.architecture == _host_architecture() and wanted.os == "linux")
+    return wanted is None or (wanted.architecture == host_architecture() and wanted.os == "linux")
 
 
 def _check_platform(config: Config) -> None:
-    architecture = config.architecture or _host_architecture()
-    if architecture != _host_architecture() or (config.os or "linux") != "linux":
+    architecture = config.architecture or host_architecture()
+    if architecture != host_architecture() or (config.os or "linux") != "linux":
         raise ImageError(
-            f"the image is for {config.os or 'linux'}/{architecture}, this machine is linux/{_host_architecture()}",
+            f"the image is for {config.os or 'linux'}/{architecture}, this machine is linux/{host_architecture()}",
             hint="get the image for this machine",
         )
 
 
 def _names_of(descriptors: list[Descriptor] | tuple[Descriptor, ...]) -> str:
     names = [name for d in descriptors for key in _IMAGE_NAMES if (name := (d.annotations or {}).get(key))]
-    return ", ".join(dict.fromkeys(names)) or "images without a name: use a digest"
+    return ", ".join(dict.fromkeys(names)) or "the images have no names: use a digest"

@@ -1,23 +1,23 @@
-"""Debian and Ubuntu suites: a root file system bootstrapped by mmdebstrap from the packages of a mirror."""
+"""Debian and Ubuntu suites: root file systems bootstrapped by mmdebstrap from the packages of a
+mirror.
+"""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import re
-import selectors
 import shlex
 import shutil
-import signal
-import subprocess
-import time
-from collections import deque
+import tempfile
 from typing import IO
 
-from coppice.errors import HostCannot, ImageError, MissingTool, UsageError
+from coppice.errors import HostCannot, ImageError, UsageError
 from coppice.images.tree import Bytes, FileTree, Path
-from coppice.images.workspace import CHUNK, Workspace
+from coppice.images.workspace import Workspace
+from coppice.linux.tool import run_tool
 from coppice.model import Record
+from coppice.trust import BUNDLE, proxy_environment
 
 _SUITE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _PACKAGE = re.compile(r"[a-z0-9][A-Za-z0-9.+~:=/_-]*")
@@ -27,11 +27,10 @@ _DISTRIBUTIONS = ("Debian", "Ubuntu")
 _NEW_PACKAGES = re.compile(r"\d+ upgraded, (\d+) newly installed,")
 _NO_NAMESPACES = re.compile(r"E: .*\bunshare\b")
 _TERMINATION_GRACE_S = 20.0
-_POLL_S = 0.25
 _QUERY_DEADLINE_S = 60.0
 
-# What makes two machines of one image look alike, and what the host leaked into it. The guest's identity comes at each
-# start.
+# Files that would give machines of one image the same identity, or that come from the host. The
+# guest gets its identity at each start.
 _EMPTIED: tuple[Path, ...] = ((b"etc", b"machine-id"),)
 _REMOVED: tuple[Path, ...] = (
     (b"etc", b"hostname"),
@@ -42,9 +41,9 @@ _REMOVED: tuple[Path, ...] = (
 )
 _HOST_KEY = re.compile(rb"ssh_host_.*_key(\.pub)?")
 
-# Python's own check of its bytecode is by the source's time, so the times must be final first: tar clamps them later.
-# Hash-checked bytecode, which the packages' scripts make when SOURCE_DATE_EPOCH is set, would read and hash every
-# source at import.
+# Python validates its bytecode by the time of the source, so the times must be final first: tar
+# clamps them later. Hash-checked bytecode, which the packages' scripts make when SOURCE_DATE_EPOCH
+# is set, would read and hash every source at import.
 _COMPILE_PYTHON = (
     'test ! -x "$1/usr/bin/python3" || chroot "$1" sh -c \''
     '[ -z "$SOURCE_DATE_EPOCH" ] || find /usr/lib/python3* /usr/local/lib -name "*.py" '
@@ -65,9 +64,11 @@ class Suite(Record, frozen=True):
     keyring: pathlib.Path | None = None  # default: what the host's apt trusts
     source_date_epoch: int | None = None  # seconds; the same packages then give the same image
     timeout_s: float = 1800.0
+    proxy: str | None = None  # for the downloads
+    certificates: tuple[str, ...] = ()  # PEM; mirrors are trusted that have one of these authorities
 
     def check(self) -> None:
-        """Raises UsageError where a value is not what it should be: they become arguments of mmdebstrap."""
+        """Raise UsageError if a value is invalid: the values become arguments of mmdebstrap."""
         if not _SUITE.fullmatch(self.suite):
             raise UsageError(f"{self.suite!r} is not the name of a suite", hint="use a code name such as bookworm")
         for package in (*self.include, *self.components):
@@ -83,16 +84,11 @@ class Suite(Record, frozen=True):
 
 
 def bootstrap(suite: Suite, workspace: Workspace) -> IO[bytes]:
-    """Run mmdebstrap, and return the tar archive that it made, open at its beginning.
+    """Run mmdebstrap; return the tar archive that it made, open at its beginning.
 
-    Raises MissingTool, HostCannot when the deadline passes, ImageError with the end of its log when it fails. Whatever
-    happens, no process and no mount of it stays: it runs in name spaces of its own.
+    Raises MissingTool, HostCannot at the deadline, ImageError with the end of its log if it fails.
+    It runs in separate namespaces, so no process or mount remains in any case.
     """
-    tool = shutil.which("mmdebstrap")
-    if tool is None:
-        raise MissingTool(
-            "mmdebstrap is not installed", hint="run `apt-get install mmdebstrap`, or import an OCI image instead"
-        )
     archive = workspace.new_file()
     environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
     environment["LC_ALL"] = "C.UTF-8"
@@ -100,39 +96,39 @@ def bootstrap(suite: Suite, workspace: Workspace) -> IO[bytes]:
     if suite.source_date_epoch is not None:
         environment["SOURCE_DATE_EPOCH"] = str(suite.source_date_epoch)
     if os.geteuid() == 0:
-        # Otherwise the mapped user could not enter our directory, and mmdebstrap's own default has to do.
+        # Else the mapped user could not enter this directory, and mmdebstrap uses its own default.
         environment["TMPDIR"] = str(workspace.path)
-        workspace.path.chmod(0o711)  # apt drops to a user of its own for downloads
-    process = subprocess.Popen(
-        [tool, *_arguments(suite)],
-        stdin=subprocess.DEVNULL,
-        stdout=archive,
-        stderr=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,
+        workspace.path.chmod(0o711)  # apt switches to its own user for downloads
+    environment |= proxy_environment(suite.proxy)
+    ran = run_tool(
+        "mmdebstrap",
+        *_trusting(suite, workspace),
+        *_arguments(suite),
+        environment=environment,
+        deadline_s=suite.timeout_s,
+        cure="run `apt-get install mmdebstrap`, or import an OCI image instead",
+        output=archive,
+        line=_Counter(workspace).read,
+        grace_s=_TERMINATION_GRACE_S,  # on SIGTERM it removes its directory
     )
-    try:
-        log = _follow(process, workspace, time.monotonic() + suite.timeout_s)
-    finally:
-        _end(process)
-    if process.returncode:
-        errors = [line for line in log if line.startswith("E:")] or list(log)
-        said = " / ".join(errors[-4:]) or "it said nothing"
-        if any(_NO_NAMESPACES.match(line) for line in errors):
+    if ran.status:
+        if any(_NO_NAMESPACES.match(line) for line in ran.lines):
             raise HostCannot(
-                f"mmdebstrap may not have namespaces of its own here: {said}",
-                hint="`coppice doctor` has the cure; or import an image, which needs none",
+                f"mmdebstrap cannot create namespaces here: {ran.failure()}",
+                hint="`coppice doctor` shows how to allow it; or import an image, which needs no namespaces",
             )
         raise ImageError(
-            f"mmdebstrap could not make {suite.suite}: {said}",
-            hint="check the names of suite and packages, and whether the mirror can be reached",
+            f"mmdebstrap could not make {suite.suite}: {ran.failure()}",
+            hint="check the names of suite and packages, and that the mirror is reachable",
         )
     archive.seek(0)
     return archive
 
 
 def make_generic(tree: FileTree) -> None:
-    """Take out what belongs to one machine only: ids, keys, seeds, and the host's name and resolver."""
+    """Remove what belongs to one machine only: ids, keys, seeds, and the host's name and
+    resolver.
+    """
     for path in _EMPTIED:
         node = tree.find(path)
         if node is not None and node.content is not None:
@@ -146,27 +142,32 @@ def make_generic(tree: FileTree) -> None:
 
 
 def host_mirrors(suite: str) -> list[str]:
-    """Lines of sources.list for `suite` and its updates, as the host's own apt is configured; empty where it is not.
+    """Return lines of sources.list for `suite` and its updates from the host's apt configuration;
+    empty if it has none.
 
-    apt itself is asked, so both formats of its configuration are understood. Third parties' repositories are left out.
+    The lines come from apt itself, so both of its configuration formats work. Third parties'
+    repositories are skipped.
     """
-    tool = shutil.which("apt-get")
-    if tool is None:
+    if shutil.which("apt-get") is None:
         return []
     fields = "$(CREATED_BY)|$(ORIGIN)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
     wanted = {suite + pocket for pocket in _POCKETS}
-    # Who is behind a repository is known only after its lists were downloaded. A machine without lists has, as a rule,
-    # no others.
+    # The origin of a repository is known only after its lists were downloaded. A machine without
+    # lists usually has only the distribution's repositories.
     for known in ([], ["--no-release-info"]):
-        done = subprocess.run(
-            [tool, "indextargets", *known, "--format", fields],
-            capture_output=True,
-            text=True,
-            timeout=_QUERY_DEADLINE_S,
-            check=False,
-        )
         found: dict[str, None] = {}
-        for line in done.stdout.splitlines():
+        with tempfile.TemporaryFile() as output:
+            run_tool(
+                "apt-get",
+                *("indextargets", *known, "--format", fields),
+                environment=os.environ,
+                deadline_s=_QUERY_DEADLINE_S,
+                cure="install the package apt",
+                output=output,
+            )
+            output.seek(0)
+            lines = output.read().decode("utf-8", "replace").splitlines()
+        for line in lines:
             maker, origin, uri, release, component = [*line.split("|"), "", "", "", ""][:5]
             if maker != "Packages" or release not in wanted or component != "main":
                 continue
@@ -177,6 +178,22 @@ def host_mirrors(suite: str) -> list[str]:
     return []
 
 
+def _trusting(suite: Suite, workspace: Workspace) -> list[str]:
+    """Return the arguments that make apt trust the suite's certificates besides the host's, in the
+    build alone.
+    """
+    if not suite.certificates:
+        return []
+    bundle = workspace.path / "certificates.pem"
+    host = pathlib.Path(BUNDLE)
+    bundle.write_text((host.read_text() if host.exists() else "") + "".join(suite.certificates))
+    bundle.chmod(0o444)
+    return [
+        f'--aptopt=Acquire::https::CAInfo "{bundle}"',
+        '--customize-hook=rm "$1/etc/apt/apt.conf.d/99mmdebstrap"',  # where mmdebstrap keeps the option
+    ]
+
+
 def _arguments(suite: Suite) -> list[str]:
     arguments = ["--mode=unshare", f"--variant={suite.variant}", "--format=tar", "--verbose"]
     arguments.append(f"--components={','.join(suite.components)}")
@@ -184,7 +201,7 @@ def _arguments(suite: Suite) -> list[str]:
         arguments.append(f"--include={','.join(suite.include)}")
     if suite.keyring:
         arguments.append(f"--keyring={suite.keyring}")
-    # A hook is a shell script by mmdebstrap's contract; shlex keeps each argument one word.
+    # By mmdebstrap's contract, a hook is a shell script; shlex keeps each argument one word.
     arguments += [f'--customize-hook=chroot "$1" {shlex.join(argv)}' for argv in suite.run]
     arguments.append(f"--customize-hook={_COMPILE_PYTHON}")
     components = " ".join(suite.components)
@@ -192,42 +209,8 @@ def _arguments(suite: Suite) -> list[str]:
     return [*arguments, suite.suite, "-", *mirrors]
 
 
-def _follow(process: subprocess.Popen[bytes], workspace: Workspace, deadline: float) -> deque[str]:
-    """Read the log to its end, and report progress from it; the last lines."""
-    assert process.stderr is not None  # noqa: S101 - it is a pipe
-    lines: deque[str] = deque(maxlen=40)
-    rest = b""
-    counter = _Counter(workspace)
-    with selectors.DefaultSelector() as selector, process.stderr as stderr:
-        selector.register(stderr, selectors.EVENT_READ)
-        while True:
-            if time.monotonic() > deadline:
-                raise HostCannot(
-                    f"mmdebstrap did not finish in time; it last said: {lines[-1] if lines else 'nothing'}",
-                    hint="see whether the mirror can be reached, then try again",
-                )
-            workspace.check()
-            if not selector.select(_POLL_S):
-                continue
-            data = os.read(stderr.fileno(), CHUNK)
-            if not data:
-                break
-            *complete, rest = (rest + data).split(b"\n")
-            rest = rest[-CHUNK:]
-            for line in (raw.decode("utf-8", "replace").rstrip() for raw in complete):
-                lines.append(line)
-                counter.read(line)
-    try:
-        process.wait(max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired as error:
-        raise HostCannot(
-            "mmdebstrap did not end in time", hint="see how busy this machine is, then try again"
-        ) from error
-    return lines
-
-
 class _Counter:
-    """Progress out of what apt and dpkg say."""
+    """Progress from the output of apt and dpkg."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -242,15 +225,3 @@ class _Counter:
         elif line.startswith("Setting up "):
             self._installed += 1
             self._workspace.report("install", self._installed, max(self._total, self._installed), "items")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process group if it still runs: politely first, for mmdebstrap removes its directory then."""
-    for number, patience in ((signal.SIGTERM, _TERMINATION_GRACE_S), (signal.SIGKILL, None)):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue

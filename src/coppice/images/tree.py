@@ -1,8 +1,8 @@
-"""A root file system held as a tree in memory: what layers are applied to, and what the image writers read.
+"""A root file system as a tree in memory. Layers are applied to it, and the image writers read it.
 
-Layers never touch the host's file system. So no member path, hard link or symlink can lead outside of the root,
-whatever it says; owners, devices and xattrs need no privilege; and the order in which an archive lists its members does
-not show in the image. The bytes of files stay in their archives until they are written.
+Layers never touch the host's file system. So no member path, hard link or symlink can escape the
+root; owners, devices and xattrs need no privilege; and the order of an archive's members does not
+affect the image. The bytes of files stay in their archives until they are written.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from coppice import stopping
 from coppice.errors import ImageError, UnsafePath
 
 MAX_PATH = 4096
@@ -23,19 +24,22 @@ Path = tuple[bytes, ...]
 
 
 class Content(Protocol):
-    """The bytes of one regular file, readable as often as needed."""
+    """The bytes of one regular file, readable any number of times."""
 
     @property
     def size(self) -> int:
         """Length in bytes."""
 
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
-        """Exactly `length` bytes from `offset`, in pieces. Raises ImageError where they are not there."""
+        """Yield exactly `length` bytes from `offset`, in pieces.
+
+        Raises ImageError if they are missing.
+        """
 
 
 @dataclass(slots=True)
 class Bytes:
-    """Content that is small and already here."""
+    """Small content in memory."""
 
     data: bytes
 
@@ -45,13 +49,13 @@ class Bytes:
         return len(self.data)
 
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
-        """One piece."""
+        """Yield one piece."""
         yield self.data[offset : offset + length]
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One inode. Hard links are the same Node below several names; a directory has only one."""
+    """One inode. Hard links are several names of the same Node; a directory has only one name."""
 
     mode: int  # file type and permissions, as st_mode
     uid: int = 0
@@ -70,34 +74,41 @@ class Node:
 
 
 def split_path(raw: bytes) -> Path:
-    """The components of an archive member's path. A leading `/` means the root of the image, as in all layer tools.
+    """Return the components of an archive member's path.
 
-    Raises UnsafePath where it has a `..`, ImageError where the kernel could not have such a name.
+    A leading `/` means the image's root, as in all layer tools.
+
+    Raises UnsafePath if it has a `..`, ImageError if the kernel could not have such a name.
     """
     parts = tuple(part for part in raw.split(b"/") if part not in (b"", b"."))
     shown = raw[:200].decode("utf-8", "backslashreplace")
     if b".." in parts:
-        raise UnsafePath(f"the archive has a member {shown!r} that climbs with '..'", hint="do not trust this archive")
+        raise UnsafePath(
+            f"the archive has a member {shown!r} whose name contains '..'", hint="do not trust this archive"
+        )
     if len(raw) > MAX_PATH or b"\0" in raw or any(len(part) > MAX_COMPONENT for part in parts):
-        raise ImageError(f"the archive has a member {shown!r} whose name no file system takes", hint="make it anew")
+        raise ImageError(f"the archive has a member with the invalid name {shown!r}", hint="make the archive again")
     return parts
 
 
 class FileTree:
-    """A root directory. Parents are followed as the kernel would inside a chroot: never above the root."""
+    """A root directory. Parents are resolved as in a chroot: never above the root."""
 
     def __init__(self, *, max_nodes: int = 1_000_000) -> None:
         self.root = Node(stat.S_IFDIR | 0o755)
         self._nodes_left = max_nodes
 
     def put(self, path: Path, node: Node) -> None:
-        """Place `node` at `path`, with missing parents made. A directory that is there already keeps its children.
+        """Place `node` at `path`, making missing parents. An existing directory keeps its children.
 
-        Raises UnsafePath for a root that is no directory, ImageError for a parent that is none or for too many nodes.
+        Raises UnsafePath if the root would not be a directory, ImageError if a parent is not one or
+        there are too many nodes.
         """
         if not path:
             if not node.is_dir:
-                raise UnsafePath("the archive would replace the root by something else", hint="do not trust it")
+                raise UnsafePath(
+                    "the archive replaces the root by something other than a directory", hint="do not trust it"
+                )
             node.children, self.root = self.root.children, node
             return
         parent = self._make_directory(path[:-1])
@@ -108,49 +119,56 @@ class FileTree:
         parent.children[path[-1]] = node
 
     def link(self, path: Path, target: Path) -> None:
-        """Make `path` a hard link of what `target` is: in this layer or in one below. A symlink there is not followed.
+        """Make `path` a hard link to `target`, in this layer or a lower one.
 
-        Raises ImageError where the target is missing or a directory.
+        A symlink at `target` is not followed.
+
+        Raises ImageError if the target is missing or a directory.
         """
         node = self.find(target)
         if node is None or node.is_dir:
             raise ImageError(
                 f"{_show(path)} is a hard link to {_show(target)}, which is {'a directory' if node else 'missing'}",
-                hint="make the archive anew: it is incomplete, or its members are in the wrong order",
+                hint="make the archive again: it is incomplete, or its members are in the wrong order",
             )
         self.put(path, node)
 
     def find(self, path: Path) -> Node | None:
-        """What is at `path`, parents followed inside the root, the last component not. None where nothing is."""
+        """Return the node at `path`, or None.
+
+        Parents are resolved inside the root; the last component is not followed.
+        """
         parent = self._walk(path[:-1], make=False)
         if not path or parent is None:
             return parent
         return parent.children.get(path[-1])
 
     def remove(self, path: Path) -> bool:
-        """Remove `path` with all below it; whether there was anything."""
+        """Remove `path` and everything below it; return whether it existed."""
         parent = self._walk(path[:-1], make=False)
         return bool(path) and parent is not None and parent.children.pop(path[-1], None) is not None
 
     def clear(self, path: Path) -> None:
-        """Empty the directory at `path` (an opaque one hides what lower layers have in it). Nothing there is fine."""
+        """Empty the directory at `path`, if it exists. (An opaque whiteout hides the contents from
+        lower layers.)
+        """
         directory = self._walk(path, make=False)
         if directory is not None:
             directory.children.clear()
 
     def ensure_directory(self, path: Path, mode: int = 0o755) -> None:
-        """Make the directory, unless anything goes by that name already."""
+        """Make the directory, unless the name exists already."""
         if self.find(path) is None:
             self.put(path, Node(stat.S_IFDIR | mode))
 
     def walk(self) -> Iterator[tuple[Node, bytes, Node]]:
-        """Every name in the tree as (directory, name, node): parents first, siblings in byte order. Not the root
-        itself.
+        """Yield every name in the tree as (directory, name, node), except the root.
 
-        A linked node comes once for each of its names.
+        Parents come first, siblings in byte order. A linked node comes once per name.
         """
         pending = [(self.root, name, self.root.children[name]) for name in sorted(self.root.children, reverse=True)]
         while pending:
+            stopping.check()
             parent, name, node = pending.pop()
             yield parent, name, node
             pending.extend((node, below, node.children[below]) for below in sorted(node.children, reverse=True))
@@ -158,11 +176,13 @@ class FileTree:
     def _make_directory(self, path: Path) -> Node:
         directory = self._walk(path, make=True)
         if directory is None:
-            raise ImageError(f"{_show(path)} is used as a directory, but is none", hint="make the archive anew")
+            raise ImageError(f"{_show(path)} is used as a directory, but is not one", hint="make the archive again")
         return directory
 
     def _walk(self, path: Iterable[bytes], *, make: bool) -> Node | None:
-        """The directory at `path`; None where it is not one or, unless it may be made, where it is missing."""
+        """Return the directory at `path`, or None if it is not a directory, or missing and not to
+        be made.
+        """
         trail = [self.root]
         pending = list(path)[::-1]
         followed = 0
@@ -182,14 +202,14 @@ class FileTree:
             if stat.S_ISLNK(child.mode):
                 followed += 1
                 if followed > MAX_FOLLOWED:
-                    raise UnsafePath("a member's parent directories are a loop of symlinks", hint="do not trust it")
+                    raise UnsafePath("a member's parent directories form a loop of symlinks", hint="do not trust it")
                 if child.target.startswith(b"/"):
                     del trail[1:]
                 pending.extend(reversed(child.target.split(b"/")))
             elif child.is_dir:
                 trail.append(child)
                 if len(trail) > MAX_DEPTH:
-                    raise ImageError("the archive nests directories absurdly deep", hint="do not trust it")
+                    raise ImageError("the archive nests directories too deeply", hint="do not trust it")
             else:
                 return None
         return trail[-1]
@@ -198,7 +218,7 @@ class FileTree:
         self._nodes_left -= 1
         if self._nodes_left < 0:
             raise ImageError(
-                "the archive has more members than are allowed",
+                "the archive has more members than allowed",
                 hint="make it smaller; if it should be small, do not trust it",
             )
 

@@ -1,4 +1,5 @@
-"""Mem-files: freeze, link, check, hash; capture of a guest on a private mapping; what a guest's memory really costs.
+"""Mem-files: freeze, link, check, hash; capture of a guest on a private mapping; the real cost of a
+guest's memory.
 
-Every function here is plain and blocking: callers on an event loop put it into a thread.
+All functions block: callers in an event loop run them in a thread.
 """

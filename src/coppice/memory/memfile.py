@@ -8,11 +8,12 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from coppice.disk.atomic import os_errors, publish
-from coppice.disk.clone import clone_file, open_source
-from coppice.disk.extents import data_ranges
-from coppice.disk.link import IMMUTABLE, link_or_copy
+from coppice import stopping
 from coppice.errors import IntegrityError
+from coppice.linux.clone import clone_file, open_source
+from coppice.linux.extents import data_ranges
+from coppice.linux.files import os_errors, publish
+from coppice.linux.link import IMMUTABLE, link_or_copy
 from coppice.model import MemFile, Progress, ProgressSink, Sharing, no_progress
 
 _CHUNK = 1 << 20
@@ -22,11 +23,12 @@ _REPORT_EVERY = 64 << 20
 def freeze(live: Path, frozen: Path) -> MemFile:
     """Make a finished memory image immutable under its final name.
 
-    The order is data, mode, name: after a crash the final name is absent, or what it was before, or the whole file.
-    Nothing may have the file mapped shared and writable any more. The data is synced, so it takes as long as the disk
-    needs for what has not been written back yet.
+    The order is data, mode, name: after a crash the final name is absent, or its previous file, or
+    the whole new file. Nothing may still map the file shared and writable. The data is synced,
+    which takes as long as the disk needs for unwritten data.
 
-    Raises IntegrityError if `live` is missing, NoSpace if delayed allocation finds no room, HostCannot.
+    Raises IntegrityError if `live` is missing, NoSpace if delayed allocation finds the disk full,
+    HostCannot.
     """
     with os_errors(f"freeze {live} as {frozen}"):
         with open_source(live) as fd:
@@ -38,11 +40,14 @@ def freeze(live: Path, frozen: Path) -> MemFile:
 
 
 def link(source: Path, destination: Path, expected: MemFile | None) -> tuple[MemFile, int]:
-    """Make `destination` an own link to the mem-file `source`, or a copy that says why; also returns the bytes written.
+    """Make `destination` a link to the mem-file `source`, or a copy with the reason for it; also
+    return the bytes written.
 
-    With `expected` the source is checked first, and a link must be that very inode. The hash carries over.
+    With `expected`, the source is checked first, and a link must have that inode. The hash carries
+    over.
 
-    Raises IntegrityError if the source is not what was captured, Refused if `destination` exists, NoSpace, HostCannot.
+    Raises IntegrityError if the source has changed since the capture, Refused if `destination`
+    exists, NoSpace, HostCannot.
     """
     if expected is not None:
         check(source, expected)
@@ -56,10 +61,25 @@ def link(source: Path, destination: Path, expected: MemFile | None) -> tuple[Mem
     return _mem_file(info, result.sharing, result.reason, sha256), result.bytes_written
 
 
-def check(path: Path, expected: MemFile) -> None:
-    """Compare a mem-file with what was recorded when it was captured or linked; costs one lstat.
+def describe(path: Path) -> MemFile:
+    """Return the record of an instance's own memory file.
 
-    The device number is not compared: it may differ after a reboot.
+    Raises IntegrityError if the file is missing, HostCannot.
+    """
+    with os_errors(f"look at {path}"):
+        return _mem_file(path.stat(), Sharing.OWN)
+
+
+def allocated(path: Path) -> int:
+    """Return the allocated bytes of a file. Raises IntegrityError if it is missing, HostCannot."""
+    with os_errors(f"look at {path}"):
+        return path.stat().st_blocks * 512
+
+
+def check(path: Path, expected: MemFile) -> None:
+    """Compare a mem-file with its record from the capture or link. Costs one lstat.
+
+    The device number is not compared: it may change with a reboot.
 
     Raises IntegrityError that names the difference: missing, type, inode, size or mode.
     """
@@ -74,15 +94,17 @@ def check(path: Path, expected: MemFile) -> None:
     if info.st_size != expected.size_bytes:
         raise _differs(path, f"its size is {info.st_size} bytes, not {expected.size_bytes}")
     if info.st_mode & 0o222:
-        raise _differs(path, f"its mode is {stat.S_IMODE(info.st_mode):04o}, so it can be written to")
+        raise _differs(path, f"its mode is {stat.S_IMODE(info.st_mode):04o}, so it is writable")
 
 
 def sha256(
     path: Path, *, progress: ProgressSink = no_progress, cancelled: Callable[[], bool] = lambda: False
 ) -> str | None:
-    """The SHA-256 of the whole file in hexadecimal, or None if `cancelled` turned true (asked once per MiB).
+    """Return the SHA-256 of the whole file in hexadecimal, or None if `cancelled`, called once per
+    MiB, returns true.
 
-    Holes are hashed as zeros without being read. Raises IntegrityError if the file is missing or shrinks meanwhile.
+    Holes are hashed as zeros without being read. Raises IntegrityError if the file is missing or
+    shrinks meanwhile.
     """
     digest = hashlib.sha256()
     zeros = memoryview(bytes(_CHUNK))
@@ -94,6 +116,7 @@ def sha256(
         data = data_ranges(fd, size)
         start, length = next(data, (size, 0))
         while done < size:
+            stopping.check()
             if cancelled():
                 return None
             if done < start:
@@ -102,7 +125,7 @@ def sha256(
             else:
                 count = os.preadv(fd, [view[: min(_CHUNK, start + length - done)]], done)
                 if count == 0:
-                    raise _differs(path, f"it ended at {done} of {size} bytes while it was read")
+                    raise _differs(path, f"it ended at {done} of {size} bytes during the read")
                 digest.update(view[:count])
             done += count
             if done >= start + length:
@@ -114,9 +137,10 @@ def sha256(
 
 
 def copy_private(source: Path, destination: Path, *, reason: str) -> tuple[MemFile, int]:
-    """A full copy that shares nothing with the source, whatever the file system could share; and the bytes written.
+    """Make a full copy that shares nothing with the source; also return the bytes written.
 
-    For the naive baseline of the benchmark, and for hosts where links cannot be used. Blocks of zeros become holes.
+    For the naive baseline of the benchmark, and for hosts without hard links. Blocks of zeros
+    become holes.
 
     Raises IntegrityError if the source is missing, NoSpace, HostCannot.
     """
@@ -139,6 +163,7 @@ def _mem_file(info: os.stat_result, sharing: Sharing, reason: str = "", sha256: 
 
 def _differs(path: Path, difference: str) -> IntegrityError:
     return IntegrityError(
-        f"The mem-file {path} is not what was captured: {difference}",
+        f"The mem-file {path} differs from its capture: {difference}",
+        difference=difference,
         hint="remove this instance, and fork again from a source that `coppice verify` finds intact",
     )

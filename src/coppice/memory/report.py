@@ -1,40 +1,44 @@
-"""What a guest's memory costs, as the kernel accounts it, and whether it really shares its mem-file (invariant 5).
+"""The cost of a guest's memory in the kernel's accounts, and whether it really shares its mem-file
+(invariant 5).
 
-Unique is the anonymous and swapped part of a private guest-RAM mapping. Private_Dirty is not: it also counts pages of
-the shared file that only one process happens to map, 19 MiB against 0.5 MiB in one measurement.
+Unique memory is the anonymous and swapped part of a private guest-RAM mapping. Private_Dirty is not
+used: it also counts pages of the shared file that only one process maps, 19 MiB against 0.5 MiB in
+one measurement.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from coppice.disk.atomic import os_errors
-from coppice.memory.maps import (
+from coppice.linux.files import os_errors
+from coppice.linux.maps import (
     FileIdentity,
     VmaUsage,
     identify,
     likely_identity,
     maps_of,
     parse_smaps,
-    read_maps,
+    private_parts,
     read_text,
     smaps_of,
+    spans_of,
     total_anonymous,
 )
-from coppice.memory.pagemap import usages
+from coppice.linux.pagemap import usages
 from coppice.model import MemFile, MemoryReport, Sharing
 
 
 class Backing(StrEnum):
-    """What the guest RAM of a process is made of."""
+    """The memory that backs a process's guest RAM."""
 
     PRIVATE = "private"  # the mem-file, MAP_PRIVATE: pages are shared until the guest writes them
-    SHARED = "shared"  # the mem-file, MAP_SHARED: the guest writes into the file, which is its own
+    SHARED = "shared"  # the mem-file, MAP_SHARED: the guest writes into its own file
     COPY = "copy"  # other memory of the guest's size: the VMM allocated it, or the driver copied
-    NONE = "none"  # no guest RAM to be seen
+    NONE = "none"  # no guest RAM found
 
 
 class GuestRam(NamedTuple):
@@ -44,11 +48,14 @@ class GuestRam(NamedTuple):
     ram: list[VmaUsage]
 
 
-def classify(usages: list[VmaUsage], identity: FileIdentity | None, size_bytes: int) -> GuestRam:
-    """Tell the guest RAM of a process from its other mappings, by the mem-file it may map and the guest's RAM size."""
-    of_file = [usage for usage in usages if usage.vma.file == identity]
+def classify(usages: list[VmaUsage], files: Collection[FileIdentity], size_bytes: int) -> GuestRam:
+    """Find the guest RAM among a process's mappings, by the files of its memory, if any, and the
+    guest's RAM size.
+    """
+    of_file = [usage for usage in usages if usage.vma.file in files]
     private = [usage for usage in of_file if usage.vma.private]
-    # The exact size goes first: QEMU's translation buffer is anonymous too, and may be larger than the guest.
+    # Prefer an exact size: QEMU's translation buffer is anonymous too, and may be larger than the
+    # guest.
     large = [usage for usage in usages if usage.vma.length >= size_bytes and "w" in usage.vma.permissions]
     copy = sorted(large, key=lambda usage: (usage.vma.length == size_bytes, usage.rss_bytes))[-1:]
     for backing, ram in ((Backing.PRIVATE, private), (Backing.SHARED, of_file), (Backing.COPY, copy)):
@@ -57,49 +64,55 @@ def classify(usages: list[VmaUsage], identity: FileIdentity | None, size_bytes: 
     return GuestRam(Backing.NONE, [])
 
 
-def _account(pid: int, path: Path, info: os.stat_result | None, size_bytes: int) -> tuple[GuestRam, int]:
-    """The guest RAM of a process, and the anonymous and swapped bytes of all that it has mapped.
+def _account(pid: int, paths: Sequence[Path], size_bytes: int) -> tuple[GuestRam, int]:
+    """Return the guest RAM of a process, and the anonymous and swapped bytes of all its mappings.
 
-    What is usual goes fast: the mem-file, mapped privately. Only for a process that does not map it, all of its mappings have to be looked at.
+    The usual case is fast: the files of the memory are mapped privately. All mappings are read only
+    if the process does not map these files.
     """
-    identity = None
-    if info is not None:
-        maps, identity = read_text(pid, "maps"), likely_identity(info)
-        vmas = maps_of(maps, identity)
-        if not vmas:
-            identity = identify(path)
-            vmas = maps_of(maps, identity)
-        private = [vma for vma in vmas if vma.private]
+    files: list[FileIdentity] = []
+    if paths:
+        maps = read_text(pid, "maps")
+        with os_errors(f"look at {paths[0]}"):
+            files = [likely_identity(path.lstat()) for path in paths]
+        if not maps_of(maps, files[0]):
+            files = [identify(path) for path in paths]
+        private = spans_of(private_parts(maps, files))
         if private and (ram := usages(pid, private)) is not None:
             return GuestRam(Backing.PRIVATE, ram), total_anonymous(read_text(pid, "smaps_rollup"))
     smaps = read_text(pid, "smaps")
-    of_file = smaps_of(smaps, identity) if identity else []
-    return classify(of_file or parse_smaps(smaps), identity, size_bytes), total_anonymous(smaps)
+    of_files = [usage for file in files for usage in smaps_of(smaps, file)]
+    return classify(of_files or parse_smaps(smaps), files, size_bytes), total_anonymous(smaps)
 
 
-def mapping_is_shared(pid: int, path: Path, expected: MemFile) -> bool:
-    """Whether the process maps the whole expected mem-file privately, so that its untouched pages cost nothing.
+def maps_privately(pid: int, path: Path) -> bool:
+    """Return whether a process maps a file privately, by the kernel's list of its mappings. Blocks.
 
-    False where a driver silently copied: no mapping of that inode, only a part of it, or other memory instead.
+    Unlike `memory_report`, it makes the kernel walk no page tables.
 
     Raises VmmDied if the process is gone, IntegrityError if the file is missing, HostCannot.
     """
+    maps = read_text(pid, "maps")
     with os_errors(f"look at {path}"):
-        inode = path.lstat().st_ino
-    identity = identify(path)
-    mapped = sum(vma.length for vma in read_maps(pid) if vma.file == identity and vma.private)
-    return inode == expected.inode and mapped >= expected.size_bytes
+        found = maps_of(maps, likely_identity(path.lstat()))
+    return any(vma.private for vma in found or maps_of(maps, identify(path)))
 
 
-def memory_report(pid: int | None, mem: MemFile | None, path: Path, *, memory_bytes: int | None = None) -> MemoryReport:
-    """Account the guest RAM of an instance, in bytes; with `pid` None it does not run, and has nothing resident.
+def memory_report(
+    pid: int | None, mem: MemFile | None, path: Path, layers: Sequence[Path] = (), *, memory_bytes: int | None = None
+) -> MemoryReport:
+    """Account the guest RAM of an instance, in bytes.
 
-    `mem` is the record of the captured mem-file at `path`, or None for an instance that never was captured. Guest RAM
-    in the instance's own file, mapped shared, counts what the file has allocated as unique. If the process does not map
-    the mem-file, all that is resident of its guest RAM is unique, and `sharing` says `copy` whatever the record says.
-    `memory_bytes` is the guest's RAM size, needed only for a VMM that boots on anonymous memory: it has no file yet.
+    If `pid` is None it does not run, and nothing is resident.
 
-    Raises VmmDied if the process is gone, IntegrityError if the file is missing and needed, HostCannot.
+    `mem` is the record of the captured mem-file at `path`, or None for an instance that was never
+    captured. Its `layers` lie over it. If the guest RAM is the instance's own file, mapped shared, the file's allocated bytes
+    count as unique. If the process does not map the mem-file, all its resident guest RAM is unique,
+    and `sharing` is `copy` regardless of the record. `memory_bytes` is the guest's RAM size, needed
+    only for a VMM that boots on anonymous memory: it has no file yet.
+
+    Raises VmmDied if the process is gone, IntegrityError if the file is missing and needed,
+    HostCannot.
     """
     file_expected = mem is not None or memory_bytes is None
     info: os.stat_result | None = None
@@ -120,16 +133,17 @@ def memory_report(pid: int | None, mem: MemFile | None, path: Path, *, memory_by
             vmm_overhead_bytes=0,
             inode=inode,
             link_count=links,
+            layers=len(layers),
             sharing=sharing,
         )
-    found, all_anonymous = _account(pid, path, info, size)
+    found, all_anonymous = _account(pid, () if info is None else (path, *layers), size)
     rss, anonymous, swap = (
         sum(usage.rss_bytes for usage in found.ram),
         sum(usage.anonymous_bytes for usage in found.ram),
         sum(usage.swap_bytes for usage in found.ram),
     )
-    # Not Private_Clean: a page of QEMU's program that only one process happens to map is page cache all the same.
-    overhead = max(all_anonymous - anonymous - swap, 0)  # the guest runs on between the two looks
+    # Without Private_Clean: a page of QEMU's program that only one process maps is page cache too.
+    overhead = max(all_anonymous - anonymous - swap, 0)  # the guest runs between the two measurements
     unique, shared = anonymous + swap, max(rss - anonymous, 0)
     if found.backing is Backing.SHARED and info is not None:
         unique, shared = info.st_blocks * 512, 0
@@ -143,5 +157,6 @@ def memory_report(pid: int | None, mem: MemFile | None, path: Path, *, memory_by
         vmm_overhead_bytes=overhead,
         inode=inode,
         link_count=links,
+        layers=len(layers),
         sharing=None if found.backing is Backing.NONE else sharing,
     )

@@ -1,57 +1,115 @@
 """The contract between Coppice and a VMM.
 
-A driver runs one VMM process per instance, with the instance's directory as working directory and **only relative paths** in its
-configuration, so that what it captures can be restored in any other directory. It never touches a file outside of that directory, it keeps
-no state of its own between calls (another process may make the next call), and it leaves the directory to its caller: files are placed before
-`boot` or `restore` and removed after the process has ended by the caller alone.
+A driver runs one VMM process for each instance. The process works in the instance's directory. Its
+configuration has **relative paths only**, so that its captures can be restored in any directory.
 
-Who cleans up: a call that raises leaves no VMM process behind if it was the call that started it; any other call leaves the process as it is, and the
-caller decides. `quit` is idempotent and always ends the process.
+These rules hold for every method:
+
+* A driver touches no file outside the instance's directory.
+* A driver keeps no state between calls, because another process may make the next call.
+* The caller places all files before `boot` or `restore`, and removes them after the process ended.
+* The caller holds the instance's lock, so that no two calls work on the same machine. `dial`,
+  `alive`, `is_paused` and `wait_exit` need no lock.
+* `boot` or `restore` that raises leaves no VMM process behind. Any other call that raises leaves
+  the process and the guest as they are, unless it raises `VmmDied`; the caller decides what to do.
 """
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from coppice.errors import NotSupported
 from coppice.model import MachineSpec, Manifest, Publish, Record, VmmProcess
+from coppice.model.network import Nic, NicBackend
 
-# Files of an instance's directory that a driver knows. All else in the directory is the host's.
-LIVE_MEMORY: Final = "memory.live"  # guest RAM of a first boot, still written by the guest
-MEMORY: Final = "memory"  # the captured mem-file: 0444, never changes
+if TYPE_CHECKING:
+    from coppice.linux.remap import Layer
+
+# Files of an instance's directory that a driver knows by name. Disks are named by `Launch`.
+LIVE_MEMORY: Final = "memory.live"  # guest RAM of a first boot, if the driver boots in a file: the guest writes to it
+MEMORY: Final = "memory"  # the captured mem-file: mode 0444, never changes
+MEMORY_NEW: Final = "memory.new"  # guest RAM, while a capture writes it
 VMSTATE: Final = "vmstate"  # device state, without RAM
-VMSTATE_NEW: Final = "vmstate.new"  # being captured
-ROOT_DISK: Final = "root.img"
-OVERLAY_DISK: Final = "overlay.raw"
+VMSTATE_NEW: Final = "vmstate.new"  # device state, while a capture writes it
 KERNEL: Final = "vmlinuz"
 INITRD: Final = "initrd"
 CONSOLE_LOG: Final = "console.log"
 VMM_LOG: Final = "vmm.log"
-VOLUME_DISK: Final = "volume{}.raw"  # by its place in the machine's volumes
-PORT_SOCKET: Final = "port{}.sock"
 PORTS: Final = 8  # agent ports: one for control, the others for sessions
+
+# File names of a machine's disks. No driver knows these names.
+ROOT_DISK: Final = "root.img"
+OVERLAY_DISK: Final = "overlay.raw"
+OVERLAY: Final = "overlay"  # the serial of the overlay disk, which every machine has
+VOLUME_DISK: Final = "volume{}.raw"  # by the index of the volume in the machine
+
+
+_TABLES: Final = 16 << 20
+
+
+class AgentDevice(StrEnum):
+    """The virtual device that carries the agent's ports, by the kernel module that drives it."""
+
+    SERIAL = "virtio_console"
+    VSOCK = "vmw_vsock_virtio_transport"
 
 
 class Capabilities(Record, frozen=True, kw_only=True):
-    """What a driver can do; callers branch on these and never on a driver's name."""
+    """What a driver can do. Callers read these, and never a driver's name."""
 
-    maps_mem_file_privately: bool  # restore maps MEMORY with MAP_PRIVATE, so a hard link may be shared
-    boots_in_file: bool  # on first boot guest RAM is LIVE_MEMORY, so a capture writes no RAM
-    restores_without_kernel: bool  # restore wants only stubs in place of kernel and initrd
+    maps_mem_file_privately: bool  # a restore maps MEMORY with MAP_PRIVATE, so a hard link may be shared
+    maps_layers: bool  # a restore maps Launch.layers over MEMORY before anything reads the guest's memory
+    boots_in_file: bool  # on first boot guest RAM is the file LIVE_MEMORY, so a capture writes no RAM
     restores_paused: bool  # a restore can load the state and leave the guest stopped
-    user_mode_network: bool
-    relative_paths: bool  # nothing in VMSTATE names a directory
+    nic_backends: frozenset[NicBackend]  # the backends that it can connect a NIC to
+    agent_device: AgentDevice = AgentDevice.SERIAL
+    enters_by_pvh: bool = False  # an ELF kernel must have a PVH entry point
+    layer_format: str = ""  # of the layers that a disk may consist of; "" if each disk must be one raw file
+
+
+class Saved(StrEnum):
+    """Where the RAM of a paused machine is after `save`."""
+
+    IN_FILE = "in its file"  # LIVE_MEMORY, which the VMM maps shared: complete, and still mapped
+    IN_PROCESS = "in the process"  # private pages of the VMM over MEMORY and its layers: the caller must collect them
+    WRITTEN = "written"  # the VMM has written all of it to MEMORY_NEW
+
+
+class Disk(Record, frozen=True, kw_only=True):
+    """One disk of a machine. The guest knows it by its serial number."""
+
+    path: str  # relative to the instance's directory
+    serial: str
+    readonly: bool
+    size_bytes: int
+    below: tuple[str, ...] = ()  # the files that `path` is a layer over, from the raw one on; only read
+
+    @property
+    def largest_bytes(self) -> int:
+        """The most bytes that its file may have. A layer has tables too, and free parts between used ones."""
+        return self.size_bytes + (self.size_bytes // 4 + _TABLES if self.below else 0)
 
 
 class Launch(Record, frozen=True, kw_only=True):
-    """What a VMM needs to run one instance once. Paths inside of `directory` are the constants above."""
+    """The parameters of one run of one instance.
+
+    A restored machine has the saved machine's devices, in the same order, with the directory, disk
+    files and network of this record.
+    """
 
     directory: Path
     machine: MachineSpec
-    mac: str
-    publish: tuple[Publish, ...] = ()
+    disks: tuple[Disk, ...]  # in the order of their devices
+    nics: tuple[Nic, ...] = ()  # their number and order are part of VMSTATE
     manifest: Manifest
+    layers: tuple[Layer, ...] = ()  # for a restore: mapped over MEMORY; see `Capabilities.maps_layers`
+    user: int | None = None  # the user id that the VMM drops root to; unique in the data directory
+    cgroup: Path | None = None  # the control group that the VMM starts in
 
 
 class VmmDriver(ABC):
@@ -65,78 +123,190 @@ class VmmDriver(ABC):
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What this driver can do here."""
+        """What this driver can do on this host."""
 
     @abstractmethod
     async def manifest(self, machine: MachineSpec) -> Manifest:
-        """Say what a capture of this machine, made here and now, could be restored on.
+        """Return what a host needs to restore a capture of this machine made now on this host.
 
         :raises MissingTool: the VMM is not installed
-        :raises HostCannot: an accelerator was asked for that this host lacks
+        :raises HostCannot: this host lacks the requested accelerator
         """
+
+    def loses_connections(self, manifest: Manifest) -> bool:  # noqa: ARG002 - for drivers that do
+        """Return whether a connection that is made right after a restore may break, or never be
+        answered.
+        """
+        return False
 
     @abstractmethod
     async def boot(self, launch: Launch) -> VmmProcess:
-        """Start a machine from its kernel. Returns when the VMM process runs; the guest may still be booting.
+        """Start a machine from KERNEL, INITRD and its disks.
 
-        :raises VmmDied: the VMM ended at once; the message carries the end of its log
+        Prerequisites: the directory has KERNEL, INITRD and all disks, and no VMM works in it. The
+        driver replaces stale sockets.
+        On success the VMM process runs, and the guest may still be booting.
+        On failure there is no process.
+
+        :raises VmmDied: the VMM ended at once; the message has the end of its log
         """
 
     @abstractmethod
     async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
-        """Start a machine from MEMORY and VMSTATE; the guest runs as soon as the state is loaded, or with `paused` (see `restores_paused`) once it is resumed.
+        """Start a machine from MEMORY and VMSTATE.
 
-        As soon as the VMM answers (see `is_paused`), it has mapped MEMORY, and does not need its name any more.
+        Prerequisites: as for `boot`, and the directory has MEMORY, its layers and VMSTATE of one
+        capture, whose manifest equals `launch.manifest`. KERNEL and INITRD may be stubs. `paused`
+        needs the capability `restores_paused`, and layers need `maps_layers`. On success the VMM
+        process runs. The guest runs as soon as the state is loaded, or with `paused` when it is
+        resumed. When the VMM answers (see `is_paused`), it has mapped MEMORY and the layers, and no
+        longer needs their names. If the state cannot be
+        loaded, the only sign may be that the process ends: a caller that waits for the guest must
+        wait for `wait_exit` too. On failure there is no process, and MEMORY and VMSTATE are
+        unchanged.
 
-        Returns when the VMM process runs. A state that cannot be loaded shows as the end of the process, which
-        `wait_exit` reports: whoever waits for the guest's answer waits for that too.
+        :raises VmmDied: the VMM ended at once; the message has the end of its log
+        :raises HostCannot: the VMM cannot be traced here, so that no layers can be mapped
         """
 
-    @abstractmethod
-    async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
-        """The ports that a machine was launched with, with the host port that was picked in place of each 0.
+    async def forwards(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:  # noqa: ARG002
+        """Return the forwards of a user-mode NIC, in the order of `asked`, each 0 replaced by the
+        picked port.
 
-        :raises VmmDied: there is no VMM to ask
-        :raises VmmError: its answer is not understood
+        Prerequisite: `nic_backends` has USER_MODE, and the machine was launched with a NIC that has
+        the forwards `asked`.
+
+        :raises NotSupported: the driver has no user-mode NICs
+        :raises VmmDied: no VMM runs
+        :raises VmmError: the VMM's answer is not understood
+        """
+        raise NotSupported(f"{self.name} forwards no ports", hint="use another network")
+
+    def make_layer(self, path: Path, size_bytes: int) -> None:  # noqa: ARG002
+        """Make an empty layer of a disk at a new path. Blocks.
+
+        Prerequisite: the capability `layer_format`, as for `merge_layers` and `flatten_disk`. No
+        layer has the path of a file below it: the callers of these methods give the chain.
+
+        :raises NoSpace: the disk is full
+        :raises HostCannot: it cannot be made on this host
+        """
+        raise _raw_only(self.name)
+
+    def merge_layers(self, base: Path, layers: Sequence[Path], top: Path) -> None:  # noqa: ARG002
+        """Write the content of `layers` into the layer `top` above them. Blocks.
+
+        Prerequisite: nothing uses `top`. On success `top` over `base` is the same disk. `base` and
+        `layers` are only read. On failure `top` is useless.
+
+        :raises NoSpace: the disk is full
+        :raises HostCannot: a layer is damaged, or this host cannot do it
+        """
+        raise _raw_only(self.name)
+
+    def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:  # noqa: ARG002
+        """Write a disk that consists of layers as one raw file to a new path. Blocks.
+
+        `base` and `layers` are only read. On failure the caller removes `out`.
+
+        :raises NoSpace: the disk is full
+        :raises HostCannot: a layer is damaged, or this host cannot do it
+        """
+        raise _raw_only(self.name)
+
+    @abstractmethod
+    async def dial(self, directory: Path, port: int) -> socket.socket:
+        """Connect to an agent port (0 to PORTS - 1) of a machine; return a non-blocking stream
+        socket.
+
+        Prerequisites: none. The machine may be starting, paused or gone.
+        On success the caller owns the socket. The guest may not have read anything yet.
+        On failure nothing is left open. A caller tries again until its own deadline.
+
+        :raises OSError: nothing listens: ConnectionError, FileNotFoundError, BlockingIOError or
+            TimeoutError
         """
 
     @abstractmethod
     async def pause(self, directory: Path) -> None:
-        """Stop the vCPUs and drain the disks. Pausing a paused machine does nothing."""
+        """Stop the vCPUs and drain the disks. Idempotent.
+
+        Prerequisites: a VMM runs in the directory. On success no vCPU runs, and all disk writes of
+        the guest are in the disk files (not yet synced). On failure the machine may run or be
+        paused: the caller resumes it.
+
+        :raises VmmDied: there is no VMM
+        :raises VmmError: the VMM refused
+        :raises VmmTimeout: the VMM did not answer
+        """
 
     @abstractmethod
     async def resume(self, directory: Path) -> None:
-        """Let a paused machine run. Resuming a running machine does nothing."""
+        """Let a paused machine run. Idempotent.
+
+        Prerequisites: a VMM runs in the directory; it may have been saved or restored with
+        `paused`. On success the vCPUs run. On failure the machine may still be paused.
+
+        :raises VmmDied: there is no VMM
+        :raises VmmError: the VMM refused
+        :raises VmmTimeout: the VMM did not answer
+        """
 
     @abstractmethod
-    async def save_devices(self, directory: Path) -> None:
-        """Write the device state of a paused machine to VMSTATE_NEW. The machine stays paused, and can be resumed.
+    async def save(self, directory: Path) -> Saved:
+        """Write the device state to VMSTATE_NEW; return where the RAM of the same instant is.
 
-        RAM is not written: with `boots_in_file` it is in LIVE_MEMORY, else the memory room collects it from the process.
+        Prerequisites: the machine is paused. Neither VMSTATE_NEW nor MEMORY_NEW is in use; existing
+        ones are replaced. On success VMSTATE_NEW is complete, and MEMORY_NEW too if the result is
+        `WRITTEN`; neither is synced. The machine stays paused and can be resumed. While it is
+        paused, its RAM does not change. On failure the machine stays paused and can be resumed. The
+        caller removes VMSTATE_NEW and MEMORY_NEW.
+
+        MEMORY, VMSTATE and any file with other links are never written to.
+
+        :raises NoSpace: the disk is full
+        :raises VmmDied: there is no VMM
+        :raises VmmError: the VMM refused
+        :raises VmmTimeout: the VMM did not answer
         """
 
     @abstractmethod
     async def is_paused(self, directory: Path) -> bool:
-        """Whether the vCPUs are stopped.
+        """Return whether the vCPUs are stopped. Changes nothing.
 
-        :raises VmmDied: there is no VMM to ask
+        :raises VmmDied: no VMM answers
         """
 
     @abstractmethod
     async def quit(self, directory: Path, process: VmmProcess) -> None:
-        """End the VMM at once, without the guest's help. Idempotent; returns when the process is gone."""
+        """End the VMM at once, without the guest's help. Idempotent.
+
+        Prerequisites: none. The process may be gone; a recycled pid is left alone. On success the
+        process is gone, and the caller may change or remove any file of the directory. On failure
+        the process may run.
+
+        :raises VmmTimeout: the kernel did not end it in time
+        """
 
     @abstractmethod
     async def wait_exit(self, directory: Path, process: VmmProcess) -> str:
-        """Wait until the VMM process has ended; return why, in one line, as far as its log tells."""
+        """Wait for the end of the VMM process; return the reason, one line. Changes nothing."""
 
     @abstractmethod
     def alive(self, process: VmmProcess) -> bool:
-        """Whether this very process runs: pid, start time and executable must match.
+        """Return whether exactly this process runs: pid, start time and executable must match.
 
-        :raises HostCannot: the kernel does not show it
+        :raises HostCannot: the kernel hides the process's executable from this user
         """
 
     @abstractmethod
     def find_orphans(self, instances: Path) -> dict[Path, list[VmmProcess]]:
-        """VMM processes of this driver whose working directory is below `instances`, by that directory."""
+        """Return this driver's VMM processes whose working directory is directly below `instances`,
+        by directory.
+
+        Includes launchers that are about to become a VMM. Blocks.
+        """
+
+
+def _raw_only(name: str) -> NotSupported:
+    return NotSupported(f"{name} has no disk layers", hint="use another VMM: see `coppice run --help`")

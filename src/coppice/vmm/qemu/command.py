@@ -1,116 +1,173 @@
-"""The QEMU command line: one machine, the same for a first boot and for a restore, with relative paths only.
+"""The QEMU command line, with relative paths only.
 
-What a vmstate was saved from and what it is loaded into must agree in every device, so there is one function for both; only where
-guest RAM comes from, and whether there is a kernel to run, differs.
+The machine that a vmstate is loaded into must have the same devices as the saved one. So boot and
+restore share one function; they differ only in the source of guest RAM and in the kernel.
 """
 
 from __future__ import annotations
 
-from coppice.model import MachineSpec, Publish, VolumeDisk
+from collections.abc import Mapping, Sequence
+
+from coppice.errors import NotSupported
+from coppice.model import ANY_PORT, MIB, MachineSpec
+from coppice.model.network import Nic, NicBackend
 from coppice.vmm import driver as files
+from coppice.vmm.driver import Disk
+from coppice.vmm.qemu import releases
+from coppice.vmm.qemu.releases import Release
 
-# microvm: no PCI, no option ROMs. acpi=on: Debian's kernel has no virtio_mmio.device= parameter and finds the devices through ACPI, so the words that
-# QEMU would append to the kernel command line are useless. rtc=on: without a CMOS clock the kernel waits 2 s for one. pit and pic stay on: without
-# them the kernel has nothing to calibrate against. suppress-vmdesc: the device state is saved without the JSON description that the loader would miss.
-MACHINE = "microvm,acpi=on,auto-kernel-cmdline=off,x-option-roms=off,rtc=on,isa-serial=on,suppress-vmdesc=on,memory-backend=ram"
+# How the kernel finds the machine's devices. Debian's kernel finds them through ACPI, since it has
+# no virtio_mmio.device= parameter. QEMU appends this parameter to the command line for a kernel
+# without ACPI.
+_BY_ACPI = "acpi=on,auto-kernel-cmdline=off"
+_BY_COMMAND_LINE = "acpi=off,auto-kernel-cmdline=on"
+# microvm: no PCI, no option ROMs. rtc=on: without a CMOS clock the kernel waits 2 s for one. pit
+# and pic stay on: the kernel calibrates against them. suppress-vmdesc: no JSON description in the
+# device state.
+_MACHINE = "microvm,{devices},x-option-roms=off,rtc=on,isa-serial=on,suppress-vmdesc=on,memory-backend=ram"
+_BUSES_WITHOUT_ACPI = 8  # virtio-mmio; with ACPI there are 24
 QMP_SOCKET = "qmp.sock"
+PORT_SOCKET = "port{}.sock"
 
-# Releases of QEMU from which on it is done in another way (docs/system: "Deprecated features", "Removed features"; qapi/qom.json).
-READ_ONLY_RAM = (
-    8,
-    2,
-)  # memory-backend-file has rom=: a file that is open for reading only can be RAM that the guest writes to
-RUN_WITH_USER = (9, 1)  # -run-with user= takes the place of -runas, which 10.0 has no more
-
-# quiet: each line on an emulated serial port costs milliseconds. panic=-1 with -no-reboot: a panic ends the VMM. cryptomgr.notests: 0.25 s under TCG.
+# quiet: each line on an emulated serial port costs milliseconds. panic=-1 with -no-reboot: a panic
+# ends the VMM. cryptomgr.notests saves 0.25 s under TCG.
 _KERNEL_WORDS = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "random.trust_cpu=on", "cryptomgr.notests")
 
 
 def kernel_command_line(accel: str, tsc_khz: int) -> str:
-    """Kernel command line for a first boot.
+    """Return the kernel command line for a first boot.
 
-    Under TCG the guest's time-stamp counter is the host's own, and calibrating it against an emulated timer fails on a
-    loaded host; so the kernel is told the frequency. KVM has its own clock.
+    Under TCG the guest's time-stamp counter is the host's own. Calibrating it against an emulated
+    timer fails on a loaded host, so the command line gives the frequency. KVM has its own clock.
     """
     words = list(_KERNEL_WORDS)
     if accel == "tcg":
-        # reliable: the emulated CPU does not say that its counter is invariant, and the kernel would keep time by counting ticks, which a
-        # loaded host loses.
-        words += [f"tsc_early_khz={tsc_khz}", "tsc=reliable"]
-        words += [
-            "psi=0"
-        ]  # pressure accounting in every context switch: a twentieth of the code that a fork has to translate
+        # tsc=reliable: the emulated CPU does not declare its counter invariant, so the kernel would
+        # count ticks instead, which a loaded host loses. psi=0: pressure accounting in every
+        # context switch is a twentieth of the code that a fork has to translate.
+        words += [f"tsc_early_khz={tsc_khz}", "tsc=reliable", "psi=0"]
     return " ".join(words)
+
+
+def machine_type(machine: MachineSpec) -> str:
+    """Return the value of `-M`. It is in the manifest: captures load only into the same type."""
+    return _MACHINE.format(devices=_BY_ACPI if machine.acpi else _BY_COMMAND_LINE)
+
+
+def translation_bytes(machine: MachineSpec) -> int:
+    """Return the most memory that QEMU may use for translated guest code.
+
+    QEMU's own limit is an eighth of the host's memory, up to 1 GiB, and a busy guest fills it: 250
+    MiB in a minute of numpy, perl and apt. With 32 MiB the same work took the same CPU time, though
+    the code is translated again whenever the buffer is full.
+    """
+    return min(max(machine.memory_bytes // 8, 32 * MIB), 256 * MIB)
+
+
+def require_buses(machine: MachineSpec, devices: int) -> None:
+    """Refuse a machine with more devices than buses.
+
+    :param devices: the number of its disks and NICs
+    :raises NotSupported: it has too many; the message says how many volumes are possible
+    """
+    excess = 1 + devices - _BUSES_WITHOUT_ACPI  # one bus is for the agent's ports
+    if not machine.acpi and excess > 0:
+        raise NotSupported(
+            f"a machine whose kernel has no ACPI cannot have {len(machine.volumes)} volumes",
+            hint=f"attach {len(machine.volumes) - excess}, or run with a kernel that has ACPI",
+        )
 
 
 def machine_arguments(
     executable: str,
     *,
-    release: tuple[int, int],
+    release: Release,
     accel: str,
     cpu_model: str,
     machine: MachineSpec,
-    mac: str,
-    publish: tuple[Publish, ...],
+    disks: Sequence[Disk],
+    nics: tuple[Nic, ...],
     socket_fds: dict[str, int],
+    nic_fds: Mapping[Nic, int] = {},
     run_as: int | None,
 ) -> list[str]:
-    """The part of the command line that a vmstate depends on. `socket_fds` has a listening socket for each socket name.
+    """Return the part of the command line that a vmstate depends on.
 
-    `release` is QEMU's own, major and minor number: some options are spelt anew.
-
-    With `run_as` QEMU gives up root for that user once it has opened its files, and can open no other afterwards.
+    :param release: the release of `executable`: some options differ (see `releases`)
+    :param socket_fds: a listening socket for each socket name
+    :param nic_fds: the open TAP, or the socket of the helper, of each NIC that has one
+    :param run_as: the user that QEMU drops root to, after opening its files; it can open no others
     """
-    accelerator = "tcg,thread=multi" if accel == "tcg" else accel
+    accelerator = f"tcg,thread=multi,tb-size={translation_bytes(machine) // MIB}" if accel == "tcg" else accel
     arguments = [
         executable, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-name", "coppice", "-M", MACHINE, "-accel", accelerator, "-cpu", cpu_model,
+        "-name", "coppice", "-M", machine_type(machine), "-accel", accelerator, "-cpu", cpu_model,
         "-smp", str(machine.cpus), "-m", f"size={machine.memory_bytes // (1 << 20)}M",
-        # To give up root QEMU must be let change its user; having done so it cannot again, nor can it start a program.
+        # Dropping root needs a permitted change of user. Afterwards QEMU can neither change it
+        # again nor start a program.
         "-sandbox", f"on,obsolete=deny,elevateprivileges={'deny' if run_as is None else 'allow'},spawn=deny,resourcecontrol=deny",
-        *(() if run_as is None else _run_as(run_as, release)),
-        "-chardev", f"socket,id=qmp,fd={socket_fds[QMP_SOCKET]},server=on,wait=off", "-mon", "chardev=qmp,mode=control",
-        # The device state carries no configuration section: it is saved alone, without RAM.
+        *(() if run_as is None else releases.run_as(release, run_as)),
+        "-chardev", f"socket,id=qmp,fd={socket_fds[QMP_SOCKET]},server=on,wait=off",
+        *releases.monitor(release, "qmp"),
+        # The device state is saved alone, without RAM, so it has no configuration section.
         "-global", "migration.send-configuration=off",
         "-chardev", f"file,id=console,path={files.CONSOLE_LOG},append=on", "-serial", "chardev:console",
         "-device", "virtio-serial-device,max_ports=16",
     ]  # fmt: skip
     for port in range(files.PORTS):
-        name = files.PORT_SOCKET.format(port)
+        name = PORT_SOCKET.format(port)
         arguments += [
             "-chardev", f"socket,id=port{port},fd={socket_fds[name]},server=on,wait=off",
             "-device", f"virtserialport,chardev=port{port},name=coppice.{port},nr={port + 1}",
         ]  # fmt: skip
-    forwards = "".join(
-        f",hostfwd={rule.protocol}:{rule.host_address}:{rule.host_port}-:{rule.guest_port}" for rule in publish
-    )
     arguments += [
-        "-netdev", f"user,id=net0{forwards}", "-device", f"virtio-net-device,netdev=net0,guest_announce=off,mac={mac}",
-        *_disk("overlay", files.OVERLAY_DISK, read_only=False),
-        *_disk("root", files.ROOT_DISK, read_only=True),
-        *(word for number, disk in enumerate(machine.volumes) for word in _volume(number, disk)),
+        *(word for number, nic in enumerate(nics) for word in _nic(number, nic, nic_fds.get(nic, -1))),
+        *(word for disk in disks for word in _disk(disk)),
     ]  # fmt: skip
     return arguments
 
 
-def _run_as(user: int, release: tuple[int, int]) -> tuple[str, str]:
-    return ("-run-with", f"user={user}:{user}") if release >= RUN_WITH_USER else ("-runas", f"{user}:{user}")
+def _nic(number: int, nic: Nic, descriptor: int) -> list[str]:
+    """Return a NIC and its backend. It sends no announcement after a restore."""
+    backend = {
+        NicBackend.USER_MODE: _user_mode(nic),
+        NicBackend.TAP: f"tap,fd={descriptor},vhost=off",
+        NicBackend.STREAM: f"stream,server=off,addr.type=fd,addr.str={descriptor}",
+    }[nic.backend]
+    return [
+        "-netdev", f"{backend},id=net{number}",
+        "-device", f"virtio-net-device,netdev=net{number},guest_announce=off,mac={nic.mac}",
+    ]  # fmt: skip
 
 
-def _disk(name: str, path: str, *, read_only: bool) -> list[str]:
-    """A raw disk through the page cache. A read-only one takes no lock: all forks have a link to the same file."""
-    node = f"driver=raw,node-name={name},read-only={'on' if read_only else 'off'},discard=unmap"
-    node += f",file.driver=file,file.filename={path},file.locking=off"
-    return ["-blockdev", node, "-device", f"virtio-blk-device,drive={name},serial={name}"]
+def _user_mode(nic: Nic) -> str:
+    # QEMU binds the last rule first. Fixed ports come last, so that the kernel cannot pick one of
+    # them for another rule.
+    rules = sorted(nic.forwards, key=lambda rule: rule.host_port != ANY_PORT)
+    return "user" + "".join(
+        f",hostfwd={rule.protocol}:{rule.host_address}:{rule.host_port}-:{rule.guest_port}" for rule in rules
+    )
 
 
-def _volume(number: int, disk: VolumeDisk) -> list[str]:
-    """The guest knows it by its serial number: what is on it was written by other guests, and is not to be believed."""
-    return _disk(f"volume{number}", files.VOLUME_DISK.format(number), read_only=disk.readonly)
+def _disk(disk: Disk) -> list[str]:
+    """Return a disk through the page cache, without a lock: forks link to the same files.
+
+    The whole chain of its layers is given here, so QEMU follows no name in a layer's header.
+    """
+    node = f"node-name={disk.serial},discard=unmap"
+    above = ""
+    for path in (disk.path, *reversed(disk.below)):
+        readonly = "on" if disk.readonly or above else "off"
+        layered = disk.below and path != disk.below[0]
+        node += f",{above}driver={'qcow2' if layered else 'raw'},{above}read-only={readonly}"
+        node += f",{above}file.driver=file,{above}file.filename={path},{above}file.locking=off"
+        node += f",{above}file.read-only=on" if above else ""
+        above += "backing."
+    return ["-blockdev", node, "-device", f"virtio-blk-device,drive={disk.serial},serial={disk.serial}"]
 
 
 def boot_arguments(machine: MachineSpec, command_line: str) -> list[str]:
-    """First boot: guest RAM *is* the file, so a capture has no RAM to write."""
+    """Return the arguments of a first boot. Guest RAM *is* the file, so a capture writes none."""
     return [
         "-object", _memory(machine, files.LIVE_MEMORY, share=True),
         "-kernel", files.KERNEL, "-initrd", files.INITRD, "-append", command_line,
@@ -118,18 +175,18 @@ def boot_arguments(machine: MachineSpec, command_line: str) -> list[str]:
 
 
 def restore_arguments(
-    machine: MachineSpec, vmstate_fd: int, release: tuple[int, int], *, paused: bool = False
+    machine: MachineSpec, vmstate_fd: int | None, release: Release, *, paused: bool = False
 ) -> list[str]:
-    """Restore: the mem-file is mapped MAP_PRIVATE; kernel and initrd are stubs, since nothing ever reads them.
+    """Return the arguments of a restore. The mem-file is mapped MAP_PRIVATE; nothing reads the
+    kernel and initrd.
 
-    QEMU opens the mem-file for reading only, where its release can: then not even a guest that has broken out of it can write to what
-    all forks share.
+    :param vmstate_fd: an open vmstate, if the release cannot open the file itself
+        (`releases.INCOMING_FILE`)
     """
-    read_only = ",readonly=on,rom=off" if release >= READ_ONLY_RAM else ""
     return [
-        "-object", _memory(machine, files.MEMORY, share=False) + read_only,
+        "-object", _memory(machine, files.MEMORY, share=False) + releases.private_memory(release),
         "-kernel", files.KERNEL, "-initrd", files.INITRD, "-append", "",
-        "-incoming", f"fd:{vmstate_fd}",
+        "-incoming", releases.incoming(vmstate_fd),
         *(["-S"] if paused else []),
     ]  # fmt: skip
 

@@ -1,44 +1,72 @@
 """The QEMU driver: runs anywhere, under TCG or KVM.
 
-Capture: `stop`, then `xen-save-devices-state`, which despite its name is built into every QEMU and writes the state of all devices
-without RAM (docs: qemu.org, QMP reference, "migration"). It works alike for RAM in a shared file and on a private mapping, takes about a
-millisecond, and leaves the machine resumable. RAM is either in its file already (first boot), or collected by the memory room.
+Capture: `stop`, then `xen-save-devices-state`. Despite its name, every QEMU has this command. It
+writes the state of all devices without RAM (qemu.org, QMP reference, "migration"), takes about 5
+ms, and leaves the machine resumable. The RAM of a first boot is in its file already. After a
+restore, RAM is in private pages, which the caller collects.
 
-Restore: `-incoming` reads that state; guest RAM is the mem-file mapped MAP_PRIVATE.
+Restore: `-incoming` reads that state; guest RAM is the mem-file mapped MAP_PRIVATE. QEMU reads the
+guest's memory while it loads the state. So if the memory has layers, QEMU gets the state through a
+pipe, and the layers are mapped before the first byte is written.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import re
-import shutil
+import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from coppice.errors import CoppiceError, HostCannot, NoSpace, VmmDied, VmmError
+import msgspec
+
+from coppice.completion import complete, in_thread
+from coppice.errors import NoSpace, UsageError, VmmDied, VmmError, VmmTimeout
+from coppice.linux.files import os_errors
+from coppice.linux.kvm import read_cpu
 from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
+from coppice.model.network import NicBackend
+from coppice.vmm import confinement, layers, sockets, starting, taps
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
-from coppice.vmm.driver import Capabilities, Launch, VmmDriver
-from coppice.vmm.qemu import command, host, ports
-from coppice.vmm.qemu.monitor import monitor
+from coppice.vmm.driver import Capabilities, Launch, Saved, VmmDriver
+from coppice.vmm.qemu import command, host, images, ports, releases
+from coppice.vmm.starting import Rights
+
+if TYPE_CHECKING:
+    from coppice.vmm.qemu.monitor import Monitor
 
 _LOG_TAIL = 2000
-# QEMU before 8.2 opens a mem-file for writing even where it maps it privately, and mode 0444 forbids that to everybody but root. In a user namespace of
-# its own it is root of its own files, and of nothing else.
-_ROOT_OF_ITS_OWN = ("unshare", "--user", "--map-root-user")
-_NOBODY = 65534
-_FIRST_USER = 0x40000000  # far above what distributions, containers and systemd hand out
+_PIPE_BYTES = 1 << 16
+_FEED_S = 60.0  # without a byte read
+# QEMU starts as root, opens its files, and drops root: no user but root can open its files, or the
+# devices of every host. These capabilities are the most that it can have until then: to open files
+# of another user, to change its user, and to publish ports below 1024.
+_UNTIL_IT_DROPS_ROOT = 1 << 1 | 1 << 6 | 1 << 7 | 1 << 10  # DAC_OVERRIDE, SETGID, SETUID, NET_BIND_SERVICE
+
+
+def monitor(directory: Path, socket_name: str) -> AbstractAsyncContextManager[Monitor]:
+    """Open a conversation. Imported late, because listing machines needs none."""
+    from coppice.vmm.qemu.monitor import monitor
+
+    return monitor(directory, socket_name)
 
 
 class QemuDriver(VmmDriver):
     """QEMU with the microvm machine. `accel` is `auto`, `tcg` or `kvm`."""
 
     def __init__(self, accel: str = "auto") -> None:
+        """Make a driver.
+
+        :raises UsageError: `accel` is none of the three
+        """
+        if accel not in ("auto", "tcg", "kvm"):
+            raise UsageError(f"there is no accelerator {accel!r}", hint="use auto, tcg or kvm")
         self._wanted_accel = accel
 
     @property
@@ -49,20 +77,21 @@ class QemuDriver(VmmDriver):
     def capabilities(self) -> Capabilities:
         return Capabilities(
             maps_mem_file_privately=True,
+            maps_layers=layers.mappable(),
             boots_in_file=True,
-            restores_without_kernel=True,
             restores_paused=True,
-            user_mode_network=True,
-            relative_paths=True,
+            nic_backends=frozenset({NicBackend.USER_MODE, NicBackend.TAP, NicBackend.STREAM}),
+            enters_by_pvh=True,
+            layer_format=releases.LAYER_FORMAT,
         )
 
     async def manifest(self, machine: MachineSpec) -> Manifest:
-        cpu = host.read_cpu()
+        cpu = read_cpu()
         accel = host.choose_accel(self._wanted_accel, cpu)
         return Manifest(
             driver=self.name,
             vmm_version=await host.version(),
-            machine=command.MACHINE,
+            machine=command.machine_type(machine),
             accel=accel,
             cpu_model="max" if accel == "tcg" else "host",
             cpu_flags="" if accel == "tcg" else cpu.flags_digest,  # TCG's CPU is the same on every host
@@ -73,94 +102,154 @@ class QemuDriver(VmmDriver):
         )
 
     async def boot(self, launch: Launch) -> VmmProcess:
+        command.require_buses(launch.machine, len(launch.disks) + len(launch.nics))
         tsc_khz = await asyncio.to_thread(host.tsc_khz, host.EXACT_S)
         line = command.kernel_command_line(launch.manifest.accel, tsc_khz)
-        process = await processes.start_in_thread(self._start, launch, command.boot_arguments(launch.machine, line))
+        process = await starting.start_in_thread(self._start, launch, command.boot_arguments(launch.machine, line))
         return await self._settle(launch.directory, process)
 
     async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
-        vmstate = os.open(launch.directory / files.VMSTATE, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            arguments = command.restore_arguments(
-                launch.machine, vmstate, host.release(launch.manifest.vmm_version), paused=paused
-            )
-            process = await processes.start_in_thread(self._start, launch, arguments, vmstate)
-        finally:
-            os.close(vmstate)
+        if launch.layers:
+            return await self._restore_layers(launch, paused=paused)
+        release = host.release(launch.manifest.vmm_version)
+        with contextlib.ExitStack() as stack:
+            vmstate = None
+            if not releases.opens_vmstate(release):
+                with os_errors("open the device state"):
+                    vmstate = os.open(launch.directory / files.VMSTATE, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, vmstate)
+            arguments = command.restore_arguments(launch.machine, vmstate, release, paused=paused)
+            inherit = () if vmstate is None else (vmstate,)
+            process = await starting.start_in_thread(self._start, launch, arguments, *inherit)
         return await self._settle(launch.directory, process)
 
+    async def _restore_layers(self, launch: Launch, *, paused: bool) -> VmmProcess:
+        from coppice.linux.remap import lay_over
+
+        directory, release = launch.directory, host.release(launch.manifest.vmm_version)
+        with contextlib.ExitStack() as kept:
+            with os_errors("open the device state"):
+                vmstate = os.open(directory / files.VMSTATE, os.O_RDONLY | os.O_CLOEXEC)
+                kept.callback(os.close, vmstate)
+                reading, writing = os.pipe2(os.O_CLOEXEC)
+                kept.callback(os.close, writing)
+            with contextlib.ExitStack() as inherited:
+                inherited.callback(os.close, reading)
+                opened = inherited.enter_context(layers.opened(launch))
+                arguments = command.restore_arguments(launch.machine, reading, release, paused=paused)
+                process = await starting.start_in_thread(self._start, launch, arguments, reading, *opened)
+            try:
+                await self._settle(directory, process)
+                await self.is_paused(directory)  # an answer means that QEMU has mapped its memory
+                await in_thread(lay_over, process.pid, directory / files.MEMORY, launch.layers)
+                await in_thread(_feed, writing, vmstate)
+            except BaseException as error:
+                await complete(processes.kill(process))
+                if isinstance(error, VmmDied):  # its log has the reason
+                    said = await self.wait_exit(directory, process)
+                    raise _ended_at_once(said) from error
+                raise
+        return process
+
     def _start(self, launch: Launch, arguments: list[str], *inherit: int) -> VmmProcess:
+        from coppice.vmm import helpers  # imports tempfile, and listing machines does not need it
+
         release = host.release(launch.manifest.vmm_version)
-        with _listening_sockets(launch.directory) as sockets:
+        program, user = host.program(), confinement.own_user(launch.user)
+        names = [command.QMP_SOCKET, *(command.PORT_SOCKET.format(port) for port in range(files.PORTS))]
+        # The sockets exist before QEMU starts, so no caller has to poll for them.
+        with (
+            sockets.listening(launch.directory, names) as listeners,
+            taps.opened(launch.nics) as tap_fds,
+            helpers.started(launch.nics) as helper_fds,
+        ):
+            descriptors = {name: listener.fileno() for name, listener in listeners.items()}
             argv = command.machine_arguments(
-                host.PROGRAM,
+                program,
                 release=release,
                 accel=launch.manifest.accel,
                 cpu_model=launch.manifest.cpu_model,
                 machine=launch.machine,
-                mac=launch.mac,
-                publish=launch.publish,
-                socket_fds=sockets,
-                run_as=_unprivileged_user(launch.directory.name),
+                disks=launch.disks,
+                nics=launch.nics,
+                socket_fds=descriptors,
+                nic_fds=tap_fds | helper_fds,
+                run_as=user,
             )
-            launcher = [] if os.geteuid() == 0 or release >= command.READ_ONLY_RAM else list(_ROOT_OF_ITS_OWN)
-            program = shutil.which(host.PROGRAM)
-            return processes.spawn(
-                [*launcher, *argv, *arguments],
+            return starting.spawn(
+                [*argv, *arguments],
                 cwd=launch.directory,
                 log=launch.directory / files.VMM_LOG,
-                pass_fds=(*sockets.values(), *inherit),
-                becomes=str(Path(program).resolve()) if program and launcher else None,
-                # The guest's disks and RAM, which it was granted, and what it writes to its console, which would have no end else.
-                largest_file=max(
-                    launch.machine.overlay_bytes,
-                    launch.machine.memory_bytes,
-                    *(disk.size_bytes for disk in launch.machine.volumes if not disk.readonly),
-                ),
+                pass_fds=(*descriptors.values(), *tap_fds.values(), *helper_fds.values(), *inherit),
+                rights=_rights(launch, program, release, user),
             )
 
     async def _settle(self, directory: Path, process: VmmProcess) -> VmmProcess:
-        """A process that has ended already is an error now, and not a time-out later."""
+        """Return the process, or raise at once if it has ended already."""
         if not process.start_ticks:
-            raise ended_at_once(await self.wait_exit(directory, process))
+            raise _ended_at_once(await self.wait_exit(directory, process))
         return process
 
-    async def published(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
+    async def forwards(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
             said = await qmp.execute("human-monitor-command", {"command-line": "info usernet"})
         return ports.with_picked(asked, str(said))
 
+    def make_layer(self, path: Path, size_bytes: int) -> None:
+        images.create(path, size_bytes)
+
+    def merge_layers(self, base: Path, layers: Sequence[Path], top: Path) -> None:
+        images.merge(base, layers, top)
+
+    def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
+        images.flatten(base, layers, out)
+
+    async def dial(self, directory: Path, port: int) -> socket.socket:
+        return sockets.connect(directory, command.PORT_SOCKET.format(port))
+
     async def pause(self, directory: Path) -> None:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
             await qmp.execute("stop")
+            # `stop` writes back the disks, with the tables of their layers, but does not report a failure.
+            said = await qmp.execute("human-monitor-command", {"command-line": f'qemu-io {files.OVERLAY} "flush"'})
+        if said:
+            raise VmmError(
+                f"QEMU could not write back the disk: {str(said).strip()}", hint="check the free space with `df`"
+            )
 
     async def resume(self, directory: Path) -> None:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
             await qmp.execute("cont")
 
-    async def save_devices(self, directory: Path) -> None:
-        # QEMU has given up root and cannot open files: it is handed this one.
-        descriptor = os.open(
-            directory / files.VMSTATE_NEW, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
+    async def save(self, directory: Path) -> Saved:
+        await self._save_devices(directory)
+        # After a first boot RAM is LIVE_MEMORY; after a restore it is private pages over the
+        # mem-file.
+        return Saved.IN_FILE if (directory / files.LIVE_MEMORY).exists() else Saved.IN_PROCESS
+
+    async def _save_devices(self, directory: Path) -> None:
+        # QEMU has dropped root and cannot open files, so it receives an open one.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os_errors("make the file of the device state"):
+            descriptor = os.open(directory / files.VMSTATE_NEW, flags, 0o600)
         try:
             async with monitor(directory, command.QMP_SOCKET) as qmp:
                 qmp.send_file(descriptor)
-                added = await qmp.execute("add-fd")
+                fdset = await qmp.ask("add-fd", "fdset-id", int)
                 refusal: VmmError | None = None
                 try:
-                    # live=False keeps the disks ours: with True, QEMU would give them up as after a migration.
-                    path = f"/dev/fdset/{added['fdset-id']}"
+                    # live=False: with True, QEMU would release the disks as after a migration.
+                    path = f"/dev/fdset/{fdset}"
                     await qmp.execute("xen-save-devices-state", {"filename": path, "live": False})
                 except VmmError as error:
                     refusal = error
-                # Only of a QEMU that has answered: the deadline cuts one wait short, and not another that comes behind it. Else QEMU gives the
-                # file up by itself, at the end of a conversation.
-                await qmp.execute("remove-fd", {"fdset-id": added["fdset-id"]})
+                # Skipped if QEMU did not answer, so that no second wait follows the one that timed
+                # out. QEMU closes the file by itself at the end of the conversation.
+                await qmp.execute("remove-fd", {"fdset-id": fdset})
                 if refusal is not None:
-                    if os.fstatvfs(descriptor).f_bavail == 0:  # QEMU says no more than "an IO error"
+                    if os.fstatvfs(descriptor).f_bavail == 0:  # QEMU reports only an I/O error
                         raise NoSpace(
-                            "the disk is full: the machine's state could not be saved", hint="free some space"
+                            "the disk is full: the machine's state could not be saved", hint="free disk space"
                         ) from refusal
                     raise refusal
         finally:
@@ -168,11 +257,11 @@ class QemuDriver(VmmDriver):
 
     async def is_paused(self, directory: Path) -> bool:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
-            status = await qmp.execute("query-status")
-        return not status["running"]
+            return not await qmp.ask("query-status", "running", bool)
 
     async def quit(self, directory: Path, process: VmmProcess) -> None:  # noqa: ARG002 - other drivers have files to tidy
-        # SIGKILL and not QMP's quit: the disks are raw files written through the page cache, so there is nothing to flush.
+        # SIGKILL instead of QMP's quit: the raw disks go through the page cache, so QEMU has
+        # nothing to flush.
         await processes.kill(process)
 
     async def wait_exit(self, directory: Path, process: VmmProcess) -> str:
@@ -186,53 +275,42 @@ class QemuDriver(VmmDriver):
         return processes.by_working_directory(instances, [host.PROGRAM])
 
 
-def ended_at_once(said: str) -> CoppiceError:
-    """The error of a QEMU, or of the launcher before it, that said this and ended."""
-    if said.startswith(f"{_ROOT_OF_ITS_OWN[0]}: "):
-        return HostCannot(
-            f"QEMU before {'.'.join(map(str, command.READ_ONLY_RAM))} needs a user namespace, and this user can have none ({said})",
-            hint="`coppice doctor` has the cure; root needs none",
-        )
-    return VmmDied(f"QEMU ended at once: {said}", hint="`coppice doctor` checks what it needs")
+def _feed(pipe: int, vmstate: int) -> None:
+    """Write the device state to QEMU's pipe.
 
+    A QEMU that ends meanwhile is not an error here: the waiter for the guest reports it.
 
-def _unprivileged_user(instance_id: str) -> int | None:
-    """A user id of its own for each VMM, so that one cannot signal or trace another; None where this process is not root already.
-
-    Nothing belongs to these users: they own no file.
-
-    :raises HostCannot: this process could not tell such a VMM from a dead one
+    :raises VmmTimeout: QEMU does not read
     """
-    if os.geteuid() != 0:
-        return None
-    if not processes.may_trace_any():
-        raise HostCannot(
-            "root has no CAP_SYS_PTRACE here, and could not look into a VMM that has given up root",
-            hint="give it to the container: `docker run --cap-add SYS_PTRACE`",
-        )
-    mapped = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
-    if mapped < 1 << 31:  # root of a user namespace with few ids
-        return _NOBODY
-    return _FIRST_USER + int.from_bytes(hashlib.sha256(instance_id.encode()).digest()[:3])
+    os.set_blocking(pipe, False)
+    writable = select.poll()
+    writable.register(pipe, select.POLLOUT)
+    while data := os.read(vmstate, _PIPE_BYTES):
+        with memoryview(data) as left:
+            done = 0
+            while done < len(left):
+                if not writable.poll(_FEED_S * 1000):
+                    raise VmmTimeout(
+                        f"QEMU did not read its device state within {_FEED_S:g} s",
+                        hint="see its log with `coppice logs --vmm NAME`",
+                    )
+                try:
+                    done += os.write(pipe, left[done:])
+                except BrokenPipeError:
+                    return
 
 
-@contextlib.contextmanager
-def _listening_sockets(directory: Path) -> Iterator[dict[str, int]]:
-    """Listening sockets for QEMU to inherit: they exist before it starts, so nobody has to poll for them."""
-    names = [command.QMP_SOCKET, *(files.PORT_SOCKET.format(port) for port in range(files.PORTS))]
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
-    sockets: dict[str, socket.socket] = {}
-    try:
-        for name in names:
-            (directory / name).unlink(missing_ok=True)
-            sockets[name] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sockets[name].bind(f"/proc/self/fd/{descriptor}/{name}")
-            sockets[name].listen(1)
-        yield {name: listener.fileno() for name, listener in sockets.items()}
-    finally:
-        for listener in sockets.values():
-            listener.close()
-        os.close(descriptor)
+def _ended_at_once(said: str) -> VmmDied:
+    return VmmDied(f"QEMU ended at once: {said}", hint="run `coppice doctor`, which checks QEMU's requirements")
+
+
+def _rights(launch: Launch, program: str, release: releases.Release, user: int | None) -> Rights:
+    rights = confinement.rights(launch, program)
+    if user is not None:
+        return msgspec.structs.replace(rights, capabilities=_UNTIL_IT_DROPS_ROOT)
+    # QEMU before 8.2 opens a mem-file for writing even if it maps it privately, and mode 0444
+    # permits that to root only.
+    return msgspec.structs.replace(rights, own_user_namespace=release < releases.READ_ONLY_RAM)
 
 
 def _exit_reason(log: Path, status: int | None) -> str:

@@ -1,99 +1,39 @@
-"""What this host offers QEMU: the program, its version, the accelerator, the frequency of the time-stamp counter."""
+"""QEMU on this host: program, version, accelerator, frequency of the time-stamp counter."""
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
-import fcntl
 import functools
-import hashlib
 import mmap
 import os
 import re
-import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
-from coppice.errors import HostCannot, MissingTool
-
-KvmDevice = Literal["ok", "missing", "denied", "broken"]
+from coppice.errors import HostCannot
+from coppice.linux.kvm import KVM, CpuFacts, KvmDevice, kvm_device
+from coppice.vmm import program as programs
 
 PROGRAM = "qemu-system-x86_64"
-KVM = Path("/dev/kvm")
-_KVM_GET_API_VERSION = 0xAE00  # _IO(0xAE, 0), linux/kvm.h
-_KVM_API_VERSION = 12  # the same since 2007
-EXACT_S = 0.05  # a sample of this length is exact to about 0.01 %
+PROGRAM_VARIABLE = "COPPICE_QEMU"
+EXACT_S = 0.05  # a sample of this length has an error of about 0.01 %
 QUICK_S = 0.005
-_VERSION_DEADLINE_S = 20.0
-_versions: dict[tuple[str, int], str] = {}
-
-
-@dataclass(frozen=True)
-class CpuFacts:
-    """The lines of /proc/cpuinfo that decide."""
-
-    flags: frozenset[str]
-    mhz: float
-    model: str
-
-    @property
-    def virtualization(self) -> bool:
-        """Whether the CPU itself can run guests. A software KVM opens without it, and then hangs an ordinary guest."""
-        return bool(self.flags & {"vmx", "svm"})
-
-    @property
-    def flags_digest(self) -> str:
-        """Names the CPU as a guest under KVM sees it."""
-        return hashlib.sha256(" ".join([self.model, *sorted(self.flags)]).encode()).hexdigest()[:16]
-
-
-def parse_cpuinfo(text: str) -> CpuFacts:
-    """Read the first processor of /proc/cpuinfo."""
-    fields = dict(re.findall(r"^([\w ]+?)\s*:[ ]*(.*)$", text.partition("\n\n")[0], re.MULTILINE))
-    return CpuFacts(
-        flags=frozenset(fields.get("flags", "").split()),
-        mhz=float(fields.get("cpu MHz", "0") or 0),
-        model=fields.get("model name", "unknown"),
-    )
-
-
-def read_cpu() -> CpuFacts:
-    """The CPU of this host."""
-    return parse_cpuinfo(Path("/proc/cpuinfo").read_text())
-
-
-def kvm_device(path: Path = KVM) -> KvmDevice:
-    """What opening /dev/kvm gives: on a host that has it, it may be for the group kvm only."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return "missing"
-    except PermissionError:
-        return "denied"
-    except OSError:
-        return "broken"
-    try:
-        return "ok" if fcntl.ioctl(descriptor, _KVM_GET_API_VERSION) == _KVM_API_VERSION else "broken"
-    except OSError:
-        return "broken"
-    finally:
-        os.close(descriptor)
+_VERSION = r"version (\S+(?: \([^)]*\))?)"
 
 
 _NO_KVM: dict[KvmDevice, tuple[str, str]] = {
     "missing": ("this host has no /dev/kvm", "use --accel tcg, or enable virtualization in the firmware"),
-    "denied": ("/dev/kvm is not for this user", "use --accel tcg, or `usermod -aG kvm $USER` and log in again"),
-    "broken": ("/dev/kvm is not what it should be", "use --accel tcg, or see `dmesg | grep -i kvm`"),
+    "denied": ("this user may not open /dev/kvm", "use --accel tcg, or run `usermod -aG kvm $USER` and log in again"),
+    "broken": ("/dev/kvm does not work as KVM", "use --accel tcg, or see `dmesg | grep -i kvm`"),
 }
 
 
 def choose_accel(wanted: str, cpu: CpuFacts, kvm: Path = KVM) -> str:
-    """`auto` takes KVM only where the CPU has vmx or svm, and this user may use it; `kvm` and `tcg` are taken at their word.
+    """Return the accelerator to use. `auto` is KVM if the CPU has vmx or svm and this user may use
+    KVM, else TCG.
 
-    :raises HostCannot: KVM was asked for and cannot be used
+    :raises HostCannot: `wanted` is `kvm`, which cannot be used
     """
     if wanted == "auto":
         return "kvm" if cpu.virtualization and kvm_device(kvm) == "ok" else "tcg"
@@ -105,9 +45,10 @@ def choose_accel(wanted: str, cpu: CpuFacts, kvm: Path = KVM) -> str:
 
 @functools.cache
 def tsc_khz(sample_s: float) -> int:
-    """Frequency of the host's time-stamp counter, measured once per process against the monotonic clock; blocks for `sample_s`.
+    """Return the frequency of the host's time-stamp counter in kHz.
 
-    `cpu MHz` of /proc/cpuinfo is another thing: on bare metal it is the current frequency of a core.
+    Measured against the monotonic clock, once per process. Blocks for `sample_s`. `cpu MHz` in
+    /proc/cpuinfo is no substitute: on bare metal it is the current frequency of a core.
     """
     # rdtsc; shl rdx, 32; or rax, rdx; ret
     with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
@@ -117,12 +58,12 @@ def tsc_khz(sample_s: float) -> int:
         begin_ns, begin = _instant(read)
         time.sleep(sample_s)
         end_ns, end = _instant(read)
-        del anchor, read  # the page cannot be unmapped while something points into it
+        del anchor, read  # the page cannot be unmapped while they point into it
     return round((end - begin) * 1_000_000 / (end_ns - begin_ns))
 
 
 def _instant(read: Callable[[], int]) -> tuple[int, int]:
-    """Nanoseconds and ticks of one instant: of several readings that in which the least came between."""
+    """Return nanoseconds and ticks of one instant: the quickest of several readings."""
     clock = time.clock_gettime_ns
     readings = []
     for _ in range(5):
@@ -132,36 +73,27 @@ def _instant(read: Callable[[], int]) -> tuple[int, int]:
 
 
 def release(version: str) -> tuple[int, int]:
-    """Major and minor number of a version as QEMU says it, `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`; (0, 0) if it says none."""
+    """Return major and minor number from QEMU's version text; (0, 0) if it has none."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
-async def version(program: str = PROGRAM) -> str:
-    """QEMU's version and package, as it says itself; asked once per program file.
+def program(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the absolute path of QEMU: the value of COPPICE_QEMU, or else the first one on PATH.
 
-    :raises MissingTool: QEMU is not installed
-    :raises HostCannot: it does not answer
+    :raises MissingTool: there is no such program
+    :raises HostCannot: COPPICE_QEMU has another file name, by which recovery would not find a VMM
     """
-    path = shutil.which(program)
-    if path is None:
-        raise MissingTool(f"{program} is not installed", hint="run `apt-get install qemu-system-x86`")
-    key = (path, Path(path).stat().st_mtime_ns)
-    if key not in _versions:
-        process = await asyncio.create_subprocess_exec(
-            path, "--version", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-        )
-        try:
-            output, _ = await asyncio.wait_for(process.communicate(), _VERSION_DEADLINE_S)
-        except TimeoutError as error:
-            raise HostCannot(
-                f"{path} --version did not end within {_VERSION_DEADLINE_S:g} s",
-                hint="see whether the host is overloaded",
-            ) from error
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        found = re.search(r"version (\S+(?: \([^)]*\))?)", output.decode(errors="replace"))
-        _versions[key] = found[1] if found else "unknown"
-    return _versions[key]
+    return programs.find(PROGRAM, PROGRAM_VARIABLE, "run `apt-get install qemu-system-x86`", environ)
+
+
+async def version(path: str | None = None) -> str:
+    """Return QEMU's version and package as QEMU prints them.
+
+    QEMU is run once per program file; the user's cache remembers the answer.
+
+    :param path: the program, by default `program()`
+    :raises MissingTool: QEMU is not installed
+    :raises HostCannot: the program does not end in time, or is not QEMU
+    """
+    return await programs.version(path or program(), _VERSION)

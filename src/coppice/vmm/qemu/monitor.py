@@ -1,6 +1,6 @@
-"""QMP, one short conversation at a time: connect, negotiate, a few commands, hang up.
+"""QMP, one short conversation at a time: connect, negotiate, run a few commands, hang up.
 
-QEMU serves one monitor client at once; the host's instance lock keeps others away meanwhile.
+QEMU serves one monitor client at a time; the instance's lock excludes other clients meanwhile.
 """
 
 from __future__ import annotations
@@ -8,17 +8,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
 
 from coppice.errors import VmmDied, VmmError, VmmTimeout
+from coppice.vmm import sockets
 
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # it logs every hang-up; our errors say what matters
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # it logs every hang-up, which our errors report
+
+_SEE_LOG = "see its log with `coppice logs --vmm NAME`"
+_SEE_FATE = "see the machine's state with `coppice inspect NAME`"
+T = TypeVar("T")
 
 
 class Monitor:
@@ -28,61 +31,85 @@ class Monitor:
         self._client = client
 
     def send_file(self, descriptor: int) -> None:
-        """Hand an open file to QEMU, to be claimed by the next command (`add-fd`)."""
+        """Pass an open file to QEMU. The next command must be `add-fd`, which takes it."""
         self._client.send_fd_scm(descriptor)
 
     async def execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """Run one command and return its result.
 
-        :raises VmmError: QEMU refused it
+        :raises VmmError: QEMU refused the command, or its answer is not QMP
         :raises VmmDied: QEMU hung up
         """
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
-            raise VmmError(
-                f"QEMU refused {command}: {error}", hint="see what it said with `coppice logs --vmm NAME`"
-            ) from error
+            raise VmmError(f"QEMU refused {command}: {error}", hint=_SEE_LOG) from error
+        except ExecInterruptedError as error:  # only the connection knows the cause
+            raise _translated(f"during {command}", await self._end() or error) from error
         except QMPError as error:
-            raise VmmDied(
-                f"QEMU hung up during {command}", hint="see what it said with `coppice logs --vmm NAME`"
-            ) from error
+            raise _translated(f"during {command}", error) from error
+
+    async def ask(self, command: str, field: str, kind: type[T]) -> T:
+        """Run one command and return a field of its result.
+
+        :raises VmmError: as for `execute`, or the result has no such field
+        :raises VmmDied: QEMU hung up
+        """
+        result = await self.execute(command)
+        value = result.get(field) if isinstance(result, dict) else None
+        if not isinstance(value, kind):
+            raise VmmError(f"QEMU answered {command} without {field}: {str(result)[:200]}", hint=_SEE_LOG)
+        return value
+
+    async def _end(self) -> BaseException | None:
+        """Close the conversation; return the error that ended it."""
+        try:
+            await self._client.disconnect()
+        except (QMPError, OSError, EOFError) as error:
+            return error
+        return None
+
+
+def _translated(when: str, error: BaseException) -> VmmError:
+    """Return the error of a conversation that ended: QEMU hung up, or its answer is not QMP."""
+    cause = error
+    while isinstance(inner := getattr(cause, "exc", None), BaseException):  # qemu.qmp wraps the cause
+        cause = inner
+    if isinstance(cause, OSError | EOFError | ExecInterruptedError):
+        return VmmDied(f"QEMU hung up {when}: {cause or 'end of file'}", hint=_SEE_LOG)
+    said = str(cause).strip().splitlines()
+    return VmmError(
+        f"QEMU's answer {when} was not understood: {said[0] if said else type(cause).__name__}", hint=_SEE_LOG
+    )
 
 
 @contextlib.asynccontextmanager
 async def monitor(directory: Path, socket_name: str, *, deadline_s: float = 15.0) -> AsyncIterator[Monitor]:
-    """Open a conversation with the QEMU of an instance. The deadline covers all of it.
+    """Open a conversation with the QEMU of an instance. The deadline covers the whole block.
 
-    :raises VmmDied: nobody listens
+    :raises VmmDied: nothing listens, or QEMU hung up
+    :raises VmmError: QEMU's answer is not QMP
     :raises VmmTimeout: QEMU did not answer within `deadline_s`
     """
     client = QMPClient("coppice")
     try:
         async with asyncio.timeout(deadline_s):
             try:
-                # A path below /proc/self/fd is short, whatever the length of the directory's own: sun_path has 108 bytes.
-                descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
-                try:
-                    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                    connection.setblocking(False)
-                    try:
-                        connection.connect(f"/proc/self/fd/{descriptor}/{socket_name}")
-                        await client.connect(connection)
-                    except BaseException:
-                        connection.close()
-                        raise
-                finally:
-                    os.close(descriptor)
-            except (OSError, ConnectError) as error:
-                raise VmmDied(
-                    "the VMM does not answer", hint="run `coppice inspect NAME` to see what became of it"
-                ) from error
+                connection = sockets.connect(directory, socket_name)
+            except OSError as error:
+                raise VmmDied(f"the VMM does not answer: {error.strerror}", hint=_SEE_FATE) from error
+            try:
+                await client.connect(connection)
+            except (QMPError, OSError) as error:
+                connection.close()
+                raise _translated("when it was greeted", error) from error
+            except BaseException:
+                connection.close()
+                raise
             try:
                 yield Monitor(client)
             finally:
-                with contextlib.suppress(QMPError, OSError):
+                with contextlib.suppress(QMPError, OSError, EOFError):
                     await client.disconnect()
     except TimeoutError as error:
-        raise VmmTimeout(
-            f"the VMM did not answer within {deadline_s:g} s", hint="see what it said with `coppice logs --vmm NAME`"
-        ) from error
+        raise VmmTimeout(f"the VMM did not answer within {deadline_s:g} s", hint=_SEE_LOG) from error

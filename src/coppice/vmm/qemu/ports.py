@@ -1,4 +1,4 @@
-"""Forwarded ports as QEMU's user-mode network has them: asked for port 0, the kernel picks one, and nobody can be quicker."""
+"""Forwarded ports of QEMU's user-mode network. For port 0 the kernel picks a free one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import msgspec
 from coppice.errors import VmmError
 from coppice.model import ANY_PORT, Publish
 
-# `  TCP[HOST_FORWARD]  11      127.66.7.8 42485       10.0.2.15    80     0     0`; `*` is any address.
-_UNPRIVILEGED, _LAST = 1024, 65535  # the kernel picks no other
+# `  TCP[HOST_FORWARD]  11      127.66.7.8 42485       10.0.2.15    80     0     0`; `*` is any
+# address.
+_UNPRIVILEGED, _LAST = 1024, 65535  # the range that the kernel picks from
 _FORWARD = re.compile(r"^\s*(TCP|UDP)\[HOST_FORWARD\]\s+\d+\s+(\S+)\s+(\d{1,5})\s+\S+\s+(\d{1,5})\s", re.MULTILINE)
 
 
 def with_picked(asked: tuple[Publish, ...], said: str) -> tuple[Publish, ...]:
-    """The ports that were asked for, with the host port that `info usernet` says in place of each 0.
+    """Return the requested ports, with each 0 replaced by the host port in the output of `info
+    usernet`.
 
-    A VMM that a guest has broken out into may say anything, and what it says is asked for again, by root, at the next start.
+    The output is not trusted: a guest may control its VMM, and root binds these ports at the next
+    start.
 
-    :raises VmmError: it says none, or one that the kernel would not have picked
+    :raises VmmError: a port is missing, or is one that the kernel would not pick
     """
     fixed = {(*_key(port), port.host_port) for port in asked}
     picked: dict[tuple[str, str, int], list[int]] = {}
@@ -34,7 +37,8 @@ def with_picked(asked: tuple[Publish, ...], said: str) -> tuple[Publish, ...]:
         )
     except (KeyError, IndexError) as error:
         raise VmmError(
-            "QEMU does not say which port it has published", hint="publish a port of your choice instead of `auto`"
+            "QEMU does not report the port that it published",
+            hint="publish a fixed port, not `auto`: `--publish 8080:80`",
         ) from error
 
 

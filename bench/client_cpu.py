@@ -1,0 +1,135 @@
+"""CPU time of the client process of `coppice ls`, `fork`, `exec` and `rm`, compared with an empty
+program.
+
+    python -m bench.client_cpu [--home DIR --image IMAGE] --output benchmarks/client-cpu.json
+
+With an image, a machine of it is captured and forked. Compare figures within one run only: the
+speed of a shared host changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.records import write_report
+from coppice.model import Record
+
+EMPTY = "python -c pass"
+_BASELINES = {
+    EMPTY: [sys.executable, "-c", "pass"],
+    "python -c 'import asyncio'": [sys.executable, "-c", "import asyncio"],
+    "python -c 'import typer' and a command": [
+        sys.executable,
+        "-c",
+        "import typer; app = typer.Typer(); app.command()(lambda: None); app([], standalone_mode=False)",
+    ],
+}
+_TEMPLATE, _FORK = "client-cpu", "client-cpu-fork"
+
+
+class Cost(Record, frozen=True, kw_only=True):
+    """CPU milliseconds, user and system, of one command line."""
+
+    median_ms: float
+    least_ms: float
+    ratio: float  # its median divided by that of the empty program
+    samples_ms: tuple[float, ...]
+
+
+class ClientCpuReport(Record, frozen=True, kw_only=True):
+    """One run with alternating command lines."""
+
+    python: str
+    samples: int
+    costs: dict[str, Cost]
+
+
+def cpu_ms(argv: Sequence[str], env: Mapping[str, str]) -> float:
+    """Run a process; return its CPU time in ms, with that of the children that it waited for."""
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(argv)} ended with status {process.returncode}")
+    return (usage.ru_utime + usage.ru_stime) * 1000
+
+
+def measure(lines: Mapping[str, Sequence[str]], samples: int, env: Mapping[str, str]) -> ClientCpuReport:
+    """Run each command line `samples` times, in turns, after one round to fill caches."""
+    taken: dict[str, list[float]] = {name: [] for name in lines}
+    for number in range(samples + 1):
+        for name, argv in lines.items():
+            spent = cpu_ms(argv, env)
+            if number:
+                taken[name].append(round(spent, 1))
+    empty = statistics.median(taken[EMPTY])
+    return ClientCpuReport(
+        python=sys.version.split()[0],
+        samples=samples,
+        costs={
+            name: Cost(
+                median_ms=round(statistics.median(spent), 1),
+                least_ms=min(spent),
+                ratio=round(statistics.median(spent) / empty, 1),
+                samples_ms=tuple(spent),
+            )
+            for name, spent in taken.items()
+        },
+    )
+
+
+def baselines() -> dict[str, list[str]]:
+    """Return the programs to compare the commands with; one needs typer, if that is installed."""
+    try:
+        import typer  # noqa: F401 - only a test whether it is installed
+    except ImportError:
+        return {name: argv for name, argv in _BASELINES.items() if "typer" not in name}
+    return dict(_BASELINES)
+
+
+def coppice(*words: str) -> list[str]:
+    """Return a command line of this Coppice."""
+    return [sys.executable, "-m", "coppice", *words]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, help="data directory with the image")
+    parser.add_argument("--image", help="fork a machine of this image too")
+    parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        home = options.home or Path(temporary) / "home"
+        # Keep compiled modules, as an installation does.
+        env = {**os.environ, "COPPICE_HOME": str(home)}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
+        lines = {**baselines(), "coppice --version": coppice("--version"), "coppice ls": coppice("ls")}
+        if options.image:
+            for words in (("run", options.image, "--name", _TEMPLATE), ("standby", _TEMPLATE), ("promote", _TEMPLATE)):
+                subprocess.run(coppice(*words), env=env, check=True)
+            lines["coppice fork"] = coppice("fork", _TEMPLATE, "--name", _FORK)
+            lines["coppice exec"] = coppice("exec", _FORK, "true")
+            lines["coppice rm"] = coppice("rm", _FORK)
+        try:
+            report = measure(lines, options.samples, env)
+        finally:
+            if options.image:
+                subprocess.run(coppice("rm", "-f", _FORK, _TEMPLATE), env=env, check=False)
+    for name, cost in report.costs.items():
+        sys.stdout.write(f"{name:40} {cost.median_ms:7.1f} ms, {cost.ratio:4.1f} times `{EMPTY}`\n")
+    if options.output:
+        write_report(report, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The guest agent (in C), its protocol, and the host's side of that protocol."""

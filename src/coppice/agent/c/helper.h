@@ -1,0 +1,26 @@
+/* A process of the agent's own that serves one request: its input is the host's data, its output
+ * is data for the host, and it ends with one reply. */
+#ifndef COPPICE_HELPER_H
+#define COPPICE_HELPER_H
+
+#include "wire.h"
+
+#define ID_MAX (UINT32_MAX - 1) /* of a user or group */
+
+/* ---- helper.c: in that process ---- */
+
+void helper_begin(int in, int out, int reply);  /* these are its only descriptors, and the console */
+bool helper_put(const void *data, size_t size); /* false: the host is gone */
+ssize_t helper_read(void *data, size_t size);   /* 0: the end of the data; -1: there is no end, since the host is gone */
+void helper_ok(const struct reply *r) __attribute__((noreturn));
+void helper_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
+
+/* ---- files.c, tar_out.c, tar_in.c: the requests ---- */
+
+void file_read(const struct frame *request);
+void file_write(const struct frame *request);
+void file_stat(const struct frame *request);
+void tar_out(const struct frame *request);
+void tar_in(const struct frame *request);
+
+#endif

@@ -1,0 +1,219 @@
+/* Random generators inside processes. A fork has a copy of each process, so it continues with the
+ * same state as its siblings, unless the generator asks the kernel or watches the generation. */
+#define _GNU_SOURCE
+#include "random.h"
+#include "self.h"
+
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define PLACE "/run/coppice/"
+#define PAGE 4096
+#define PROCESSES_MAX 64 /* in a report */
+
+/* ---- files for libraries and runtimes ---- */
+
+/* Let OpenSSL find the configuration also in processes whose environment was cleared, if it looks
+ * where Debian's does. An image that has another file there keeps it. */
+static void link_openssl_configuration(void)
+{
+    static const char directory[] = "/usr/lib/ssl", path[] = "/usr/lib/ssl/openssl.cnf", wanted[] = PLACE "openssl.cnf";
+    char target[PATH_MAX] = "";
+    if (access("/usr/lib/x86_64-linux-gnu/libcrypto.so.3", F_OK) < 0)
+        return;
+    mkdir(directory, 0755);
+    errno = 0;
+    bool debian = readlink(path, target, sizeof target - 1) > 0 && strcmp(target, "/etc/ssl/openssl.cnf") == 0;
+    if (!debian && errno != ENOENT)
+        return; /* another file of the image */
+    if (debian)
+        unlink(path);
+    if (symlink(wanted, path) < 0 && errno != EEXIST)
+        say("%s: %s", path, strerror(errno));
+}
+
+static void make_generation(void);
+
+void place_guest_files(int directory)
+{
+    DIR *files = directory < 0 ? NULL : fdopendir(directory);
+    struct dirent *entry;
+    while (files && (entry = readdir(files)) != NULL) {
+        char data[65536], path[NAME_MAX + sizeof PLACE];
+        int fd = entry->d_type == DT_REG ? openat(directory, entry->d_name, O_RDONLY | O_CLOEXEC) : -1;
+        if (fd < 0)
+            continue;
+        ssize_t size = read(fd, data, sizeof data);
+        close(fd);
+        unlinkat(directory, entry->d_name, 0); /* it takes up memory */
+        snprintf(path, sizeof path, PLACE "%s", entry->d_name);
+        int error = size < 0 ? errno : put_file(path, data, (size_t)size, 0444);
+        if (error)
+            say("%s: %s", path, strerror(error));
+    }
+    if (files)
+        closedir(files);
+    link_openssl_configuration();
+    make_generation();
+}
+
+/* ---- the generation: a page that libraries map and compare, as they do the device's of this name ---- */
+
+static _Atomic uint32_t *generation;
+
+static void make_generation(void)
+{
+    static const char path[] = "/dev/sysgenid";
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0444);
+    if (fd < 0)
+        return; /* the kernel has the device */
+    void *page = ftruncate(fd, PAGE) < 0 ? MAP_FAILED : mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (page == MAP_FAILED) {
+        say("%s: %s", path, strerror(errno));
+        unlink(path);
+        return;
+    }
+    generation = page;
+    next_generation(); /* 0 means that there is none */
+}
+
+void next_generation(void)
+{
+    if (generation)
+        atomic_fetch_add(generation, 1);
+}
+
+/* ---- processes whose generators the forks of this machine would share ---- */
+
+enum { OPENSSL = 1, SAFE_OPENSSL = 2, GNUTLS = 4, NSS = 8, V8 = 16, JAVA = 32, NUMPY = 64, PYTHON = 128, RUBY = 256, PHP = 512, GO = 1024, NODE = 2048 };
+
+static const struct {
+    const char *prefix; /* of the name of a mapped file; _rust.abi3.so is that of Python's cryptography */
+    unsigned means;
+} signs[] = {
+    {"libcrypto", OPENSSL}, {"_rust.abi3.so", OPENSSL}, {"openssl-random.so", SAFE_OPENSSL}, {"libgnutls", GNUTLS}, {"libsoftokn", NSS},
+    {"libnode.so", V8 | NODE}, {"libv8.so", V8}, {"libjvm.so", JAVA}, {"mtrand.", NUMPY}, {"libpython", PYTHON}, {"libruby", RUBY}, {"libphp", PHP},
+};
+static const struct {
+    const char *prefix; /* of the name of the program */
+    unsigned means;
+} programs[] = {
+    {"node", V8 | NODE | OPENSSL}, {"chrom", V8}, {"python", PYTHON}, {"ruby", RUBY}, {"php", PHP},
+};
+static const struct {
+    unsigned means;
+    const char *name;
+} generators[] = {
+    {OPENSSL, "openssl"}, {GNUTLS, "gnutls"}, {NSS, "nss"}, {NODE, "crypto.randomUUID"}, {V8, "Math.random"}, {JAVA, "java.util.Random"}, {NUMPY, "numpy.random"},
+    {PYTHON, "random of Python"}, {RUBY, "rand of Ruby"}, {PHP, "mt_rand"}, {GO, "math/rand of Go"},
+};
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+static bool begins(const char *text, const char *prefix)
+{
+    return strncmp(text, prefix, strlen(prefix)) == 0;
+}
+
+static unsigned mapped(const char *process)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%.10s/maps", process);
+    FILE *maps = fopen(path, "re");
+    unsigned found = 0;
+    char *line = NULL;
+    size_t capacity = 0;
+    while (maps && getline(&line, &capacity, maps) > 0) {
+        const char *name = strrchr(line, '/');
+        for (size_t n = 0; name && n < COUNT(signs); n++)
+            found |= begins(name + 1, signs[n].prefix) ? signs[n].means : 0;
+    }
+    free(line);
+    if (maps)
+        fclose(maps);
+    return found;
+}
+
+/* Go's linker puts this note into the first page of each program. */
+static bool is_go(const char *program)
+{
+    static const char note[] = {4, 0, 0, 0, 'G', 'o', 0, 0};
+    char head[PAGE];
+    int fd = open(program, O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd < 0 ? -1 : read(fd, head, sizeof head);
+    if (fd >= 0)
+        close(fd);
+    return size > 0 && memmem(head, (size_t)size, note, sizeof note);
+}
+
+/* Whether the process was started with the script that turns off the pool of randomUUID. */
+static bool has_node_script(const char *process)
+{
+    char path[32];
+    size_t size = 0;
+    snprintf(path, sizeof path, "/proc/%.10s/environ", process);
+    char *environment = load_file(path, &size);
+    static const char script[] = PLACE "node-random.js";
+    bool found = environment && memmem(environment, size, script, sizeof script - 1);
+    free(environment);
+    return found;
+}
+
+static unsigned generators_of(const char *process, const char *name)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%.10s/exe", process);
+    unsigned found = mapped(process);
+    for (size_t n = 0; n < COUNT(programs); n++)
+        found |= begins(name, programs[n].prefix) ? programs[n].means : 0;
+    if (is_go(path))
+        found |= GO;
+    if (found & NODE && has_node_script(process))
+        found &= ~(unsigned)NODE;
+    return found & SAFE_OPENSSL ? found & ~(unsigned)(OPENSSL | SAFE_OPENSSL) : found;
+}
+
+static void describe(struct reply *r, const char *process, const char *name, unsigned found)
+{
+    char line[256];
+    int size = snprintf(line, sizeof line, "%.60s (pid %.10s):", name, process);
+    const char *comma = "";
+    for (size_t n = 0; n < COUNT(generators); n++) {
+        if (found & generators[n].means) {
+            size += snprintf(line + size, sizeof line - (size_t)size, "%s %s", comma, generators[n].name);
+            comma = ",";
+        }
+    }
+    reply_text(r, 1, line);
+}
+
+void shared_random(struct reply *r)
+{
+    DIR *processes = opendir("/proc");
+    struct dirent *entry;
+    int count = 0;
+    while (processes && count < PROCESSES_MAX && (entry = readdir(processes)) != NULL) {
+        char path[32], program[PATH_MAX] = "";
+        snprintf(path, sizeof path, "/proc/%.10s/exe", entry->d_name);
+        if (!isdigit((unsigned char)entry->d_name[0]) || readlink(path, program, sizeof program - 1) <= 0)
+            continue; /* no process, a thread of the kernel, or it has ended */
+        const char *name = strrchr(program, '/') ? strrchr(program, '/') + 1 : program;
+        unsigned found = generators_of(entry->d_name, name);
+        if (found) {
+            describe(r, entry->d_name, name, found);
+            count++;
+        }
+    }
+    if (processes)
+        closedir(processes);
+}

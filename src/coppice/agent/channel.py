@@ -1,0 +1,247 @@
+"""One connection to an agent port: handshake, streams over it, and keepalives.
+
+Many streams share the connection. Each has a window in both directions, so a stream that is not
+read fills no memory and delays no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from coppice.agent.protocol import (
+    MAGIC,
+    NONCE_SIZE,
+    STREAMS_MAX,
+    Fields,
+    Frame,
+    FrameDecoder,
+    FrameType,
+    encode_frame,
+    encode_hello,
+    encode_request,
+)
+from coppice.agent.stream import RemoteStream, deadline, refusal, unexpected
+from coppice.errors import Busy, CoppiceError, GuestProtocolError, GuestTimeout, VmmDied
+
+PING_AFTER_S: Final = 5.0  # of silence while a stream is open
+_READ_SIZE = 65536
+
+
+class Channel:
+    """A connected agent port, for any number of streams at once.
+
+    :param patience_s: the limit of each single wait for the guest
+    :param is_paused: asked when the guest is silent. A paused machine is waited for
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        patience_s: float,
+        is_paused: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._is_paused = is_paused
+        self._decoder = FrameDecoder(bytes(NONCE_SIZE))
+        self._streams: dict[int, RemoteStream] = {}
+        self._next_id = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._heard = 0.0  # loop time of the last bytes from the guest
+        self.failure: CoppiceError | None = None  # the connection is of no more use
+        self.patience_s = patience_s
+        self.agent_version = ""  # known after the answer to HELLO
+        self.protocol = 0
+
+    @classmethod
+    async def over(
+        cls, sock: socket.socket, patience_s: float, is_paused: Callable[[], Awaitable[bool]] | None = None
+    ) -> Channel:
+        """Return a channel over a connected stream socket. The channel owns the socket."""
+        sock.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=_READ_SIZE)
+        return cls(reader, writer, patience_s, is_paused)
+
+    # ---- requests ----
+
+    async def open(self, kind: FrameType, payload: bytes = b"") -> RemoteStream:
+        """Send a request on a new stream. The first one goes out together with the handshake.
+
+        :raises Busy: all streams of the connection are in use
+        :raises UsageError: the request is too large
+        :raises VmmDied: the port is closed
+        """
+        stream = RemoteStream(self, self._free_id(), kind)
+        request = encode_request(kind, stream.id, payload)
+        if not self._tasks:
+            nonce = secrets.token_bytes(NONCE_SIZE)
+            self._decoder = FrameDecoder(nonce)
+            request = encode_hello(nonce) + request
+            self._heard = asyncio.get_running_loop().time()
+            self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_alive())]
+        self._streams[stream.id] = stream
+        try:
+            await self.send(request)
+        except BaseException:
+            stream.abandon()
+            raise
+        return stream
+
+    def _free_id(self) -> int:
+        for _ in range(STREAMS_MAX):
+            self._next_id = self._next_id % STREAMS_MAX + 1
+            if self._next_id not in self._streams:
+                return self._next_id
+        raise Busy(
+            "all streams to the machine's agent are in use", hint="wait until a command has ended, then try again"
+        )
+
+    async def call(self, kind: FrameType, payload: bytes = b"") -> Fields:
+        """Send a request and return the fields of its reply.
+
+        :raises GuestTimeout: the reply did not come in time
+        :raises GuestRefused: the agent answered with an error
+        """
+        stream = await self.open(kind, payload)
+        try:
+            return await stream.reply()
+        finally:
+            stream.abandon()
+
+    @property
+    def streams_open(self) -> int:
+        """The number of streams whose last frame has not come yet."""
+        return len(self._streams)
+
+    # ---- sending ----
+
+    async def send(self, data: bytes) -> None:
+        """Send frames. Waits while the guest does not read.
+
+        :raises GuestTimeout: the guest did not read in time
+        :raises VmmDied: the port is closed
+        """
+        self.post(data)
+        try:
+            async with deadline(self.patience_s, "it does not read"):
+                await self._writer.drain()
+        except ConnectionError as error:
+            self._fail(gone())
+            raise self.failure or gone() from error
+
+    def post(self, data: bytes) -> None:
+        """Send frames without waiting. For small ones whose number is bounded.
+
+        :raises CoppiceError: the connection has failed
+        """
+        if self.failure:
+            raise self.failure
+        self._writer.write(data)
+
+    def forget(self, stream_id: int) -> None:
+        """Drop a stream whose last frame has come."""
+        self._streams.pop(stream_id, None)
+
+    # ---- receiving ----
+
+    async def _receive(self) -> None:
+        try:
+            while data := await self._reader.read(_READ_SIZE):
+                self._heard = asyncio.get_running_loop().time()
+                for frame in self._decoder.feed(data):
+                    self._dispatch(frame)
+            self._fail(gone())
+        except OSError:
+            self._fail(gone())
+        except CoppiceError as error:
+            self._fail(error)
+
+    def _dispatch(self, frame: Frame) -> None:
+        if frame.type == FrameType.HELLO_ACK:
+            fields = Fields(frame.payload[len(MAGIC) + NONCE_SIZE :])
+            self.agent_version, self.protocol = fields.text(1), fields.integer(2, 0)
+        elif stream := self._streams.get(frame.stream):
+            stream.take(frame)
+        elif frame.stream == 0 and frame.type == FrameType.ERROR:
+            error = refusal(frame, None)
+            raise GuestProtocolError(
+                f"the agent broke off the connection: {error.message}",
+                hint="try again; if it happens again, report it with the output of `coppice doctor`",
+            )
+        elif frame.type != FrameType.PONG:
+            raise unexpected(frame)
+
+    def _fail(self, error: CoppiceError) -> None:
+        self.failure = self.failure or error
+        for stream in list(self._streams.values()):
+            stream.fail(self.failure)
+        self._streams.clear()
+
+    # ---- keepalives ----
+
+    async def _keep_alive(self) -> None:
+        """Fail the streams when the guest has been silent for too long. It answers a PING at once."""
+        loop = asyncio.get_running_loop()
+        pause = min(PING_AFTER_S, self.patience_s / 3)
+        while self.failure is None:
+            await asyncio.sleep(pause)
+            silent = loop.time() - self._heard
+            if silent < pause or not self._streams:
+                continue
+            if silent < self.patience_s:
+                with contextlib.suppress(CoppiceError):
+                    self.post(encode_frame(FrameType.PING, 0))
+            elif await self._waits_for_resume():
+                self._heard = loop.time()
+            else:
+                self._fail(
+                    GuestTimeout(
+                        f"the guest's agent has been silent for {silent:.0f} s",
+                        hint="see its console with `coppice logs NAME`; a command goes on in a guest that lives",
+                    )
+                )
+
+    async def _waits_for_resume(self) -> bool:
+        try:
+            return self._is_paused is not None and await self._is_paused()
+        except CoppiceError:  # there is no VMM, or it does not answer either
+            return False
+
+    def give_up(self, error: CoppiceError) -> None:
+        """Close the port. Each wait for the guest, also one that has begun, raises `error`."""
+        self._fail(error)
+        self._writer.transport.abort()
+
+    async def close(self) -> None:
+        """Close the port. Commands go on in the guest, all else ends. Idempotent."""
+        self._fail(VmmDied("the connection to the agent was closed", hint="open it again"))
+        for task in self._tasks:
+            task.cancel()
+        try:
+            with contextlib.suppress(OSError, TimeoutError):
+                # What was sent, such as the end of a command, must still reach the port.
+                async with asyncio.timeout(1):
+                    await self._writer.drain()
+        finally:  # also if the caller is cancelled
+            with contextlib.suppress(OSError):
+                # Closing is not enough: a child process forked meanwhile would keep the port
+                # connected.
+                self._writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            self._writer.transport.abort()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+
+def gone() -> VmmDied:
+    """Return the error for a port that was closed at the other end."""
+    return VmmDied(
+        "the machine closed the connection to its agent",
+        hint="see `coppice inspect NAME` and `coppice logs --vmm NAME`, then start it again",
+    )

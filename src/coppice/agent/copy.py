@@ -1,0 +1,233 @@
+"""Copy files and trees between host and guest. `coppice.agent.place` decides where a copy goes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import posixpath
+import socket
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
+
+from coppice.agent.pack import content_bytes, pack
+from coppice.agent.place import place
+from coppice.agent.unpack import unpack
+from coppice.errors import CoppiceError, GuestRefused, HostCannot, NoSpace, NotFound
+from coppice.model import MIB, Progress, ProgressSink, no_progress
+from coppice.model.guest import CopySession, Unpacked
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+_CHUNK = 1 << 16
+_LINKS_MAX = 40
+_NOTHING = (errno.ENOENT, errno.ENOTDIR)
+_KINDS = {"d": stat.S_ISDIR, "l": stat.S_ISLNK, "f": stat.S_ISREG}
+
+
+class Meter:
+    """Reports the bytes copied to a sink, once per MiB."""
+
+    def __init__(self, sink: ProgressSink, total: int | None, stage: str = "copy") -> None:
+        self._sink = sink
+        self._total = total
+        self._stage = stage
+        self._done = self._told = 0
+        self._tell()
+
+    def moved(self, size: int) -> None:
+        """Count more bytes."""
+        self._done += size
+        if self._done - self._told >= MIB or self._told < self._done == self._total:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = self._done
+        self._sink(Progress(stage=self._stage, done=self._done, total=self._total, unit="bytes"))
+
+
+async def copy_in(
+    session: CopySession,
+    source: Path | str,
+    destination: str,
+    *,
+    uid: int = 0,
+    gid: int = 0,
+    progress: ProgressSink = no_progress,
+) -> Unpacked:
+    """Copy a file or tree of the host into the guest, owned by `uid` and `gid`. Links stay links.
+
+    :param source: a path. As text, `DIR/.` names the contents of a directory, and `LINK/` the
+        directory that a link leads to
+    :param destination: an existing directory to copy into, or a new name in one
+    :param progress: called from a thread
+    :raises NotFound: the source or the directory to copy into does not exist
+    :raises UsageError: a directory would replace a file, or a file a directory
+    :raises GuestRefused: the guest cannot write the copy
+    """
+    source = os.fspath(source)
+    kind = _kind_here(source, False)
+    if kind is None:
+        raise NotFound(f"{source} does not exist", hint="give the path of a file or directory on this machine")
+    destination = await _followed(session, destination) if kind == "f" else destination
+    directory, name = await place(source, kind, destination, _Guest(session).look, "coppice exec NAME -- mkdir -p")
+    path = Path(source).resolve() if kind == "d" else Path(source)
+
+    def work(stream: BinaryIO) -> None:
+        meter = Meter(progress, content_bytes(path))
+        pack(stream, path, name, uid=uid, gid=gid, moved=meter.moved)
+
+    async def send(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> Unpacked:
+        return await session.tar_in(directory, read_chunks(reader))
+
+    unpacked, _ = await with_thread(send, work)
+    return unpacked
+
+
+async def copy_out(
+    session: CopySession,
+    source: str,
+    destination: Path | str,
+    *,
+    max_bytes: int | None = None,
+    progress: ProgressSink = no_progress,
+) -> int:
+    """Copy a file or tree of the guest to the host; return the bytes of contents.
+
+    The copy belongs to this user, whatever its owner in the guest.
+
+    :param source: a path. `DIR/.` names the contents of a directory, and `LINK/` the directory that
+        a link leads to
+    :param destination: an existing directory to copy into, or a new name in one
+    :param max_bytes: the limit of all contents together
+    :param progress: called from a thread; the total of a tree is unknown
+    :raises NotFound: the directory to copy into does not exist
+    :raises UsageError: a directory would replace a file, or a file a directory
+    :raises GuestRefused: the source does not exist or cannot be read
+    :raises NoSpace: the contents exceed `max_bytes`, or the disk is full
+    :raises UnsafePath: the guest sent a path outside the destination, or a device
+    """
+    destination = os.fspath(destination)
+    found = await session.stat(source)
+    if found.kind == "f" and Path(destination).is_symlink() and not destination.endswith("/"):
+        destination = str(Path(destination).resolve())  # write through the link, as cp does
+    parent, name = await place(source, found.kind, destination, _look_here, "mkdir -p")
+
+    def receive(stream: BinaryIO) -> int:
+        meter = Meter(progress, found.size_bytes if found.kind == "f" else None)
+        return unpack(stream, Path(parent), name, max_bytes=max_bytes, moved=meter.moved)
+
+    async def fetch(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inside = f"{source}." if source.endswith("/") else source  # LINK/ names the link's directory
+        async for chunk in session.tar_out(inside, holes=True):
+            writer.write(chunk)
+            await writer.drain()
+        writer.write_eof()
+
+    _, written = await with_thread(fetch, receive)
+    return written
+
+
+class _Guest(NamedTuple):
+    session: CopySession
+
+    async def look(self, path: str, follow: bool) -> str | None:
+        try:
+            return (await self.session.stat(path, follow=follow)).kind
+        except GuestRefused as error:
+            if error.errno not in _NOTHING:
+                raise
+            return None
+
+
+async def _followed(session: CopySession, path: str) -> str:
+    """Return the final target of a link in the guest: cp writes a file through its link, too."""
+    followed = path
+    for _ in range(_LINKS_MAX):
+        try:
+            found = await session.stat(followed)
+        except GuestRefused as error:
+            if error.errno not in _NOTHING:
+                raise
+            break
+        if found.link_target is None:
+            break
+        followed = posixpath.join(posixpath.dirname(followed), found.link_target)
+    return followed
+
+
+async def _look_here(path: str, follow: bool) -> str | None:
+    return _kind_here(path, follow)
+
+
+def _kind_here(path: str, follow: bool) -> str | None:
+    """Return the kind of a path of this host as the agent names it: `d`, `l`, `f`, or else `o`."""
+    try:
+        mode = (os.stat if follow else os.lstat)(path).st_mode
+    except OSError as error:
+        if error.errno not in _NOTHING:
+            raise _host_error(error) from error
+        return None
+    return next((kind for kind, is_kind in _KINDS.items() if is_kind(mode)), "o")
+
+
+async def read_chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Yield the bytes of a reader."""
+    while chunk := await reader.read(_CHUNK):
+        yield chunk
+
+
+async def with_thread(
+    talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[A]], work: Callable[[BinaryIO], B]
+) -> tuple[A, B]:
+    """Run `work` in a thread on one end of a socket pair and `talk` on the other; both have ended
+    on return.
+
+    If both fail, the first failure is raised.
+    """
+    ours, theirs = socket.socketpair()
+    failed: list[Exception] = []
+
+    def run() -> B:
+        with theirs:
+            try:
+                with theirs.makefile("rwb") as stream:
+                    return work(stream)  # type: ignore[arg-type]  # a BufferedRWPair is a BinaryIO in all but its stub
+            except Exception as error:
+                failed.append(error)
+                raise
+
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    # A thread of its own: the guest decides how long it lasts, and the loop's few threads are
+    # shared.
+    executor = ThreadPoolExecutor(1, "copy")
+    thread = asyncio.get_running_loop().run_in_executor(executor, run)
+    try:
+        talked = await talk(reader, writer)
+        worked = await asyncio.shield(thread)
+    except BaseException as error:
+        first = failed[0] if failed and isinstance(error, Exception) else error
+        writer.transport.abort()
+        await asyncio.wait({thread})
+        thread.exception()  # retrieved: otherwise the loop would log it
+        if isinstance(first, OSError):
+            raise _host_error(first) from error
+        raise first from None
+    finally:
+        executor.shutdown(wait=False)
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    return talked, worked
+
+
+def _host_error(error: OSError) -> CoppiceError:
+    message = f"cannot copy: {error.filename or 'the file'}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(message, hint="free disk space, or copy to another file system")
+    return HostCannot(message, hint="check the permissions and kinds of these files with `ls -la` on this machine")

@@ -1,0 +1,240 @@
+"""A session with a guest: run commands, read and write files, pack and unpack trees."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+
+import msgspec
+
+from coppice.agent import process
+from coppice.agent.channel import Channel
+from coppice.agent.collecting import chunks_of
+from coppice.agent.process import Command, ExecSession
+from coppice.agent.protocol import Fields, FrameType, encode_fields
+from coppice.errors import CoppiceError, GuestError, GuestProtocolError
+from coppice.model import ExecResult, FileStat
+from coppice.model.guest import MAX_COLLECTED, GuestCommand, OutputSink, Source, TerminalSize, Unpacked
+
+_APPEND, _MAKE_PARENTS = 1, 2
+_FOLLOW_LINKS = 1
+_CONTENTS, _HOLES = 1, 2
+_MAKE_DIRECTORY = 1
+
+
+class Session:
+    """What can be done over a connection to an agent. Calls may overlap."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def give_up(self, error: CoppiceError) -> None:
+        """End the session from this side. Each call of it, also one that has begun, raises `error`."""
+        self._channel.give_up(error)
+
+    # ---- commands ----
+
+    def exec_stream(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        tty: bool = False,
+        size: TerminalSize = (24, 80),
+        term: str | None = None,
+        has_stdin: bool = True,
+        timeout_s: float | None = None,
+        command_id: str = "",
+        detached: bool = False,
+        keep_bytes: int | None = None,
+        memory_bytes: int | None = None,
+        processes: int | None = None,
+    ) -> AbstractAsyncContextManager[ExecSession]:
+        """Start a command. Leaving the block ends the command (SIGHUP, SIGKILL half a second
+        later), unless it is detached.
+
+        :param has_stdin: the caller sends the command's standard input; otherwise it is empty
+        :param timeout_s: then the guest ends the command (SIGTERM, SIGKILL half a second later)
+        :raises CommandNotStarted: the guest cannot start it; `errno` is that of the guest's kernel
+        """
+        command = Command(
+            argv=tuple(argv),
+            env=env or {},
+            cwd=cwd,
+            user=user,
+            tty=tty,
+            size=size,
+            term=term,
+            has_stdin=has_stdin,
+            timeout_s=timeout_s,
+            id=command_id,
+            detached=detached,
+            keep_bytes=keep_bytes,
+            memory_bytes=memory_bytes,
+            processes=processes,
+        )
+        return process.start(self._channel, command)
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        stdin: Source | None = None,
+        timeout_s: float | None = None,
+        on_stdout: OutputSink | None = None,
+        on_stderr: OutputSink | None = None,
+        max_output_bytes: int = MAX_COLLECTED,
+    ) -> ExecResult:
+        """Run a command to its end. A stream with a sink is not collected.
+
+        :raises CommandNotStarted: the guest cannot start it
+        :raises GuestTimeout: the command ran longer than `timeout_s`, and was ended
+        :raises GuestError: the command wrote more than `max_output_bytes`, and was ended
+        """
+        started = self.exec_stream(argv, env=env, cwd=cwd, user=user, has_stdin=stdin is not None, timeout_s=timeout_s)
+        async with started as running:
+            return await running.collect(
+                stdin, on_stdout=on_stdout, on_stderr=on_stderr, max_output_bytes=max_output_bytes
+            )
+
+    def attach(
+        self, command_id: str, *, offset: int = 0, output: bool = True, stdin: bool = False
+    ) -> AbstractAsyncContextManager[ExecSession]:
+        """Attach to a command, as `coppice.agent.process.attach`."""
+        return process.attach(self._channel, command_id, offset=offset, output=output, stdin=stdin)
+
+    async def commands(self) -> list[GuestCommand]:
+        """Return the commands that run in the guest, and the latest that have ended."""
+        return await process.commands(self._channel)
+
+    # ---- files ----
+
+    async def read_stream(self, path: str, *, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        """Yield the contents of a file in chunks.
+
+        :raises GuestRefused: the file cannot be read
+        """
+        if length == 0:
+            return
+        fields = encode_fields([(1, path), (2, offset), (3, length)])
+        async for chunk in self._download(FrameType.FILE_READ, fields):
+            yield chunk
+
+    async def read_file(
+        self, path: str, *, offset: int = 0, length: int | None = None, max_bytes: int = MAX_COLLECTED
+    ) -> bytes:
+        """Return the contents of a file.
+
+        :raises GuestRefused: the file cannot be read
+        :raises GuestError: the contents are larger than `max_bytes`
+        """
+        contents = bytearray()
+        async for chunk in self.read_stream(path, offset=offset, length=length):
+            contents += chunk
+            if len(contents) > max_bytes:
+                raise GuestError(
+                    f"{path} is larger than {max_bytes} bytes", hint="read it as a stream, or copy it to a file"
+                )
+        return bytes(contents)
+
+    async def write_file(
+        self,
+        path: str,
+        data: Source,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        append: bool = False,
+        make_parents: bool = True,
+    ) -> None:
+        """Write a file, completely or not at all unless `append`. Missing parent directories are
+        made.
+
+        If `mode`, `uid` or `gid` is None, an existing file keeps its own, and a new one gets 0644
+        and root.
+
+        :raises GuestRefused: the file cannot be written
+        """
+        flags = (_APPEND if append else 0) | (_MAKE_PARENTS if make_parents else 0)
+        fields = encode_fields([(1, path), (2, mode), (3, uid), (4, gid), (5, flags)])
+        await self._upload(FrameType.FILE_WRITE, fields, data)
+
+    async def stat(self, path: str, *, follow: bool = False) -> FileStat:
+        """Return the status of a path; of a link itself unless `follow`.
+
+        :raises GuestRefused: the path does not exist (`errno` ENOENT)
+        """
+        fields = encode_fields([(1, path), (2, _FOLLOW_LINKS if follow else 0)])
+        reply = await self._channel.call(FrameType.FILE_STAT, fields)
+        mtime_ns = reply.integer(6)
+        target = reply.raw(7)
+        try:
+            return msgspec.convert(
+                {
+                    "path": path,
+                    "kind": reply.text(1),
+                    "size_bytes": reply.integer(2),
+                    "mode": reply.integer(3) & 0o7777,
+                    "uid": reply.integer(4),
+                    "gid": reply.integer(5),
+                    "mtime": (mtime_ns - (1 << 64) if mtime_ns >> 63 else mtime_ns) / 1e9,
+                    "link_target": None if target is None else os.fsdecode(target),
+                },
+                FileStat,
+            )
+        except msgspec.ValidationError as error:
+            raise GuestProtocolError(
+                f"the guest's status of {path} is malformed: {error}",
+                hint="run `coppice stop NAME`, then `coppice start NAME`",
+            ) from error
+
+    # ---- trees ----
+
+    def tar_out(self, path: str, *, contents: bool = False, holes: bool = False) -> AsyncIterator[bytes]:
+        """Yield a tar stream of a file or tree. The guest packs it, so it is not trustworthy.
+
+        :param contents: pack the members of the directory instead of the directory itself
+        :param holes: leave out the holes of files (GNU tar's sparse format 0.1)
+        :raises GuestRefused: the path cannot be read
+        """
+        fields = encode_fields([(1, path), (2, (_CONTENTS if contents else 0) | (_HOLES if holes else 0))])
+        return self._download(FrameType.TAR_OUT, fields)
+
+    async def tar_in(self, directory: str, archive: Source, *, make: bool = False) -> Unpacked:
+        """Unpack a tar stream below a directory. No member can leave the directory.
+
+        :param make: make the directory (not its parents) if it does not exist
+        :raises GuestRefused: a member cannot be unpacked; the members before it remain
+        """
+        fields = encode_fields([(1, directory), (2, _MAKE_DIRECTORY if make else 0)])
+        reply = await self._upload(FrameType.TAR_IN, fields, archive)
+        return Unpacked(members=reply.integer(1), content_bytes=reply.integer(2))
+
+    # ---- transfers ----
+
+    async def _download(self, kind: FrameType, fields: bytes) -> AsyncIterator[bytes]:
+        stream = await self._channel.open(kind, fields)
+        try:
+            async for chunk in stream.data():
+                yield chunk
+        finally:
+            stream.abandon()
+
+    async def _upload(self, kind: FrameType, fields: bytes, source: Source) -> Fields:
+        stream = await self._channel.open(kind, fields)
+        try:
+            async for chunk in chunks_of(source):
+                await stream.send_data(FrameType.DATA, chunk)
+                if stream.ended:
+                    break
+            await stream.send(FrameType.DATA_EOF)
+            return await stream.reply()
+        finally:
+            stream.abandon()

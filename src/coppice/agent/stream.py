@@ -1,0 +1,202 @@
+"""One stream of a connection: a request, the frames that belong to it, and its last frame."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Final
+
+from coppice.agent.hints import hint_for
+from coppice.agent.protocol import (
+    CREDIT_SIZE,
+    WINDOW_SIZE,
+    Fields,
+    Frame,
+    FrameType,
+    encode_data,
+    encode_frame,
+    pack32,
+    unpack_number,
+)
+from coppice.errors import CoppiceError, GuestProtocolError, GuestRefused, GuestTimeout
+
+if TYPE_CHECKING:
+    from coppice.agent.channel import Channel
+
+REFUSED: Final = "the guest refused: "
+_OTHER_FRAMES: Final = 64  # frames without output that a stream can have, each counted as a byte
+_LAST = frozenset({FrameType.OK, FrameType.ERROR, FrameType.EXIT})
+_OUTPUT = frozenset({FrameType.STDOUT, FrameType.STDERR, FrameType.DATA})
+
+
+@contextlib.asynccontextmanager
+async def deadline(seconds: float | None, waiting_for: str) -> AsyncIterator[None]:
+    """Limit the block to `seconds`; None sets no limit.
+
+    :raises GuestTimeout: the block did not end in time
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise GuestTimeout(
+            f"the guest did not answer within {seconds:g} s ({waiting_for})",
+            hint="see its console with `coppice logs NAME`; "
+            "if the host's disk was full, free disk space, then run `coppice restore NAME`",
+        ) from error
+
+
+class RemoteStream:
+    """A stream of an agent. It ends with one last frame: OK, ERROR or EXIT."""
+
+    def __init__(self, channel: Channel, stream_id: int, kind: FrameType) -> None:
+        self.id = stream_id
+        self.kind = kind
+        self.window = WINDOW_SIZE  # bytes that may be sent now
+        self.ended = False  # the last frame has come, or the connection has failed
+        self._channel = channel
+        self._frames: deque[Frame] = deque()
+        self._changed = asyncio.Event()
+        self._failure: CoppiceError | None = None
+        self._abandoned = False
+        self._credit = CREDIT_SIZE + _OTHER_FRAMES  # bytes that the guest may send
+        self._taken = 0  # bytes that were consumed since the guest last got credit
+
+    # ---- for the channel ----
+
+    def take(self, frame: Frame) -> None:
+        """Take over a frame of this stream.
+
+        :raises GuestProtocolError: the guest sent more than it may
+        """
+        if frame.type == FrameType.WINDOW:
+            self.window += unpack_number(frame.payload)
+        elif frame.type in _LAST:
+            self.ended = True
+            self._channel.forget(self.id)
+            self._frames.append(frame)
+        else:
+            self._credit -= len(frame.payload) if frame.type in _OUTPUT else 1
+            if self._credit < 0:
+                raise GuestProtocolError(
+                    "the guest sent more than it may",
+                    hint="run `coppice stop NAME`, then `coppice start NAME`",
+                )
+            if not self._abandoned:
+                self._frames.append(frame)
+        self._changed.set()
+
+    def fail(self, error: CoppiceError) -> None:
+        """End the stream with an error, after the frames that have come."""
+        self.ended = True
+        self._failure = error
+        self._changed.set()
+
+    # ---- receiving ----
+
+    async def receive(self) -> Frame:
+        """Return the next frame. The keepalive of the connection limits the wait.
+
+        :raises VmmDied: the machine ended
+        :raises GuestTimeout: the guest is silent
+        :raises GuestProtocolError: the guest broke the protocol
+        """
+        while not self._frames:
+            if self._failure:
+                raise self._failure
+            self._changed.clear()
+            await self._changed.wait()
+        frame = self._frames.popleft()
+        if frame.type in _OUTPUT:
+            self._consumed(len(frame.payload))
+        return frame
+
+    def _consumed(self, size: int) -> None:
+        self._taken += size
+        if self._taken >= CREDIT_SIZE // 4 and not self.ended:
+            self._channel.post(encode_frame(FrameType.WINDOW, self.id, pack32(self._taken)))
+            self._credit += self._taken
+            self._taken = 0
+
+    async def reply(self) -> Fields:
+        """Return the fields of the last frame, an OK.
+
+        :raises GuestTimeout: it did not come in time, even if other frames did
+        :raises GuestRefused: the agent answered with an error
+        """
+        async with deadline(self._channel.patience_s, "no reply"):
+            return self.final(await self.receive())
+
+    def final(self, frame: Frame, expected: FrameType = FrameType.OK) -> Fields:
+        """Return the fields of the last frame.
+
+        :raises GuestRefused: the frame is an error
+        :raises GuestProtocolError: the frame has another type than `expected`
+        """
+        if frame.type == FrameType.ERROR:
+            raise refusal(frame, self.kind)
+        if frame.type != expected:
+            raise unexpected(frame)
+        return Fields(frame.payload)
+
+    async def data(self) -> AsyncIterator[bytes]:
+        """Yield the contents of DATA frames, until the OK.
+
+        :raises GuestRefused: the agent could not send all of it
+        """
+        while (frame := await self.receive()).type == FrameType.DATA:
+            yield frame.payload
+        self.final(frame)
+
+    # ---- sending ----
+
+    async def send(self, kind: FrameType, payload: bytes = b"") -> None:
+        """Send one frame, unless the stream has ended."""
+        if not self.ended:
+            await self._channel.send(encode_frame(kind, self.id, payload))
+
+    async def send_data(self, kind: FrameType, data: bytes | memoryview) -> None:
+        """Send data within the window. Data after the end of the stream is dropped."""
+        view = memoryview(data)
+        while view and not self.ended:
+            while self.window == 0 and not self.ended:
+                self._changed.clear()
+                await self._changed.wait()
+            size = min(len(view), self.window)
+            self.window -= size
+            if not self.ended:
+                await self._channel.send(encode_data(kind, self.id, view[:size]))
+            view = view[size:]
+
+    def abandon(self) -> None:
+        """Ask the agent to end what the stream shows, and ignore the rest. Idempotent."""
+        self._part(FrameType.END)
+
+    def leave(self) -> None:
+        """Ask the agent to close the stream and to leave the command running. Idempotent."""
+        self._part(FrameType.LEAVE)
+
+    def _part(self, kind: FrameType) -> None:
+        if not self.ended and not self._abandoned:
+            self._abandoned = True
+            self._frames.clear()
+            self._credit = 1 << 62
+            if self._channel.failure is None:
+                self._channel.post(encode_frame(kind, self.id))
+
+
+def refusal(frame: Frame, kind: FrameType | None) -> GuestRefused:
+    """Return the error that an ERROR frame stands for."""
+    fields = Fields(frame.payload)
+    number, reason = fields.integer(1, 0), fields.text(2, "no reason given")
+    return GuestRefused(REFUSED + reason, errno=number, hint=hint_for(kind, number, reason))
+
+
+def unexpected(frame: Frame) -> GuestProtocolError:
+    """Return the error for a frame whose type does not fit the conversation."""
+    return GuestProtocolError(
+        f"the guest sent an unexpected frame of type {frame.type}",
+        hint="its agent may have another version: run `coppice stop NAME`, then `coppice start NAME`",
+    )

@@ -1,0 +1,212 @@
+# Written by tools/generate_client.py: change coppice.requests, then run it.
+
+"""Operations inside a machine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from coppice.client.aio.base import MachineBase, text_of
+from coppice.model import (
+    ExecResult,
+    FileStat,
+    ProgressSink,
+    no_progress,
+)
+from coppice.model.guest import ExecSession, Health
+from coppice.model.inspection import Inspection
+from coppice.requests import (
+    CpInRequest,
+    CpOutRequest,
+    ExecRequest,
+    HealthRequest,
+    InspectRequest,
+    LogsRequest,
+    OpenExecRequest,
+    ReadFileRequest,
+    StatRequest,
+    WaitRequest,
+    WriteFileRequest,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+class MachineGuest(MachineBase):
+    """Commands, files and logs of a machine."""
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        workdir: str | None = None,
+        user: str | None = None,
+        timeout_s: float | None = None,
+        stdin: bytes | None = None,
+        max_output_bytes: int = 64 << 20,
+    ) -> ExecResult:
+        """Run a command in a Running guest and collect its output.
+
+        A command that fails is a result, not an error: see `exit_code`, which is 128+n if signal n
+        ended it.
+
+        :param argv: A list of words: the program and its arguments.
+        :param env: Variables, added to the image's.
+        :param workdir: Working directory. Default: the image's.
+        :param user: A user name, UID, or UID:GID. Default: the image's.
+        :param timeout_s: Seconds after which the command is killed.
+        :param stdin: Bytes for its standard input.
+        :param max_output_bytes: Limit of its output.
+        :raises CommandNotFound: the program, the directory or the user does not exist
+        :raises CommandNotStarted: the command cannot be started for another reason; the message
+            names it
+        :raises GuestTimeout: the command did not end within `timeout_s`, and was killed
+        :raises GuestError: the command printed more than `max_output_bytes`
+        """
+        return await self._backend.call(
+            ExecRequest(
+                instance=self.id,
+                argv=argv,
+                env={} if env is None else env,
+                workdir=workdir,
+                user=user,
+                timeout_s=timeout_s,
+                stdin=stdin,
+                max_output_bytes=max_output_bytes,
+            )
+        )
+
+    def open_exec(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        workdir: str | None = None,
+        user: str | None = None,
+        timeout_s: float | None = None,
+        tty: bool = False,
+        size: tuple[int, int] | None = None,
+        term: str | None = None,
+        stdin: bool = True,
+    ) -> AbstractAsyncContextManager[ExecSession]:
+        """Start a command and open a session with it. Closing the session ends the command (SIGHUP).
+
+        :param argv: A list of words: the program and its arguments.
+        :param env: Variables, added to the image's.
+        :param workdir: Working directory. Default: the image's.
+        :param user: A user name, UID, or UID:GID. Default: the image's.
+        :param timeout_s: Seconds after which the command is killed.
+        :param tty: Give the command a terminal.
+        :param size: (rows, columns) of the terminal. Default: (24, 80).
+        :param term: Type of the terminal, as in TERM.
+        :param stdin: False: the command has no standard input.
+        """
+        return self._backend.stream(
+            OpenExecRequest(
+                instance=self.id,
+                argv=argv,
+                env={} if env is None else env,
+                workdir=workdir,
+                user=user,
+                timeout_s=timeout_s,
+                tty=tty,
+                size=size,
+                term=term,
+                stdin=stdin,
+            )
+        )
+
+    async def cp_in(self, host_path: Path | str, guest_path: str, *, progress: ProgressSink = no_progress) -> int:
+        """Copy a file or directory of this machine into the guest, as `cp -r` does; return the bytes
+        copied.
+
+        `DIR/.`, as text, copies a directory's content. A destination that ends with a slash is a
+        directory.
+
+        :param host_path: A path on this machine.
+        :param guest_path: A path in the guest.
+        :param progress: Called with each step of the work.
+        :raises NotFound: the source does not exist
+        :raises GuestRefused: the guest cannot make the copy
+        """
+        return await self._backend.call(
+            CpInRequest(instance=self.id, host_path=text_of(host_path), guest_path=guest_path), progress
+        )
+
+    async def cp_out(self, guest_path: str, host_path: Path | str, *, progress: ProgressSink = no_progress) -> int:
+        """Copy a file or directory of the guest to this machine, as `cp -r` does; return the bytes
+        copied.
+
+        Nothing is written outside `host_path`.
+
+        :param guest_path: A path in the guest.
+        :param host_path: A path on this machine.
+        :param progress: Called with each step of the work.
+        :raises GuestRefused: the source does not exist, or cannot be read
+        :raises UnsafePath: the guest sent a device, or a path outside the destination
+        """
+        return await self._backend.call(
+            CpOutRequest(instance=self.id, guest_path=guest_path, host_path=text_of(host_path)), progress
+        )
+
+    async def read_file(self, path: str, *, max_bytes: int = 64 << 20) -> bytes:
+        """Return the content of a file of the guest.
+
+        :param path: A path in the guest.
+        :param max_bytes: A larger file is refused.
+        """
+        return await self._backend.call(ReadFileRequest(instance=self.id, path=path, max_bytes=max_bytes))
+
+    async def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
+        """Write a file in the guest atomically. Missing parent directories are made.
+
+        :param path: A path in the guest.
+        :param data: The content.
+        :param mode: Permission bits.
+        """
+        await self._backend.call(WriteFileRequest(instance=self.id, path=path, data=data, mode=mode))
+
+    async def stat(self, path: str, *, follow_links: bool = False) -> FileStat:
+        """Return the type, size, owner, mode and times of a path in the guest.
+
+        :param path: A path in the guest.
+        :param follow_links: Describe the target of a symlink, not the link.
+        """
+        return await self._backend.call(StatRequest(instance=self.id, path=path, follow_links=follow_links))
+
+    async def health(self) -> Health:
+        """Return the health that the agent reports: uptime, load, the state of the image's process."""
+        return await self._backend.call(HealthRequest(instance=self.id))
+
+    async def logs(
+        self, *, source: Literal["console", "vmm"] = "console", tail: int | None = None, follow: bool = False
+    ) -> AsyncIterator[bytes]:
+        """Yield lines of the guest's console, or of the VMM's log.
+
+        :param source: Which log: the guest's console, or the VMM's own.
+        :param tail: Only the last so many lines.
+        :param follow: Wait for new lines until the machine ends.
+        :raises NotFound: the log does not exist yet
+        """
+        async with self._backend.stream(
+            LogsRequest(instance=self.id, source=source, tail=tail, follow=follow)
+        ) as items:
+            async for item in items:
+                yield item
+
+    async def wait(self, deadline_s: float) -> Self:
+        """Wait until the machine has ended by itself.
+
+        :param deadline_s: How many seconds to wait at most.
+        :raises GuestTimeout: the machine still runs at the deadline
+        """
+        return self._became(await self._backend.call(WaitRequest(instance=self.id, deadline_s=deadline_s)))
+
+    async def inspect(self) -> Inspection:
+        """Return one instance with its forks, its disk, and its memory as the kernel accounts it."""
+        return await self._backend.call(InspectRequest(instance=self.id))

@@ -1,0 +1,77 @@
+"""AsyncMachine: the handle of one machine."""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+from typing import Self
+
+from coppice.client.aio.guest import MachineGuest
+from coppice.client.aio.lifecycle import MachineLifecycle
+from coppice.completion import complete
+from coppice.errors import NotFound
+from coppice.model import MemoryReport, State, TreeNode
+from coppice.requests import GetRequest, StatsRequest, TreeRequest
+
+
+class AsyncMachine(MachineLifecycle, MachineGuest):
+    """One machine. Methods that change the machine update `record` and return the handle.
+
+        async with host.run("debian") as vm:
+            print((await vm.exec(["uname", "-r"])).stdout)
+
+    At the end of an `async with` block the machine is removed.
+    """
+
+    async def refresh(self) -> Self:
+        """Read the machine's current record.
+
+        :raises NotFound: the machine was removed
+        """
+        return self._became(await self._backend.call(GetRequest(instance=self.id)))
+
+    async def freeze(self, *, public: bool | None = None) -> Self:
+        """Make a Running or Standby machine a template: `standby`, then `promote`. A Template stays
+        one.
+
+        :param public: As for `promote`.
+        """
+        if (await self.refresh()).state is not State.TEMPLATE:
+            await self.standby()
+        return await self.promote(public=public)
+
+    async def stats(self) -> MemoryReport | None:
+        """Return the machine's memory as the kernel accounts it, or None if it holds no memory."""
+        return (await self._backend.call(StatsRequest(instance=self.id))).get(self.name)
+
+    async def tree(self) -> list[TreeNode]:
+        """Return the machine, its forks and their forks, in the order of a drawn tree."""
+        return await self._backend.call(TreeRequest(instance=self.id))
+
+    async def read_text(self, path: str, *, encoding: str = "utf-8") -> str:
+        """Return the content of a text file of the guest.
+
+        :param path: A path in the guest.
+        :param encoding: The encoding of the file.
+        :raises UnicodeDecodeError: the file is not text in that encoding
+        """
+        return (await self.read_file(path)).decode(encoding)
+
+    async def write_text(self, path: str, text: str, *, mode: int = 0o644, encoding: str = "utf-8") -> None:
+        """Write a text file in the guest atomically. Missing parent directories are made.
+
+        :param path: A path in the guest.
+        :param text: The content.
+        :param mode: Permission bits.
+        :param encoding: The encoding of the file.
+        """
+        await self.write_file(path, text.encode(encoding), mode=mode)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(NotFound):  # removed inside the block
+            await complete(self.rm())

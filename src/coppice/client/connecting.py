@@ -1,0 +1,51 @@
+"""Connect to a server: the same managers and handles, whose requests another machine carries out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coppice.errors import MissingTool
+
+if TYPE_CHECKING:
+    from coppice.client.aio.host import AsyncHost
+    from coppice.client.backend import Backend
+    from coppice.client.blocking.host import Host
+
+
+def connect(address: str, *, token: str | None = None) -> Host:
+    """Return a host whose requests a server carries out.
+
+        with coppice.connect("http://localhost:8080", token=TOKEN) as host:
+            vm = host.run("debian")
+
+    :param address: `http://HOST:PORT`, `https://HOST:PORT` or `unix:/path/to/socket`
+    :param token: an access token. Default: the variable COPPICE_TOKEN
+    :raises UsageError: the address is malformed
+    :raises MissingTool: this installation lacks the packages of the client
+    """
+    from coppice.client.blocking.host import Host
+
+    return Host(backend=_backend(address, token))
+
+
+def connect_async(address: str, *, token: str | None = None) -> AsyncHost:
+    """Return the same host as `connect`, for asyncio.
+
+    :param address: `http://HOST:PORT`, `https://HOST:PORT` or `unix:/path/to/socket`
+    :param token: an access token. Default: the variable COPPICE_TOKEN
+    :raises UsageError: the address is malformed
+    :raises MissingTool: this installation lacks the packages of the client
+    """
+    from coppice.client.aio.host import AsyncHost
+
+    return AsyncHost(backend=_backend(address, token))
+
+
+def _backend(address: str, token: str | None) -> Backend:
+    try:
+        from coppice.client.remote.backend import RemoteBackend
+    except ModuleNotFoundError as error:
+        raise MissingTool(
+            f"a connection to a server needs the package {error.name}", hint="run `pip install 'coppice-vm[remote]'`"
+        ) from error
+    return RemoteBackend(address, token=token)

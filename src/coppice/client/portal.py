@@ -1,0 +1,175 @@
+"""Run coroutines from blocking code: an event loop in a thread, and calls that wait for its
+results.
+
+An interrupt of such a call, such as Ctrl-C, cancels the coroutine and waits for its cleanup. Only
+then the interrupt is raised, so nothing is left half-made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Job(Generic[T]):
+    """A coroutine to run in the loop's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
+        self._loop = loop
+        self._work = work
+        self._task: asyncio.Task[T] | None = None
+        self.outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run(self, part: concurrent.futures.Future[Any] | None = None) -> Any:
+        """Begin, and wait as `wait` does.
+
+        One call does both: an interrupt between the two would leave the coroutine running.
+        """
+        return self.wait(part, begin=True)
+
+    def wait(self, part: concurrent.futures.Future[Any] | None = None, *, begin: bool = False) -> Any:
+        """Return the outcome of the work, or of a part of it.
+
+        If the wait is interrupted, cancel the work and wait for its cleanup.
+        """
+        awaited = part or self.outcome
+        try:
+            if begin:
+                self._loop.call_soon_threadsafe(self._begin)
+            return awaited.result()
+        except BaseException:
+            # Even if the part is done: its caller does not get the result, and would not end the
+            # rest.
+            if not self.outcome.done():
+                self._loop.call_soon_threadsafe(self._cancel)
+                concurrent.futures.wait([self.outcome])
+            raise
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._work)
+        self._task.add_done_callback(self._settle)
+
+    def _settle(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            self.outcome.set_exception(asyncio.CancelledError())
+        elif error := task.exception():
+            self.outcome.set_exception(error)
+        else:
+            self.outcome.set_result(task.result())
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        else:  # interrupted before `_begin` was scheduled: the loop runs its callbacks in order
+            self._work.close()
+            self.outcome.set_exception(asyncio.CancelledError())
+
+
+class Portal:
+    """An event loop in a thread. It runs from the first call until `close`."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine to its end, and return its result."""
+        result: T = self._job(work).run()
+        return result
+
+    @contextlib.contextmanager
+    def within(self, manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
+        """Keep an asynchronous context manager open for a block. The same task enters and leaves
+        it.
+        """
+        entered: concurrent.futures.Future[tuple[T, asyncio.Future[BaseException | None]]] = concurrent.futures.Future()
+
+        async def hold() -> None:
+            try:
+                async with manager as value:
+                    left: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+                    entered.set_result((value, left))
+                    if (error := await left) is not None:
+                        raise error
+            except BaseException as error:
+                if not entered.done():
+                    entered.set_exception(error)
+                raise
+
+        job = self._job(hold())
+        value, left = job.run(entered)
+        failure: BaseException | None = None
+        try:
+            yield value
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            # Inside the loop, KeyboardInterrupt and the like would end the loop itself. Cancel
+            # instead.
+            told = failure if failure is None or isinstance(failure, Exception) else asyncio.CancelledError()
+            left.get_loop().call_soon_threadsafe(left.set_result, told)
+            try:
+                job.wait()
+            except BaseException as error:
+                if error is not told and not (told is not None and isinstance(error, asyncio.CancelledError)):
+                    raise
+
+    def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
+        """Yield the items of an asynchronous iterator. Wait for each item when it is requested."""
+        end = object()
+
+        async def following() -> T | object:
+            return await anext(items, end)
+
+        async def close() -> None:
+            if isinstance(items, AsyncGenerator):
+                await items.aclose()
+
+        try:
+            while (item := self.call(following())) is not end:
+                yield item  # type: ignore[misc] # `end` was the only object that is no T
+        finally:
+            self.call(close())
+
+    def close(self) -> None:
+        """Cancel running coroutines and end the thread. Idempotent."""
+        with self._guard:
+            thread, loop, self._thread, self._loop = self._thread, self._loop, None, None
+        if thread is not None and loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+    def _job(self, work: Coroutine[Any, Any, T]) -> _Job[T]:
+        with self._guard:
+            if self._thread is None or self._loop is None:
+                started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+                self._thread = threading.Thread(target=_run_loop, args=(started,), name="coppice-host", daemon=True)
+                self._thread.start()
+                self._loop = started.result()
+            elif not self._thread.is_alive():  # a forked process does not inherit threads
+                work.close()
+                raise RuntimeError(
+                    "this host belongs to the parent of this forked process; open another host in this process"
+                )
+            if threading.current_thread() is self._thread:
+                work.close()
+                raise RuntimeError(
+                    "cannot call the host from its own thread, such as from a progress sink: the call would deadlock"
+                )
+            return _Job(self._loop, work)
+
+
+def _run_loop(started: concurrent.futures.Future[asyncio.AbstractEventLoop]) -> None:
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        started.set_result(loop)
+        loop.run_forever()

@@ -1,0 +1,177 @@
+"""Commands and logs of a server, over WebSockets. `coppice.server.streams` describes the frames."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final
+
+import msgspec
+from websockets.asyncio.client import ClientConnection, connect, unix_connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+
+from coppice.agent.collecting import Collecting
+from coppice.client.remote.address import Address
+from coppice.client.remote.failures import encoded, error_from, refusal, unreachable
+from coppice.errors import GuestRefused, HostCannot
+from coppice.model import FileStat, Record
+from coppice.model.guest import Exit, Stream, Unpacked
+from coppice.requests import LogsRequest, OpenExecRequest
+
+_OPEN_S: Final = 10.0
+_CLOSE_S: Final = 5.0
+_STREAMS: Final[dict[int, Stream]] = {1: "stdout", 2: "stderr"}
+_LOST: Final = "the connection to the server was lost"
+
+
+class Message(Record, frozen=True, kw_only=True):
+    """A text frame of the server."""
+
+    pid: int | None = None
+    exit: Exit | None = None
+    error: dict[str, Any] | None = None
+    errno: int = 0
+    end: bool = False
+    stat: FileStat | None = None
+    unpacked: Unpacked | None = None
+    upload: str | None = None
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    address: Address,
+    headers: Mapping[str, str],
+    path: str,
+    first: msgspec.Struct,
+) -> AsyncIterator[ClientConnection]:
+    """Open a WebSocket and send the first frame."""
+    url = address.websocket_url + path
+    message = encoded(first).decode()
+    options: dict[str, Any] = {
+        "additional_headers": headers,
+        "open_timeout": _OPEN_S,
+        "max_size": None,
+        "compression": None,  # costs more than it saves: a gigabyte of zeros would take seconds of CPU at both ends
+    }
+    opening = unix_connect(address.socket, url, **options) if address.socket else connect(url, **options)
+    try:
+        connection = await opening
+    except InvalidStatus as error:
+        raise refusal(error.response.status_code, bytes(error.response.body)) from error
+    except (OSError, TimeoutError, WebSocketException) as error:
+        raise unreachable(address, error) from error
+    try:
+        await connection.send(message)
+        yield connection
+    finally:
+        try:
+            # Frames before the last one may wait for a server that does not read them.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await connection.close()
+        finally:
+            connection.transport.abort()
+
+
+async def next_frame(connection: ClientConnection) -> bytes | Message:
+    """Return the next frame.
+
+    :raises CoppiceError: the server reports an error, or the connection was lost
+    """
+    try:
+        frame = await connection.recv()
+    except ConnectionClosed as error:
+        raise HostCannot(_LOST, hint="the command or copy may have run; `coppice ls` shows the machine") from error
+    if isinstance(frame, bytes):
+        return frame
+    message = msgspec.json.decode(frame, type=Message)
+    if message.error is not None:
+        reported = error_from(msgspec.json.encode(message.error))
+        if isinstance(reported, GuestRefused):
+            reported.errno = message.errno
+        raise reported
+    return message
+
+
+async def message_of(connection: ClientConnection) -> Message:
+    """Return the next frame, which must be a text frame.
+
+    :raises CoppiceError: the server reports an error, or the connection was lost
+    """
+    frame = await next_frame(connection)
+    if isinstance(frame, bytes):
+        raise not_coppice()
+    return frame
+
+
+def not_coppice() -> HostCannot:
+    """Return the error for an unexpected answer."""
+    return HostCannot("the server's answer is not that of Coppice", hint="check the address and the server's version")
+
+
+class RemoteExecSession(Collecting):
+    """A command that runs in a guest of a server."""
+
+    def __init__(self, connection: ClientConnection, request: OpenExecRequest, pid: int) -> None:
+        super().__init__(request.argv[0], request.timeout_s)
+        self.pid = pid
+        self._connection = connection
+
+    async def __aiter__(self) -> AsyncIterator[tuple[Stream, bytes]]:
+        """Yield the command's output as it arrives, until the command has ended."""
+        while self._exit is None:
+            frame = await next_frame(self._connection)
+            if isinstance(frame, bytes):
+                yield _STREAMS[frame[0]], frame[1:]
+            else:
+                self._exit = frame.exit
+
+    async def send_stdin(self, data: bytes) -> None:
+        """Send data to the command's standard input."""
+        await self._send(data)
+
+    async def eof(self) -> None:
+        """Close the command's standard input."""
+        await self._control(eof=True)
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the command's process group."""
+        await self._control(signal=number)
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Set the size of the command's terminal."""
+        await self._control(resize=(rows, columns))
+
+    async def _control(self, **message: object) -> None:
+        await self._send(msgspec.json.encode(message).decode())
+
+    async def _send(self, data: bytes | str) -> None:
+        with contextlib.suppress(ConnectionClosed):  # the reader reports the lost connection
+            await self._connection.send(data)
+
+
+@contextlib.asynccontextmanager
+async def open_exec(
+    address: Address, headers: Mapping[str, str], request: OpenExecRequest
+) -> AsyncIterator[RemoteExecSession]:
+    """Start a command on the server. Leaving the block ends the command."""
+    async with opened(address, headers, "/stream/exec", request) as connection:
+        first = await message_of(connection)
+        if first.pid is None:
+            raise not_coppice()
+        yield RemoteExecSession(connection, request, first.pid)
+
+
+@contextlib.asynccontextmanager
+async def open_logs(
+    address: Address, headers: Mapping[str, str], request: LogsRequest
+) -> AsyncIterator[AsyncIterator[bytes]]:
+    """Follow a log on the server."""
+    async with opened(address, headers, "/stream/logs", request) as connection:
+        yield _lines(connection)
+
+
+async def _lines(connection: ClientConnection) -> AsyncIterator[bytes]:
+    while isinstance(frame := await next_frame(connection), bytes):
+        yield frame

@@ -1,0 +1,68 @@
+"""Put idle machines into standby, as their policies say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from coppice.completion import in_thread
+from coppice.errors import Busy
+from coppice.host.activity import activity_file, idle_s
+from coppice.host.checks import Checks
+from coppice.model import Instance, Observed, State
+from coppice.model.lifecycle import Operation
+from coppice.state import locks
+
+_SAMPLES: Final = 10  # of connections, in the time until a machine is idle
+_SOONEST_S: Final = 1.0
+
+
+class Idleness(Checks):
+    """The automatic standby of one instance."""
+
+    async def _rest_if_idle(self, instance: Instance, seen: Observed, now: float) -> tuple[Observed, float | None]:
+        """Put a Running machine into standby if it was idle long enough. Return the time of the
+        next look.
+        """
+        limit = idle_s(instance)
+        if not limit:
+            return seen, None
+        path = activity_file(self.rooms, instance)
+        used = await in_thread(_is_locked, path) or await self.rooms.networks.of(instance.machine).connections(instance)
+        if used and now - (seen.active_at or 0.0) > limit / _SAMPLES:
+            seen = await self._observe(instance, seen, active_at=now)
+        last = max(instance.started_at or 0.0, seen.active_at or 0.0, await in_thread(_changed_at, path))
+        due = (now if used else last) + limit
+        if now >= due:
+            await self._rest(instance)
+            return seen, None
+        sampled = any(port.protocol == "tcp" for port in instance.publish)
+        return seen, min(due, now + max(limit / _SAMPLES, _SOONEST_S)) if sampled else due
+
+    async def _rest(self, instance: Instance) -> None:
+        """Capture an idle machine. A session that began meanwhile keeps it awake."""
+        async with self._hold(instance.id, Operation.STANDBY) as (current, _):
+            if current.state is not State.RUNNING or current.started_at != instance.started_at or not idle_s(current):
+                return
+            descriptor = locks.try_lock(activity_file(self.rooms, current))
+            if descriptor is None:
+                raise Busy(f"{instance.name} is in use", hint="its next idle time counts")
+            try:
+                await self._capture(current)
+            finally:
+                locks.release(descriptor)
+
+
+def _is_locked(path: Path) -> bool:
+    descriptor = locks.try_lock(path)
+    if descriptor is None:
+        return True
+    locks.release(descriptor)
+    return False
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,128 @@
+"""Publish files atomically, under a temporary name and then by one rename; translate OS errors.
+
+A killed process leaves at most a file with a temporary name, which recovery recognises by
+`is_temporary`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from coppice.errors import HostCannot, IntegrityError, NoSpace, Refused
+
+TEMPORARY_SUFFIX = ".tmp"
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a fresh hidden name in the directory of `path`, so that renaming it to `path` stays in
+    one file system.
+    """
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}{TEMPORARY_SUFFIX}")
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file name was made by `temporary_beside`.
+
+    Such a file can be removed once its process has ended.
+    """
+    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
+def sync(path: Path) -> None:
+    """Make the data of a file, or the renames and links done in a directory, survive a power
+    loss.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+sync_directory = sync
+
+
+def allocated_bytes(path: Path) -> int:
+    """Return the bytes that removing the path would free.
+
+    Files with other hard links do not count.
+    """
+    total = 0
+    for file in (path, *(Path(top, name) for top, _, names in os.walk(path) for name in names)):
+        with contextlib.suppress(FileNotFoundError):  # removed at the same time
+            status = file.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                total += status.st_blocks * 512
+    return total
+
+
+def publish(temporary: Path, final: Path, *, sync: bool = True) -> None:
+    """Rename a finished temporary file to its final name.
+
+    With `sync`, the name is durable on return.
+
+    The caller has already synced the file's data.
+    """
+    temporary.rename(final)
+    if sync:
+        sync_directory(final.parent)
+
+
+@contextlib.contextmanager
+def os_errors(action: str) -> Iterator[None]:
+    """Turn an OSError of one file operation into a Coppice error that names the operation and the
+    path.
+
+    `action` completes the sentence "Cannot ...". Raises NoSpace for a full disk or quota, Refused
+    if the destination exists, IntegrityError if a required file is missing, else HostCannot. Use it
+    only around blocks that work on files that must exist: elsewhere an OSError means something
+    else; see `untranslated`.
+    """
+    try:
+        yield
+    except OSError as error:
+        message = _message(action, error)
+        if error.errno in _FULL:
+            raise NoSpace(
+                message, hint="free some space on the file system of the data directory, or move it to a larger one"
+            ) from error
+        if error.errno == errno.EEXIST:
+            raise Refused(message, hint="remove the file that is in the way, or choose another name") from error
+        if error.errno == errno.ENOENT:
+            raise IntegrityError(
+                message, hint="a required file is missing: remove the instances that depend on it"
+            ) from error
+        if error.errno == errno.ELOOP:
+            raise HostCannot(
+                message, hint="replace the symbolic link in the data directory by the file itself"
+            ) from error
+        raise HostCannot(message, hint="check that the data directory is writable and its disk is healthy") from error
+
+
+@contextlib.contextmanager
+def untranslated(action: str) -> Iterator[None]:
+    """Turn an OSError that no lower layer translated into a Coppice error that adds no guess at the
+    cause.
+
+    For whole operations, whose siblings and callers expect Coppice errors. Raises NoSpace or
+    HostCannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        message = _message(action, error)
+        if error.errno in _FULL:
+            raise NoSpace(message, hint="free disk space, or set COPPICE_HOME to a larger file system") from error
+        raise HostCannot(message, hint="`coppice doctor` checks this host; --debug shows the traceback") from error
+
+
+def _message(action: str, error: OSError) -> str:
+    where = "" if error.filename is None or str(error.filename) in action else f": {error.filename}"
+    return f"Cannot {action}: {error.strerror or error}{where}"

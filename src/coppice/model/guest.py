@@ -1,0 +1,130 @@
+"""A guest's report on itself, and the interface of a command that runs in it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Literal, Protocol
+
+from coppice.model.record import MIB, Record
+from coppice.model.reports import ExecResult, FileStat
+
+Stream = Literal["stdout", "stderr"]
+TerminalSize = tuple[int, int]  # rows, columns
+Source = bytes | AsyncIterable[bytes]
+OutputSink = Callable[[bytes], Awaitable[None] | None]
+
+MAX_COLLECTED = 64 * MIB
+
+
+class Health(Record, frozen=True, kw_only=True):
+    """The report of a guest's PID 1, which is the agent."""
+
+    uptime_ms: int
+    identity_serial: int  # 0: it has received no identity yet
+    agent_version: str
+    process_pid: int | None  # of the image's process; None if it was not started
+    process_exit_code: int | None  # None until it has ended
+    load: float  # average of one minute
+
+
+class Exit(Record, frozen=True, kw_only=True):
+    """How a command ended. `exit_code` is 128+n if signal n ended it."""
+
+    exit_code: int
+    timed_out: bool
+    out_of_memory: bool = False  # its memory limit ended it
+
+
+class GuestCommand(Record, frozen=True, kw_only=True):
+    """A command that runs in a guest, or that has ended there and is remembered."""
+
+    id: str
+    argv: tuple[str, ...]  # the beginning of it, if it is long
+    pid: int
+    user: str | None  # None: the image's
+    tty: bool
+    started_at: float  # the guest's clock, in seconds since the epoch
+    attached: bool  # a client is attached
+    output_first: int  # offset of the first byte of output that is kept
+    output_bytes: int  # of both streams together, since its beginning
+    exit_code: int | None  # None: it runs
+    timed_out: bool
+    out_of_memory: bool
+    ended_at: float | None
+
+
+class Unpacked(Record, frozen=True, kw_only=True):
+    """How much a guest has unpacked."""
+
+    members: int
+    content_bytes: int
+
+
+class CopySession(Protocol):
+    """The part of a session with a guest that copies files and trees. Calls must not overlap."""
+
+    async def stat(self, path: str, *, follow: bool = False) -> FileStat:
+        """Return the status of a path; of a link itself unless `follow`.
+
+        :raises GuestRefused: the path does not exist (`errno` ENOENT)
+        """
+
+    async def tar_in(self, directory: str, archive: Source) -> Unpacked:
+        """Unpack a tar stream below a directory. No member can leave the directory.
+
+        :raises GuestRefused: a member cannot be unpacked; the members before it remain
+        """
+
+    def tar_out(self, path: str, *, holes: bool = False) -> AsyncIterator[bytes]:
+        """Yield a tar stream of a file or tree. The guest packs it, so it is not trustworthy.
+
+        :param holes: leave out the holes of files
+        :raises GuestRefused: the path cannot be read
+        """
+
+
+class ExecSession(Protocol):
+    """A running command. Iterate over it for its output; then `wait` returns how it ended.
+
+    A command whose output is not read blocks when the buffers are full, as with a pipe.
+    """
+
+    @property
+    def pid(self) -> int:
+        """Process id in the guest."""
+
+    def __aiter__(self) -> AsyncIterator[tuple[Stream, bytes]]:
+        """Yield the command's output as it arrives, until the command has ended."""
+
+    async def send_stdin(self, data: bytes) -> None:
+        """Send data to the command's standard input.
+
+        Waits while the command does not read. Data sent after its end is dropped.
+        """
+
+    async def eof(self) -> None:
+        """Close the command's standard input."""
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the command's process group."""
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Set the size of the command's terminal."""
+
+    async def collect(
+        self,
+        stdin: Source | None = None,
+        *,
+        on_stdout: OutputSink | None = None,
+        on_stderr: OutputSink | None = None,
+        max_output_bytes: int = MAX_COLLECTED,
+    ) -> ExecResult:
+        """Send all of `stdin`, take all output, and wait for the end. A stream with a sink is not
+        collected.
+
+        :raises GuestTimeout: the command ran longer than its timeout, and was ended
+        :raises GuestError: the command wrote more than `max_output_bytes`
+        """
+
+    async def wait(self) -> Exit:
+        """Wait for the end and return it. Unread output is discarded."""

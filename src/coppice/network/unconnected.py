@@ -1,0 +1,52 @@
+"""No network: a machine without a NIC. The host reaches it through its agent ports only."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+
+from coppice.errors import UsageError
+from coppice.model import Egress, Instance, Publish
+from coppice.model.network import GuestNetwork, Nic
+from coppice.network.provider import AskForwards, NetworkProvider
+
+
+class Unconnected(NetworkProvider):
+    """The provider `none`."""
+
+    @property
+    def name(self) -> str:
+        return "none"
+
+    @property
+    def backend(self) -> None:
+        return None
+
+    def check(self, ports: Sequence[Publish]) -> None:
+        if ports:
+            raise UsageError(
+                "a machine without a network cannot publish ports",
+                hint="make the machine with `--network user`; a fork has the network of its source",
+            )
+
+    def check_egress(self, policy: Egress) -> None:
+        if policy.mode == "allow":
+            raise UsageError("a machine without a network reaches nothing", hint="make it with `--network nat`")
+
+    def allocate(self, connection: sqlite3.Connection, instances: Sequence[Instance]) -> list[Instance]:  # noqa: ARG002
+        return list(instances)
+
+    async def attach(self, instance: Instance) -> tuple[Nic, ...]:  # noqa: ARG002
+        return ()
+
+    def guest(self, instance: Instance) -> GuestNetwork | None:  # noqa: ARG002
+        return None
+
+    async def published(self, instance: Instance, ask: AskForwards) -> tuple[Publish, ...]:  # noqa: ARG002
+        return instance.publish
+
+    async def detach(self, instance_id: str) -> None:
+        """Do nothing: nothing is ever attached."""
+
+    def leftovers(self, known: Callable[[], set[str]]) -> set[str]:  # noqa: ARG002
+        return set()

@@ -1,0 +1,150 @@
+"""`POST /call/{operation}` for every operation, and `/operations` for the operations under way."""
+
+# No `from __future__ import annotations`: Litestar reads the annotations that `_route` makes.
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Request as HttpRequest
+from litestar import Response, delete, get, post
+from litestar.handlers import HTTPRouteHandler
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import FromPath, HeaderParameter, JSONBody, QueryParameter
+from litestar.response import ServerSentEvent, ServerSentEventMessage
+
+from coppice.completion import complete
+from coppice.model import TreeNode, to_json
+from coppice.requests import Request, TreeRequest
+from coppice.requests.base import result_of
+from coppice.server.auth import Caller
+from coppice.server.context import IDEMPOTENCY, TheCaller, TheServer
+from coppice.server.document import EVENTS
+from coppice.server.failures import failure_of
+from coppice.server.running import Operation, OperationView
+from coppice.server.table import CALLS, scope_of
+
+OPERATION_HEADER = "coppice-operation"
+KEEPALIVE_S = 15.0
+"""A client hears from an operation at least this often, so that it can tell a lost connection."""
+
+Accept = Annotated[
+    str, HeaderParameter(name="accept", description="`text/event-stream`: send progress, then the result.")
+]
+Prefer = Annotated[
+    str,
+    HeaderParameter(name="prefer", description="`respond-async`: answer 202 with the operation at once (RFC 7240)."),
+]
+
+IdempotencyKey = Annotated[
+    str | None,
+    HeaderParameter(
+        name=IDEMPOTENCY,
+        description="A text of the client's choice. The same request with the same key has no second effect, and gets "
+        "the result of the first, for 24 hours.",
+    ),
+]
+
+
+def call_routes() -> list[HTTPRouteHandler]:
+    """Return a route for each operation that is one call."""
+    return [_route(name, kind) for name, kind in CALLS.items()]
+
+
+def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
+    result = result_of(kind)
+    reads = scope_of(name).endswith(":read")
+
+    async def call(
+        data: Any,
+        request: HttpRequest[Caller, Any, Any],
+        server: TheServer,
+        caller: TheCaller,
+        accept: str,
+        prefer: str,
+        key: str | None,  # noqa: ARG001 - of the API document; the authentication reads it
+    ) -> Response[Any]:
+        if reads:
+            return Response(await (await server.host(caller)).call(data), status_code=200)
+        operation = await server.begin(caller, data)
+        headers = {OPERATION_HEADER: operation.id}
+        if "respond-async" in prefer:
+            location = {"location": str(request.url_for("operation_get", key=operation.id))}
+            return Response(operation.view(), status_code=202, headers=headers | location)
+        if EVENTS in accept:
+            return ServerSentEvent(_events(operation), headers=headers)
+        return Response(await operation.result(), status_code=200, headers=headers)
+
+    call.__annotations__ |= {
+        "data": JSONBody[kind],  # type: ignore[valid-type, misc]  # read by Litestar
+        "request": HttpRequest,
+        "accept": Accept,
+        "prefer": Prefer,
+        "key": IdempotencyKey,
+        "return": Response[result],  # type: ignore[valid-type]  # read by Litestar
+    }
+    call.__defaults__ = ("", "", None)
+    return post(
+        f"/call/{name}",
+        name=f"call_{name}",
+        operation_id=name,
+        summary=(kind.__doc__ or "").split("\n\n")[0].replace("\n    ", " "),
+        description=(kind.__doc__ or "").strip(),
+        tags=["operations"],
+        status_code=200,
+        opt={"scope": scope_of(name)},
+        responses=None if reads else {202: ResponseSpec(OperationView, description="The operation, which goes on.")},
+    )(call)
+
+
+async def _events(operation: Operation) -> AsyncIterator[ServerSentEventMessage]:
+    """Yield progress, then one event `result` or `error`."""
+    async for step in operation.steps(KEEPALIVE_S):
+        if step is None:
+            yield ServerSentEventMessage(comment="working")
+        else:
+            yield ServerSentEventMessage(event="progress", data=_text(step))
+    try:
+        value = await operation.result()
+    except Exception as error:
+        yield ServerSentEventMessage(event="error", data=_text(failure_of(error)[1]))
+    else:
+        yield ServerSentEventMessage(event="result", data=_text(value))
+
+
+def _text(value: object) -> str:
+    return to_json(value).decode()
+
+
+Root = Annotated[str | None, QueryParameter(description="Return only this instance and its forks: name or id.")]
+
+
+@get("/tree", summary="List instances as a tree.", tags=["instances"], opt={"scope": scope_of("tree")})
+async def tree_get(server: TheServer, caller: TheCaller, instance: Root = None) -> list[TreeNode]:
+    """Return the caller's instances with their memory. The forks of an instance follow it, one level
+    deeper.
+    """
+    return await (await server.host(caller)).call(TreeRequest(instance=instance))
+
+
+@get("/operations", summary="List the operations of this server since its start.", tags=["operations"])
+async def operations_list(server: TheServer, caller: TheCaller) -> list[OperationView]:
+    """Return the caller's operations, oldest first, without results."""
+    views = (each.view() for each in server.operations.all(caller.owner))
+    return [msgspec.structs.replace(view, result=None) for view in views]
+
+
+@get("/operations/{key:str}", name="operation_get", summary="Look up an operation.", tags=["operations"])
+async def operation_get(key: FromPath[str], server: TheServer, caller: TheCaller) -> OperationView:
+    """Return an operation with its progress, and its result when it has ended."""
+    return server.operations.get(key, caller.owner).view()
+
+
+@delete("/operations/{key:str}", summary="Cancel an operation.", tags=["operations"], status_code=200)
+async def operation_cancel(key: FromPath[str], server: TheServer, caller: TheCaller) -> OperationView:
+    """Cancel an operation, wait for its cleanup, and return its final state. An ended operation
+    stays as it is.
+    """
+    operation = server.operations.get(key, caller.owner)
+    await complete(server.operations.cancel(operation))
+    return operation.view()

@@ -1,0 +1,91 @@
+"""Errors as HTTP responses: one shape, `{code, message, hint}`, and no retry of a final answer.
+
+The clients of the hypeman API repeat 409 and all 5xx unless `x-should-retry: false` is set. So it is
+set for every error but those that a later attempt can mend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Final
+
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
+
+from coppice.errors import Busy, CoppiceError, Overloaded, TooManyOperations, Unauthorized
+from coppice.model import Record
+
+_log = logging.getLogger(__name__)
+_RETRY_AFTER_S: Final = 1
+NAMES: Final = {
+    400: "invalid_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid_request",
+    429: "rate_limited",
+}
+"""The codes of the framework's errors, by status."""
+
+
+class Failure(Record, frozen=True, kw_only=True):
+    """The body of every error."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+def code_of(error: BaseException) -> str:
+    """Return the code of any error; `cancelled` for a cancellation."""
+    if isinstance(error, CoppiceError):
+        return error.code
+    if isinstance(error, HTTPException):
+        return NAMES.get(error.status_code, "error")
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "internal_error"
+
+
+def failure_of(error: Exception) -> tuple[int, Failure]:
+    """Return the HTTP status and the body for any error."""
+    if isinstance(error, CoppiceError):
+        return error.http_status, Failure(code=code_of(error), message=error.message, hint=error.hint)
+    if isinstance(error, HTTPException):
+        return error.status_code, Failure(code=code_of(error), message=_detail(error))
+    _log.error("internal error", exc_info=error)
+    return HTTP_500_INTERNAL_SERVER_ERROR, Failure(
+        code=code_of(error), message=f"internal error: {type(error).__name__}", hint="see the server's log"
+    )
+
+
+def _detail(error: HTTPException) -> str:
+    """Return the message of a framework's error, with the reasons of a failed validation."""
+    extra = error.extra
+    reasons = [str(each.get("message", each)) if isinstance(each, dict) else str(each) for each in extra or []]
+    return "; ".join([error.detail, *reasons] if reasons else [error.detail])
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether the request had no effect, and the same request may succeed later."""
+    if isinstance(error, HTTPException):
+        return error.status_code in (429, 503)
+    return isinstance(error, Busy | TooManyOperations | Overloaded)
+
+
+def headers_of(error: Exception) -> dict[str, str]:
+    """Return the headers that tell a client whether to try again."""
+    headers = {"x-should-retry": "false"}
+    if is_transient(error):
+        reset = (getattr(error, "headers", None) or {}).get("RateLimit-Reset")
+        headers = {"retry-after": str(max(_RETRY_AFTER_S, int(reset or 0)))}
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def respond(_: Request[Any, Any, Any], error: Exception) -> Response[Failure]:
+    """Return the response for an error of a handler."""
+    status, failure = failure_of(error)
+    return Response(failure, status_code=status, headers=headers_of(error), media_type="application/json")

@@ -1,0 +1,135 @@
+"""What goes on in an instance, in the hypeman API: logs, stat, stats."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from litestar import get
+from litestar.params import FromPath, FromQuery, QueryParameter
+from litestar.response import ServerSentEvent, ServerSentEventMessage
+
+from coppice.completion import in_thread
+from coppice.errors import GuestRefused
+from coppice.host import LocalBackend
+from coppice.model import Instance
+from coppice.requests import LogsRequest, StatRequest, StatsRequest
+from coppice.server.context import TheCaller, TheServer
+from coppice.server.document import EVENTS
+from coppice.server.hypeman.instances import READ, TAGS
+from coppice.server.hypeman.paths import find
+from coppice.server.hypeman.wire import InstanceStats, PathInfo
+
+_TICKS: Final = 100.0  # per second, in /proc/PID/stat
+_UTIME, _VSIZE, _RSS = 11, 20, 21  # fields of /proc/PID/stat after the command, proc(5)
+_PAGE: Final = 4096
+_ABSENT: Final = (errno.ENOENT, errno.ENOTDIR)
+_SOURCES: Final[dict[str, Literal["console", "vmm"]]] = {"app": "console", "vmm": "vmm"}
+
+Source = Literal["app", "vmm", "hypeman"]
+
+
+@get("/instances/{key:str}/logs", summary="Read or follow a log.", tags=TAGS, opt=READ, media_type=EVENTS)
+async def instance_logs(
+    key: FromPath[str],
+    server: TheServer,
+    caller: TheCaller,
+    origin: Annotated[
+        Source, QueryParameter(name="source", description="app: the console; vmm: the VMM's log; hypeman: empty.")
+    ] = "app",
+    tail: FromQuery[int] = 100,
+    follow: FromQuery[bool] = False,
+) -> ServerSentEvent:
+    """Send the lines of a log as events; the data of each is a JSON string."""
+    host = await server.host(caller)
+    found = await find(host, key)
+    if origin == "hypeman":  # Coppice logs to the journal of the service, not per instance
+        return ServerSentEvent(_none())
+    request = LogsRequest(instance=found.id, source=_SOURCES[origin], tail=tail, follow=follow)
+    stream = host.stream(request)
+    lines = await stream.__aenter__()  # a missing log is an error of the request, not of the stream
+    return ServerSentEvent(_events(lines, stream))
+
+
+async def _none() -> AsyncIterator[ServerSentEventMessage]:
+    return
+    yield
+
+
+async def _events(lines: AsyncIterator[bytes], stream: object) -> AsyncIterator[ServerSentEventMessage]:
+    try:
+        async for line in lines:
+            text = line.decode(errors="replace").rstrip("\r\n")
+            yield ServerSentEventMessage(data=msgspec.json.encode(text).decode())
+    finally:
+        await stream.__aexit__(None, None, None)  # type: ignore[attr-defined]
+
+
+@get("/instances/{key:str}/stat", summary="Look at a path in the guest.", tags=TAGS, opt=READ)
+async def instance_stat(
+    key: FromPath[str],
+    server: TheServer,
+    caller: TheCaller,
+    place: Annotated[str, QueryParameter(name="path", description="An absolute path in the guest.")],
+    follow_links: FromQuery[bool] = False,
+) -> PathInfo:
+    """Say whether a path exists in a running guest, and what it is."""
+    host = await server.host(caller)
+    found = await find(host, key)
+    try:
+        status = await host.call(StatRequest(instance=found.id, path=place, follow_links=follow_links))
+    except GuestRefused as error:
+        if error.errno in _ABSENT:
+            return PathInfo(exists=False)
+        raise
+    return PathInfo(
+        exists=True,
+        is_dir=status.kind == "d",
+        is_file=status.kind == "f",
+        is_symlink=status.kind == "l",
+        link_target=status.link_target or msgspec.UNSET,
+        mode=status.mode,
+        size=status.size_bytes,
+    )
+
+
+@get("/instances/{key:str}/stats", summary="What an instance uses.", tags=TAGS, opt=READ)
+async def instance_stats(key: FromPath[str], server: TheServer, caller: TheCaller) -> InstanceStats:
+    """Return CPU time and memory of an instance's VMM."""
+    host = await server.host(caller)
+    return await _stats(host, await find(host, key))
+
+
+async def _stats(host: LocalBackend, found: Instance) -> InstanceStats:
+    cpu, virtual, resident = await in_thread(_process, found.vmm.pid) if found.vmm else (0.0, 0, 0)
+    reports = await host.call(StatsRequest(instance=found.id))
+    unique = sum(report.unique_bytes for report in reports.values())
+    size = found.machine.memory_bytes
+    return InstanceStats(
+        instance_id=found.id,
+        instance_name=found.name,
+        cpu_seconds=cpu,
+        memory_rss_bytes=resident,
+        memory_vms_bytes=virtual,
+        network_rx_bytes=0,
+        network_tx_bytes=0,
+        allocated_vcpus=found.machine.cpus,
+        allocated_memory_bytes=size,
+        memory_utilization_ratio=unique / size,
+    )
+
+
+def _process(pid: int) -> tuple[float, int, int]:
+    """Return the CPU seconds and the virtual and resident bytes of a process; zeros if it ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0, 0, 0
+    cpu = (int(fields[_UTIME]) + int(fields[_UTIME + 1])) / _TICKS
+    return cpu, int(fields[_VSIZE]), int(fields[_RSS]) * _PAGE
+
+
+ROUTES: Final = [instance_logs, instance_stat, instance_stats]

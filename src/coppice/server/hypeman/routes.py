@@ -1,0 +1,11 @@
+"""All routes of the hypeman API."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from coppice.server.hypeman import guests, images, instances, snapshots, sockets, system, volumes
+
+ROUTES: Final[list[Any]] = [
+    route for module in (instances, guests, snapshots, volumes, images, system, sockets) for route in module.ROUTES
+]

@@ -1,0 +1,124 @@
+"""Idempotency keys: the requests that clients may repeat, and their outcomes, in `server.db`."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from coppice.completion import QuickCalls
+from coppice.errors import KeyReused
+from coppice.model import Record, to_json
+from coppice.requests import Request
+from coppice.server.database import open_database
+from coppice.server.failures import Failure
+from coppice.vmm.process import own_process, start_ticks
+
+KEPT_S: Final = 24 * 3600.0
+"""Seconds for which a key and its outcome are kept."""
+LARGEST_RESULT: Final = 8 << 20
+"""Bytes of a result. A larger one, such as that of a command that writes much, is not kept."""
+MOST_CHARACTERS: Final = 255
+_DIGESTED: Final = msgspec.json.Encoder(order="deterministic")
+
+
+class Claim(Record, frozen=True, kw_only=True):
+    """What is recorded for a key.
+
+    `status`: `new`, if this call recorded the key; `begun`, if a server began the operation and
+    ended before it; `elsewhere`, if another server carries it out; else how the operation ended.
+    """
+
+    status: str
+    begun_at: float
+    generated: dict[str, Any]
+    outcome: bytes | None = None
+
+
+def digest_of(request: Request[Any]) -> str:
+    """Return a digest of a request with all its values."""
+    return hashlib.sha256(_DIGESTED.encode(request)).hexdigest()
+
+
+class Keys(QuickCalls):
+    """The keys of a data directory. All methods block for milliseconds."""
+
+    def __init__(self, home: Path) -> None:
+        self._db = open_database(home)
+        self._process = own_process()
+
+    def close(self) -> None:
+        """Close the database. Idempotent."""
+        self._db.close()
+
+    def claim(self, owner: str | None, key: str, request: Request[Any], generated: Mapping[str, Any]) -> Claim:
+        """Record a key and the fields that the server generates for its request, or return what was
+        recorded before.
+
+        Values from the request are not recorded, since they may be secrets: who repeats the request
+        sends them again.
+
+        :raises KeyReused: the key was sent with another request
+        """
+        now, digest = time.time(), digest_of(request)
+        with self._db.write() as connection:
+            connection.execute("DELETE FROM keys WHERE begun_at < ?", (now - KEPT_S,))
+            row = connection.execute(
+                "SELECT digest, status, begun_at, generated, outcome, pid, ticks FROM keys WHERE owner = ? AND key = ?",
+                (owner or "", key),
+            ).fetchone()
+            if row is None:
+                connection.execute(
+                    "INSERT INTO keys (owner, key, operation, digest, generated, begun_at, pid, ticks, status) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'begun')",
+                    (owner or "", key, request.operation, digest, msgspec.json.encode(generated), now, *self._process),
+                )
+                return Claim(status="new", begun_at=now, generated=dict(generated))
+            recorded, status, begun_at, names, outcome, pid, ticks = row
+            if recorded != digest:
+                raise key_reused(key)
+            if status == "begun" and (pid, ticks) != self._process:
+                if start_ticks(pid) == ticks:
+                    status = "elsewhere"
+                else:
+                    connection.execute(
+                        "UPDATE keys SET pid = ?, ticks = ? WHERE owner = ? AND key = ?",
+                        (*self._process, owner or "", key),
+                    )
+        return Claim(status=status, begun_at=begun_at, generated=msgspec.json.decode(names), outcome=outcome)
+
+    def succeeded(self, owner: str | None, key: str, result: object) -> None:
+        """Record the result of an operation."""
+        encoded = to_json(result)
+        if len(encoded) > LARGEST_RESULT:
+            self._end(owner, key, "too-large", None)
+        else:
+            self._end(owner, key, "succeeded", encoded)
+
+    def failed(self, owner: str | None, key: str, failure: Failure) -> None:
+        """Record the error of an operation."""
+        self._end(owner, key, "failed", msgspec.json.encode(failure))
+
+    def _end(self, owner: str | None, key: str, status: str, outcome: bytes | None) -> None:
+        with self._db.write() as connection:
+            connection.execute(
+                "UPDATE keys SET status = ?, outcome = ? WHERE owner = ? AND key = ?",
+                (status, outcome, owner or "", key),
+            )
+
+    def forget(self, owner: str | None, key: str) -> None:
+        """Forget a key whose operation had no effect, so that the same request can be sent again."""
+        with self._db.write() as connection:
+            connection.execute("DELETE FROM keys WHERE owner = ? AND key = ?", (owner or "", key))
+
+
+def key_reused(key: str) -> KeyReused:
+    """Return the error for a key of two different requests."""
+    return KeyReused(
+        f"the idempotency key {key[:80]!r} was sent before with another request",
+        hint="send a new key with a new request",
+    )

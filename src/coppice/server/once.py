@@ -1,0 +1,123 @@
+"""Operations with an idempotency key: each is carried out once, however often it is requested.
+
+Record first, act second: the key and the names of what will be made are recorded before the
+operation begins. If the server is killed, a repeated request finishes the operation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from coppice.completion import complete, in_thread
+from coppice.errors import CoppiceError, OutcomeUnknown, kind_of
+from coppice.host import LocalBackend
+from coppice.model import ProgressSink, from_json
+from coppice.requests import Request
+from coppice.requests.base import result_of
+from coppice.server.failures import Failure, failure_of, is_transient
+from coppice.server.keys import Claim, Keys, digest_of, key_reused
+from coppice.server.resuming import completed, generated, resume
+from coppice.server.running import Operation, Operations, Work
+from coppice.server.uploads import Uploads
+
+_POLL_S: Final = 0.1  # another server process has the key, and sends no event when its operation ends
+
+
+class Once:
+    """The operations of a server that have keys. It is opened before the first request."""
+
+    def __init__(self, operations: Operations, uploads: Uploads, made: Callable[[object], None]) -> None:
+        """`made` is called with each new result, and not with a repeated one."""
+        self._operations = operations
+        self._uploads = uploads
+        self._made = made
+        self._under_way: dict[tuple[str | None, str], tuple[str, Operation]] = {}
+        self._opened: Keys | None = None
+
+    async def open(self, home: Path) -> None:
+        """Open the database of a data directory."""
+        self._opened = await in_thread(Keys, home)
+
+    async def close(self) -> None:
+        """Close the database. Idempotent."""
+        if self._opened is not None:
+            self._opened.close()
+
+    @property
+    def _keys(self) -> Keys:
+        if self._opened is None:
+            raise AssertionError("the server opens the keys before its first request")
+        return self._opened
+
+    def begin(self, host: LocalBackend, key: str, request: Request[Any], work: Work) -> Operation:
+        """Begin an operation, or return the one under way with the same key.
+
+        :param work: calls `carry_out`
+        :raises KeyReused: the key was sent with another request
+        :raises TooManyOperations: the host's owner has too many running operations
+        :raises Overloaded: all owners together have too many
+        """
+        place, digest = (host.owner, key), digest_of(request)
+        if place in self._under_way:
+            first, operation = self._under_way[place]
+            if first != digest:
+                raise key_reused(key)
+            return operation
+        operation = self._operations.start(request.operation, host.owner, work)
+        self._under_way[place] = digest, operation
+        operation.task.add_done_callback(lambda _: self._under_way.pop(place))
+        return operation
+
+    async def carry_out(self, host: LocalBackend, key: str, request: Request[Any], progress: ProgressSink) -> Any:
+        """Carry out the operation, or return the result that was recorded with the key."""
+        names = await generated(host, request)
+        claim = await self._claim(host.owner, key, request, names)
+        if claim.status not in ("new", "begun"):
+            return _replay(claim, request)
+        named = completed(request, claim.generated)
+        try:
+            async with self._uploads.resolved(host.owner, named) as resolved:
+                if claim.status == "new":
+                    result = await host.call(resolved, progress)
+                else:
+                    result = await resume(host, resolved, progress, claim.begun_at)
+        except Exception as error:
+            if is_transient(error):
+                await complete(in_thread(self._keys.forget, host.owner, key))
+            else:
+                await complete(in_thread(self._keys.failed, host.owner, key, failure_of(error)[1]))
+            raise
+        self._made(result)
+        await complete(in_thread(self._keys.succeeded, host.owner, key, result))
+        return result
+
+    async def _claim(self, owner: str | None, key: str, request: Request[Any], names: dict[str, Any]) -> Claim:
+        """Record the key. If another server carries out its operation, wait for the end."""
+        while True:
+            claim = await in_thread(self._keys.claim, owner, key, request, names)
+            if claim.status != "elsewhere":
+                return claim
+            await asyncio.sleep(_POLL_S)
+
+
+def _replay(claim: Claim, request: Request[Any]) -> Any:
+    """Return the recorded result of an operation.
+
+    :raises CoppiceError: the operation failed, with the same error as before
+    :raises OutcomeUnknown: the result was too large to be kept
+    """
+    if claim.outcome is None:
+        raise OutcomeUnknown(
+            f"{request.operation} succeeded before, but its result was too large to be kept",
+            hint="send the request again with a new key, if it may run twice",
+        )
+    if claim.status == "succeeded":
+        return from_json(claim.outcome, result_of(type(request)))
+    failure = msgspec.json.decode(claim.outcome, type=Failure)
+    error: CoppiceError = kind_of(failure.code)(failure.message, hint=failure.hint)
+    raise error

@@ -1,0 +1,215 @@
+"""Operations of a server. Each goes on if its client's connection is lost, and can be cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, Literal
+
+import msgspec
+
+from coppice.errors import NotFound, Overloaded, Refused, TooManyOperations
+from coppice.model import Progress, ProgressSink, Record
+from coppice.names import new_id
+from coppice.server.failures import Failure, failure_of
+
+KEPT_S: Final = 3600.0
+"""Seconds for which an ended operation can still be looked up."""
+_MOST_KEPT: Final = 10_000
+
+Status = Literal["running", "succeeded", "failed", "cancelled"]
+Work = Callable[[ProgressSink], Awaitable[Any]]
+
+
+class Limits(Record, frozen=True, kw_only=True):
+    """How many operations may run at once. Further ones are refused, to be sent again later."""
+
+    of_owner: int = 1000
+    of_all: int = 4000
+
+
+class OperationView(Record, frozen=True, kw_only=True):
+    """An operation as clients see it."""
+
+    id: str
+    operation: str
+    status: Status
+    created_at: float
+    ended_at: float | None = None
+    progress: Progress | None = None
+    result: Any = None
+    error: Failure | None = None
+
+
+class Operation:
+    """One operation of one owner."""
+
+    def __init__(self, name: str, owner: str | None, work: Work) -> None:
+        self.id = new_id()
+        self.name = name
+        self.owner = owner
+        self._created_at = time.time()
+        self._ended_at: float | None = None
+        self._progress: Progress | None = None
+        self._forks: list[Progress] = []
+        self._changed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.task = asyncio.create_task(self._run(work), name=f"{name} {self.id}")
+
+    async def _run(self, work: Work) -> Any:
+        try:
+            return await work(self._report)
+        finally:
+            self._ended_at = time.time()
+            self._wake()
+
+    def _report(self, progress: Progress) -> None:
+        """Record a step. Any thread may call it."""
+        self._progress = progress
+        if progress.fork is not None:
+            self._forks.append(progress)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads the progress
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Return whether it has ended."""
+        return self.task.done()
+
+    @property
+    def ended_at(self) -> float | None:
+        """The time at which it ended."""
+        return self._ended_at
+
+    def view(self) -> OperationView:
+        """Return its present state."""
+        status: Status = "running"
+        result, error = None, None
+        if self.task.done():
+            if self.task.cancelled():
+                status = "cancelled"
+            elif (failed := self.task.exception()) is not None:
+                status = "failed"
+                error = failure_of(failed)[1] if isinstance(failed, Exception) else None
+            else:
+                status, result = "succeeded", self.task.result()
+        return OperationView(
+            id=self.id,
+            operation=self.name,
+            status=status,
+            created_at=self._created_at,
+            ended_at=self._ended_at,
+            progress=self._progress and msgspec.structs.replace(self._progress, fork=None),
+            result=result,
+            error=error,
+        )
+
+    async def result(self) -> Any:
+        """Wait for the end and return the result. If the caller is cancelled, the operation goes on.
+
+        :raises Refused: the operation was cancelled
+        """
+        await asyncio.wait({self.task})
+        if self.task.cancelled():
+            raise Refused(f"the operation {self.id} was cancelled", hint="send the request again")
+        return self.task.result()
+
+    async def steps(self, every_s: float) -> AsyncIterator[Progress | None]:
+        """Yield its progress until its end, and None after each silence of `every_s` seconds.
+
+        Steps that follow each other closely are merged, except the result of each fork: none is
+        left out, also for a reader who comes late.
+        """
+        shown: Progress | None = None
+        forks = 0
+        while True:
+            changed = self._changed
+            if forks < len(self._forks):
+                shown = self._forks[forks]
+                forks += 1
+                yield shown
+            elif self._progress is not None and self._progress is not shown:
+                shown = self._progress
+                yield shown
+            elif self.task.done():
+                return
+            else:
+                waiting = asyncio.ensure_future(changed.wait())
+                try:
+                    done, _ = await asyncio.wait(
+                        {self.task, waiting}, timeout=every_s, return_when=asyncio.FIRST_COMPLETED
+                    )
+                finally:
+                    waiting.cancel()
+                if not done:
+                    yield None
+
+
+class Operations:
+    """The operations of a server since its start."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._operations: dict[str, Operation] = {}
+
+    def start(self, name: str, owner: str | None, work: Work) -> Operation:
+        """Start an operation.
+
+        :raises TooManyOperations: the owner has too many running operations
+        :raises Overloaded: all owners together have too many
+        """
+        self._forget()
+        running = [each.owner for each in self._operations.values() if not each.ended]
+        if len(running) >= self._limits.of_all:
+            raise Overloaded(f"the server carries out {len(running)} operations", hint="send the request again later")
+        if running.count(owner) >= self._limits.of_owner:
+            raise TooManyOperations(
+                f"{running.count(owner)} operations of this owner are running",
+                hint="wait until some of them have ended",
+            )
+        operation = Operation(name, owner, work)
+        self._operations[operation.id] = operation
+        return operation
+
+    def get(self, key: str, owner: str | None) -> Operation:
+        """Return an operation of an owner. The operator sees all.
+
+        :raises NotFound: the owner has no such operation
+        """
+        found = self._operations.get(key)
+        if found is None or owner not in (None, found.owner):
+            raise NotFound(f"there is no operation {key!r}", hint="ended operations are kept for an hour")
+        return found
+
+    def all(self, owner: str | None) -> list[Operation]:
+        """Return the operations of an owner, oldest first. The operator sees all."""
+        self._forget()
+        return [each for each in self._operations.values() if owner in (None, each.owner)]
+
+    async def cancel(self, operation: Operation) -> None:
+        """Cancel an operation and wait for its cleanup. An ended operation stays as it is."""
+        operation.task.cancel()
+        await asyncio.wait({operation.task})
+
+    async def close(self) -> None:
+        """Cancel all operations and wait for their cleanup. Idempotent."""
+        running = [each.task for each in self._operations.values() if not each.ended]
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+
+    def _forget(self) -> None:
+        """Forget operations that ended long ago, and the oldest if there are too many."""
+        old = time.time() - KEPT_S
+        ended = [each for each in self._operations.values() if each.ended_at is not None]
+        surplus = len(self._operations) - _MOST_KEPT
+        for position, each in enumerate(ended):
+            if position < surplus or (each.ended_at or 0) < old:
+                del self._operations[each.id]

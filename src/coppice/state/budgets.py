@@ -1,0 +1,105 @@
+"""Resource limits of a data directory, from the environment, config.toml, or the host's size.
+
+[budgets]
+max_instances = 1000          # COPPICE_MAX_INSTANCES
+memory = "24G"                # COPPICE_MEMORY_BUDGET
+memory_overcommit = 16        # COPPICE_MEMORY_OVERCOMMIT
+disk_floor = "10G"            # COPPICE_DISK_FLOOR
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from coppice.errors import CoppiceError, UsageError
+from coppice.linux.cgroups import pid_max, read_limits
+from coppice.model import GIB, MIB, Budgets, BudgetUse
+from coppice.names import parse_size
+from coppice.state.settings import BUDGET_VARIABLES, config_file, read_table
+from coppice.state.store import Load
+
+_OVERCOMMIT = 16.0  # a fork of a warm 512 MiB guest has a few MiB of its own; this allows 32
+_MEMORY_SHARE = 0.9
+_DISK_SHARE = 0.05
+_MOST_DISK_FLOOR = 1 * GIB
+_TASKS_PER_VMM = 8  # threads, each of which takes a process id
+_VMM_OVERHEAD_BYTES = 32 * MIB  # private to each VMM, never shared
+
+
+def load_budgets(home: Path, disk: Path | None = None, environ: Mapping[str, str] = os.environ) -> Budgets:
+    """Return the budgets of a data directory. Blocks.
+
+    `disk` is a directory on the same file system, for a data directory that does not exist yet.
+
+    :raises UsageError: config.toml or a variable is invalid; the message says which
+    """
+    found = {key: (f"{key} in {config_file(home)}", value) for key, value in read_table(home, "budgets").items()}
+    for key, variable in BUDGET_VARIABLES.items():
+        if environ.get(variable):
+            found[key] = (variable, environ[variable])
+    defaults = default_budgets(disk or home)
+    return Budgets(
+        max_instances=int(_number(*found["max_instances"])) if "max_instances" in found else defaults.max_instances,
+        memory_bytes=_size(*found["memory"]) if "memory" in found else defaults.memory_bytes,
+        memory_overcommit=_number(*found["memory_overcommit"])
+        if "memory_overcommit" in found
+        else defaults.memory_overcommit,
+        disk_floor_bytes=_size(*found["disk_floor"]) if "disk_floor" in found else defaults.disk_floor_bytes,
+    )
+
+
+def default_budgets(directory: Path) -> Budgets:
+    """Return what the host and its control groups allow.
+
+    The budget is 90 % of the memory, one VMM per 8 allowed tasks, and 5 % or 1 GiB of free disk.
+    """
+    limits = read_limits()
+    memory = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), limits.memory_bytes or sys.maxsize)
+    tasks = min(pid_max(), limits.tasks or sys.maxsize)
+    disk = os.statvfs(directory)
+    return Budgets(
+        max_instances=max(1, tasks // _TASKS_PER_VMM),
+        memory_bytes=int(memory * _MEMORY_SHARE),
+        memory_overcommit=_OVERCOMMIT,
+        disk_floor_bytes=min(_MOST_DISK_FLOOR, int(disk.f_blocks * disk.f_frsize * _DISK_SHARE)),
+    )
+
+
+def worst_case(budgets: Budgets, machines: int, ram_bytes: int) -> int:
+    """Return the bytes of memory to reserve for machines with `ram_bytes` of RAM in total."""
+    return int(ram_bytes / budgets.memory_overcommit) + machines * _VMM_OVERHEAD_BYTES
+
+
+def use_of(budgets: Budgets, load: Load, disk_free_bytes: int) -> BudgetUse:
+    """Return the budgets next to the recorded use and the free disk space."""
+    return BudgetUse(
+        instances=load.instances,
+        max_instances=budgets.max_instances,
+        running=load.running,
+        memory_bytes=worst_case(budgets, load.running, load.ram_bytes),
+        memory_limit_bytes=budgets.memory_bytes,
+        memory_overcommit=budgets.memory_overcommit,
+        disk_free_bytes=disk_free_bytes,
+        disk_floor_bytes=budgets.disk_floor_bytes,
+    )
+
+
+def _number(where: str, value: object) -> float:
+    """Return the value as a number, which must be at least 1."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0.0
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < float("inf"):
+        raise UsageError(f"{where} is {value!r}", hint="give a number of at least 1")
+    return number
+
+
+def _size(where: str, value: object) -> int:
+    try:
+        return parse_size(str(value))
+    except CoppiceError as error:
+        raise UsageError(f"{where} is {value!r}, which is not a size", hint=error.hint) from error

@@ -1,0 +1,49 @@
+"""The table of events. Triggers write it, in the transaction of the change itself.
+
+So no change is without its event, whatever process and whatever statement makes it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Final
+
+KEPT: Final = 20_000
+"""How many events are kept."""
+
+_TABLE = """
+CREATE TABLE events (
+    id       INTEGER PRIMARY KEY AUTOINCREMENT,
+    at       REAL NOT NULL,
+    kind     TEXT NOT NULL,
+    instance TEXT NOT NULL,
+    name     TEXT NOT NULL,
+    owner    TEXT,
+    state    TEXT NOT NULL,
+    parent   TEXT
+) STRICT
+"""
+_TRIGGER = """
+CREATE TRIGGER events_{kind} AFTER {change} ON instances
+WHEN json_extract(CAST({row}.record AS TEXT), '$.stem_of') IS NULL {condition}
+BEGIN
+    INSERT INTO events (at, kind, instance, name, owner, state, parent)
+    VALUES (
+        (julianday('now') - 2440587.5) * 86400.0, '{kind}', {row}.id, {row}.name,
+        json_extract(CAST({row}.record AS TEXT), '$.owner'), {row}.state, {row}.parent
+    );
+    DELETE FROM events WHERE id <= last_insert_rowid() - {kept};
+END
+"""
+_CHANGES = (
+    ("made", "INSERT", "NEW", ""),
+    ("state", "UPDATE OF state", "NEW", "AND NEW.state IS NOT OLD.state"),
+    ("removed", "DELETE", "OLD", ""),
+)
+
+
+def add_events(connection: sqlite3.Connection) -> None:
+    """Make the table and its triggers."""
+    connection.execute(_TABLE)
+    for kind, change, row, condition in _CHANGES:
+        connection.execute(_TRIGGER.format(kind=kind, change=change, row=row, condition=condition, kept=KEPT))

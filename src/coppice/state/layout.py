@@ -1,0 +1,154 @@
+"""The paths of the data directory. Every path is built here, from validated ids only."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from coppice.errors import HostCannot
+from coppice.linux.files import sync
+from coppice.names import is_id
+
+PROBE_PREFIX = ".coppice-doctor-"
+"""Begins the names of directories in which something is tried. `gc` removes those that were left."""
+
+
+def default_home() -> Path:
+    """Return COPPICE_HOME, or the default: /var/lib/coppice for root, else `coppice` in
+    XDG_DATA_HOME or ~/.local/share.
+
+    :raises HostCannot: this user has no home directory
+    """
+    if chosen := os.environ.get("COPPICE_HOME"):
+        return Path(chosen)
+    if os.geteuid() == 0:
+        return Path("/var/lib/coppice")
+    try:
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "coppice"
+    except RuntimeError as error:  # a user id without an entry in /etc/passwd, as in containers
+        raise HostCannot(
+            "this user has no home directory", hint="set COPPICE_HOME to a directory of its own"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The data directory."""
+
+    home: Path
+
+    @property
+    def database(self) -> Path:
+        return self.home / "coppice.db"
+
+    @property
+    def images(self) -> Path:
+        return self.home / "images"
+
+    @property
+    def blobs(self) -> Path:
+        """The cache of layers that were pulled from registries, one directory for each owner."""
+        return self.home / "blobs"
+
+    @property
+    def kernels(self) -> Path:
+        return self.home / "kernels"
+
+    @property
+    def initramfs(self) -> Path:
+        return self.home / "initramfs"
+
+    @property
+    def overlays(self) -> Path:
+        return self.home / "overlays"
+
+    @property
+    def instances(self) -> Path:
+        return self.home / "instances"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.home / "snapshots"
+
+    @property
+    def volumes(self) -> Path:
+        return self.home / "volumes"
+
+    @property
+    def uploads(self) -> Path:
+        """Files that clients of a server send for a request, while it uses them."""
+        return self.home / "uploads"
+
+    @property
+    def locks(self) -> Path:
+        return self.home / "locks"
+
+    def instance(self, instance_id: str) -> Path:
+        """Return the directory of one instance."""
+        if not is_id(instance_id):
+            raise ValueError(f"not an id: {instance_id!r}")
+        return self.instances / instance_id
+
+    def snapshot(self, snapshot_id: str) -> Path:
+        """Return the directory of one snapshot."""
+        if not is_id(snapshot_id):
+            raise ValueError(f"not an id: {snapshot_id!r}")
+        return self.snapshots / snapshot_id
+
+    def volume(self, volume_id: str) -> Path:
+        """Return the directory of one volume."""
+        if not is_id(volume_id):
+            raise ValueError(f"not an id: {volume_id!r}")
+        return self.volumes / volume_id
+
+    def volume_disk(self, volume_id: str) -> Path:
+        """Return the disk file of one volume, to which instances have hard links."""
+        return self.volume(volume_id) / "data.raw"
+
+    def lock(self, instance_id: str) -> Path:
+        """Return the lock file of an instance, snapshot or volume.
+
+        It is outside the directory that is made and removed under the lock.
+        """
+        if not is_id(instance_id):
+            raise ValueError(f"not an id: {instance_id!r}")
+        return self.locks / f"{instance_id}.lock"
+
+    def create(self) -> None:
+        """Make the directories, accessible to the owner only. Idempotent.
+
+        :raises HostCannot: the data directory cannot be made or written
+        """
+        try:
+            for path in (
+                self.home,
+                self.images,
+                self.blobs,
+                self.kernels,
+                self.initramfs,
+                self.overlays,
+                self.instances,
+                self.snapshots,
+                self.volumes,
+                self.locks,
+            ):
+                _make(path)
+            if not os.access(self.home, os.W_OK | os.X_OK):
+                raise PermissionError(13, "not writable")
+        except OSError as error:
+            raise HostCannot(
+                f"cannot use the data directory {self.home}: {error.strerror}",
+                hint="set COPPICE_HOME to a writable directory",
+            ) from error
+
+
+def _make(path: Path) -> None:
+    """Make a directory and its missing parents, and sync their names, so that its contents survive
+    a power cut.
+    """
+    missing = [path, *path.parents]
+    missing = missing[: next(number for number, each in enumerate(missing) if each.exists())]
+    for each in reversed(missing):
+        each.mkdir(mode=0o700 if each == path else 0o777, exist_ok=True)
+        sync(each.parent)

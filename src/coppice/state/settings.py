@@ -1,0 +1,71 @@
+"""config.toml of a data directory: its tables and their keys.
+
+[hashing]
+background = true             # COPPICE_HASHING=on|off
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from coppice.errors import UsageError
+
+BUDGET_VARIABLES = {
+    "max_instances": "COPPICE_MAX_INSTANCES",
+    "memory": "COPPICE_MEMORY_BUDGET",
+    "memory_overcommit": "COPPICE_MEMORY_OVERCOMMIT",
+    "disk_floor": "COPPICE_DISK_FLOOR",
+}
+_KEYS: dict[str, tuple[str, ...]] = {"budgets": tuple(BUDGET_VARIABLES), "hashing": ("background",)}
+_HASHING = "COPPICE_HASHING"
+_WORDS = {"on": True, "off": False}
+
+
+def config_file(home: Path) -> Path:
+    """Return the path of config.toml."""
+    return home / "config.toml"
+
+
+def read_table(home: Path, name: str) -> dict[str, object]:
+    """Return one table of config.toml, empty if it is missing. Blocks.
+
+    :raises UsageError: the file cannot be read, or any table has an unknown key
+    """
+    file = config_file(home)
+    if not file.exists():
+        return {}
+    import tomllib  # imported here: most data directories have no such file
+
+    try:
+        document = tomllib.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {file}: {error}", hint="correct the file, or remove it") from error
+    for table, content in document.items():
+        known = _KEYS.get(table)
+        unknown = sorted(content.keys() - set(known)) if known and isinstance(content, dict) else [table]
+        if unknown:
+            raise UsageError(f"{file} has the unknown key {unknown[0]!r}", hint=f"known keys: {_known()}")
+    return dict(document.get(name, {}))
+
+
+def _known() -> str:
+    return "; ".join(f"in [{table}] {', '.join(keys)}" for table, keys in _KEYS.items())
+
+
+def hashes_in_background(home: Path, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether captured memory is hashed in the background: by the environment, config.toml,
+    or by default. Blocks.
+
+    :raises UsageError: the value is not a known word
+    """
+    word = environ.get(_HASHING, "")
+    if word:
+        if word.lower() not in _WORDS:
+            raise UsageError(f"{_HASHING} is {word!r}", hint="use on or off")
+        return _WORDS[word.lower()]
+    said = read_table(home, "hashing").get("background", True)
+    if not isinstance(said, bool):
+        raise UsageError(f"background in {config_file(home)} is {said!r}", hint="use true or false")
+    return said

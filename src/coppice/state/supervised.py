@@ -1,0 +1,90 @@
+"""Which instances the supervisor has to look at, and when."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import msgspec
+
+from coppice.completion import QuickCalls
+from coppice.model import Observed, Record
+from coppice.model.events import Kind
+from coppice.state.database import Database
+
+_PAGE: Final = 1000
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Observed).decode
+
+
+class Changes(Record, frozen=True, kw_only=True):
+    """The instances that changed after an event."""
+
+    last: int  # the newest event
+    lost: bool  # older events are no longer kept: look at all instances
+    supervised: frozenset[str]  # ids of those with policies
+    others: frozenset[str]  # ids of those without, and of removed ones
+
+
+class Supervised(QuickCalls):
+    """All methods block; see `Database`."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def ids(self) -> set[str]:
+        """Return the ids of all instances with policies."""
+        with self._db.read() as connection:
+            return {row[0] for row in connection.execute("SELECT id FROM instances WHERE supervised").fetchall()}
+
+    def expired(self, now: float) -> list[str]:
+        """Return the ids of the instances whose lifetime is over, the earliest first."""
+        with self._db.read() as connection:
+            rows = connection.execute(
+                "SELECT id FROM instances WHERE expires_at <= ? AND supervised ORDER BY expires_at", (now,)
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def changes(self, after: int) -> Changes:
+        """Return the instances that changed after an event, at most a page of events."""
+        with self._db.read() as connection:
+            rows = connection.execute(
+                "SELECT events.id, events.instance, coalesce(instances.supervised, 0) FROM events "
+                "LEFT JOIN instances ON instances.id = events.instance WHERE events.id > ? ORDER BY events.id LIMIT ?",
+                (after, _PAGE),
+            ).fetchall()
+        return Changes(
+            last=rows[-1][0] if rows else after,
+            lost=bool(rows) and rows[0][0] > after + 1,
+            supervised=frozenset(instance for _, instance, supervised in rows if supervised),
+            others=frozenset(instance for _, instance, supervised in rows if not supervised),
+        )
+
+    def observed(self) -> dict[str, Observed]:
+        """Return what was seen of all instances, by id."""
+        with self._db.read() as connection:
+            rows = connection.execute("SELECT instance, record FROM observations").fetchall()
+        return {instance: _decode(record) for instance, record in rows}
+
+    def observed_of(self, instance_id: str) -> Observed:
+        """Return what was seen of one instance."""
+        with self._db.read() as connection:
+            row = connection.execute("SELECT record FROM observations WHERE instance = ?", (instance_id,)).fetchone()
+        return _decode(row[0]) if row else Observed()
+
+    def observe(self, instance_id: str, seen: Observed, kind: Kind | None = None, detail: str = "") -> None:
+        """Record what was seen of an instance, and an event if `kind` is given. Do nothing for an
+        instance that is gone.
+        """
+        with self._db.write() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO observations (instance, record) SELECT id, ?2 FROM instances WHERE id = ?1",
+                (instance_id, _encode(seen)),
+            )
+            if kind is not None:
+                connection.execute(
+                    "INSERT INTO events (at, kind, instance, name, owner, state, parent, detail) "
+                    "SELECT ?2, ?3, id, name, json_extract(CAST(record AS TEXT), '$.owner'), state, parent, ?4 "
+                    "FROM instances WHERE id = ?1",
+                    (instance_id, time.time(), kind, detail),
+                )

@@ -1,0 +1,206 @@
+"""The official client of the hypeman API drives a server unchanged, with strict validation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import hypeman
+import pytest
+from hypeman import AsyncHypeman
+from hypeman.lib import exec_async
+
+from coppice.server.auth import make_token
+from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
+from fakes.rooms import IMAGE
+from servers import KEY
+
+SMALL: dict[str, Any] = {"image": IMAGE, "size": f"{MEMORY_BYTES >> 20}MB", "overlay_size": f"{OVERLAY_BYTES >> 20}MB"}
+
+
+@pytest.fixture
+async def client(tcp_address: str) -> AsyncIterator[AsyncHypeman]:
+    """A client that refuses answers which do not match its models."""
+    token = make_token(KEY, owner=None)
+    async with AsyncHypeman(
+        api_key=token, base_url=tcp_address, max_retries=0, _strict_response_validation=True
+    ) as opened:
+        yield opened
+
+
+async def test_the_first_exercise(client: AsyncHypeman) -> None:
+    """Health, image, create, wait, exec, logs, standby, restore, fork, snapshots, stats, stop, start,
+    delete: the order in which a new user tries the client.
+    """
+    assert (await client.health.check()).status == "ok"
+    assert (await client.images.create(name=IMAGE)).status == "ready"
+    assert (await client.images.get(IMAGE)).name == IMAGE
+    made = await client.instances.create(name="oak", tags={"team": "a"}, env={"A": "b"}, **SMALL)
+    assert (made.state, made.vcpus, made.hypervisor is not None) == ("Running", 1, True)
+    waited = await client.instances.wait(made.id, state="Running", api_timeout="30s")
+    assert (waited.state, waited.timed_out) == ("Running", False)
+    ran = await exec_async(client, made.id, ["hostname"])
+    assert (ran.exit_code, ran.output) == (0, b"oak\n")
+    lines = [line async for line in await client.instances.logs(made.id, tail=5, follow=False, source="vmm")]
+    assert all(isinstance(line, str) for line in lines)
+    assert (await client.instances.standby(made.id)).state == "Standby"
+    assert (await client.instances.restore(made.id)).state == "Running"
+    fork = await client.instances.fork(made.id, name="elm", from_running=True, target_state="Running")
+    assert (fork.name, fork.state) == ("elm", "Running")
+    saved = await client.instances.snapshots.create(made.id, kind="Standby", name="first")
+    assert [each.id for each in await client.snapshots.list(source_instance_id=made.id, kind="Standby")] == [saved.id]
+    assert (await client.snapshots.fork(saved.id, name="ash")).state == "Running"
+    await client.instances.stop(made.id)
+    assert (await client.instances.snapshots.restore(saved.id, id=made.id)).state == "Running"
+    await client.snapshots.delete(saved.id)
+    assert (await client.instances.stats(made.id)).allocated_vcpus == 1
+    assert (await client.instances.stop(made.id)).state == "Stopped"
+    assert (await client.instances.start(made.id)).state == "Running"
+    tagged = await client.instances.list(tags={"team": "a"}, state="Running")
+    assert [each.name for each in tagged] == ["oak", "elm"]  # a fork has its source's tags
+    for name in ("ash", "elm", "oak"):
+        await client.instances.delete(name)
+    assert await client.instances.list() == []
+
+
+async def test_ids_names_and_prefixes(client: AsyncHypeman) -> None:
+    """An instance is found by its id, its name, or the beginning of its id."""
+    made = await client.instances.create(name="oak", **SMALL)
+    for key in (made.id, "oak", made.id[:8]):
+        assert (await client.instances.get(key)).id == made.id
+    with pytest.raises(hypeman.NotFoundError) as caught:
+        await client.instances.get("elm")
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["code"] == "not_found"
+
+
+async def test_ten_at_once(client: AsyncHypeman) -> None:
+    """Concurrent creations all succeed; a repeated name is refused, and the client does not retry."""
+    names = [f"oak-{number}" for number in range(10)]
+    made = await asyncio.gather(*(client.instances.create(name=name, **SMALL) for name in names))
+    assert sorted(each.name for each in made) == sorted(names)
+    retrying = client.with_options(max_retries=2)
+    with pytest.raises(hypeman.ConflictError):
+        await retrying.instances.create(name="oak-1", **SMALL)
+    assert len(await client.instances.list()) == 10
+
+
+async def test_an_image_name_with_slashes_is_one_segment(client: AsyncHypeman) -> None:
+    """The client encodes the slashes of a name."""
+    tagged = await client.images.tag(IMAGE, target="docker.io/library/tiny:1")
+    assert tagged.name == "docker.io/library/tiny:1"
+    assert (await client.images.get("docker.io/library/tiny:1")).digest == tagged.digest
+    await client.images.delete("docker.io/library/tiny:1")
+    with pytest.raises(hypeman.NotFoundError):
+        await client.images.get("docker.io/library/tiny:1")
+
+
+async def test_volumes(client: AsyncHypeman) -> None:
+    """A volume is made, attached to a new instance, and removed after it."""
+    made = await client.volumes.create(name="data", size_gb=1)
+    vm = await client.instances.create(
+        name="oak", volumes=[{"volume_id": made.id, "mount_path": "/data", "readonly": True}], **SMALL
+    )
+    assert vm.volumes is not None
+    assert vm.volumes[0].mount_path == "/data"
+    (attached,) = (await client.volumes.get("data")).attachments or []
+    assert attached.instance_id == vm.id
+    with pytest.raises(hypeman.ConflictError):
+        await client.volumes.delete(made.id)
+    await client.instances.delete(vm.id)
+    await client.volumes.delete(made.id)
+    assert await client.volumes.list() == []
+
+
+async def test_a_command_that_cannot_start(client: AsyncHypeman) -> None:
+    """Its output says why, and its exit code is that of a shell. A stopped instance runs none."""
+    made = await client.instances.create(name="oak", **SMALL)
+    ran = await exec_async(client, made.id, ["nonsense"])
+    assert ran.exit_code == 127
+    assert b"Error: cannot start nonsense" in ran.output
+    await client.instances.stop(made.id)
+    with pytest.raises(Exception, match="409"):
+        await exec_async(client, made.id, ["hostname"])
+
+
+async def test_what_coppice_lacks_is_declared(client: AsyncHypeman) -> None:
+    """It answers 501 without a retry, and is not among the capabilities."""
+    found = await client.capabilities.get()
+    assert {"instances", "images", "volumes", "exec", "logs"} <= set(found.features)
+    assert not {"builds", "ingress", "devices"} & set(found.features)
+    for call in (client.builds.list, client.devices.list, client.ingresses.list):
+        with pytest.raises(hypeman.InternalServerError) as caught:
+            await call()
+        assert caught.value.response.status_code == 501
+        assert caught.value.response.headers["x-should-retry"] == "false"
+    with pytest.raises(hypeman.InternalServerError, match="snapshot_policy"):
+        await client.instances.create(name="oak", snapshot_policy={"standby_compression_delay": "1s"}, **SMALL)
+    assert (await client.resources.get()).memory.effective_limit > 0
+
+
+async def test_a_lifetime(client: AsyncHypeman) -> None:
+    """It is given as a Go duration or as a time, shown, changed and taken away. A fork has none."""
+    made = await client.instances.create(name="oak", ttl="1h30m", **SMALL)
+    assert made.expires_at is not None
+    assert 5390 < (made.expires_at - made.created_at).total_seconds() <= 5400
+    fork = await client.instances.fork("oak", name="elm", from_running=True, target_state="Running")
+    assert fork.expires_at is None
+    later = datetime.now(UTC) + timedelta(days=1)
+    changed = await client.instances.update("oak", expires_at=later)
+    assert changed.expires_at is not None
+    assert abs((changed.expires_at - later).total_seconds()) < 1
+    assert (await client.instances.update("oak", ttl="0s")).expires_at is None
+    for wrong in ({"ttl": "soon"}, {"expires_at": "2020-01-01T00:00:00Z"}, {"ttl": "1h", "expires_at": later}):
+        with pytest.raises(hypeman.BadRequestError):
+            await client.instances.update("oak", **wrong)
+
+
+async def test_restart_policy_and_health_check(client: AsyncHypeman) -> None:
+    """They are given, shown, changed and taken away, and the server carries them out."""
+    check: Any = {"type": "exec", "exec": {"command": ["echo"]}, "interval": "1s", "failure_threshold": 2}
+    restart: Any = {"policy": "on_failure", "backoff": "1s", "max_attempts": 3, "stable_after": "30s"}
+    made = await client.instances.create(name="oak", restart_policy=restart, health_check=check, **SMALL)
+    assert made.restart_policy is not None
+    assert made.restart_policy.to_dict() == restart
+    assert made.health_check is not None
+    assert made.health_check.exec is not None
+    assert (made.health_check.exec.command, made.health_check.interval) == (["echo"], "1s")
+    async with asyncio.timeout(30):
+        while (found := (await client.instances.get("oak")).health_status) is None or found.status != "healthy":
+            pass
+    assert found.last_checked_at is not None
+    changed = await client.instances.update("oak", restart_policy={"policy": "never"}, health_check={"type": "none"})
+    assert (changed.restart_policy, changed.health_check) == (None, None)
+    with pytest.raises(hypeman.InternalServerError, match="https"):
+        await client.instances.update("oak", health_check={"type": "http", "http": {"port": 1, "scheme": "https"}})
+    with pytest.raises(hypeman.BadRequestError):
+        await client.instances.update("oak", health_check={"type": "tcp", "tcp": {"port": 0}})
+
+
+async def test_automatic_standby(client: AsyncHypeman) -> None:
+    """It is given, shown, carried out and taken away. Ignored connections are not supported."""
+    idle: Any = {"enabled": True, "idle_timeout": "1s"}
+    made = await client.instances.create(name="oak", auto_standby=idle, **SMALL)
+    assert made.auto_standby is not None
+    assert (made.auto_standby.enabled, made.auto_standby.idle_timeout) == (True, "1s")
+    assert (await client.instances.wait("oak", state="Standby", api_timeout="30s")).state == "Standby"
+    assert (await client.instances.update("oak", auto_standby={"enabled": False})).auto_standby is None
+    with pytest.raises(hypeman.InternalServerError):
+        await client.instances.update("oak", auto_standby=idle | {"ignore_destination_ports": [22]})
+
+
+async def test_a_template_is_reached_by_plain_requests(client: AsyncHypeman) -> None:
+    """The client has no method for templates; its `post` works, and the state passes its lax mode."""
+    lax = AsyncHypeman(api_key=make_token(KEY, owner=None), base_url=str(client.base_url), max_retries=0)
+    made = await lax.instances.create(name="oak", **SMALL)
+    await lax.instances.standby(made.id)
+    await lax.post("/instances/oak/promote-template", cast_to=object)
+    assert str((await lax.instances.get("oak")).state) == "Template"
+    assert (await lax.instances.fork("oak", name="elm")).state == "Running"
+    with pytest.raises(hypeman.ConflictError):
+        await lax.post("/instances/oak/demote-template", cast_to=object)
+    await lax.instances.delete("elm")
+    await lax.post("/instances/oak/demote-template", cast_to=object)
+    await lax.close()

@@ -1,0 +1,115 @@
+"""Operations of a server: they can be watched and cancelled, and outlive their client."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from conftest import HostFactory
+from coppice.client.connecting import connect_async
+from coppice.errors import HostCannot, kinds
+from coppice.requests import RunRequest
+from fakes.driver import FakeDriver
+from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
+from fakes.rooms import IMAGE
+from servers import client_of
+
+RUN: dict[str, Any] = {"image": IMAGE, "name": "oak", "memory_bytes": MEMORY_BYTES, "overlay_bytes": OVERLAY_BYTES}
+
+
+async def until_ended(client: httpx.AsyncClient, location: str) -> dict[str, object]:
+    """Poll an operation until it has ended."""
+    async with asyncio.timeout(20):
+        while True:
+            found: dict[str, object] = (await client.get(location)).json()
+            if found["status"] != "running":
+                return found
+            await asyncio.sleep(0.02)
+
+
+async def test_an_operation_can_be_started_and_looked_up(socket_address: str) -> None:
+    """`Prefer: respond-async` answers at once with the place of the operation."""
+    async with client_of(socket_address) as client:
+        answer = await client.post("/call/run", json=RUN, headers={"prefer": "respond-async"})
+        assert answer.status_code == 202
+        assert answer.json()["status"] == "running"
+        ended = await until_ended(client, answer.headers["location"])
+        assert ended["status"] == "succeeded"
+        assert isinstance(ended["result"], dict)
+        assert ended["result"]["name"] == "oak"
+        listed = (await client.get("/operations")).json()
+        assert [(each["operation"], each["result"]) for each in listed] == [("run", None)]
+
+
+async def test_a_lost_connection_does_not_end_the_operation(
+    socket_address: str, driver: FakeDriver, make_host: HostFactory
+) -> None:
+    """The machine is made, although the client that asked for it is gone."""
+    gate = driver.faults.hold_at("booted")
+    async with client_of(socket_address) as client:
+        asking = asyncio.create_task(client.post("/call/run", json=RUN))
+        await gate.reached.wait()
+        asking.cancel()
+        await asyncio.wait({asking})
+    gate.release.set()
+    async with client_of(socket_address) as client:
+        (running,) = (await client.get("/operations")).json()
+        assert (await until_ended(client, f"/operations/{running['id']}"))["status"] == "succeeded"
+    async with make_host() as host:
+        assert [vm.name for vm in await host.ls()] == ["oak"]
+
+
+async def test_a_cancelled_call_is_cancelled_on_the_server(
+    socket_address: str, driver: FakeDriver, make_host: HostFactory
+) -> None:
+    """The client waits for the cleanup, and nothing is left of the machine."""
+    gate = driver.faults.hold_at("booted")
+    async with connect_async(socket_address) as host:
+        running = asyncio.create_task(host.call(RunRequest(**RUN)))
+        await gate.reached.wait()
+        running.cancel()
+        await asyncio.wait({running})
+    assert running.cancelled()
+    async with make_host() as local:
+        assert await local.ls() == []
+
+
+async def test_a_server_that_does_not_answer_is_named() -> None:
+    """The error names the address, and the hint how to start a server."""
+    with pytest.raises(HostCannot, match=r"/nowhere\.sock does not answer") as caught:
+        async with connect_async("unix:/nowhere.sock"):
+            pass
+    assert caught.value.hint == "start it with `coppice serve`"
+
+
+async def test_the_document_lists_the_statuses_of_errors(socket_address: str) -> None:
+    """A generated client knows every error that a route can answer with."""
+    async with client_of(socket_address) as client:
+        document = (await client.get("/openapi/openapi.json")).json()
+    statuses = {str(kind.http_status) for kind in kinds()}
+    for path, methods in document["paths"].items():
+        for method, route in methods.items():
+            assert statuses <= route["responses"].keys(), (method, path)
+    assert "202" in document["paths"]["/call/run"]["post"]["responses"]
+
+
+async def test_operations_share_one_connection(socket_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new connection for each would cost more than the request."""
+    opened = 0
+    connect = anyio.connect_unix
+
+    async def counted(path: str) -> object:
+        nonlocal opened
+        opened += 1
+        return await connect(path)
+
+    monkeypatch.setattr(anyio, "connect_unix", counted)
+    async with connect_async(socket_address) as host:
+        for name in ("sap", "resin", "bark"):
+            await host.volumes.create(name, size_bytes=32 << 20)
+        assert len(await host.volumes.ls()) == 3
+    assert opened == 1

@@ -1,0 +1,101 @@
+"""The cost of a command for the client, compared with other Python programs in the same run: a
+gross regression of its imports fails here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bench.client_cpu import EMPTY, ClientCpuReport, baselines, coppice, measure
+
+ROOT = Path(__file__).parents[2]
+_ASYNCIO = "python -c 'import asyncio'"
+# Modules that a command that lists machines can do without, and packages of which it needs none. Each
+# would take a part of the time of `ls`.
+_NOT_FOR_LS = {
+    *("rich", "typer", "pydantic", "qemu.qmp", "ssl", "http", "zstandard", "tomllib"),
+    *("json", "random", "secrets", "hmac", "tempfile", "tarfile", "shutil", "ctypes", "typing_extensions"),
+    *("coppice.requests.forks", "coppice.requests.guest", "coppice.requests.images", "coppice.requests.volumes"),
+    *("coppice.client.aio.images", "coppice.client.aio.lifecycle", "coppice.client.aio.managers"),
+    *("coppice.boot", "coppice.content", "coppice.doctor", "coppice.fork", "coppice.images", "coppice.integrity"),
+    *("coppice.memory", "coppice.snapshots", "coppice.volumes", "coppice.agent.client", "coppice.agent.protocol"),
+    *("coppice.vmm.driver", "coppice.vmm.qemu", "coppice.vmm.firecracker", "coppice.network.nat.pool"),
+    *("coppice.machine.directory", "coppice.machine.activate", "coppice.machine.capture", "coppice.machine.destroy"),
+    *("coppice.host.lifecycle", "coppice.host.admission", "coppice.host.hashing", "coppice.host.settling"),
+}
+# Modules that a fork of captured memory, a removal and a command in a guest can do without.
+_NOT_FOR_FORK = {
+    *("rich", "typer", "pydantic", "qemu.qmp", "ssl", "http", "zstandard", "tomllib", "typing_extensions"),
+    *("coppice.host.lifecycle", "coppice.host.snapshots", "coppice.host.volumes", "coppice.host.settling"),
+    *("coppice.machine.capture", "coppice.machine.live", "coppice.memory.capture", "coppice.snapshots.snapshot"),
+    *("coppice.images", "coppice.doctor", "coppice.requests.guest", "coppice.requests.images"),
+    *("coppice.vmm.firecracker", "coppice.network.nat.pool"),
+}
+_NOT_FOR_EXEC = {*_NOT_FOR_FORK, "coppice.fork", "coppice.memory", "coppice.boot"} - {"coppice.requests.guest"}
+
+
+@pytest.mark.quiet
+def test_ls_costs_little_more_than_asyncio(tmp_path: Path) -> None:
+    """`coppice ls` imports asyncio, click, msgspec, SQLite and the needed part of Coppice, in less
+    than twice the time of asyncio alone.
+    """
+    env = {**os.environ, "COPPICE_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT / "src")}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    lines = {**baselines(), "ls": coppice("ls"), "version": coppice("--version"), "help": coppice("--help")}
+    costs = measure(lines, 7, env).costs
+    assert costs["ls"].median_ms < 2 * costs[_ASYNCIO].median_ms
+    for short in ("version", "help"):
+        assert costs[short].median_ms < 1.5 * costs[_ASYNCIO].median_ms
+    assert costs["ls"].ratio > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "unwanted"),
+    [
+        (["ls"], _NOT_FOR_LS),
+        (["fork", "oak"], _NOT_FOR_FORK),
+        (["rm", "oak"], _NOT_FOR_FORK),
+        (["exec", "oak", "true"], _NOT_FOR_EXEC),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(tmp_path: Path, words: list[str], unwanted: set[str]) -> None:
+    """The imports are the cause of the cost, and can be checked without a clock.
+
+    There is no such machine: the use case is imported, and then refuses.
+    """
+    program = f"import sys; from coppice.cli import main; main({words})\nprint('modules:', *sys.modules)"
+    env = {**os.environ, "COPPICE_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT / "src")}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    )
+    modules = set(ended.stdout.partition("modules:")[2].split())
+    assert "coppice.state.store" in modules
+    assert unwanted & modules == set()
+
+
+def test_the_use_cases_and_the_driver_of_a_fork_import_only_what_they_need() -> None:
+    """A fork that finds its source also uses the driver."""
+    program = "import sys; import coppice.host.forks, coppice.vmm.qemu.driver\nprint(*sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert (_NOT_FOR_FORK - {"ssl", "typing_extensions"}) & set(ended.stdout.split()) == set()
+
+
+def test_the_committed_run_supports_the_claims() -> None:
+    """benchmarks/client-cpu.json is a run of this program with the published figures.
+
+    The machine is shared, so the least sample is from a moment when it was idle.
+    """
+    report = msgspec.json.decode((ROOT / "benchmarks" / "client-cpu.json").read_bytes(), type=ClientCpuReport)
+    assert {EMPTY, _ASYNCIO, "coppice ls", "coppice fork", "coppice rm", "coppice --version"} <= set(report.costs)
+    for cost in report.costs.values():
+        assert len(cost.samples_ms) == report.samples
+        assert cost.least_ms == min(cost.samples_ms)
+    assert report.costs["coppice ls"].least_ms <= 150
+    assert report.costs["coppice fork"].least_ms <= 165

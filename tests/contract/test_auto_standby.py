@@ -1,0 +1,214 @@
+"""An idle machine is put into standby, and the first connection to a published port wakes it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+
+from coppice.client import AsyncHost
+from coppice.model import Instance, Publish, State
+from coppice.requests import (
+    ExecRequest,
+    GetRequest,
+    OpenExecRequest,
+    PromoteRequest,
+    RestoreRequest,
+    RmRequest,
+    StandbyRequest,
+    UpdateRequest,
+)
+from fakes.clock import FakeClock
+from fakes.driver import FakeDriver
+from fakes.hosting import ask, boot
+from fakes.supervising import SOON_S, supervised, until_state
+
+IDLE_S = 60.0
+
+
+def free_port() -> int:
+    """Return a port that no program uses."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+async def service(port: int) -> asyncio.Server:
+    """Serve on the port of a machine, in place of its VMM, which fake machines do not do."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"got " + await reader.readline())
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    return await asyncio.start_server(answer, "127.0.0.1", port)
+
+
+async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect as soon as something listens: nothing tells when."""
+    async with asyncio.timeout(SOON_S):
+        while True:
+            try:
+                return await asyncio.open_connection("127.0.0.1", port)
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.01)
+
+
+async def published(host: AsyncHost, port: int) -> Instance:
+    """Return a Running machine in automatic standby that publishes a port."""
+    return await boot(
+        host,
+        network="user",
+        publish=[Publish(host_port=port, guest_port=80)],
+        auto_standby_s=IDLE_S,
+    )
+
+
+@asynccontextmanager
+async def sleeping(host: AsyncHost, clock: FakeClock) -> AsyncIterator[int]:
+    """A supervised machine that was put into standby. Yield its port."""
+    port = free_port()
+    async with supervised(host, clock):
+        await published(host, port)
+        clock.forward(IDLE_S + 5)
+        await until_state(host, "oak", State.STANDBY)
+        yield port
+
+
+async def test_sessions_keep_a_machine_awake(fake_host: AsyncHost, other: AsyncHost, clock: FakeClock) -> None:
+    """Of any process, as long as they last. Then the time begins again."""
+    async with supervised(fake_host, clock):
+        oak = await boot(fake_host, "oak", auto_standby_s=IDLE_S)
+        elm = await boot(fake_host, "elm", auto_standby_s=IDLE_S)
+        async with other.stream(OpenExecRequest(instance="oak", argv=["sleep"])):
+            clock.forward(IDLE_S + 5)
+            await until_state(fake_host, "elm", State.STANDBY)
+            clock.forward(IDLE_S + 5)
+            found = await fake_host.call(GetRequest(instance="oak"))
+            assert (found.state, found.started_at) == (State.RUNNING, oak.started_at)
+        clock.forward(IDLE_S * 2)
+        await until_state(fake_host, "oak", State.STANDBY)
+        await fake_host.call(RestoreRequest(instance=elm.id))
+        assert await ask(fake_host, "elm", "echo", "on") == "on"
+
+
+async def test_connections_keep_a_machine_awake(fake_host: AsyncHost, clock: FakeClock) -> None:
+    """Open ones, also silent ones."""
+    port = free_port()
+    async with supervised(fake_host, clock):
+        await boot(fake_host, "oak", network="user", auto_standby_s=IDLE_S)
+        await boot(fake_host, "elm", auto_standby_s=IDLE_S)
+        store = fake_host.local.rooms.store
+        async with await service(port):
+            reader, writer = await connect(port)
+            store.save(msgspec.structs.replace(store.get("oak"), publish=(Publish(host_port=port, guest_port=80),)))
+            await fake_host.call(UpdateRequest(instance="oak", auto_standby_s=IDLE_S + 1))
+            clock.forward(IDLE_S + 5)
+            await until_state(fake_host, "elm", State.STANDBY)
+            clock.forward(IDLE_S + 5)
+            async with asyncio.timeout(SOON_S):
+                while (await fake_host.call(GetRequest(instance="oak"))).observed.active_at is None:  # type: ignore[union-attr]
+                    pass
+            assert (await fake_host.call(GetRequest(instance="oak"))).state is State.RUNNING
+            writer.close()
+            await reader.read()
+        clock.forward(IDLE_S * 3)
+        await until_state(fake_host, "oak", State.STANDBY)
+
+
+async def test_the_first_connection_wakes_a_machine(fake_host: AsyncHost, clock: FakeClock, driver: FakeDriver) -> None:
+    """It is kept until the machine runs, and passed on in both directions; so are further ones."""
+    async with sleeping(fake_host, clock) as port:
+        gate = driver.faults.hold_at("restored")
+        first = await connect(port)
+        first[1].write(b"one\n")
+        async with asyncio.timeout(SOON_S):
+            await gate.reached.wait()
+        async with await service(port):
+            gate.release.set()
+            await until_state(fake_host, "oak", State.RUNNING)
+            second = await connect(port)
+            second[1].write(b"two\n")
+            async with asyncio.timeout(SOON_S):
+                for (reader, writer), said in ((first, b"got one\n"), (second, b"got two\n")):
+                    assert await reader.readline() == said
+                    writer.write_eof()
+                    assert await reader.read() == b""
+                    writer.close()
+
+
+async def test_a_command_of_another_process_gets_the_ports(
+    fake_host: AsyncHost, other: AsyncHost, clock: FakeClock
+) -> None:
+    """A restore and a removal by hand: the supervisor releases the ports."""
+    async with sleeping(fake_host, clock) as port:
+        (await connect(port))[1].close()  # it listens, and this wakes the machine too
+        await other.call(RestoreRequest(instance="oak"))
+        await other.call(StandbyRequest(instance="oak"))
+        restored = await other.call(RestoreRequest(instance="oak"))
+        assert restored.state is State.RUNNING
+        await other.call(StandbyRequest(instance="oak"))
+        await other.call(PromoteRequest(instance="oak"))
+        await other.call(RmRequest(instance="oak"))
+        async with asyncio.timeout(SOON_S):
+            while True:
+                try:
+                    socket.create_server(("127.0.0.1", port)).close()
+                except OSError:
+                    await asyncio.sleep(0.01)
+                else:
+                    break
+
+
+async def test_the_next_supervisor_holds_the_ports(
+    fake_host: AsyncHost, other: AsyncHost, clock: FakeClock, driver: FakeDriver
+) -> None:
+    """Without one the ports are free, and the machine is restored by hand."""
+    async with sleeping(fake_host, clock) as port:
+        pass
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+    await other.call(RestoreRequest(instance="oak"))
+    await other.call(StandbyRequest(instance="oak"))
+    async with supervised(other, clock):
+        gate = driver.faults.hold_at("restored")
+        _, writer = await connect(port)
+        async with asyncio.timeout(SOON_S):
+            await gate.reached.wait()
+        gate.release.set()
+        await until_state(fake_host, "oak", State.RUNNING)
+        writer.close()
+
+
+async def test_a_machine_that_cannot_wake(fake_host: AsyncHost, clock: FakeClock, driver: FakeDriver) -> None:
+    """The connection is closed, and the next one tries again."""
+    async with sleeping(fake_host, clock) as port:
+        driver.faults.fail_at("restore")
+        reader, writer = await connect(port)
+        async with asyncio.timeout(SOON_S):
+            assert await reader.read() == b""
+        writer.close()
+        _, writer = await connect(port)
+        await until_state(fake_host, "oak", State.RUNNING)
+        writer.close()
+
+
+async def test_a_session_during_the_standby_finds_it_at_rest(
+    fake_host: AsyncHost, other: AsyncHost, clock: FakeClock, driver: FakeDriver
+) -> None:
+    """It waits for the end of the capture, and is then refused instead of cut off."""
+    async with supervised(fake_host, clock):
+        await boot(fake_host, "oak", auto_standby_s=IDLE_S)
+        gate = driver.faults.hold_at("save")
+        clock.forward(IDLE_S + 5)
+        async with asyncio.timeout(SOON_S):
+            await gate.reached.wait()
+        late = asyncio.ensure_future(other.call(ExecRequest(instance="oak", argv=["echo"])))
+        gate.release.set()
+        async with asyncio.timeout(SOON_S):
+            with pytest.raises(Exception, match="Standby"):
+                await late

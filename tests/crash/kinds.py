@@ -1,0 +1,78 @@
+"""The differences between kinds of machines: how a host opens their data directory, which image
+they boot, and how their guests are asked.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from coppice.client import AsyncHost
+from coppice.model import MIB, Instance
+from coppice.requests import ExecRequest
+from machines import IMAGE
+
+
+class Kind(ABC):
+    """One kind of machines."""
+
+    name: str  # in the report
+    quick: bool  # a kill takes less than a second, also in an operation that boots a machine
+    image: str
+    memory_bytes: int
+    overlay_bytes: int
+    descriptors: Sequence[int] = ()  # file descriptors that a process with a host inherits
+
+    @property
+    @abstractmethod
+    def arguments(self) -> Sequence[str]:
+        """The arguments from which a process with a host makes the same kind."""
+
+    @abstractmethod
+    def host(self, home: Path) -> AsyncHost:
+        """Return a host over the data directory, not yet opened."""
+
+    @abstractmethod
+    async def learn(self, host: AsyncHost, name: str) -> None:
+        """Write the machine's name into its memory and onto its disk."""
+
+    @abstractmethod
+    async def answer(self, host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
+        """Return a machine's name, the text in its memory, and the text on its disk."""
+
+    @abstractmethod
+    async def has_mounted(self, host: AsyncHost, vm: Instance, path: str) -> bool:
+        """Return whether something is mounted at the path."""
+
+
+class RealKind(Kind):
+    """Machines of QEMU with Debian."""
+
+    name = "QEMU"
+    quick = False
+    image = IMAGE
+    memory_bytes = 192 * MIB
+    overlay_bytes = 256 * MIB
+
+    @property
+    def arguments(self) -> Sequence[str]:
+        return ()
+
+    def host(self, home: Path) -> AsyncHost:
+        return AsyncHost(home)
+
+    async def learn(self, host: AsyncHost, name: str) -> None:
+        script = f"echo {name} >/run/own; echo {name} >/root/own; sync /root/own"
+        assert (await host.call(ExecRequest(instance=name, argv=["sh", "-c", script], timeout_s=60))).exit_code == 0
+
+    async def answer(self, host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
+        script = "hostname; cat /run/own 2>/dev/null || echo; cat /root/own 2>/dev/null || echo"
+        result = await host.call(ExecRequest(instance=vm.id, argv=["sh", "-c", script], timeout_s=60))
+        assert result.exit_code == 0, result
+        name, memory, disk = result.stdout.decode().splitlines()
+        return name, memory, disk
+
+    async def has_mounted(self, host: AsyncHost, vm: Instance, path: str) -> bool:
+        request = ExecRequest(instance=vm.id, argv=["mountpoint", "-q", path], timeout_s=60)
+        return (await host.call(request)).exit_code == 0

@@ -1,0 +1,66 @@
+"""CONNECT: bytes to a port or a unix socket of the guest, with an end for each direction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from agent_process import BUILDS, running_agent
+from coppice.agent.channel import Channel
+from coppice.agent.protocol import FrameType, encode_fields
+from coppice.errors import GuestRefused
+
+
+async def _reverse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer at the end of the input, which only a half-closed connection can show."""
+    data = await reader.read()
+    writer.write(data[::-1])
+    await writer.drain()
+    writer.close()
+
+
+@contextlib.asynccontextmanager
+async def channel_to(build: str) -> AsyncIterator[Channel]:
+    async with running_agent(build) as agent:
+        channel = await Channel.over(agent.sock, 20.0)
+        yield channel
+        await channel.close()
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", ["port", "path"])
+async def test_both_directions_and_their_ends(build: str, kind: str, tmp_path: Path) -> None:
+    """A megabyte goes to a server that answers when its input has ended, and comes back."""
+    path = str(tmp_path / "server.sock")
+    server = (
+        await asyncio.start_unix_server(_reverse, path)
+        if kind == "path"
+        else await asyncio.start_server(_reverse, "127.0.0.1", 0)
+    )
+    number = 0 if kind == "path" else int(server.sockets[0].getsockname()[1])
+    data = bytes(range(256)) * 4096
+    async with server, channel_to(build) as channel:
+        stream = await channel.open(FrameType.CONNECT, encode_fields([(2, path) if kind == "path" else (1, number)]))
+        assert (await stream.receive()).type == FrameType.STARTED
+        await stream.send_data(FrameType.DATA, data)
+        await stream.send(FrameType.DATA_EOF)
+        got = bytearray()
+        while (frame := await stream.receive()).type == FrameType.DATA:
+            got += frame.payload
+        assert frame.type == FrameType.DATA_EOF
+        assert bytes(got) == data[::-1]
+        stream.final(await stream.receive())
+
+
+@pytest.mark.parametrize("build", BUILDS)
+async def test_nothing_listens(build: str, tmp_path: Path) -> None:
+    """The error is that of the guest's kernel."""
+    async with channel_to(build) as channel:
+        with pytest.raises(GuestRefused, match="Connection refused"):
+            await channel.call(FrameType.CONNECT, encode_fields([(1, 1)]))
+        with pytest.raises(GuestRefused, match="No such file"):
+            await channel.call(FrameType.CONNECT, encode_fields([(2, str(tmp_path / "none"))]))

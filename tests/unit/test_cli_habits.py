@@ -1,0 +1,118 @@
+"""Habits of docker users: a docker command works, or the error names a command that does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cli_host import FakeHost, instance
+from cli_lines import output_of, run
+from command_lines import wrong_with
+from coppice.cli import habits
+from coppice.cli.app import app
+from coppice.model import State
+
+COMMANDS = app.list_commands(app.make_context("coppice", [], resilient_parsing=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["ps"], "ls"),
+        (["ps", "-a"], "ls"),
+        (["list"], "ls"),
+        (["images"], "image_ls"),
+        (["rmi", "-f", "debian"], "image_rm"),
+        (["run", "-d", "debian"], "run"),
+        (["create", "debian"], "run"),
+        (["kill", "vm"], "stop"),
+        (["stop", "-t", "3", "vm"], "stop"),
+        (["unpause", "vm"], "restore"),
+        (["logs", "-f", "--tail", "5", "vm"], "logs"),
+        (["cp", "-r", "here", "vm:/there"], "cp_in"),
+        (["cp", "-a", "vm:/there", "here"], "cp_out"),
+        (["exec", "nobody", "true"], "open_exec"),
+        (["exec", "-it", "nobody", "true"], "open_exec"),
+        (["inspect", "vm"], "inspect"),
+    ],
+    ids=" ".join,
+)
+def test_dockers_words_work(words: list[str], asked: str) -> None:
+    """Docker's words have docker's effect."""
+    made = instance("vm")
+    host = FakeHost(
+        ls=[], image_ls=[], image_rm=None, run=made, stop=made, restore=made, logs=[], cp_in=1, cp_out=1, inspect=made
+    )
+    if "-f" in words and asked == "logs":
+        words = [word for word in words if word != "-f"]
+    run(host, *(() if asked == "open_exec" else ("--json",)), *words)
+    assert host.operations == [asked]
+
+
+def test_kill_and_create_are_variants_of_stop_and_run() -> None:
+    """`kill` is a stop without grace, and `create` is a run without a start."""
+    host = FakeHost(stop=instance("vm", State.STOPPED), run=instance("vm", State.STOPPED))
+    run(host, "kill", "vm")
+    run(host, "create", "debian")
+    assert (host.asked("stop")["grace_s"], host.asked("run")["start"]) == (0.0, False)
+
+
+@pytest.mark.parametrize("word", sorted(habits._MEANT))
+def test_a_missing_command_is_answered_with_one_that_exists(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A word that is not a command gets an answer that can be typed; none of these words hides a
+    command.
+    """
+    assert word not in COMMANDS
+    assert word not in habits.ALIASES
+    assert run(FakeHost(), word, "x") == 2
+    shown = capsys.readouterr().err
+    assert f"no such command '{word}'" in shown
+    for line in re.findall(r"`(coppice [^`]+)`", shown):
+        assert wrong_with(line) is None, line
+
+
+@pytest.mark.parametrize(("command", "option"), sorted(habits._OPTIONS))
+def test_a_missing_option_is_answered_with_one_that_exists(
+    command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A docker option that coppice lacks gets an answer that can be typed."""
+    assert run(FakeHost(), command, option, "x", "y", "z") == 2
+    shown = capsys.readouterr().err
+    assert habits._OPTIONS[command, option] in shown
+    for line in re.findall(r"`(coppice [^`]+)`", shown):
+        assert wrong_with(line) is None, line
+
+
+def test_aliases_lead_to_commands() -> None:
+    """Each alias stands for a line that can be typed."""
+    for word, meant in habits.ALIASES.items():
+        assert word not in COMMANDS
+        assert wrong_with("coppice " + " ".join(meant)) in (None, "an argument is missing"), word
+
+
+@pytest.mark.parametrize("word", ["satrt", "inspet", "snapshto"])
+def test_a_misspelt_command_is_answered_with_the_nearest(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error offers the nearest command."""
+    assert run(FakeHost(), word) == 2
+    assert "did you mean '" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "hint"), [(["-", "vm:/x"], "tar x"), (["vm:/x", "-"], "tar c")])
+def test_cp_of_an_archive_is_explained(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`docker cp -` copies tar archives; the error gives the equivalent commands."""
+    assert run(FakeHost(), "cp", *words) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_each_shell_has_a_completion_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each shell gets its script. In bash and zsh no space follows `NAME:`, and without an offered
+    path local paths are completed.
+    """
+    scripts = {shell: output_of(capsys, FakeHost(), "completion", shell) for shell in ("bash", "zsh", "fish")}
+    assert "compopt -o nospace" in scripts["bash"]
+    assert "complete -o default" in scripts["bash"]
+    assert "compadd -U -V unsorted -S '' -a open" in scripts["zsh"]
+    assert "_files" in scripts["zsh"]
+    assert "complete --no-files" in scripts["fish"]
