@@ -69,7 +69,7 @@ async def measure(host: AsyncHost, image: str, data_bytes: int, samples: int) ->
             host=await host_facts(host),
             samples=samples,
             data_bytes=data_bytes,
-            allocated_bytes=disk.allocated(directory, source.disk_layers),
+            allocated_bytes=disk.allocated(disk.paths(directory, source.disk_layers)),
             layer=layer,
             copy=copy,
             time_ratio=round(copy.place_median_ms / layer.place_median_ms, 1),

@@ -89,7 +89,7 @@ async def test_a_fork_writes_nothing_of_its_sources_disk(fake_host: AsyncHost, s
     report = await fake_host.call(ForkRequest(instance=oak.id, names=("ash",), target=target, atomic=True))
     assert report.results[0].disk_bytes_written <= 64 << 10
     ash = report.instances[0]
-    assert disk.allocated(fake_host.local.rooms.directory(ash.id), ash.disk_layers) >= 8 * MIB
+    assert disk.allocated(disk.paths(fake_host.local.rooms.directory(ash.id), ash.disk_layers)) >= 8 * MIB
     await assert_tidy(fake_host, "oak", "ash")
 
 

@@ -433,6 +433,20 @@ OPERATIONS = {
             seconds=0.2,
         ),
         Operation(
+            "fork-with-a-clone-of-a-volume",
+            _drinking,
+            lambda host, _: host.call(
+                ForkRequest(instance=OAK, names=["elm"], from_running=True, volume_policy="clone")
+            ),
+            {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
+            volumes=frozenset({SAP}),
+            memory=OAK,
+            disk=OAK,
+            boots=True,
+            steps=100,
+            seconds=0.9,
+        ),
+        Operation(
             "fork-from-first-boot",
             _booted,
             lambda host, _: host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True)),

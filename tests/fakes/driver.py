@@ -22,6 +22,7 @@ import msgspec
 from coppice.completion import complete, in_thread
 from coppice.errors import VmmDied, VmmError
 from coppice.linux.remap import lay_over
+from coppice.machine.volumes import with_clones
 from coppice.model import MachineSpec, Manifest, Publish, Record, VmmProcess
 from coppice.model.network import Nic, NicBackend
 from coppice.vmm import driver as files
@@ -342,7 +343,8 @@ async def _load_devices(launch: Launch, process: VmmProcess) -> None:
     """End the VMM if the vmstate does not belong to this machine and memory, as a real VMM does."""
     saved = msgspec.json.decode((launch.directory / files.VMSTATE).read_bytes(), type=DeviceState)
     instant = Ram(process.pid).state.generation
-    if (saved.machine, saved.nics, saved.generation) != (launch.machine, len(launch.nics), instant):
+    machines = [with_clones(machine) for machine in (saved.machine, launch.machine)]  # a clone is the same device
+    if machines[0] != machines[1] or (saved.nics, saved.generation) != (len(launch.nics), instant):
         with (launch.directory / files.VMM_LOG).open("a") as log:
             log.write(f"cannot load the vmstate: it is of {saved}, the memory is of generation {instant}\n")
         os.kill(process.pid, signal.SIGKILL)

@@ -43,7 +43,8 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
     """Count, names, target, atomicity, tags and ports reach the host."""
     host = FakeHost(fork=_fork_report(_fork_result("a")))
     output_of(capsys, host, "fork", "vm", "--count", "2", "--name", "a", "--name", "b", "--target", "standby", "--atomic", "--from-running",
-              "--tag", "k=v", "--publish", "own:1:2", "--egress", "none", "--pids-limit", "16", "--ttl", "8h")  # fmt: skip
+              "--tag", "k=v", "--publish", "own:1:2", "--egress", "none", "--pids-limit", "16", "--ttl", "8h",
+              "--volume-policy", "clone")  # fmt: skip
     asked = host.asked("fork")
     assert asked == {
         "instance": "vm",
@@ -52,6 +53,7 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
         "target": State.STANDBY,
         "atomic": True,
         "from_running": True,
+        "volume_policy": "clone",
         "payload": None,
         "payloads": (),
         "tags": {"k": "v"},

@@ -224,6 +224,45 @@ async def test_a_machine_with_a_writable_volume_is_not_forked(host: AsyncHost, i
     assert [each.name for each in (await host.volumes.inspect(data)).volume.attachments] == ["writer"]
 
 
+async def test_forks_of_a_writer_have_clones(host: AsyncHost, image: str, data: Volume) -> None:
+    """Two forks of a running machine go on with the warm cache on its volume, each on a clone of its own.
+
+    A fork to Stopped boots from a clone that has all that the guest had written.
+    """
+    vm = await boot(host, image, "writer", mounted(False))
+    await shell(host, vm, "cd /srv/deep/data; seq 20000 > cache; echo warm > note")
+    request = ForkRequest(
+        instance=vm.id, names=["clone"], count=2, from_running=True, volume_policy="clone", atomic=True
+    )
+    forks = (await host.call(request)).instances
+    try:
+        cached = await shell(host, vm, "cksum < /srv/deep/data/cache")
+        read = "sync; echo 3 > /proc/sys/vm/drop_caches; cksum < /srv/deep/data/cache; cat /srv/deep/data/note"
+        for fork in forks:
+            await shell(host, fork, f"echo {fork.name} >> /srv/deep/data/note")
+        await shell(host, vm, "echo on >> /srv/deep/data/note")
+        for fork in forks:
+            assert await shell(host, fork, read) == f"{cached}\nwarm\n{fork.name}"
+        assert await shell(host, vm, read) == f"{cached}\nwarm\non"
+        await host.call(StandbyRequest(instance=forks[0].id))
+        await host.call(RestoreRequest(instance=forks[0].id))
+        assert await shell(host, forks[0], read) == f"{cached}\nwarm\n{forks[0].name}"
+        await shell(host, vm, "echo unsynced >> /srv/deep/data/note")
+        request = ForkRequest(
+            instance=vm.id, names=["later"], from_running=True, target=State.STOPPED, volume_policy="clone", atomic=True
+        )
+        forks += (await host.call(request)).instances
+        await host.call(StartRequest(instance="later"))
+        assert await shell(host, forks[-1], read) == f"{cached}\nwarm\non\nunsynced"
+        await host.call(StandbyRequest(instance="later"))
+        await host.call(StandbyRequest(instance=vm.id))
+        assert (await host.verify()).differences == ()
+        assert [each.name for each in (await host.volumes.inspect(data)).volume.attachments] == ["writer"]
+    finally:
+        for fork in forks:
+            await host.call(RmRequest(instance=fork.id))
+
+
 async def test_the_largest_number_of_volumes(host: AsyncHost, image: str) -> None:
     """Each is mounted at its path, also below another one, with any content and after a capture."""
     names = [f"many-{number}" for number in range(MAX_VOLUMES)]

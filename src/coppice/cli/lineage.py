@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 
@@ -38,6 +38,14 @@ def fork(
             help="Fork a Running instance. It is paused, longer on a file system without reflinks, and then continues.",
         ),
     ] = False,
+    volume_policy: Annotated[
+        Literal["refuse", "clone"],
+        Option(
+            "--volume-policy",
+            help="Of volumes that the source writes to: refuse to fork it, or give each fork a clone of its own, which "
+            "is removed with the fork.",
+        ),
+    ] = "refuse",
     quiet: options.Quiet = False,
 ) -> None:
     """Grow forks that share the source's memory. Each is Running when its guest has confirmed its
@@ -50,7 +58,7 @@ def fork(
     from coppice.requests import ForkRequest
 
     cli = Cli.of(ctx)
-    request = forks.request(ForkRequest, instance=source, from_running=from_running)
+    request = forks.request(ForkRequest, instance=source, from_running=from_running, volume_policy=volume_policy)
     show(cli, cli.request(request), quiet=quiet)
 
 

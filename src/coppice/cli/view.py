@@ -85,7 +85,7 @@ def ls(
 
 def _volumes(disks: tuple[VolumeDisk, ...]) -> str:
     return ", ".join(
-        f"{disk.volume_name} at {output.printable(disk.mount_path)}{' (read-only)' if disk.readonly else ''}"
+        f"{disk.volume_name} at {output.printable(disk.mount_path)}{' (read-only)' if disk.readonly else ' (a clone of its own)' if disk.private else ''}"
         for disk in disks
     )
 

@@ -206,7 +206,7 @@ async def _grow(
                 sharing = memory.sharing if memory else await activate.verify_sharing(rooms, child)
         else:
             with stages.stage("sync"):  # before the record, which `fan_out` makes durable
-                await in_thread(directories.make_durable, rooms.directory(child.id))
+                await in_thread(directories.make_durable, rooms.directory(child.id), child.machine)
             child = msgspec.structs.replace(child, state=target)
             with stages.stage("record"):
                 await in_thread(rooms.store.save, child, done=done)

@@ -8,13 +8,14 @@ from coppice.completion import in_thread
 from coppice.errors import NotSupported
 from coppice.fork.plan import takes_memory
 from coppice.machine.rooms import Rooms
+from coppice.machine.volumes import with_clones
 from coppice.model import Instance, MachineSpec
 from coppice.requests import FanOut
 
 
 async def hardware(rooms: Rooms, source: Instance, request: FanOut) -> tuple[str, MachineSpec]:
-    """Return the driver's name and the machine of a source's forks: the source's own, unless
-    another VMM is requested.
+    """Return the driver's name and the machine of a source's forks: the source's own with clones of
+    the volumes that it writes to, unless another VMM is requested.
 
     Another VMM gives the same disks to a machine of its own kind. That machine keeps its network if
     the VMM can attach it.
@@ -23,8 +24,9 @@ async def hardware(rooms: Rooms, source: Instance, request: FanOut) -> tuple[str
     :raises HostCannot: this host has no network that the other VMM can attach
     :raises NotSupported: the forks take the source's memory, which only the source's VMM can load
     """
+    machine = with_clones(source.machine)
     if request.vmm is None or request.vmm == source.driver:
-        return source.driver, source.machine
+        return source.driver, machine
     driver = rooms.drivers.wanted(request.vmm)
     if takes_memory(source, request.target):
         raise NotSupported(
@@ -32,4 +34,4 @@ async def hardware(rooms: Rooms, source: Instance, request: FanOut) -> tuple[str
             hint=f"take its disk alone, with `--target stopped --vmm {driver.name}`, and `coppice start` the forks",
         )
     network = await in_thread(rooms.networks.kept, source.machine.network, driver.capabilities.nic_backends)
-    return driver.name, msgspec.structs.replace(source.machine, network=network)
+    return driver.name, msgspec.structs.replace(machine, network=network)

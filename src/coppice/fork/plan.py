@@ -7,6 +7,7 @@ import time
 import msgspec
 
 from coppice.errors import IllegalTransition
+from coppice.machine.volumes import with_clones
 from coppice.model import Instance, Snapshot, State
 from coppice.model.lifecycle import Operation, require
 from coppice.names import new_id, new_name
@@ -22,9 +23,11 @@ def takes_memory(source: Instance, target: State) -> bool:
 def plan(source: Instance, request: FanOut, parent: Instance, owner: str | None) -> list[Instance]:
     """Return the children's records: the source's machine and disk, with new ids and names.
 
+    They have clones of the volumes that the source writes to, if the caller has admitted such a source.
+
     :raises IllegalTransition: the source cannot be forked in its state, or not to that target
     """
-    require(Operation.FORK, source)
+    require(Operation.FORK, source, clones_volumes=True)
     if source.state is State.STOPPED and request.target is State.STANDBY:
         raise IllegalTransition(
             f"{source.name} is Stopped: it has no memory to fork to Standby", hint="fork it to Stopped or Running"
@@ -41,7 +44,7 @@ def plan(source: Instance, request: FanOut, parent: Instance, owner: str | None)
             driver=source.driver,
             image=source.image,
             image_name=source.image_name,
-            machine=source.machine,
+            machine=with_clones(source.machine),
             process=source.process,
             hostname=name,
             tags=dict(request.tags),

@@ -7,8 +7,8 @@ one gets the last place. Each estimate is an upper bound:
   VMM;
 * disk: the bytes that the operation itself may write. A boot may fill the guest's RAM file. A
   capture of a fork may write all of its RAM. Without reflinks, a fork of a VMM that needs raw disks
-  copies the allocated part of its source's overlay, and a capture of a running machine the topmost
-  layer. A new volume takes the size of an empty file system. Overlays and volumes
+  copies the allocated part of its source's overlay, a capture of a running machine the topmost
+  layer, and both the volumes that are cloned. A new volume takes the size of an empty file system. Overlays and volumes
   grow later without a check; the disk floor reserves space for that.
 """
 
@@ -26,7 +26,7 @@ from coppice.fork.plan import takes_memory
 from coppice.host import recovery
 from coppice.host.base import UseCases
 from coppice.host.spares import Spares
-from coppice.machine import disk
+from coppice.machine import disk, volumes
 from coppice.machine.rooms import Rooms
 from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, Record, State, Volume
 from coppice.model.lifecycle import Operation
@@ -183,16 +183,25 @@ def demand_of_volume(volume: Volume, archive: Path | None) -> Demand:
     return Demand(what=f"the volume {volume.name}", disk_bytes=disks.empty_bytes(volume.size_bytes) + 2 * content)
 
 
+def _volume_bytes(directory: Path, source: Instance) -> int:
+    """Return the most bytes that the clones of a machine's volumes take without reflinks."""
+    return disk.allocated(volumes.written(directory, source.machine))
+
+
 def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:
     """Return the demand of a snapshot: the capture of a running instance, and a clone of the disk.
     Blocks.
     """
+    directory = rooms.directory(source.id)
     return Demand(
         what=f"the snapshot of {source.name}",
         disk_bytes=_captured_bytes(rooms, source) if source.state is State.RUNNING else 0,
-        clone_bytes=disk.bytes_of_copy(rooms.directory(source.id), source.disk_layers)
-        if source.state is State.RUNNING
-        else disk.bytes_of_share(rooms.directory(source.id), source.disk_layers, rooms.driver(source)),
+        clone_bytes=_volume_bytes(directory, source)
+        + (
+            disk.bytes_of_copy(directory, source.disk_layers)
+            if source.state is State.RUNNING
+            else disk.bytes_of_share(directory, source.disk_layers, rooms.driver(source))
+        ),
     )
 
 
@@ -212,9 +221,11 @@ def demand_of_forks(
     running = request.count if request.target is State.RUNNING else 0
     driver = rooms.driver(source)
     own = driver if request.vmm is None else rooms.drivers.wanted(request.vmm)
+    volume_bytes = _volume_bytes(directory, source)
     clone_bytes = disk.bytes_of_fork(directory, source.disk_layers, (driver, own)) * (request.count - ahead)
+    clone_bytes += volume_bytes * request.count  # a source with volumes has no spares
     if captured:
-        clone_bytes += disk.bytes_of_copy(directory, source.disk_layers)
+        clone_bytes += disk.bytes_of_copy(directory, source.disk_layers) + volume_bytes
     able = driver.capabilities
     if with_memory and source.capture is not None and source.capture.layers and not able.maps_layers:
         clone_bytes += ram_bytes * request.count  # each gets a copy of all memory

@@ -91,12 +91,19 @@ class UseCases:
 
     @contextlib.asynccontextmanager
     async def _hold(
-        self, key: str, operation: Operation, *, shared: bool = False, deadline_s: float | None = None
+        self,
+        key: str,
+        operation: Operation,
+        *,
+        shared: bool = False,
+        deadline_s: float | None = None,
+        clones_volumes: bool = False,
     ) -> AsyncIterator[tuple[Instance, State]]:
         """Lock an instance for an operation. Yield the instance and the operation's target state.
 
         The deadline is that of the data directory, unless `deadline_s` is given.
 
+        :param clones_volumes: as for `require`
         :raises IllegalTransition: the operation is not legal in the instance's state
         :raises Busy: another operation held the lock until the deadline
         :raises NoSpace: the disk is full
@@ -119,4 +126,4 @@ class UseCases:
                 require_instance(
                     self.owner, instance, instance.name, to_fork=to_fork
                 )  # its owner may have changed `public`
-                yield instance, require(operation, instance)
+                yield instance, require(operation, instance, clones_volumes=clones_volumes)

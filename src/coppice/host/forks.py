@@ -27,7 +27,8 @@ class Forks(Removal):
         """Grow the forks. Use the VMMs that were started ahead first."""
         if request.from_running:
             return await self._fork_running(request, progress)
-        async with self._hold(request.instance, Operation.FORK, shared=True) as (source, _):
+        clones = request.clones_volumes
+        async with self._hold(request.instance, Operation.FORK, shared=True, clones_volumes=clones) as (source, _):
             with self._spare().taken(source, request) as spares:
                 admit = await self._admit(partial(demand_of_forks, self.rooms, source, request, ahead=len(spares)))
                 forked = await fan_out(
@@ -53,7 +54,8 @@ class Forks(Removal):
         forked: ForkReport | None = None
         try:
             async with contextlib.AsyncExitStack() as until_forked:
-                async with self._hold(request.instance, Operation.FORK_RUNNING) as (source, _):
+                held = self._hold(request.instance, Operation.FORK_RUNNING, clones_volumes=request.clones_volumes)
+                async with held as (source, _):
                     # Check first, so that the source is not paused in vain.
                     self.rooms.networks.check(source.machine, request.publish, request.egress)
                     if request.limits is not None:

@@ -25,7 +25,7 @@ class Removal(Admission):
         await self._spare().drop(instance.id)
 
     async def _remove(self, instance: Instance) -> None:
-        if any(not disk.readonly for disk in instance.machine.volumes):
+        if any(not (disk.readonly or disk.private) for disk in instance.machine.volumes):
             from coppice.machine import capture  # imported late: few machines write to a volume
 
             await capture.sync_disk(self.rooms, instance)  # the volume outlives the instance

@@ -82,7 +82,7 @@ class Snapshots(Lifecycle):
             forks=tuple(instance.name for instance in instances if instance.snapshot == found.id),
             directory=str(directory),
             memory_bytes=sum(status.st_blocks for status in in_memory) * 512,
-            disk_bytes=disk.allocated(directory, found.disk_layers),
+            disk_bytes=disk.allocated(directories.own_disks(directory, found.machine, found.disk_layers)),
             link_count=memory.st_nlink if memory else 0,
         )
 

@@ -71,17 +71,19 @@ class View(UseCases):
 
     async def inspect(self, request: InspectRequest) -> Inspection:
         """Look up the instance, its forks, its disk and its memory."""
+        from coppice.machine import directory as directories
         from coppice.machine import disk
 
         instance = await self._current(request.instance)
         forks = await in_thread(self.rooms.store.children, instance.id)
         directory = self.rooms.directory(instance.id)
+        own = directories.own_disks(directory, instance.machine, instance.disk_layers)
         return Inspection(
             instance=await self._with_observed(instance),
             fork_count=len(forks),
             forks=tuple(fork.name for fork in forks),
             directory=str(directory),
-            disk_bytes=await in_thread(disk.allocated, directory, instance.disk_layers),
+            disk_bytes=await in_thread(disk.allocated, own),
             memory=await self._memory(instance),
         )
 

@@ -29,7 +29,6 @@ from pathlib import Path
 from coppice.completion import in_thread
 from coppice.errors import Busy, CoppiceError, NotFound
 from coppice.machine import directory as directories
-from coppice.machine import disk
 from coppice.memory import memfile
 from coppice.model import Instance, MemFile, Snapshot
 from coppice.state import locks
@@ -177,7 +176,7 @@ class Digests:
         layers, found = snapshot.disk_layers, list[str]()
         if directories.disk_stamp(directory, layers) != snapshot.disk_stamp:
             return
-        for path in disk.paths(directory, layers):
+        for path in directories.own_disks(directory, snapshot.machine, layers):
             with _opened(path) as descriptor:
                 digest = _sha256(path, descriptor)
             if digest is None:
@@ -188,7 +187,7 @@ class Digests:
 
 
 def of_disk(of_files: Sequence[str]) -> str:
-    """Return the digest of a disk: that of its raw file, or one over the digests of it and its layers."""
+    """Return the digest of a snapshot's disks: that of a raw file, or one over the digests of all files."""
     return of_files[0] if len(of_files) == 1 else hashlib.sha256(" ".join(of_files).encode()).hexdigest()
 
 

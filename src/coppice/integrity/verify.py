@@ -20,7 +20,7 @@ from coppice.integrity import digests
 from coppice.integrity.digests import Holder
 from coppice.linux.tool import NotFinished
 from coppice.machine import directory as directories
-from coppice.machine import disk
+from coppice.machine import disk, volumes
 from coppice.machine.rooms import Rooms
 from coppice.memory import memfile
 from coppice.model import (
@@ -215,9 +215,10 @@ def _has_stamp(directory: Path, record: Instance | Snapshot) -> bool:
 
 
 async def _fsck(rooms: Rooms, holder: Holder, current: Instance | Snapshot, found: _Findings) -> None:
-    detail = await _fsck_disk(rooms, holder.directory, current, found)
-    if detail is not None:
-        found.differences.append(_differs(holder, files.OVERLAY_DISK, detail))
+    details = {files.OVERLAY_DISK: await _fsck_disk(rooms, holder.directory, current, found)}
+    for path in volumes.private(holder.directory, current.machine):
+        details[path.name] = await _fsck_file(path, current.name, found)
+    found.differences += [_differs(holder, name, detail) for name, detail in details.items() if detail is not None]
 
 
 async def _fsck_disk(rooms: Rooms, directory: Path, record: Instance | Snapshot, found: _Findings) -> str | None:
@@ -262,6 +263,8 @@ async def _fsck_file(path: Path, name: str, found: _Findings) -> str | None:
 async def _check_links(rooms: Rooms, holder: Holder, record: Instance, found: _Findings) -> None:
     """Check that an instance's links are those of the volumes themselves."""
     for number, each in enumerate(record.machine.volumes):
+        if each.private:
+            continue
         own = holder.directory / files.VOLUME_DISK.format(number)
         if not own.exists():
             found.differences.append(_differs(holder, own.name, "it is missing"))
@@ -317,7 +320,7 @@ async def _check_snapshot_disk(rooms: Rooms, holder: Holder, record: Snapshot, f
         await _fsck(rooms, holder, current, found)
         if len(found.differences) > before:
             return
-        paths = disk.paths(holder.directory, current.disk_layers)
+        paths = directories.own_disks(holder.directory, current.machine, current.disk_layers)
         digest = digests.of_disk([await _sha256(path, no_progress) for path in paths])
         found.bytes_hashed += sum(path.stat().st_size for path in paths)
         if current.disk_sha256 is None:

@@ -16,21 +16,19 @@ from typing import NamedTuple
 import msgspec
 
 from coppice.content.overlay import OverlayStore
-from coppice.errors import HostCannot, IntegrityError
+from coppice.errors import IntegrityError
 from coppice.linux.clone import clone_directory
 from coppice.linux.files import is_temporary, os_errors, sync, temporary_beside
 from coppice.linux.link import IMMUTABLE, link_or_copy
-from coppice.machine import disk, limits
+from coppice.machine import disk, limits, volumes
 from coppice.memory import layers, memfile
 from coppice.model import Capture, Instance, MachineSpec, MemFile, Sharing
-from coppice.names import MAX_VOLUMES
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Capabilities, Disk, VmmDriver
 
 LAYERS = tuple(layers.path_of(Path(files.MEMORY), number).name for number in range(1, layers.MOST + 1))
 CAPTURED = (files.MEMORY, *LAYERS, files.VMSTATE, files.OVERLAY_DISK)
-VOLUME_DISKS = tuple(files.VOLUME_DISK.format(number) for number in range(MAX_VOLUMES))
-_LINKED = (files.MEMORY, *LAYERS, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *VOLUME_DISKS)
+_LINKED = (files.MEMORY, *LAYERS, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *volumes.DISKS)
 _REMOVED = ".removed"
 _SEE_LOG = "see its log with `coppice logs --vmm NAME`"
 LOG_KEPT = 8 << 20  # bytes
@@ -89,24 +87,6 @@ def place_overlay(directory: Path, overlays: OverlayStore, size_bytes: int) -> N
     overlays.create(size_bytes, directory / files.OVERLAY_DISK)
 
 
-def place_volume(directory: Path, number: int, volume: Path, *, readonly: bool) -> None:
-    """Link a volume into the directory, as the machine's volume `number`.
-
-    With `readonly` the file's mode becomes 0444, so that no process can write to it.
-
-    :raises HostCannot: the volume cannot be linked; a copy would be a different volume
-    """
-    own = directory / files.VOLUME_DISK.format(number)
-    try:
-        os.link(volume, own, follow_symlinks=False)
-        own.chmod(0o444 if readonly else 0o600)
-    except OSError as error:
-        raise HostCannot(
-            f"the volume {volume} cannot be attached: {error.strerror}",
-            hint="keep the data directory on one file system with hard links; `stat -c %h FILE` counts those of a file",
-        ) from error
-
-
 @os_errors("place the kernel")
 def place_kernel(directory: Path, kernel: Path, initrd: Path) -> None:
     """Link a kernel and its initrd (or their stubs, for a restore), replacing existing ones."""
@@ -144,7 +124,8 @@ def place_fork(
 def place_capture(
     source: Path, directory: Path, instance: Instance, *, with_memory: bool, able: Capabilities
 ) -> Placed:
-    """Link the immutable files of a source: the root and its read-only volumes.
+    """Link the immutable files of a source, the root and its read-only volumes; clone volumes that it
+    writes to.
 
     :param instance: the source, with the layers of the disk that is in `directory`
     :param with_memory: also link the memory and vmstate
@@ -154,9 +135,9 @@ def place_capture(
     :raises NoSpace: the disk is full
     """
     _link(source / files.ROOT_DISK, directory / files.ROOT_DISK)
-    link_volumes(source, directory, instance.machine)
+    cloned = volumes.place(source, directory, instance.machine)
     if not with_memory or instance.capture is None:
-        return Placed(None, 0, instance.disk_layers)
+        return Placed(None, cloned, instance.disk_layers)
     if instance.capture.layers and not (able.maps_layers and able.maps_mem_file_privately):
         capture, written = _flatten(source, directory, instance.capture)
     elif able.maps_mem_file_privately:
@@ -165,7 +146,7 @@ def place_capture(
         reason = "the driver does not map mem-files privately"
         mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
         capture = msgspec.structs.replace(instance.capture, mem_file=mem_file)
-    written += link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
+    written += cloned + link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
     return Placed(captured_here(capture, directory, instance.disk_layers), written, instance.disk_layers)
 
 
@@ -229,23 +210,24 @@ def captured_here(capture: Capture, directory: Path, disk_layers: disk.Layers) -
     return msgspec.structs.replace(capture, disk_stamp=disk_stamp(directory, disk_layers))
 
 
-def make_durable(directory: Path) -> None:
+def make_durable(directory: Path, machine: MachineSpec) -> None:
     """Sync the placed files, so that they survive a power cut.
 
     :raises NoSpace: the file system has no space for delayed allocations
     """
     with os_errors(f"make {directory} durable"):
-        sync_captured(directory)
+        sync_captured(directory, machine)
 
 
-def sync_captured(directory: Path) -> list[Path]:
-    """Sync the memory, device state and disk in `directory` that exist, and their names.
+def sync_captured(directory: Path, machine: MachineSpec) -> list[Path]:
+    """Sync the memory, device state and disks in `directory` that exist, and their names.
 
     :return: the paths of these files
     :raises OSError: a sync failed
     """
     names = dict.fromkeys((*CAPTURED, *disk.names_in(directory)))
     present = [path for name in names if (path := directory / name).exists()]
+    present += volumes.private(directory, machine)
     for path in present:
         sync(path)
     sync(directory)
@@ -253,14 +235,9 @@ def sync_captured(directory: Path) -> list[Path]:
     return present
 
 
-def link_volumes(source: Path, directory: Path, machine: MachineSpec) -> None:
-    """Link a machine's volumes, all read-only, from `source` into `directory`. Idempotent."""
-    for number, volume in enumerate(machine.volumes):
-        if not volume.readonly:
-            raise AssertionError("a volume that is written to has one holder")
-        name = files.VOLUME_DISK.format(number)
-        if not os.path.lexists(directory / name):
-            place_volume(directory, number, source / name, readonly=True)
+def own_disks(directory: Path, machine: MachineSpec, layers: disk.Layers) -> list[Path]:
+    """Return the paths of the disks that belong to a machine: the files of its overlay, and its clones of volumes."""
+    return [*disk.paths(directory, layers), *volumes.private(directory, machine)]
 
 
 def require_saved(directory: Path, machine: MachineSpec, mem_file: MemFile) -> None:
@@ -365,8 +342,8 @@ def disk_stamp(directory: Path, disk_layers: disk.Layers) -> str:
     """
     with os.scandir(directory) as entries:
         present = {entry.name for entry in entries}
-    volumes = (directory / name for name in VOLUME_DISKS if name in present)
-    return " ".join(file_stamp(path) for path in (*disk.paths(directory, disk_layers), *volumes))
+    attached = (directory / name for name in volumes.DISKS if name in present)
+    return " ".join(file_stamp(path) for path in (*disk.paths(directory, disk_layers), *attached))
 
 
 @os_errors("look at a disk")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,23 +170,23 @@ def flat(directory: Path, layers: Layers, driver: VmmDriver) -> Iterator[Path]:
         out.unlink(missing_ok=True)
 
 
-def allocated(directory: Path, layers: Layers) -> int:
-    """Return the allocated bytes of a disk's files, shared ones included; 0 if there are none."""
-    return sum(_allocated(path) for path in paths(directory, layers))
+def allocated(files: Iterable[Path]) -> int:
+    """Return the allocated bytes of files, shared ones included; 0 for those that do not exist."""
+    return sum(_allocated(path) for path in files)
 
 
 def bytes_of_fork(directory: Path, layers: Layers, drivers: tuple[VmmDriver, VmmDriver]) -> int:
     """Return the most bytes that `fork` writes without reflinks."""
     of_source, own = (driver.capabilities.layer_format for driver in drivers)
     if not own or own != of_source:
-        return allocated(directory, layers)
-    merged = sum(_allocated(path) for path in paths(directory, layers)[1:]) if len(layers) >= MOST else 0
+        return allocated(paths(directory, layers))
+    merged = allocated(paths(directory, layers)[1:]) if len(layers) >= MOST else 0
     return merged + _EMPTY_LAYER
 
 
 def bytes_of_share(directory: Path, layers: Layers, driver: VmmDriver) -> int:
     """Return the most bytes that `share` writes without reflinks."""
-    return 0 if driver.capabilities.layer_format else allocated(directory, layers)
+    return 0 if driver.capabilities.layer_format else allocated(paths(directory, layers))
 
 
 def bytes_of_copy(directory: Path, layers: Layers) -> int:

@@ -29,7 +29,7 @@ from coppice.errors import HostCannot
 from coppice.linux.clone import clone_file
 from coppice.linux.files import os_errors
 from coppice.linux.remap import make_private
-from coppice.machine import capture, destroy, disk
+from coppice.machine import capture, destroy, disk, volumes
 from coppice.machine import directory as directories
 from coppice.machine.activate import require_loadable
 from coppice.machine.rooms import Rooms
@@ -73,6 +73,7 @@ def new_stem(source: Instance) -> Instance:
         stem_of=source.name,
         state=State.CREATED,
         created_at=time.time(),
+        machine=volumes.with_clones(source.machine),
         publish=(),
         vmm=None,
         capture=None,
@@ -93,11 +94,11 @@ async def copy_disk(rooms: Rooms, source: Instance, target: Path) -> float:
     try:
         await in_thread(rooms.store.begin, source, JournalOperation.FORK_RUNNING)
         frozen = True  # possibly, even if the next call is cancelled
-        frozen = await capture.freeze_disk(rooms, source)
+        frozen = await _quiet_disks(rooms, source)
         begin = time.perf_counter()
         try:
             await driver.pause(directory)
-            await in_thread(disk.copy_running, directory, target, source.disk_layers)
+            await in_thread(_copy_disks, directory, target, source)
         finally:
             await complete(driver.resume(directory))
         pause_ms = (time.perf_counter() - begin) * 1000
@@ -140,7 +141,7 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
         with stages.stage("freeze"):
             shared = await capture.shared_random(rooms, source)
             frozen = True  # possibly, even if the next call is cancelled
-            frozen = await capture.freeze_disk(rooms, source)
+            frozen = await _quiet_disks(rooms, source)
         await rooms.ports(source).close_idle()  # each open port costs the restored machine time
         begin = time.perf_counter()
         try:
@@ -150,7 +151,7 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
             with stages.stage("devices"):
                 saved = await driver.save(directory)
             with stages.stage("disk"):
-                await in_thread(disk.copy_running, directory, target, source.disk_layers)
+                await in_thread(_copy_disks, directory, target, source)
             with stages.stage("memory"):
                 dirty = 0
                 if saved is Saved.IN_FILE:
@@ -181,6 +182,22 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
     )
 
 
+async def _quiet_disks(rooms: Rooms, source: Instance) -> bool:
+    """Let the guest write its dirty data to its disks, and freeze the file system of its overlay.
+
+    Return whether the guest must be thawed.
+    """
+    if volumes.written(Path(), source.machine):  # the freeze is of the overlay alone
+        await capture.sync_disk(rooms, source)
+    return await capture.freeze_disk(rooms, source)
+
+
+def _copy_disks(directory: Path, target: Path, source: Instance) -> None:
+    """Give a directory the disks of a paused machine."""
+    disk.copy_running(directory, target, source.disk_layers)
+    volumes.place(directory, target, source.machine)
+
+
 def _make_safe(rooms: Rooms, source: Instance, directory: Path, target: Path) -> Instance:
     """Keep the current memory of a paused first boot: in place, or by a copy if that fails."""
     if source.vmm is None:
@@ -200,7 +217,7 @@ def _make_safe(rooms: Rooms, source: Instance, directory: Path, target: Path) ->
 def _finish(
     directory: Path, target: Path, source: Instance, private: PrivateCapture | None, saved: Saved
 ) -> tuple[Capture, int]:
-    """Do the steps that need no pause: place the stem's memory, vmstate, root and volumes."""
+    """Do the steps that need no pause: place the stem's memory, vmstate and root."""
     layers: tuple[MemLayer, ...] = ()
     if saved is Saved.IN_PROCESS and private is not None:
         mem_file, layers, stats = private.finish()
@@ -225,5 +242,4 @@ def _finish(
         vmstate.chmod(0o444)
         vmstate.rename(target / files.VMSTATE)
     directories.place_root(target, directory / files.ROOT_DISK)
-    directories.link_volumes(directory, target, source.machine)
     return taken, written

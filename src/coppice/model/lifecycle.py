@@ -75,14 +75,15 @@ _HINTS: dict[tuple[Operation, State], str] = {
 }
 
 
-def require(operation: Operation, instance: Instance) -> State:
+def require(operation: Operation, instance: Instance, *, clones_volumes: bool = False) -> State:
     """Return the state that the operation leads to. The current state means that there is nothing
     to do.
 
+    :param clones_volumes: the other machine gets clones of the volumes that the instance writes to
     :raises IllegalTransition: the operation is not legal in the instance's state
     :raises InUse: the instance writes to a volume, and the operation would lead to a second writer
     """
-    if operation in _MULTIPLIES:
+    if operation in _MULTIPLIES and not clones_volumes:
         _require_no_writable_volume(operation, instance)
     legal = _LEGAL[operation]
     if instance.state in legal:
@@ -98,10 +99,12 @@ def require(operation: Operation, instance: Instance) -> State:
 def _require_no_writable_volume(operation: Operation, instance: Instance) -> None:
     """Refuse a second writer: two machines that cache and write the same file system destroy it."""
     for disk in instance.machine.volumes:
-        if not disk.readonly:
+        if not disk.readonly and not disk.private:
+            forks = operation in (Operation.FORK, Operation.FORK_RUNNING)
+            clone = "give each fork a clone of it (--volume-policy clone), or " if forks else ""
             raise InUse(
                 f"{instance.name} is the only writer of the volume {disk.volume_name}: {operation} is not possible",
-                hint="use a machine without the volume, or one that only reads it "
+                hint=f"{clone}use a machine without the volume, or one that only reads it "
                 f"(--volume {disk.volume_name}:{disk.mount_path}:ro)",
             )
 

@@ -56,6 +56,7 @@ class VolumeDisk(Record, frozen=True, kw_only=True):
     size_bytes: int
     mount_path: str
     readonly: bool
+    private: bool = False  # a clone of the volume, which belongs to this machine alone and is removed with it
 
 
 class MachineSpec(Record, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -30,6 +30,8 @@ from coppice.requests.supervision import (
     TtlS,
     check_policies,
 )
+
+VolumePolicy = Literal["refuse", "clone"]
 
 
 class FanOut(Request[ForkReport], frozen=True, kw_only=True):
@@ -121,6 +123,7 @@ class ForkRequest(FanOut, frozen=True, kw_only=True):
     others. A fork fails if its on-fork hook fails or takes longer than 30 s.
 
     :raises IllegalTransition: the source's state does not allow a fork
+    :raises InUse: the source writes to a volume, and the policy is `refuse`
     :raises NoSpace: the forks exceed a budget; none was made
     """
 
@@ -129,11 +132,23 @@ class ForkRequest(FanOut, frozen=True, kw_only=True):
         bool,
         Meta(description="Fork a Running instance. It is paused, and then continues; the report has the time."),
     ] = False
+    volume_policy: Annotated[
+        VolumePolicy,
+        Meta(
+            description="What happens to volumes that the source writes to. `refuse`: such a source is not forked. "
+            "`clone`: each fork gets a copy-on-write clone of its own, which is removed with the fork."
+        ),
+    ] = "refuse"
 
     def check(self) -> None:
         """Also check the source's name."""
         super().check()
         check_reference(self.instance)
+
+    @property
+    def clones_volumes(self) -> bool:
+        """Whether a source that writes to a volume can be forked."""
+        return self.volume_policy == "clone"
 
 
 class SnapshotForkRequest(FanOut, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ import msgspec
 
 from coppice.completion import complete, in_thread
 from coppice.linux.files import os_errors, sync
-from coppice.machine import destroy, disk
+from coppice.machine import destroy, disk, volumes
 from coppice.machine import directory as directories
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, Snapshot, SnapshotKind, State
@@ -75,7 +75,9 @@ def _stage(rooms: Rooms, instance: Instance, moment: Snapshot) -> directories.Pl
         drivers=(rooms.driver(moment), rooms.driver(instance)),
         overlays=rooms.overlays,
     )
-    directories.make_durable(staging)  # with the names: if a commit's new files were lost, the old ones would remain
+    directories.make_durable(
+        staging, moment.machine
+    )  # with the names: if a commit's new files were lost, the old ones would remain
     return placed
 
 
@@ -102,7 +104,7 @@ def _into_place(directory: Path, instance: Instance) -> None:
     directories.clear_runtime(directory)
     if instance.capture is None:
         directories.clear_capture(directory)
-    for name in (*directories.CAPTURED, *disk.names_in(directory / _STAGING), *directories.VOLUME_DISKS):
+    for name in (*directories.CAPTURED, *disk.names_in(directory / _STAGING), *volumes.DISKS):
         if (directory / _STAGING / name).exists():
             (directory / _STAGING / name).rename(directory / name)
     if instance.capture is not None:

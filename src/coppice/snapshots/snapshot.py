@@ -124,9 +124,10 @@ async def _create_of_memory(rooms: Rooms, source: Instance, snapshot: Snapshot) 
 def _take_over(rooms: Rooms, stem: Instance, snapshot: Snapshot) -> Snapshot:
     """Fill a snapshot from a stem.
 
-    Only the stem uses its disk, so the disk is moved, not copied.
+    Only the stem uses its disks, so they are moved, not copied.
     """
-    for path in disk.paths(rooms.directory(stem.id), stem.disk_layers):
+    origin = rooms.directory(stem.id)
+    for path in directories.own_disks(origin, stem.machine, stem.disk_layers):
         path.rename(rooms.layout.snapshot(snapshot.id) / path.name)
     return _fill(rooms, rooms.directory(stem.id), stem, snapshot)
 
@@ -149,9 +150,9 @@ def _fill(rooms: Rooms, origin: Path, source: Instance, snapshot: Snapshot) -> S
         able=rooms.driver(source).capabilities,
     )
     with os_errors(f"make the snapshot {directory} durable"):
-        for path in disk.paths(directory, snapshot.disk_layers):
+        for path in directories.own_disks(directory, snapshot.machine, snapshot.disk_layers):
             disk.freeze(path)
-        present = directories.sync_captured(directory)
+        present = directories.sync_captured(directory, snapshot.machine)
         capture = placed.capture
         if capture is not None:
             digest = hashlib.sha256((directory / files.VMSTATE).read_bytes()).hexdigest()

@@ -1,7 +1,8 @@
 """Records of volumes, and the rule for attaching them.
 
 The holders of a volume are derived from the records of instances and snapshots. A volume has one
-holder that writes, or any number that read. Each transaction that records a holder checks this.
+holder that writes, or any number that read. Each transaction that records a holder checks this. A
+machine's private clone of a volume makes it no holder.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _HOLDERS = " UNION ALL ".join(
     SELECT '{holder}', {table}.id, {name} AS name, json_extract(disk.value, '$.mount_path'), json_extract(disk.value, '$.readonly'),
            json_extract(disk.value, '$.volume_id') AS volume, {name} <> {table}.name AS is_stem
     FROM {table}, json_each(CAST({table}.record AS TEXT), '$.machine.volumes') AS disk
+    WHERE json_extract(disk.value, '$.private') IS NOT 1
     """  # noqa: S608 - constants
     for holder, table, name in (("instance", "instances", SHOWN_NAME), ("snapshot", "snapshots", "snapshots.name"))
 )
@@ -108,7 +110,8 @@ def require_attachable(connection: sqlite3.Connection, machines: Iterable[Sequen
     wanted: dict[str, list[VolumeDisk]] = {}
     for machine in machines:
         for disk in machine:
-            wanted.setdefault(disk.volume_id, []).append(disk)
+            if not disk.private:
+                wanted.setdefault(disk.volume_id, []).append(disk)
     for volume_id, disks in wanted.items():
         whole = connection.execute(f"SELECT 1 FROM volumes WHERE id = ? AND {WHOLE}", (volume_id,))  # noqa: S608 - a constant
         if not whole.fetchone():

@@ -12,6 +12,7 @@ from pathlib import Path
 from coppice.completion import in_thread
 from coppice.linux.files import sync
 from coppice.machine import directory as directories
+from coppice.machine import volumes as attached
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, Volume
 from coppice.state import locks
@@ -61,4 +62,4 @@ async def place(rooms: Rooms, instance: Instance) -> None:
             async with locks.hold(lock, deadline_s=rooms.deadlines.lock, what=f"the volume {disk.volume_name}"):
                 await in_thread(ext4.replay_journal, path)
         directory = rooms.directory(instance.id)
-        await in_thread(directories.place_volume, directory, number, path, readonly=disk.readonly)
+        await in_thread(attached.link, directory, number, path, readonly=disk.readonly)

@@ -202,6 +202,7 @@ class MachineLifecycle(MachineBase):
         health_check: HealthCheck | None = None,
         auto_standby_s: float | None = None,
         from_running: bool = False,
+        volume_policy: Literal["refuse", "clone"] = "refuse",
         progress: ProgressSink = no_progress,
     ) -> Opening[AsyncForks]:
         """Grow forks from a Template, a Standby or a Stopped instance, in parallel. Each has its own
@@ -243,8 +244,12 @@ class MachineLifecycle(MachineBase):
             Default: never; a fork: its source's.
         :param from_running: Fork a Running instance. It is paused, and then continues; the report
             has the time.
+        :param volume_policy: What happens to volumes that the source writes to. `refuse`: such a
+            source is not forked. `clone`: each fork gets a copy-on-write clone of its own, which is
+            removed with the fork.
         :param progress: Called with each step of the work.
         :raises IllegalTransition: the source's state does not allow a fork
+        :raises InUse: the source writes to a volume, and the policy is `refuse`
         :raises NoSpace: the forks exceed a budget; none was made
         """
         return self._grown(
@@ -269,6 +274,7 @@ class MachineLifecycle(MachineBase):
                 health_check=health_check,
                 auto_standby_s=auto_standby_s,
                 from_running=from_running,
+                volume_policy=volume_policy,
             ),
             progress,
         )
@@ -292,6 +298,7 @@ class MachineLifecycle(MachineBase):
         health_check: HealthCheck | None = None,
         auto_standby_s: float | None = None,
         from_running: bool = False,
+        volume_policy: Literal["refuse", "clone"] = "refuse",
         progress: ProgressSink = no_progress,
     ) -> Opening[AsyncMachine]:
         """Grow one fork, and return its machine. Raise the fork's error if it fails.
@@ -327,8 +334,12 @@ class MachineLifecycle(MachineBase):
             Default: never; a fork: its source's.
         :param from_running: Fork a Running instance. It is paused, and then continues; the report
             has the time.
+        :param volume_policy: What happens to volumes that the source writes to. `refuse`: such a
+            source is not forked. `clone`: each fork gets a copy-on-write clone of its own, which is
+            removed with the fork.
         :param progress: Called with each step of the work.
         :raises IllegalTransition: the source's state does not allow a fork
+        :raises InUse: the source writes to a volume, and the policy is `refuse`
         :raises NoSpace: the forks exceed a budget; none was made
         """
         return self._grown_one(
@@ -352,6 +363,7 @@ class MachineLifecycle(MachineBase):
                 health_check=health_check,
                 auto_standby_s=auto_standby_s,
                 from_running=from_running,
+                volume_policy=volume_policy,
                 names=() if name is None else (name,),
             ),
             progress,

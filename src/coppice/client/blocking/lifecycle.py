@@ -184,6 +184,7 @@ class MachineLifecycle(MachineBase):
         health_check: HealthCheck | None = None,
         auto_standby_s: float | None = None,
         from_running: bool = False,
+        volume_policy: Literal["refuse", "clone"] = "refuse",
         progress: ProgressSink = no_progress,
     ) -> Forks:
         """Grow forks from a Template, a Standby or a Stopped instance, in parallel. Each has its own
@@ -225,8 +226,12 @@ class MachineLifecycle(MachineBase):
             Default: never; a fork: its source's.
         :param from_running: Fork a Running instance. It is paused, and then continues; the report
             has the time.
+        :param volume_policy: What happens to volumes that the source writes to. `refuse`: such a
+            source is not forked. `clone`: each fork gets a copy-on-write clone of its own, which is
+            removed with the fork.
         :param progress: Called with each step of the work.
         :raises IllegalTransition: the source's state does not allow a fork
+        :raises InUse: the source writes to a volume, and the policy is `refuse`
         :raises NoSpace: the forks exceed a budget; none was made
         """
         return self._forks(
@@ -251,6 +256,7 @@ class MachineLifecycle(MachineBase):
                     health_check=health_check,
                     auto_standby_s=auto_standby_s,
                     from_running=from_running,
+                    volume_policy=volume_policy,
                     progress=progress,
                 )
             )
@@ -275,6 +281,7 @@ class MachineLifecycle(MachineBase):
         health_check: HealthCheck | None = None,
         auto_standby_s: float | None = None,
         from_running: bool = False,
+        volume_policy: Literal["refuse", "clone"] = "refuse",
         progress: ProgressSink = no_progress,
     ) -> Machine:
         """Grow one fork, and return its machine. Raise the fork's error if it fails.
@@ -310,8 +317,12 @@ class MachineLifecycle(MachineBase):
             Default: never; a fork: its source's.
         :param from_running: Fork a Running instance. It is paused, and then continues; the report
             has the time.
+        :param volume_policy: What happens to volumes that the source writes to. `refuse`: such a
+            source is not forked. `clone`: each fork gets a copy-on-write clone of its own, which is
+            removed with the fork.
         :param progress: Called with each step of the work.
         :raises IllegalTransition: the source's state does not allow a fork
+        :raises InUse: the source writes to a volume, and the policy is `refuse`
         :raises NoSpace: the forks exceed a budget; none was made
         """
         return self._machine(
@@ -333,6 +344,7 @@ class MachineLifecycle(MachineBase):
                     health_check=health_check,
                     auto_standby_s=auto_standby_s,
                     from_running=from_running,
+                    volume_policy=volume_policy,
                     progress=progress,
                 )
             )

@@ -98,6 +98,7 @@ def instance_of(record: model.Instance) -> Instance:
         volumes=[
             VolumeMount(volume_id=each.volume_id, mount_path=each.mount_path, readonly=each.readonly)
             for each in machine.volumes
+            if not each.private
         ],
         started_at=UNSET if record.started_at is None else moment(record.started_at),
         exit_message=record.exit_reason or UNSET,
