@@ -81,11 +81,20 @@ class CopyingDriver(VmmDriver):
     def make_layer(self, path: Path, size_bytes: int) -> None:
         self._inner.make_layer(path, size_bytes)
 
-    def merge_layers(self, base: Path, layers: Sequence[Path], top: Path) -> None:
-        self._inner.merge_layers(base, layers, top)
+    def merge_layers(self, base: Path, merged: Path, above: Sequence[Path]) -> None:
+        self._inner.merge_layers(base, merged, above)
 
     def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
         self._inner.flatten_disk(base, layers, out)
+
+    async def disk_in_use(self, directory: Path) -> tuple[str, ...]:
+        return await self._inner.disk_in_use(directory)
+
+    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:
+        await self._inner.switch_layer(directory, disk)
+
+    async def replace_below(self, directory: Path, disk: Sequence[str]) -> None:
+        await self._inner.replace_below(directory, disk)
 
     async def quit(self, directory: Path, process: VmmProcess) -> None:
         await self._inner.quit(directory, process)

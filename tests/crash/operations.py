@@ -17,10 +17,11 @@ from pathlib import Path
 from coppice.client import AsyncHost
 from coppice.machine import disk
 from coppice.memory import layers
-from coppice.model import MIB, Instance, State, VolumeMount
+from coppice.model import MIB, Instance, SnapshotKind, State, VolumeMount
 from coppice.requests import (
     DemoteRequest,
     ForkRequest,
+    GetRequest,
     PromoteRequest,
     RestoreRequest,
     RmRequest,
@@ -184,6 +185,18 @@ async def _drinking(host: AsyncHost, kind: Kind) -> None:
     await kind.learn(host, OAK)
 
 
+async def _running_on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
+    """Make a Running oak whose next capture merges the layers of its disk."""
+    await _forked_often(host, kind)
+    await host.call(RestoreRequest(instance=OAK))
+    await host.call(RmRequest(instance="elm"))
+    oak = await host.call(GetRequest(instance=OAK))
+    while host.local.rooms.driver(oak).capabilities.switches_layers and len(oak.disk_layers) < disk.MOST:
+        await host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True, target=State.STOPPED))
+        await host.call(RmRequest(instance="elm"))
+        oak = await host.call(GetRequest(instance=OAK))
+
+
 _RUNNING, _STANDBY, _STOPPED = State.RUNNING, State.STANDBY, State.STOPPED
 
 OPERATIONS = {
@@ -281,6 +294,27 @@ OPERATIONS = {
             disk=OAK,
             steps=120,
             seconds=0.9,
+        ),
+        Operation(
+            "fork-from-running-that-merges-disk-layers",
+            _running_on_all_disk_layers,
+            lambda host, _: host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True)),
+            {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
+            memory=OAK,
+            disk=OAK,
+            steps=140,
+            seconds=1.0,
+        ),
+        Operation(
+            "snapshot-of-a-running-disk",
+            running,
+            lambda host, _: host.call(SnapshotRequest(instance=OAK, name="twig", kind=SnapshotKind.STOPPED)),
+            {OAK: _may(_RUNNING)},
+            may_have=frozenset({"twig"}),
+            memory=OAK,
+            disk=OAK,
+            steps=50,
+            seconds=0.4,
         ),
         Operation(
             "standby-that-merges-layers",

@@ -10,8 +10,10 @@ from coppice.linux.clone import clone_file
 from coppice.linux.extents import data_ranges
 from coppice.linux.files import temporary_beside
 from coppice.vmm import driver as files
+from coppice.vmm.driver import Launch
 
 FORMAT = "fake"
+_USED = "fake-disk"  # the names of the files that the VMM uses
 
 
 def make(path: Path, size_bytes: int) -> None:
@@ -20,12 +22,9 @@ def make(path: Path, size_bytes: int) -> None:
         file.truncate(size_bytes)
 
 
-def merge(layers: Sequence[Path], top: Path) -> None:
-    """Write what `layers` have, and `top` has not, to `top`."""
-    own = temporary_beside(top)
-    clone_file(top, own)
-    _write(top, [*layers, own])
-    own.unlink()
+def merge(merged: Path, above: Sequence[Path]) -> None:
+    """Write what the layers `above` have to `merged`, which is below them."""
+    _write(merged, above)
 
 
 def flatten(base: Path, layers: Sequence[Path], out: Path) -> None:
@@ -34,11 +33,23 @@ def flatten(base: Path, layers: Sequence[Path], out: Path) -> None:
     _write(out, layers)
 
 
+def use(directory: Path, names: Sequence[str]) -> None:
+    """Let a machine use a disk of these files, from the raw one on: it writes to the last one."""
+    path = directory / _USED
+    new = temporary_beside(path)
+    new.write_text(" ".join(names))
+    new.rename(path)
+
+
+def launch(launch: Launch) -> None:
+    """Let a machine use the disk that it is started with."""
+    (overlay,) = [each for each in launch.disks if each.serial == files.OVERLAY]
+    use(launch.directory, [*overlay.below, overlay.path])
+
+
 def files_in(directory: Path) -> list[Path]:
-    """Return the files of the overlay disk of a running machine, the topmost one first."""
-    base = directory / files.OVERLAY_DISK
-    layers = [path for path in directory.glob(f"{base.stem}.*") if path.suffix[1:].isdigit()]
-    return [*sorted(layers, key=lambda path: -int(path.suffix[1:])), base]
+    """Return the files of the overlay disk that a running machine uses, the topmost one first."""
+    return [directory / name for name in reversed((directory / _USED).read_text().split())]
 
 
 def _write(out: Path, layers: Sequence[Path]) -> None:

@@ -25,6 +25,7 @@ from coppice.vmm import process as processes
 from coppice.vmm import sockets
 from coppice.vmm.driver import Launch, Saved
 from coppice.vmm.firecracker.driver import FirecrackerDriver
+from fakes import disk
 from fakes.driver import PID_FILE, FakeDriver, Started, last_line, picked
 from fakes.driver import PROGRAM as FAKE_PROGRAM
 from fakes.guest import FakeGuest
@@ -42,7 +43,7 @@ class DoubledDriver(FakeDriver):
 
     def __init__(self, program: Path, *_: Any, **options: Any) -> None:
         super().__init__(program, "firecracker", **options)
-        self._capabilities = msgspec.structs.replace(self._capabilities, layer_format="")
+        self._capabilities = msgspec.structs.replace(self._capabilities, layer_format="", switches_layers=False)
         # It opens no device, so it runs as its own user on every host.
         self._real = FirecrackerDriver(program=lambda: str(program.with_name(PROGRAM)), groups_for=lambda *_: ())
 
@@ -74,6 +75,7 @@ class DoubledDriver(FakeDriver):
                     await in_thread(write_first, Ram(process.pid))
                 started = Started(process=process, machine=launch.machine, nics=picked(launch))
                 await in_thread((launch.directory / PID_FILE).write_bytes, msgspec.json.encode(started))
+                await in_thread(disk.launch, launch)
                 guest = HandedOver(launch.directory, process, [listener], self.faults)
                 self.serve(process, guest)
             except BaseException:

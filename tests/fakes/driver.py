@@ -48,6 +48,7 @@ CAPABILITIES = Capabilities(
     restores_paused=True,
     nic_backends=frozenset({NicBackend.USER_MODE}),
     layer_format=disk.FORMAT,
+    switches_layers=True,
 )
 PERSONALITIES = ("file", "anonymous", "firecracker")  # for the last one see `fakes.doubled`
 PERSONALITY = "COPPICE_FAKE_PERSONALITY"  # the environment variable, which child processes inherit
@@ -212,6 +213,7 @@ class FakeDriver(VmmDriver):
             os.close(ready)
         started = Started(process=process, machine=launch.machine, nics=picked(launch))
         (launch.directory / PID_FILE).write_bytes(msgspec.json.encode(started))
+        disk.launch(launch)
         return process
 
     async def forwards(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
@@ -223,11 +225,32 @@ class FakeDriver(VmmDriver):
     def make_layer(self, path: Path, size_bytes: int) -> None:
         disk.make(path, size_bytes)
 
-    def merge_layers(self, base: Path, layers: Sequence[Path], top: Path) -> None:
-        disk.merge(layers, top)
+    def merge_layers(self, base: Path, merged: Path, above: Sequence[Path]) -> None:
+        disk.merge(merged, above)
 
     def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
         disk.flatten(base, layers, out)
+
+    async def disk_in_use(self, directory: Path) -> tuple[str, ...]:
+        await self._reach("disk_in_use", directory)
+        return tuple(path.name for path in reversed(disk.files_in(directory)))
+
+    async def switch_layer(self, directory: Path, disk_files: Sequence[str]) -> None:
+        started = await self._reach("switch_layer", directory)
+        if not is_paused(started.process.pid):
+            raise AssertionError("switch_layer was called on a running machine")
+        if disk.files_in(directory)[0].name != disk_files[-2]:
+            raise VmmError("the fake VMM has another disk", hint="see the test")
+        disk.use(directory, disk_files)
+        await self.faults.reach("switched", started.process)
+
+    async def replace_below(self, directory: Path, disk_files: Sequence[str]) -> None:
+        started = await self._reach("replace_below", directory)
+        top, *_, base = [path.name for path in disk.files_in(directory)]
+        if (base, top) != (disk_files[0], disk_files[-1]):
+            raise VmmError("the fake VMM has another disk", hint="see the test")
+        disk.use(directory, disk_files)
+        await self.faults.reach("replaced", started.process)
 
     async def dial(self, directory: Path, port: int) -> socket.socket:
         started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=Started)

@@ -289,7 +289,9 @@ def test_volumes_are_disks_with_a_serial_number() -> None:
     # the arguments of a machine without volumes do not change
     assert arguments[: len(plain)] == plain
     for number, mode in enumerate(("off", "on")):
-        (node,) = [each for each in option(arguments, "-blockdev") if f"node-name=volume{number}" in each.split(",")]
+        (node,) = [
+            each for each in option(arguments, "-blockdev") if f"node-name=volume{number}.raw" in each.split(",")
+        ]
         assert f"read-only={mode}" in node.split(",")
         assert f"file.filename=volume{number}.raw" in node.split(",")
-        assert f"virtio-blk-device,drive=volume{number},serial=volume{number}" in option(arguments, "-device")
+        assert f"virtio-blk-device,drive=volume{number}.raw,serial=volume{number}" in option(arguments, "-device")

@@ -59,10 +59,25 @@ def test_layers_are_merged_and_flattened(tmp_path: Path) -> None:
     images.flatten(base, [one, two, top], tmp_path / "flat")
     assert (tmp_path / "flat").read_bytes() == wanted
     assert allocated(tmp_path / "flat") <= 2 * MIB
-    clone_file(top, tmp_path / "merged")
-    images.merge(base, [one, two], tmp_path / "merged")
+    clone_file(one, tmp_path / "merged")
+    images.merge(base, tmp_path / "merged", [two, top])
     images.flatten(base, [tmp_path / "merged"], tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == wanted
+
+
+def test_small_writes_are_merged(tmp_path: Path) -> None:
+    """Clusters of which layers have different parts are put together: no part comes from a lower layer."""
+    base = base_of(tmp_path / "base")
+    wanted = bytearray(base.read_bytes())
+    layers: list[Path] = []
+    for number, byte in enumerate((1, 2, 3)):
+        at = 2 * MIB + number * 6144  # all in one cluster of 64 KiB, and each over a part of the one before
+        layers.append(layer_with(tmp_path / f"layer{number}", [base, *layers], at, byte, 8192))
+        wanted[at : at + 8192] = bytes([byte]) * 8192
+    clone_file(layers[0], tmp_path / "merged")
+    images.merge(base, tmp_path / "merged", layers[1:])
+    images.flatten(base, [tmp_path / "merged"], tmp_path / "flat")
+    assert (tmp_path / "flat").read_bytes() == wanted
 
 
 def test_a_small_write_copies_little(tmp_path: Path) -> None:

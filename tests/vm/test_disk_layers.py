@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 
 import pytest
 
 from coppice.client import AsyncHost
 from coppice.machine import disk
 from coppice.model import MIB, Instance, State
-from coppice.requests import ExecRequest, ForkRequest, RestoreRequest, RmRequest, StandbyRequest
+from coppice.requests import (
+    ExecRequest,
+    ForkRequest,
+    GetRequest,
+    RestoreRequest,
+    RmRequest,
+    SnapshotForkRequest,
+    SnapshotRequest,
+    SnapshotRmRequest,
+    StandbyRequest,
+    StartRequest,
+)
 
 DATA = 16 * MIB
 
@@ -51,4 +64,69 @@ async def test_a_fork_of_a_full_disk_writes_little(
         await host.call(StandbyRequest(instance=ash.id))
         assert (await host.verify()).differences == ()
     finally:
+        await asyncio.gather(*(host.call(RmRequest(instance=each.id)) for each in made))
+
+
+def opened_for_writing(vm: Instance, directory: Path) -> set[str]:
+    """Return the names of the disk files of a machine that its VMM has open for writing."""
+    assert vm.vmm is not None
+    proc = Path(f"/proc/{vm.vmm.pid}")
+    found: dict[str, set[int]] = {}
+    for path in disk.paths(directory, vm.disk_layers):
+        for descriptor in (proc / "fd").iterdir():
+            if descriptor.exists() and descriptor.samefile(path):
+                flags = (proc / "fdinfo" / descriptor.name).read_text().split("flags:")[1].split()[0]
+                found.setdefault(path.name, set()).add(int(flags, 8) & os.O_ACCMODE)
+    assert found.keys() == set(disk.names(vm.disk_layers))
+    return {name for name, modes in found.items() if modes != {os.O_RDONLY}}
+
+
+@pytest.mark.timeout(300)
+async def test_a_running_machine_goes_on_in_a_new_layer(
+    host: AsyncHost, vm: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live fork and a live snapshot copy nothing of the disk. The VMM can write to its topmost layer alone.
+
+    More captures than a disk may have layers have them merged while the machine runs, and nothing is lost.
+    """
+    monkeypatch.setattr(disk, "MOST", 3)
+    directory = host.local.rooms.directory(vm.id)
+    digest = await sh(host, vm, f"yes | head -c {DATA} >/root/data; echo 0 >/root/word; cksum </root/data")
+    made: list[Instance] = []
+    kept = None
+    try:
+        for number in range(1, disk.MOST + 3):
+            top = disk.paths(directory, vm.disk_layers)[-1]
+            before = top.stat().st_ino
+            stopped = number not in (1, disk.MOST)
+            request = ForkRequest(
+                instance=vm.id, from_running=True, target=State.STOPPED if stopped else State.RUNNING, atomic=True
+            )
+            made += (await host.call(request)).instances
+            vm = await host.call(GetRequest(instance=vm.id))
+            assert len(vm.disk_layers) <= disk.MOST
+            own = host.local.rooms.directory(made[-1].id)
+            assert before in {path.stat().st_ino for path in disk.paths(own, made[-1].disk_layers)}
+            assert opened_for_writing(vm, directory) == {disk.names(vm.disk_layers)[-1]}
+            await sh(host, vm, f"echo {number} >>/root/word; sync")
+        assert len(vm.disk_layers) < disk.MOST  # they were merged
+        kept = await host.call(SnapshotRequest(instance=vm.id))
+        await sh(host, vm, "echo end >>/root/word; rm /root/data; sync")
+        (late,) = (await host.call(SnapshotForkRequest(snapshot=kept.id, atomic=True))).instances
+        made.append(late)
+        read = "sync; echo 3 >/proc/sys/vm/drop_caches; cat /root/word; cksum </root/data"
+        words = [str(number) for number in range(disk.MOST + 3)]
+        assert (await sh(host, late, read)).split("\n") == [*words, digest]
+        for number in (1, disk.MOST):
+            assert (await sh(host, made[number - 1], read)).split("\n") == [*words[:number], digest]
+        await host.call(StartRequest(instance=made[-2].id))
+        assert (await sh(host, made[-2], read)).split("\n") == [*words[:-1], digest]
+        await host.call(StandbyRequest(instance=vm.id))
+        vm = await host.call(RestoreRequest(instance=vm.id))
+        assert (await sh(host, vm, "cat /root/word")).split("\n") == [*words, "end"]
+        await host.call(StandbyRequest(instance=vm.id))
+        assert (await host.verify()).differences == ()
+    finally:
+        if kept is not None:
+            await host.call(SnapshotRmRequest(snapshot=kept.id))
         await asyncio.gather(*(host.call(RmRequest(instance=each.id)) for each in made))

@@ -7,8 +7,8 @@ one gets the last place. Each estimate is an upper bound:
   VMM;
 * disk: the bytes that the operation itself may write. A boot may fill the guest's RAM file. A
   capture of a fork may write all of its RAM. Without reflinks, a fork of a VMM that needs raw disks
-  copies the allocated part of its source's overlay, a capture of a running machine the topmost
-  layer, and both the volumes that are cloned. A new volume takes the size of an empty file system. Overlays and volumes
+  copies the allocated part of its source's overlay, a capture of its running machine too, and both
+  the volumes that are cloned. A new volume takes the size of an empty file system. Overlays and volumes
   grow later without a check; the disk floor reserves space for that.
 """
 
@@ -198,7 +198,7 @@ def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:
         disk_bytes=_captured_bytes(rooms, source) if source.state is State.RUNNING else 0,
         clone_bytes=_volume_bytes(directory, source)
         + (
-            disk.bytes_of_copy(directory, source.disk_layers)
+            disk.bytes_of_running(directory, source.disk_layers, rooms.driver(source))
             if source.state is State.RUNNING
             else disk.bytes_of_share(directory, source.disk_layers, rooms.driver(source))
         ),
@@ -225,7 +225,7 @@ def demand_of_forks(
     clone_bytes = disk.bytes_of_fork(directory, source.disk_layers, (driver, own)) * (request.count - ahead)
     clone_bytes += volume_bytes * request.count  # a source with volumes has no spares
     if captured:
-        clone_bytes += disk.bytes_of_copy(directory, source.disk_layers) + volume_bytes
+        clone_bytes += disk.bytes_of_running(directory, source.disk_layers, driver) + volume_bytes
     able = driver.capabilities
     if with_memory and source.capture is not None and source.capture.layers and not able.maps_layers:
         clone_bytes += ram_bytes * request.count  # each gets a copy of all memory

@@ -19,7 +19,7 @@ from coppice.errors import Busy, CoppiceError, GuestError, GuestTimeout, Integri
 from coppice.linux.files import os_errors, sync
 from coppice.linux.maps import identify, read_maps
 from coppice.machine import directory as directories
-from coppice.machine import limits
+from coppice.machine import limits, live_disk
 from coppice.machine.activate import require_loadable
 from coppice.machine.rooms import Rooms
 from coppice.memory import memfile
@@ -245,6 +245,9 @@ async def undo(
     directory = rooms.directory(instance.id)
     if private is not None:
         await in_thread(private.abort)
+    # The record may be ahead of the caller: a cancelled call does not return what it has saved.
+    recorded = await in_thread(rooms.store.get, instance.id)
+    instance = msgspec.structs.replace(instance, disk_layers=recorded.disk_layers)
     state = State.PAUSED
     # A VMM that has ended cannot be resumed; `recovery.look` records its end later.
     with contextlib.suppress(CoppiceError):
@@ -253,6 +256,7 @@ async def undo(
         instance = await with_true_base(rooms, instance)
         if frozen:
             await thaw_disk(rooms, instance)
+        instance = await live_disk.with_true_layers(rooms, instance)
     await in_thread(clear_new, directory)
     await in_thread(rooms.store.save, msgspec.structs.replace(instance, state=state), done=True)
 

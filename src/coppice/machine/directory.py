@@ -262,9 +262,11 @@ def sync_capture(directory: Path, instance: Instance, mem_file: MemFile, memory:
     """
     require_saved(directory, instance.machine, mem_file)
     vmstate = directory / files.VMSTATE_NEW
-    written = [each.path for each in disks(instance.machine, instance.disk_layers) if not each.readonly]
+    # All files of the overlay: a VMM that was interrupted in a switch may still write to the last but one.
+    volumes_written = volumes.written(directory, instance.machine)
+    written = [*disk.paths(directory, instance.disk_layers), *volumes_written]
     with os_errors(f"make the capture in {directory} durable"):
-        for path in (memory, vmstate, *(directory / name for name in written)):
+        for path in (memory, vmstate, *written):
             sync(path)
         sync(directory)
 

@@ -93,7 +93,7 @@ def fork(
         written = _link([*below, top], directory)
     else:
         written = _link(below[:1], directory)
-        layers, more = _merge(source, directory, layers, own)
+        layers, more = _merge(source, directory, layers, own, _next(layers))
         written += more
     layers, more = _put_layer(directory, layers, size_bytes, own, overlays)
     return Placed(layers, written + more)
@@ -119,6 +119,48 @@ def copy_running(source: Path, directory: Path, layers: Layers) -> None:
     clone_file(top, directory / top.name, sync=False)
 
 
+def names(layers: Layers) -> list[str]:
+    """Return the names of a disk's files: the raw one, and its layers from the lowest on."""
+    return [path.name for path in paths(Path(), layers)]
+
+
+def layers_of(names: Iterable[str]) -> Layers:
+    """Return the layers of a disk whose files have these names."""
+    return tuple(int(name.removeprefix(_PREFIX)) for name in names if name != files.OVERLAY_DISK)
+
+
+@os_errors("add a layer to a disk")
+def add_layer(directory: Path, layers: Layers, size_bytes: int, driver: VmmDriver, overlays: OverlayStore) -> Layers:
+    """Make a layer over the disk of a running machine, empty and durable. Nothing uses it yet.
+
+    :return: the layers with the new one
+    :raises NoSpace: the disk is full
+    """
+    layers, _ = _put_layer(directory, layers, size_bytes, driver, overlays)
+    sync(paths(directory, layers)[-1])
+    sync(directory)
+    return layers
+
+
+@os_errors("merge layers of a disk")
+def merge_below(directory: Path, layers: Layers, driver: VmmDriver) -> Layers:
+    """Merge all layers of a running machine's disk but the topmost one into a new one. Durable. Nothing uses it yet.
+
+    :return: the layers with the merged one
+    :raises NoSpace: the disk is full
+    """
+    merged, _ = _merge(directory, directory, layers[:-1], driver, _next(layers))
+    sync(paths(directory, merged)[-1])
+    sync(directory)
+    return (*merged, layers[-1])
+
+
+@os_errors("share the disk of a running machine")
+def share_running(source: Path, directory: Path, layers: Layers) -> None:
+    """Give a directory the disk of a machine that has gone on in a new layer, and freeze its files."""
+    _link(paths(source, layers), directory)
+
+
 @os_errors("look at a disk")
 def is_frozen(directory: Path, layers: Layers) -> bool:
     """Return whether a machine at rest needs a disk of its own before it runs."""
@@ -138,7 +180,7 @@ def own(directory: Path, layers: Layers, size_bytes: int, driver: VmmDriver, ove
         clone_file(top, top)
         return layers
     if len(layers) >= MOST:
-        layers, _ = _merge(directory, directory, layers, driver)
+        layers, _ = _merge(directory, directory, layers, driver, _next(layers))
     layers, _ = _put_layer(directory, layers, size_bytes, driver, overlays)
     for path in paths(directory, layers)[-2:]:
         sync(path)
@@ -170,9 +212,9 @@ def flat(directory: Path, layers: Layers, driver: VmmDriver) -> Iterator[Path]:
         out.unlink(missing_ok=True)
 
 
-def allocated(files: Iterable[Path]) -> int:
+def allocated(of: Iterable[Path]) -> int:
     """Return the allocated bytes of files, shared ones included; 0 for those that do not exist."""
-    return sum(_allocated(path) for path in files)
+    return sum(_allocated(path) for path in of)
 
 
 def bytes_of_fork(directory: Path, layers: Layers, drivers: tuple[VmmDriver, VmmDriver]) -> int:
@@ -189,9 +231,11 @@ def bytes_of_share(directory: Path, layers: Layers, driver: VmmDriver) -> int:
     return 0 if driver.capabilities.layer_format else allocated(paths(directory, layers))
 
 
-def bytes_of_copy(directory: Path, layers: Layers) -> int:
-    """Return the most bytes that `copy_running` writes without reflinks."""
-    return _allocated(paths(directory, layers)[-1])
+def bytes_of_running(directory: Path, layers: Layers, driver: VmmDriver) -> int:
+    """Return the most bytes that a capture of a running machine writes for its disk without reflinks."""
+    if not driver.capabilities.switches_layers:
+        return _allocated(paths(directory, layers)[-1])
+    return _EMPTY_LAYER + (allocated(paths(directory, layers)[1:]) if len(layers) >= MOST else 0)
 
 
 def _allocated(path: Path) -> int:
@@ -213,15 +257,15 @@ def _copy(source: Path, directory: Path, layers: Layers, driver: VmmDriver) -> i
     return (directory / base.name).stat().st_blocks * 512
 
 
-def _merge(source: Path, directory: Path, layers: Layers, driver: VmmDriver) -> Placed:
-    """Merge the layers of a disk into one, which is frozen, in `directory`."""
-    base, *above, top = paths(source, layers)
-    merged = (layers[-1] + 1,)
+def _merge(source: Path, directory: Path, layers: Layers, driver: VmmDriver, number: int) -> Placed:
+    """Merge the layers of a disk into one of that number, which is frozen, in `directory`."""
+    base, lowest, *above = paths(source, layers)
+    merged = (number,)
     final = paths(directory, merged)[-1]
     temporary = temporary_beside(final)
     try:
-        clone_file(top, temporary, sync=False)
-        driver.merge_layers(base, above, temporary)
+        clone_file(lowest, temporary, sync=False)
+        driver.merge_layers(base, temporary, above)
         temporary.chmod(IMMUTABLE)
         temporary.rename(final)
     finally:
@@ -229,8 +273,12 @@ def _merge(source: Path, directory: Path, layers: Layers, driver: VmmDriver) -> 
     return Placed(merged, final.stat().st_blocks * 512)
 
 
+def _next(layers: Layers) -> int:
+    return max(layers, default=0) + 1
+
+
 def _put_layer(directory: Path, layers: Layers, size_bytes: int, driver: VmmDriver, overlays: OverlayStore) -> Placed:
-    layers = (*layers, layers[-1] + 1 if layers else 1)
+    layers = (*layers, _next(layers))
     top = paths(directory, layers)[-1]
     form = driver.capabilities.layer_format
     return Placed(layers, overlays.create_layer(size_bytes, form, driver.make_layer, top).bytes_written)

@@ -1,6 +1,7 @@
 """Capture a machine that keeps running, for `fork --from-running` and for snapshots.
 
-The source is paused while its devices are saved, its disk is cloned and its memory is secured.
+The source is paused while its devices are saved, its disk is frozen or copied (see `live_disk`),
+and its memory is secured.
 Every path resumes it. The capture goes into the directory of a *stem*: a Standby instance that
 exists only while the forks take their links from it.
 
@@ -29,7 +30,7 @@ from coppice.errors import HostCannot
 from coppice.linux.clone import clone_file
 from coppice.linux.files import os_errors
 from coppice.linux.remap import make_private
-from coppice.machine import capture, destroy, disk, volumes
+from coppice.machine import capture, destroy, disk, live_disk, volumes
 from coppice.machine import directory as directories
 from coppice.machine.activate import require_loadable
 from coppice.machine.rooms import Rooms
@@ -82,10 +83,10 @@ def new_stem(source: Instance) -> Instance:
     )
 
 
-async def copy_disk(rooms: Rooms, source: Instance, target: Path) -> float:
-    """Clone the disk of a Running source into the directory `target`, with its file system frozen.
+async def take_disk(rooms: Rooms, source: Instance, target: Path) -> tuple[disk.Layers, float]:
+    """Give the directory `target` the disk of a Running source, with its file system frozen.
 
-    :return: how long the source was paused, in ms
+    :return: the layers of the disk in `target`, and how long the source was paused, in ms
     :raises VmmError: the VMM refused; the source continues
     :raises NoSpace: the disk is full; the source continues
     """
@@ -93,12 +94,13 @@ async def copy_disk(rooms: Rooms, source: Instance, target: Path) -> float:
     frozen = False
     try:
         await in_thread(rooms.store.begin, source, JournalOperation.FORK_RUNNING)
+        source = await live_disk.prepare(rooms, source)
         frozen = True  # possibly, even if the next call is cancelled
         frozen = await _quiet_disks(rooms, source)
         begin = time.perf_counter()
         try:
             await driver.pause(directory)
-            await in_thread(_copy_disks, directory, target, source)
+            layers = await live_disk.take(rooms, source, target)
         finally:
             await complete(driver.resume(directory))
         pause_ms = (time.perf_counter() - begin) * 1000
@@ -108,7 +110,7 @@ async def copy_disk(rooms: Rooms, source: Instance, target: Path) -> float:
     except BaseException:
         await complete(capture.undo(rooms, source, frozen=frozen))
         raise
-    return pause_ms
+    return layers, pause_ms
 
 
 async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tuple[Instance, CaptureReport]:
@@ -133,6 +135,8 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
         await in_thread(capture.clear_new, directory)
         await in_thread(directories.create, target)
         source = await capture.with_true_base(rooms, source)
+        with stages.stage("layer"):
+            source = await live_disk.prepare(rooms, source)
         if source.capture is not None:
             private = capture.private_capture(source, driver.capabilities, directory, target / files.MEMORY_NEW)
             with stages.stage("prepare"):
@@ -151,7 +155,7 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
             with stages.stage("devices"):
                 saved = await driver.save(directory)
             with stages.stage("disk"):
-                await in_thread(_copy_disks, directory, target, source)
+                layers = await live_disk.take(rooms, source, target)
             with stages.stage("memory"):
                 dirty = 0
                 if saved is Saved.IN_FILE:
@@ -164,15 +168,14 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
             with stages.stage("resume"):
                 await complete(driver.resume(directory))
         pause_ms = (time.perf_counter() - begin) * 1000
-        with stages.stage("thaw"):  # the disk is cloned, so the guest may write before its memory is stored
+        with stages.stage("thaw"):  # the disk is taken, so the guest may write before its memory is stored
             if frozen:
                 await capture.thaw_disk(rooms, source)
         with stages.stage("finish"):
             taken, written = await in_thread(_finish, directory, target, source, private, saved)
             taken = msgspec.structs.replace(taken, open_ports=open_ports, frozen=frozen, shared_random=shared)
-        ready = msgspec.structs.replace(
-            stem, state=State.STANDBY, capture=directories.captured_here(taken, target, stem.disk_layers)
-        )
+        captured = directories.captured_here(taken, target, layers)
+        ready = msgspec.structs.replace(stem, state=State.STANDBY, capture=captured, disk_layers=layers)
         await in_thread(rooms.store.save, source, done=True)
     except BaseException:
         await complete(capture.undo(rooms, source, private, frozen=frozen))
@@ -190,12 +193,6 @@ async def _quiet_disks(rooms: Rooms, source: Instance) -> bool:
     if volumes.written(Path(), source.machine):  # the freeze is of the overlay alone
         await capture.sync_disk(rooms, source)
     return await capture.freeze_disk(rooms, source)
-
-
-def _copy_disks(directory: Path, target: Path, source: Instance) -> None:
-    """Give a directory the disks of a paused machine."""
-    disk.copy_running(directory, target, source.disk_layers)
-    volumes.place(directory, target, source.machine)
 
 
 def _make_safe(rooms: Rooms, source: Instance, directory: Path, target: Path) -> Instance:

@@ -92,8 +92,7 @@ async def create(rooms: Rooms, source: Instance, snapshot: Snapshot) -> Snapshot
     """Fill a recorded snapshot from its source, and finish its record.
 
     The caller holds both locks, and removes the snapshot if this fails. A running source is paused,
-    and resumed in every case. The pause includes a copy of its disk if the file system has no
-    reflinks.
+    and resumed in every case.
 
     :raises IntegrityError: the source's files have changed since their capture
     :raises VmmError: the VMM refused
@@ -104,7 +103,8 @@ async def create(rooms: Rooms, source: Instance, snapshot: Snapshot) -> Snapshot
     if source.state is not State.RUNNING:
         whole = await in_thread(_fill, rooms, rooms.directory(source.id), source, snapshot)
     elif snapshot.kind is SnapshotKind.STOPPED:
-        pause_ms = await live.copy_disk(rooms, source, directory)
+        layers, pause_ms = await live.take_disk(rooms, source, directory)
+        snapshot = msgspec.structs.replace(snapshot, disk_layers=layers)
         whole = await in_thread(_fill, rooms, rooms.directory(source.id), source, snapshot)
         whole = msgspec.structs.replace(whole, pause_ms=pause_ms)
     else:
@@ -116,6 +116,7 @@ async def create(rooms: Rooms, source: Instance, snapshot: Snapshot) -> Snapshot
 async def _create_of_memory(rooms: Rooms, source: Instance, snapshot: Snapshot) -> Snapshot:
     async with live.stem(rooms, source) as stem:
         captured, report = await live.capture_running(rooms, source, stem)
+        snapshot = msgspec.structs.replace(snapshot, disk_layers=captured.disk_layers)
         whole = await in_thread(_take_over, rooms, captured, snapshot)
     return msgspec.structs.replace(whole, pause_ms=report.pause_ms)
 

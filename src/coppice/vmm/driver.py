@@ -70,6 +70,7 @@ class Capabilities(Record, frozen=True, kw_only=True):
     agent_device: AgentDevice = AgentDevice.SERIAL
     enters_by_pvh: bool = False  # an ELF kernel must have a PVH entry point
     layer_format: str = ""  # of the layers that a disk may consist of; "" if each disk must be one raw file
+    switches_layers: bool = False  # a running machine can go on in a new layer of its overlay disk
 
 
 class Saved(StrEnum):
@@ -91,8 +92,10 @@ class Disk(Record, frozen=True, kw_only=True):
 
     @property
     def largest_bytes(self) -> int:
-        """The most bytes that its file may have. A layer has tables too, and free parts between used ones."""
-        return self.size_bytes + (self.size_bytes // 4 + _TABLES if self.below else 0)
+        """The most bytes that its file may have. The overlay disk may consist of layers, or get one while
+        the machine runs: a layer has tables too, and free parts between used ones.
+        """
+        return self.size_bytes + (self.size_bytes // 4 + _TABLES if self.serial == OVERLAY else 0)
 
 
 class Launch(Record, frozen=True, kw_only=True):
@@ -193,11 +196,11 @@ class VmmDriver(ABC):
         """
         raise _raw_only(self.name)
 
-    def merge_layers(self, base: Path, layers: Sequence[Path], top: Path) -> None:  # noqa: ARG002
-        """Write the content of `layers` into the layer `top` above them. Blocks.
+    def merge_layers(self, base: Path, merged: Path, above: Sequence[Path]) -> None:  # noqa: ARG002
+        """Write the content of the layers `above` into the layer `merged` below them. Blocks.
 
-        Prerequisite: nothing uses `top`. On success `top` over `base` is the same disk. `base` and
-        `layers` are only read. On failure `top` is useless.
+        Prerequisite: nothing uses `merged`. On success `merged` over `base` is the same disk. `base` and
+        `above` are only read. On failure `merged` is useless.
 
         :raises NoSpace: the disk is full
         :raises HostCannot: a layer is damaged, or this host cannot do it
@@ -211,6 +214,46 @@ class VmmDriver(ABC):
 
         :raises NoSpace: the disk is full
         :raises HostCannot: a layer is damaged, or this host cannot do it
+        """
+        raise _raw_only(self.name)
+
+    async def disk_in_use(self, directory: Path) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the names of the files of the overlay disk that a VMM uses, from the raw one on. It
+        writes to the last one alone. Changes nothing.
+
+        Prerequisites: the capability `switches_layers`, as for `switch_layer` and `replace_below`,
+        and a VMM runs in the directory.
+
+        :raises VmmDied: there is no VMM
+        :raises VmmError: its answer is not understood
+        """
+        raise _raw_only(self.name)
+
+    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
+        """Let a machine write to a new layer of its overlay disk from now on.
+
+        `disk` has the names of all files of the disk, from the raw one on. The last one is the new
+        layer. Prerequisites: the machine is paused, writes to the last file but one, and the new layer
+        is empty. On success the machine writes to the new layer, and the VMM has no file below it open
+        for writing. On failure the VMM writes to one of the two files: see `disk_in_use`. The disk
+        has the same content in both cases, with and without the new layer.
+
+        :raises VmmDied: there is no VMM
+        :raises VmmError: the VMM refused, or writes to another file
+        :raises VmmTimeout: the VMM did not answer
+        """
+        raise _raw_only(self.name)
+
+    async def replace_below(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
+        """Let a machine use one layer in place of all that are below the one that it writes to.
+
+        `disk` has the names of the raw file, of that layer, and of the one that it writes to.
+        Prerequisites: a VMM runs, whose machine may run, and the disk is the same with that layer. On
+        success the VMM uses these three files alone. On failure it may use the others: see `disk_in_use`.
+
+        :raises VmmDied: there is no VMM
+        :raises VmmError: the VMM refused
+        :raises VmmTimeout: the VMM did not answer
         """
         raise _raw_only(self.name)
 

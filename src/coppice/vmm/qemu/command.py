@@ -152,18 +152,19 @@ def _user_mode(nic: Nic) -> str:
 def _disk(disk: Disk) -> list[str]:
     """Return a disk through the page cache, without a lock: forks link to the same files.
 
-    The whole chain of its layers is given here, so QEMU follows no name in a layer's header.
+    The whole chain of its layers is given here, so QEMU follows no name in a layer's header. Each
+    node has the name of its file: so QEMU can report the file that it writes to.
     """
-    node = f"node-name={disk.serial},discard=unmap"
+    node = "discard=unmap"
     above = ""
     for path in (disk.path, *reversed(disk.below)):
         readonly = "on" if disk.readonly or above else "off"
         layered = disk.below and path != disk.below[0]
-        node += f",{above}driver={'qcow2' if layered else 'raw'},{above}read-only={readonly}"
+        node += f",{above}node-name={path},{above}driver={'qcow2' if layered else 'raw'},{above}read-only={readonly}"
         node += f",{above}file.driver=file,{above}file.filename={path},{above}file.locking=off"
         node += f",{above}file.read-only=on" if above else ""
         above += "backing."
-    return ["-blockdev", node, "-device", f"virtio-blk-device,drive={disk.serial},serial={disk.serial}"]
+    return ["-blockdev", node, "-device", f"virtio-blk-device,drive={disk.path},serial={disk.serial}"]
 
 
 def boot_arguments(machine: MachineSpec, command_line: str) -> list[str]:

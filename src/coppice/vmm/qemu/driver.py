@@ -35,7 +35,7 @@ from coppice.vmm import confinement, layers, sockets, starting, taps
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
 from coppice.vmm.driver import Capabilities, Launch, Saved, VmmDriver
-from coppice.vmm.qemu import command, host, images, ports, releases
+from coppice.vmm.qemu import chain, command, host, images, ports, releases
 from coppice.vmm.starting import Rights
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class QemuDriver(VmmDriver):
             nic_backends=frozenset({NicBackend.USER_MODE, NicBackend.TAP, NicBackend.STREAM}),
             enters_by_pvh=True,
             layer_format=releases.LAYER_FORMAT,
+            switches_layers=True,
         )
 
     async def manifest(self, machine: MachineSpec) -> Manifest:
@@ -198,11 +199,23 @@ class QemuDriver(VmmDriver):
     def make_layer(self, path: Path, size_bytes: int) -> None:
         images.create(path, size_bytes)
 
-    def merge_layers(self, base: Path, layers: Sequence[Path], top: Path) -> None:
-        images.merge(base, layers, top)
+    def merge_layers(self, base: Path, merged: Path, above: Sequence[Path]) -> None:
+        images.merge(base, merged, above)
 
     def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
         images.flatten(base, layers, out)
+
+    async def disk_in_use(self, directory: Path) -> tuple[str, ...]:
+        async with monitor(directory, command.QMP_SOCKET) as qmp:
+            return await chain.in_use(qmp)
+
+    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:
+        async with monitor(directory, command.QMP_SOCKET) as qmp:
+            await chain.switch(qmp, directory, disk)
+
+    async def replace_below(self, directory: Path, disk: Sequence[str]) -> None:
+        async with monitor(directory, command.QMP_SOCKET) as qmp:
+            await chain.replace(qmp, directory, disk)
 
     async def dial(self, directory: Path, port: int) -> socket.socket:
         return sockets.connect(directory, command.PORT_SOCKET.format(port))
@@ -211,11 +224,7 @@ class QemuDriver(VmmDriver):
         async with monitor(directory, command.QMP_SOCKET) as qmp:
             await qmp.execute("stop")
             # `stop` writes back the disks, with the tables of their layers, but does not report a failure.
-            said = await qmp.execute("human-monitor-command", {"command-line": f'qemu-io {files.OVERLAY} "flush"'})
-        if said:
-            raise VmmError(
-                f"QEMU could not write back the disk: {str(said).strip()}", hint="check the free space with `df`"
-            )
+            await chain.flush(qmp)
 
     async def resume(self, directory: Path) -> None:
         async with monitor(directory, command.QMP_SOCKET) as qmp:

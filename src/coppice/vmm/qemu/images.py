@@ -48,18 +48,25 @@ def create(path: Path, size_bytes: int) -> None:
         tool.run("blockdev-create", {"options": options})
 
 
-def merge(base: Path, layers: Sequence[Path], top: Path) -> None:
-    """Write the content of `layers`, lowest first, into the layer `top` above them, which nothing uses.
+def merge(base: Path, merged: Path, above: Sequence[Path]) -> None:
+    """Write the content of the layers `above`, lowest first, into the layer `merged` below them, which nothing uses.
 
-    Afterwards `top` needs `base` alone.
+    Each part that a layer has is copied from it alone, so each is opened over `base`. A stream into
+    the topmost layer would do the same, but QEMU 7.2 fails an assertion when a cluster of that layer
+    is partly allocated (`bdrv_co_do_copy_on_readv`).
 
     :raises HostCannot: QEMU refuses, or a layer is damaged
     :raises NoSpace: the disk is full
     """
-    wanted = [(base, os.O_RDONLY), *((layer, os.O_RDONLY) for layer in layers), (top, os.O_RDWR)]
+    wanted = [(base, os.O_RDONLY), (merged, os.O_RDWR), *((layer, os.O_RDONLY) for layer in above)]
     with opened(wanted) as descriptors, Tool(descriptors) as tool:
-        tool.chain(writable=True)
-        tool.run("block-stream", {"device": "disk", "base-node": "part0", **_KEPT})
+        tool.chain(2, writable=True)
+        for number in range(2, len(wanted)):
+            node = {"driver": "qcow2", "read-only": True, "file": tool.file(number), "backing": "part0"}
+            tool.execute("blockdev-add", {**node, "node-name": f"above{number}"})
+            copied = {"device": f"above{number}", "target": "disk", "sync": "top", "granularity": releases.LAYER_PART}
+            tool.run("blockdev-mirror", {**copied, **_KEPT}, until="ready")
+            tool.end_job()
 
 
 def flatten(base: Path, layers: Sequence[Path], out: Path) -> None:
@@ -182,6 +189,9 @@ class Tool:
         :raises VmmTimeout: it makes no progress
         """
         self.execute(command, {"job-id": "job", **arguments})
+        self._await_job(command, until)
+
+    def _await_job(self, command: str, until: str) -> None:
         progress, since, wait_s = -1, time.monotonic(), _POLL_S
         while True:
             stopping.check()
@@ -196,6 +206,15 @@ class Tool:
                 raise VmmTimeout(f"QEMU's {command} made no progress for {_STALLED_S:g} s", hint=_CURE)
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, _MOST_POLL_S)
+
+    def end_job(self) -> None:
+        """End a mirror that is ready: its target has all that its source has. The job's name is free again.
+
+        :raises HostCannot: the job failed at last
+        """
+        self.execute("block-job-cancel", {"device": "job"})
+        self._await_job("mirror", "concluded")
+        self.execute("job-dismiss", {"id": "job"})
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run one command and return its result.

@@ -49,13 +49,13 @@ class Monitor:
         except QMPError as error:
             raise _translated(f"during {command}", error) from error
 
-    async def ask(self, command: str, field: str, kind: type[T]) -> T:
+    async def ask(self, command: str, field: str, kind: type[T], arguments: dict[str, object] | None = None) -> T:
         """Run one command and return a field of its result.
 
         :raises VmmError: as for `execute`, or the result has no such field
         :raises VmmDied: QEMU hung up
         """
-        result = await self.execute(command)
+        result = await self.execute(command, arguments)
         value = result.get(field) if isinstance(result, dict) else None
         if not isinstance(value, kind):
             raise VmmError(f"QEMU answered {command} without {field}: {str(result)[:200]}", hint=_SEE_LOG)

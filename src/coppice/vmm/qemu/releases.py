@@ -23,6 +23,7 @@ MONITOR_OBJECT = (11, 1)
 
 LAYER_FORMAT = "qcow2-l2"
 LAYER_OPTIONS = {"version": "v3", "cluster-size": 65536, "extended-l2": True}
+LAYER_PART = 65536 // 32
 """A layer's clusters have 32 parts each (5.2), so a small write copies at most 2 KiB from below."""
 
 

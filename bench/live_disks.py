@@ -1,0 +1,142 @@
+"""The disk in a capture of a running machine: a new layer for the source, compared with a copy of its topmost file.
+
+    python -m bench.live_disks --home DIR --image IMAGE --output benchmarks/live-disks.json
+
+Two machines of the same kind run. Before each sample the guest writes a file anew, so that the
+topmost file of its disk has the file's size. Then one machine is forked while it runs, as it is;
+the other one by a driver that hides its ability to switch layers, so that the file is copied in
+the pause, as it was before. The samples take turns. Compare figures within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from bench.accounting import host_facts
+from bench.records import HostFacts, write_report
+from coppice.client import AsyncHost
+from coppice.machine import disk
+from coppice.model import MIB, Instance, Record, State
+from coppice.requests import ExecRequest, ForkRequest, GetRequest, RmRequest, RunRequest
+from coppice.vmm.driver import Capabilities
+from coppice.vmm.qemu.driver import QemuDriver
+
+_NAME = "live-disks-bench"
+
+
+class CopyingDisks(QemuDriver):
+    """QEMU, as if a running machine could not go on in a new layer."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return msgspec.structs.replace(super().capabilities, switches_layers=False)
+
+
+class Way(Record, frozen=True, kw_only=True):
+    """One way to get the disk of a running machine."""
+
+    pause_median_ms: float
+    pause_least_ms: float
+    disk_median_ms: float  # the part of the pause that is the disk's
+    bytes_written: int  # by the host process in all of the fork, the most of all samples
+
+
+class LiveDisksReport(Record, frozen=True, kw_only=True):
+    """One run."""
+
+    host: HostFacts
+    samples: int
+    data_bytes: int  # in the topmost file of the source's disk
+    layer: Way
+    copy: Way
+
+
+async def measure(homes: tuple[AsyncHost, AsyncHost], image: str, data_bytes: int, samples: int) -> LiveDisksReport:
+    """Make a machine for each way, fork them in turns, and remove everything."""
+    ways: tuple[list[tuple[float, float, int]], ...] = ([], [])
+    sources = [
+        await host.call(RunRequest(image=image, command=["sleep", "infinity"], name=f"{_NAME}-{number}"))
+        for number, host in enumerate(homes)
+    ]
+    try:
+        for _ in range(samples):
+            for host, source, found in zip(homes, sources, ways, strict=True):
+                await _fill(host, source, data_bytes)
+                found.append(await _fork(host, source))
+        layer, copy = (_way(found) for found in ways)
+        return LiveDisksReport(
+            host=await host_facts(homes[0]), samples=samples, data_bytes=data_bytes, layer=layer, copy=copy
+        )
+    finally:
+        for host, source in zip(homes, sources, strict=True):
+            await host.call(RmRequest(instance=source.id))
+
+
+async def _fill(host: AsyncHost, source: Instance, data_bytes: int) -> None:
+    script = f"yes | head -c {data_bytes} >/root/data; sync"
+    result = await host.call(ExecRequest(instance=source.id, argv=["sh", "-ec", script], timeout_s=600))
+    if result.exit_code != 0:
+        raise AssertionError(result)
+    current = await host.call(GetRequest(instance=source.id))
+    paths = disk.paths(host.local.rooms.directory(source.id), current.disk_layers)
+    if disk.allocated(paths[-1:]) < data_bytes:
+        raise AssertionError("the guest has written to another file")
+
+
+async def _fork(host: AsyncHost, source: Instance) -> tuple[float, float, int]:
+    before = _written()
+    request = ForkRequest(instance=source.id, from_running=True, target=State.STOPPED, atomic=True)
+    report = await host.call(request)
+    written = _written() - before
+    for fork in report.instances:
+        await host.call(RmRequest(instance=fork.id))
+    if report.source_pause_ms is None or report.capture is None:
+        raise AssertionError("a fork of a running machine reports its pause")
+    return report.source_pause_ms, report.capture.stages["disk"], written
+
+
+def _written() -> int:
+    """Return the bytes that this process has written to files since its start."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["write_bytes"]) - int(lines["cancelled_write_bytes"])
+
+
+def _way(samples: Sequence[tuple[float, float, int]]) -> Way:
+    pauses, disks, written = zip(*samples, strict=True)
+    return Way(
+        pause_median_ms=round(statistics.median(pauses), 1),
+        pause_least_ms=round(min(pauses), 1),
+        disk_median_ms=round(statistics.median(disks), 1),
+        bytes_written=max(written),
+    )
+
+
+async def _run(options: argparse.Namespace) -> LiveDisksReport:
+    async with (
+        AsyncHost(options.home, driver=QemuDriver(), background="off") as host,
+        AsyncHost(options.home, driver=CopyingDisks(), background="off") as copying,
+    ):
+        return await measure((host, copying), options.image, options.data, options.samples)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--image", default="debian")
+    parser.add_argument("--data", type=int, default=256 * MIB, help="bytes on the source's disk")
+    parser.add_argument("--samples", type=int, default=7)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    write_report(asyncio.run(_run(options)), options.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

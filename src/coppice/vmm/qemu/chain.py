@@ -1,0 +1,145 @@
+"""The layers of the overlay disk of a running QEMU: a new one on top, and one in place of several.
+
+QEMU has dropped root and can open no files, so it gets each file as an open descriptor. The node of
+a file has the file's name, at the start as well as later. So QEMU itself can always be asked for
+the file that it writes to, whatever the host process has seen of an earlier call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from coppice.errors import VmmError
+from coppice.linux.files import os_errors
+from coppice.vmm import driver as files
+
+if TYPE_CHECKING:
+    from coppice.vmm.qemu.monitor import Monitor
+
+_WRITABLE: Final = " rw"
+_PREFIX: Final = Path(files.OVERLAY_DISK).stem + "."
+
+
+async def written(qmp: Monitor) -> str:
+    """Return the name of the file of the overlay disk that QEMU writes to."""
+    for each in await qmp.execute("query-block"):
+        name = str(each.get("inserted", {}).get("node-name", ""))
+        if name.startswith(_PREFIX):
+            return name
+    raise VmmError("QEMU has no overlay disk", hint="see its log with `coppice logs --vmm NAME`")
+
+
+async def in_use(qmp: Monitor) -> tuple[str, ...]:
+    """Return the names of the files of the overlay disk, from the raw one on."""
+    names = [await written(qmp)]
+    graph = await qmp.execute("x-debug-query-block-graph")
+    ids = {node["name"]: node["id"] for node in graph["nodes"] if node["type"] == "block-driver"}
+    by_id = {number: name for name, number in ids.items()}
+    below = {edge["parent"]: edge["child"] for edge in graph["edges"] if edge["name"] == "backing"}
+    while (number := below.get(ids[names[0]])) is not None:
+        names.insert(0, by_id[number])
+    return tuple(names)
+
+
+async def flush(qmp: Monitor) -> None:
+    """Write back the disk with the tables of its layers.
+
+    `stop` does that too, but does not report a failure.
+
+    :raises VmmError: QEMU could not
+    """
+    line = f'qemu-io {await written(qmp)} "flush"'
+    if said := await qmp.execute("human-monitor-command", {"command-line": line}):
+        raise VmmError(
+            f"QEMU could not write back the disk: {str(said).strip()}", hint="check the free space with `df`"
+        )
+
+
+async def switch(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
+    """Do as `VmmDriver.switch_layer` does."""
+    *_, old, new = disk
+    if (now := await written(qmp)) != old:
+        raise VmmError(f"QEMU writes to {now} and not to {old}", hint="try again")
+    await _drop(qmp, new)  # of an earlier call that was interrupted
+    await _add_layer(qmp, new, None, await _add_file(qmp, directory, new, os.O_RDWR))
+    await qmp.execute("blockdev-snapshot", {"node": old, "overlay": new})
+    # The forks share the frozen file. QEMU would reopen it by its name, which it cannot, and go on with
+    # a descriptor that can write: a guest that controls QEMU could change the disks of all forks.
+    below = disk[-3] if len(disk) > 2 else None
+    await _reopen(qmp, old, below, await _add_file(qmp, directory, old, os.O_RDONLY))
+    await _tidy(qmp, f"{old}.")
+    await _close(qmp, lambda file: file == f"{old}{_WRITABLE}")
+
+
+async def replace(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
+    """Do as `VmmDriver.replace_below` does."""
+    base, merged, top = disk
+    await _drop(qmp, merged)  # of an earlier call that was interrupted
+    await _add_layer(qmp, merged, base, await _add_file(qmp, directory, merged, os.O_RDONLY))
+    await _reopen(qmp, top, merged, await _add_file(qmp, directory, top, os.O_RDWR))
+    await _tidy(qmp, _PREFIX)
+    await _close(qmp, lambda file: file.startswith(_PREFIX) and file.removesuffix(_WRITABLE) not in disk)
+
+
+async def _add_layer(qmp: Monitor, name: str, below: str | None, file: _File) -> None:
+    node = {"driver": "qcow2", "node-name": name, "read-only": file.read_only, "backing": below}
+    await qmp.execute("blockdev-add", {**node, "discard": "unmap", "file": file.node})
+
+
+async def _reopen(qmp: Monitor, name: str, below: str | None, file: _File) -> None:
+    """Let a node use another file node, or another node below it."""
+    node: dict[str, Any] = {"driver": "raw", "node-name": name, "read-only": file.read_only, "discard": "unmap"}
+    if below is not None:
+        node |= {"driver": "qcow2", "backing": below}
+    await qmp.execute("blockdev-reopen", {"options": [{**node, "file": file.node}]})
+
+
+async def _tidy(qmp: Monitor, prefix: str) -> None:
+    """Remove the nodes whose names begin so, unless something uses them."""
+    for node in await qmp.execute("query-named-block-nodes", {"flat": True}):
+        if node["node-name"].startswith(prefix):
+            await _drop(qmp, node["node-name"])
+
+
+async def _close(qmp: Monitor, unwanted: Callable[[str], bool]) -> None:
+    """Close descriptors that QEMU keeps. Those in use stay open until their nodes are gone."""
+    for fdset in await qmp.execute("query-fdsets"):
+        if any(unwanted(each.get("opaque", "")) for each in fdset["fds"]):
+            await qmp.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+
+
+async def _drop(qmp: Monitor, node: str) -> None:
+    """Remove a node unless something uses it. QEMU itself removes those of its command line."""
+    with contextlib.suppress(VmmError):
+        await qmp.execute("blockdev-del", {"node-name": node})
+
+
+class _File(NamedTuple):
+    """The node of an open file."""
+
+    node: str
+    read_only: bool
+
+
+async def _add_file(qmp: Monitor, directory: Path, name: str, flags: int) -> _File:
+    """Open a file, pass it to QEMU, and make a node of it.
+
+    QEMU keeps the descriptor besides: it may need another one of the same file (see `_close`).
+    """
+    with os_errors(f"open the disk {directory / name}"):
+        descriptor = os.open(directory / name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        qmp.send_file(descriptor)
+        opaque = name if flags == os.O_RDONLY else f"{name}{_WRITABLE}"
+        fdset = await qmp.ask("add-fd", "fdset-id", int, {"opaque": opaque})
+    finally:
+        os.close(descriptor)
+    file = _File(f"{name}.{fdset}", flags == os.O_RDONLY)
+    node = {"driver": "file", "node-name": file.node, "filename": f"/dev/fdset/{fdset}", "locking": "off"}
+    await _drop(qmp, file.node)  # its set was removed, and the number used again
+    await qmp.execute("blockdev-add", {**node, "read-only": file.read_only})
+    return file
