@@ -80,7 +80,7 @@ async def measure(homes: tuple[AsyncHost, AsyncHost], image: str, data_bytes: in
 
 
 async def _fill(host: AsyncHost, source: Instance, data_bytes: int) -> None:
-    script = f"yes | head -c {data_bytes} >/root/data; sync"
+    script = f"dd if=/dev/zero of=/root/data bs=1M count={data_bytes // MIB} conv=fsync"
     result = await host.call(ExecRequest(instance=source.id, argv=["sh", "-ec", script], timeout_s=600))
     if result.exit_code != 0:
         raise AssertionError(result)
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--image", default="debian")
     parser.add_argument("--data", type=int, default=256 * MIB, help="bytes on the source's disk")
-    parser.add_argument("--samples", type=int, default=7)
+    parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     write_report(asyncio.run(_run(options)), options.output)

@@ -16,8 +16,9 @@ from coppice.client.connecting import connect_async
 from coppice.model import State
 from coppice.requests import SnapshotRequest
 from crash.fake_kind import FakeKind
-from crash.operations import OAK, OPERATIONS, SEED, STUMP, Operation
+from crash.operations import OPERATIONS, SEED, Operation
 from crash.plan import SEED as RANDOM_SEED
+from crash.states import OAK, STUMP
 from fakes.driver import FakeDriver
 from fakes.hosting import make
 from servers import SERVER_START_S, Servers

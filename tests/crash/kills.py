@@ -19,7 +19,8 @@ from coppice.client import AsyncHost
 from coppice.model import Record
 from coppice.requests import LsRequest, PromoteRequest, RmRequest, SnapshotRequest, StandbyRequest
 from crash.kinds import Kind
-from crash.operations import SEED, STUMP, Operation, boot
+from crash.operations import SEED, Operation
+from crash.states import STUMP, boot
 from crash.steps import Measured
 from crash.survey import Mark, mark_of, survey, working_below
 from fakes.hosting import assert_tidy, memory_of

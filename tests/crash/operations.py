@@ -8,36 +8,53 @@ operation.
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from coppice.client import AsyncHost
-from coppice.machine import disk
-from coppice.memory import layers
-from coppice.model import MIB, Instance, SnapshotKind, State, VolumeMount
+from coppice.model import SnapshotKind, State
 from coppice.requests import (
     DemoteRequest,
     ForkRequest,
-    GetRequest,
     PromoteRequest,
     RestoreRequest,
     RmRequest,
-    RunRequest,
     SnapshotForkRequest,
     SnapshotRequest,
     SnapshotRestoreRequest,
     StandbyRequest,
-    StartAheadRequest,
     StartRequest,
     StopRequest,
 )
 from crash.kinds import Kind
+from crash.states import (
+    OAK,
+    SAP,
+    STUMP,
+    VOLUME,
+    archive,
+    archive_of,
+    boot,
+    booted,
+    drink,
+    drinking,
+    fork_ahead,
+    forked,
+    forked_often,
+    nothing,
+    on_all_layers,
+    on_layers,
+    running,
+    running_on_all_disk_layers,
+    running_on_layers,
+    sap,
+    standby,
+    stopped,
+    template,
+    twig,
+    with_snapshot,
+)
 
-STUMP, OAK, SAP = "stump", "oak", "sap"
-VOLUME = 32 * MIB
 SEED = "seed"  # a snapshot of the stump that always exists
 
 Act = Callable[[AsyncHost, Kind], Awaitable[object]]
@@ -68,135 +85,6 @@ def _may(*states: State | None) -> States:
     return frozenset(states)
 
 
-async def nothing(host: AsyncHost, _: Kind) -> None:
-    """Prepare nothing."""
-
-
-async def running(host: AsyncHost, kind: Kind) -> None:
-    """Make a Running oak, with text in its memory and on its disk that the stump does not have."""
-    await host.call(ForkRequest(instance=STUMP, names=[OAK], atomic=True))
-    await kind.learn(host, OAK)
-
-
-async def _on_layers(host: AsyncHost, kind: Kind) -> None:
-    await running(host, kind)
-    await host.call(StandbyRequest(instance=OAK))
-
-
-async def _running_on_layers(host: AsyncHost, kind: Kind) -> None:
-    await _on_layers(host, kind)
-    await host.call(RestoreRequest(instance=OAK))
-
-
-async def _on_all_layers(host: AsyncHost, kind: Kind) -> None:
-    """Make a Running oak whose next capture merges its layers."""
-    await _running_on_layers(host, kind)
-    for _ in range(1, layers.MOST):
-        await host.call(StandbyRequest(instance=OAK))
-        await host.call(RestoreRequest(instance=OAK))
-
-
-async def _forked(host: AsyncHost, kind: Kind) -> None:
-    """Make a Standby oak whose disk a fork shares."""
-    await _on_layers(host, kind)
-    await host.call(ForkRequest(instance=OAK, names=["elm"], target=State.STANDBY, atomic=True))
-
-
-async def _forked_often(host: AsyncHost, kind: Kind) -> None:
-    """Make a Standby oak whose next start merges the layers of its disk."""
-    await _forked(host, kind)
-    for _ in range(1, disk.MOST):
-        await host.call(RestoreRequest(instance=OAK))
-        await host.call(StandbyRequest(instance=OAK))
-        await host.call(RmRequest(instance="elm"))
-        await host.call(ForkRequest(instance=OAK, names=["elm"], target=State.STANDBY, atomic=True))
-
-
-async def _booted(host: AsyncHost, kind: Kind) -> None:
-    await boot(host, kind)
-    await kind.learn(host, OAK)
-
-
-async def boot(host: AsyncHost, kind: Kind, *volumes: str, name: str = OAK) -> Instance:
-    """Make a Running machine from an image, with some volumes mounted."""
-    return await host.call(
-        RunRequest(
-            image=kind.image,
-            command=["sleep", "infinity"],
-            name=name,
-            memory_bytes=kind.memory_bytes,
-            overlay_bytes=kind.overlay_bytes,
-            volumes=[VolumeMount(volume=each, mount_path=f"/srv/{each}") for each in volumes],
-        )
-    )
-
-
-async def _standby(host: AsyncHost, _: Kind) -> None:
-    await host.call(ForkRequest(instance=STUMP, names=[OAK], target=State.STANDBY, atomic=True))
-
-
-async def _ahead(host: AsyncHost, _: Kind) -> None:
-    await host.call(StartAheadRequest(instance=STUMP))
-    (result,) = (await host.call(ForkRequest(instance=STUMP, names=[OAK]))).results
-    assert result.started_ahead
-
-
-async def _stopped(host: AsyncHost, _: Kind) -> None:
-    await host.call(ForkRequest(instance=STUMP, names=[OAK], target=State.STOPPED, atomic=True))
-
-
-async def _template(host: AsyncHost, kind: Kind) -> None:
-    await _standby(host, kind)
-    await host.call(PromoteRequest(instance=OAK))
-
-
-async def _with_snapshot(host: AsyncHost, kind: Kind) -> None:
-    await running(host, kind)
-    await host.call(SnapshotRequest(instance=OAK, name="twig"))
-
-
-async def _twig(host: AsyncHost, _: Kind) -> None:
-    await host.call(SnapshotRequest(instance=STUMP, name="twig"))
-
-
-async def _sap(host: AsyncHost, _: Kind) -> None:
-    await host.volumes.create(SAP, size_bytes=VOLUME)
-
-
-async def _archive(host: AsyncHost, _: Kind) -> None:
-    with tarfile.open(_archive_of(host), "w") as archive:
-        for number in range(20):
-            member = tarfile.TarInfo(f"rings/{number}")
-            member.size = 64 << 10
-            archive.addfile(member, io.BytesIO(bytes([number]) * member.size))
-
-
-def _archive_of(host: AsyncHost) -> Path:
-    return host.local.rooms.layout.home.parent / "sap.tar"
-
-
-async def _drink(host: AsyncHost, kind: Kind) -> None:
-    await boot(host, kind, SAP)
-
-
-async def _drinking(host: AsyncHost, kind: Kind) -> None:
-    await _sap(host, kind)
-    await _drink(host, kind)
-    await kind.learn(host, OAK)
-
-
-async def _running_on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
-    """Make a Running oak whose next capture merges the layers of its disk."""
-    await _forked_often(host, kind)
-    await host.call(RestoreRequest(instance=OAK))
-    await host.call(RmRequest(instance="elm"))
-    oak = await host.call(GetRequest(instance=OAK))
-    while host.local.rooms.driver(oak).capabilities.switches_layers and len(oak.disk_layers) < disk.MOST:
-        await host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True, target=State.STOPPED))
-        await host.call(RmRequest(instance="elm"))
-        oak = await host.call(GetRequest(instance=OAK))
-
-
 _RUNNING, _STANDBY, _STOPPED = State.RUNNING, State.STANDBY, State.STOPPED
 
 OPERATIONS = {
@@ -213,7 +101,7 @@ OPERATIONS = {
         Operation(
             "fork-started-ahead",
             nothing,
-            _ahead,
+            fork_ahead,
             {OAK: _may(_RUNNING, None)},
             steps=60,
             seconds=0.5,
@@ -226,7 +114,7 @@ OPERATIONS = {
             steps=108,
             seconds=0.8,
         ),
-        Operation("fork-to-standby", nothing, _standby, {OAK: _may(_STANDBY, None)}, steps=15, seconds=0.06),
+        Operation("fork-to-standby", nothing, standby, {OAK: _may(_STANDBY, None)}, steps=15, seconds=0.06),
         Operation(
             "fork-from-running",
             running,
@@ -249,7 +137,7 @@ OPERATIONS = {
         ),
         Operation(
             "restore",
-            _standby,
+            standby,
             lambda host, _: host.call(RestoreRequest(instance=OAK)),
             {OAK: _may(_STANDBY, _RUNNING)},
             steps=28,
@@ -257,7 +145,7 @@ OPERATIONS = {
         ),
         Operation(
             "restore-on-layers",
-            _on_layers,
+            on_layers,
             lambda host, _: host.call(RestoreRequest(instance=OAK)),
             {OAK: _may(_STANDBY, _RUNNING)},
             memory=OAK,
@@ -267,7 +155,7 @@ OPERATIONS = {
         ),
         Operation(
             "restore-on-a-shared-disk",
-            _forked,
+            forked,
             lambda host, _: host.call(RestoreRequest(instance=OAK)),
             {OAK: _may(_STANDBY, _RUNNING), "elm": _may(_STANDBY)},
             memory=OAK,
@@ -277,7 +165,7 @@ OPERATIONS = {
         ),
         Operation(
             "restore-that-merges-disk-layers",
-            _forked_often,
+            forked_often,
             lambda host, _: host.call(RestoreRequest(instance=OAK)),
             {OAK: _may(_STANDBY, _RUNNING), "elm": _may(_STANDBY)},
             memory=OAK,
@@ -287,7 +175,7 @@ OPERATIONS = {
         ),
         Operation(
             "fork-from-running-on-layers",
-            _running_on_layers,
+            running_on_layers,
             lambda host, _: host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True)),
             {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
             memory=OAK,
@@ -297,7 +185,7 @@ OPERATIONS = {
         ),
         Operation(
             "fork-from-running-that-merges-disk-layers",
-            _running_on_all_disk_layers,
+            running_on_all_disk_layers,
             lambda host, _: host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True)),
             {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
             memory=OAK,
@@ -318,7 +206,7 @@ OPERATIONS = {
         ),
         Operation(
             "standby-that-merges-layers",
-            _on_all_layers,
+            on_all_layers,
             lambda host, _: host.call(StandbyRequest(instance=OAK)),
             {OAK: _may(_RUNNING, _STANDBY)},
             memory=OAK,
@@ -328,7 +216,7 @@ OPERATIONS = {
         ),
         Operation(
             "promote",
-            _standby,
+            standby,
             lambda host, _: host.call(PromoteRequest(instance=OAK)),
             {OAK: _may(_STANDBY, State.TEMPLATE)},
             steps=3,
@@ -336,7 +224,7 @@ OPERATIONS = {
         ),
         Operation(
             "demote",
-            _template,
+            template,
             lambda host, _: host.call(DemoteRequest(instance=OAK)),
             {OAK: _may(State.TEMPLATE, _STANDBY)},
             steps=3,
@@ -375,7 +263,7 @@ OPERATIONS = {
         ),
         Operation(
             "snapshot-of-standby",
-            _standby,
+            standby,
             lambda host, _: host.call(SnapshotRequest(instance=OAK, name="twig")),
             {OAK: _may(_STANDBY)},
             may_have=frozenset({"twig"}),
@@ -384,7 +272,7 @@ OPERATIONS = {
         ),
         Operation(
             "snapshot-restore",
-            _with_snapshot,
+            with_snapshot,
             lambda host, _: host.call(SnapshotRestoreRequest(snapshot="twig")),
             {OAK: _may(_RUNNING, _STANDBY)},
             snapshots=frozenset({"twig"}),
@@ -403,18 +291,18 @@ OPERATIONS = {
         ),
         Operation(
             "snapshot-rm",
-            _twig,
+            twig,
             lambda host, _: host.snapshots.rm("twig"),
             {},
             may_have=frozenset({"twig"}),
             steps=12,
             seconds=0.1,
         ),
-        Operation("volume-create", nothing, _sap, {}, may_have_volumes=frozenset({SAP}), steps=10, seconds=0.1),
+        Operation("volume-create", nothing, sap, {}, may_have_volumes=frozenset({SAP}), steps=10, seconds=0.1),
         Operation(
             "volume-create-from-archive",
-            _archive,
-            lambda host, _: host.volumes.create(SAP, size_bytes=VOLUME, archive=_archive_of(host)),
+            archive,
+            lambda host, _: host.volumes.create(SAP, size_bytes=VOLUME, archive=archive_of(host)),
             {},
             may_have_volumes=frozenset({SAP}),
             steps=20,
@@ -422,7 +310,7 @@ OPERATIONS = {
         ),
         Operation(
             "volume-rm",
-            _sap,
+            sap,
             lambda host, _: host.volumes.rm(SAP),
             {},
             may_have_volumes=frozenset({SAP}),
@@ -434,7 +322,7 @@ OPERATIONS = {
         ),
         Operation(
             "start",
-            _stopped,
+            stopped,
             lambda host, _: host.call(StartRequest(instance=OAK)),
             {OAK: _may(_STOPPED, _RUNNING)},
             memory="",
@@ -444,8 +332,8 @@ OPERATIONS = {
         ),
         Operation(
             "run-with-volume",
-            _sap,
-            _drink,
+            sap,
+            drink,
             {OAK: _may(_RUNNING, None)},
             volumes=frozenset({SAP}),
             memory="",
@@ -456,7 +344,7 @@ OPERATIONS = {
         ),
         Operation(
             "rm-with-volume",
-            _drinking,
+            drinking,
             lambda host, _: host.call(RmRequest(instance=OAK)),
             {OAK: _may(_RUNNING, None)},
             volumes=frozenset({SAP}),
@@ -468,7 +356,7 @@ OPERATIONS = {
         ),
         Operation(
             "fork-with-a-clone-of-a-volume",
-            _drinking,
+            drinking,
             lambda host, _: host.call(
                 ForkRequest(instance=OAK, names=["elm"], from_running=True, volume_policy="clone")
             ),
@@ -482,7 +370,7 @@ OPERATIONS = {
         ),
         Operation(
             "fork-from-first-boot",
-            _booted,
+            booted,
             lambda host, _: host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True)),
             {OAK: _may(_RUNNING), "elm": _may(_RUNNING, None)},
             boots=True,

@@ -16,7 +16,8 @@ from coppice.client import AsyncHost
 from coppice.model import PAGE_SIZE, Instance, State
 from coppice.requests import RestoreRequest
 from crash.kinds import Kind
-from crash.operations import SEED, STUMP, Operation
+from crash.operations import SEED, Operation
+from crash.states import STUMP
 from fakes.hosting import assert_tidy, memory_of
 
 _ZEROS = bytes(PAGE_SIZE)

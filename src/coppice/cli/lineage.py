@@ -35,7 +35,7 @@ def fork(
         bool,
         Option(
             "--from-running",
-            help="Fork a Running instance. It is paused, longer on a file system without reflinks, and then continues.",
+            help="Fork a Running instance. It is paused, and then continues.",
         ),
     ] = False,
     volume_policy: Annotated[

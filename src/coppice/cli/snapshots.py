@@ -37,7 +37,7 @@ def create(
 ) -> None:
     """Save the current state of an instance; print the snapshot's name.
 
-    A Running instance is paused, longer on a file system without reflinks, and then continues. A
+    A Running instance is paused, and then continues. A
     snapshot never changes, and outlives its instance.
     """
     from coppice.model import SnapshotKind

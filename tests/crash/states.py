@@ -1,0 +1,156 @@
+"""The states of machines and volumes in which operations begin whose host is killed."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+from coppice.client import AsyncHost
+from coppice.machine import disk
+from coppice.memory import layers
+from coppice.model import MIB, Instance, State, VolumeMount
+from coppice.requests import (
+    ForkRequest,
+    GetRequest,
+    PromoteRequest,
+    RestoreRequest,
+    RmRequest,
+    RunRequest,
+    SnapshotRequest,
+    StandbyRequest,
+    StartAheadRequest,
+)
+from crash.kinds import Kind
+
+STUMP, OAK, SAP = "stump", "oak", "sap"
+VOLUME = 32 * MIB
+
+
+async def nothing(host: AsyncHost, _: Kind) -> None:
+    """Prepare nothing."""
+
+
+async def running(host: AsyncHost, kind: Kind) -> None:
+    """Make a Running oak, with text in its memory and on its disk that the stump does not have."""
+    await host.call(ForkRequest(instance=STUMP, names=[OAK], atomic=True))
+    await kind.learn(host, OAK)
+
+
+async def on_layers(host: AsyncHost, kind: Kind) -> None:
+    await running(host, kind)
+    await host.call(StandbyRequest(instance=OAK))
+
+
+async def running_on_layers(host: AsyncHost, kind: Kind) -> None:
+    await on_layers(host, kind)
+    await host.call(RestoreRequest(instance=OAK))
+
+
+async def on_all_layers(host: AsyncHost, kind: Kind) -> None:
+    """Make a Running oak whose next capture merges its layers."""
+    await running_on_layers(host, kind)
+    for _ in range(1, layers.MOST):
+        await host.call(StandbyRequest(instance=OAK))
+        await host.call(RestoreRequest(instance=OAK))
+
+
+async def forked(host: AsyncHost, kind: Kind) -> None:
+    """Make a Standby oak whose disk a fork shares."""
+    await on_layers(host, kind)
+    await host.call(ForkRequest(instance=OAK, names=["elm"], target=State.STANDBY, atomic=True))
+
+
+async def forked_often(host: AsyncHost, kind: Kind) -> None:
+    """Make a Standby oak whose next start merges the layers of its disk."""
+    await forked(host, kind)
+    for _ in range(1, disk.MOST):
+        await host.call(RestoreRequest(instance=OAK))
+        await host.call(StandbyRequest(instance=OAK))
+        await host.call(RmRequest(instance="elm"))
+        await host.call(ForkRequest(instance=OAK, names=["elm"], target=State.STANDBY, atomic=True))
+
+
+async def booted(host: AsyncHost, kind: Kind) -> None:
+    await boot(host, kind)
+    await kind.learn(host, OAK)
+
+
+async def boot(host: AsyncHost, kind: Kind, *volumes: str, name: str = OAK) -> Instance:
+    """Make a Running machine from an image, with some volumes mounted."""
+    return await host.call(
+        RunRequest(
+            image=kind.image,
+            command=["sleep", "infinity"],
+            name=name,
+            memory_bytes=kind.memory_bytes,
+            overlay_bytes=kind.overlay_bytes,
+            volumes=[VolumeMount(volume=each, mount_path=f"/srv/{each}") for each in volumes],
+        )
+    )
+
+
+async def standby(host: AsyncHost, _: Kind) -> None:
+    await host.call(ForkRequest(instance=STUMP, names=[OAK], target=State.STANDBY, atomic=True))
+
+
+async def fork_ahead(host: AsyncHost, _: Kind) -> None:
+    await host.call(StartAheadRequest(instance=STUMP))
+    (result,) = (await host.call(ForkRequest(instance=STUMP, names=[OAK]))).results
+    assert result.started_ahead
+
+
+async def stopped(host: AsyncHost, _: Kind) -> None:
+    await host.call(ForkRequest(instance=STUMP, names=[OAK], target=State.STOPPED, atomic=True))
+
+
+async def template(host: AsyncHost, kind: Kind) -> None:
+    await standby(host, kind)
+    await host.call(PromoteRequest(instance=OAK))
+
+
+async def with_snapshot(host: AsyncHost, kind: Kind) -> None:
+    await running(host, kind)
+    await host.call(SnapshotRequest(instance=OAK, name="twig"))
+
+
+async def twig(host: AsyncHost, _: Kind) -> None:
+    await host.call(SnapshotRequest(instance=STUMP, name="twig"))
+
+
+async def sap(host: AsyncHost, _: Kind) -> None:
+    await host.volumes.create(SAP, size_bytes=VOLUME)
+
+
+async def archive(host: AsyncHost, _: Kind) -> None:
+    with tarfile.open(archive_of(host), "w") as archive:
+        for number in range(20):
+            member = tarfile.TarInfo(f"rings/{number}")
+            member.size = 64 << 10
+            archive.addfile(member, io.BytesIO(bytes([number]) * member.size))
+
+
+def archive_of(host: AsyncHost) -> Path:
+    return host.local.rooms.layout.home.parent / "sap.tar"
+
+
+async def drink(host: AsyncHost, kind: Kind) -> None:
+    await boot(host, kind, SAP)
+
+
+async def drinking(host: AsyncHost, kind: Kind) -> None:
+    await sap(host, kind)
+    await drink(host, kind)
+    await kind.learn(host, OAK)
+
+
+async def running_on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
+    """Make a Running oak whose next capture merges the layers of its disk."""
+    await forked_often(host, kind)
+    await host.call(RestoreRequest(instance=OAK))
+    await host.call(RmRequest(instance="elm"))
+    oak = await host.call(GetRequest(instance=OAK))
+    while host.local.rooms.driver(oak).capabilities.switches_layers and len(oak.disk_layers) < disk.MOST:
+        await host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True, target=State.STOPPED))
+        await host.call(RmRequest(instance="elm"))
+        oak = await host.call(GetRequest(instance=OAK))
