@@ -3,9 +3,10 @@
     python -m bench.live_disks --home DIR --image IMAGE --output benchmarks/live-disks.json
 
 Two machines of the same kind run. Before each sample the guest writes a file anew, so that the
-topmost file of its disk has the file's size. Then one machine is forked while it runs, as it is;
-the other one by a driver that hides its ability to switch layers, so that the file is copied in
-the pause, as it was before. The samples take turns. Compare figures within one run only.
+topmost file of its disk has the file's size. Then a snapshot of the disk alone is made, so that the
+pause has no part for the memory: of one machine as it is; of the other one by a driver that hides
+its ability to switch layers, so that the file is copied in the pause, as it was before. The samples
+take turns. Compare figures within one run only.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from bench.accounting import host_facts
 from bench.records import HostFacts, write_report
 from coppice.client import AsyncHost
 from coppice.machine import disk
-from coppice.model import MIB, Instance, Record, State
-from coppice.requests import ExecRequest, ForkRequest, GetRequest, RmRequest, RunRequest
+from coppice.model import MIB, Instance, Record, SnapshotKind
+from coppice.requests import ExecRequest, GetRequest, RmRequest, RunRequest, SnapshotRequest, SnapshotRmRequest
 from coppice.vmm.driver import Capabilities
 from coppice.vmm.qemu.driver import QemuDriver
 
@@ -44,8 +45,7 @@ class Way(Record, frozen=True, kw_only=True):
 
     pause_median_ms: float
     pause_least_ms: float
-    disk_median_ms: float  # the part of the pause that is the disk's
-    bytes_written: int  # by the host process in all of the fork, the most of all samples
+    bytes_written: int  # by the host process for all of the snapshot, the most of all samples
 
 
 class LiveDisksReport(Record, frozen=True, kw_only=True):
@@ -59,8 +59,8 @@ class LiveDisksReport(Record, frozen=True, kw_only=True):
 
 
 async def measure(homes: tuple[AsyncHost, AsyncHost], image: str, data_bytes: int, samples: int) -> LiveDisksReport:
-    """Make a machine for each way, fork them in turns, and remove everything."""
-    ways: tuple[list[tuple[float, float, int]], ...] = ([], [])
+    """Make a machine for each way, make snapshots in turns, and remove everything."""
+    ways: tuple[list[tuple[float, int]], ...] = ([], [])
     sources = [
         await host.call(RunRequest(image=image, command=["sleep", "infinity"], name=f"{_NAME}-{number}"))
         for number, host in enumerate(homes)
@@ -69,7 +69,7 @@ async def measure(homes: tuple[AsyncHost, AsyncHost], image: str, data_bytes: in
         for _ in range(samples):
             for host, source, found in zip(homes, sources, ways, strict=True):
                 await _fill(host, source, data_bytes)
-                found.append(await _fork(host, source))
+                found.append(await _snapshot(host, source))
         layer, copy = (_way(found) for found in ways)
         return LiveDisksReport(
             host=await host_facts(homes[0]), samples=samples, data_bytes=data_bytes, layer=layer, copy=copy
@@ -80,7 +80,7 @@ async def measure(homes: tuple[AsyncHost, AsyncHost], image: str, data_bytes: in
 
 
 async def _fill(host: AsyncHost, source: Instance, data_bytes: int) -> None:
-    script = f"dd if=/dev/zero of=/root/data bs=1M count={data_bytes // MIB} conv=fsync"
+    script = f"dd if=/dev/zero of=/root/data bs=1M count={data_bytes // MIB} conv=notrunc,fsync"
     result = await host.call(ExecRequest(instance=source.id, argv=["sh", "-ec", script], timeout_s=600))
     if result.exit_code != 0:
         raise AssertionError(result)
@@ -90,16 +90,14 @@ async def _fill(host: AsyncHost, source: Instance, data_bytes: int) -> None:
         raise AssertionError("the guest has written to another file")
 
 
-async def _fork(host: AsyncHost, source: Instance) -> tuple[float, float, int]:
+async def _snapshot(host: AsyncHost, source: Instance) -> tuple[float, int]:
     before = _written()
-    request = ForkRequest(instance=source.id, from_running=True, target=State.STOPPED, atomic=True)
-    report = await host.call(request)
+    kept = await host.call(SnapshotRequest(instance=source.id, kind=SnapshotKind.STOPPED))
     written = _written() - before
-    for fork in report.instances:
-        await host.call(RmRequest(instance=fork.id))
-    if report.source_pause_ms is None or report.capture is None:
-        raise AssertionError("a fork of a running machine reports its pause")
-    return report.source_pause_ms, report.capture.stages["disk"], written
+    await host.call(SnapshotRmRequest(snapshot=kept.id))
+    if kept.pause_ms is None:
+        raise AssertionError("a snapshot of a running machine reports its pause")
+    return kept.pause_ms, written
 
 
 def _written() -> int:
@@ -108,12 +106,11 @@ def _written() -> int:
     return int(lines["write_bytes"]) - int(lines["cancelled_write_bytes"])
 
 
-def _way(samples: Sequence[tuple[float, float, int]]) -> Way:
-    pauses, disks, written = zip(*samples, strict=True)
+def _way(samples: Sequence[tuple[float, int]]) -> Way:
+    pauses, written = zip(*samples, strict=True)
     return Way(
         pause_median_ms=round(statistics.median(pauses), 1),
         pause_least_ms=round(min(pauses), 1),
-        disk_median_ms=round(statistics.median(disks), 1),
         bytes_written=max(written),
     )
 
