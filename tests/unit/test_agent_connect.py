@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from agent_process import BUILDS, running_agent
 from coppice.agent.channel import Channel
-from coppice.agent.protocol import FrameType, encode_fields
+from coppice.agent.protocol import CREDIT_SIZE, FrameType, encode_fields
 from coppice.errors import GuestRefused
 
 
@@ -54,6 +56,41 @@ async def test_both_directions_and_their_ends(build: str, kind: str, tmp_path: P
         assert frame.type == FrameType.DATA_EOF
         assert bytes(got) == data[::-1]
         stream.final(await stream.receive())
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("size", [0, 1 << 20])
+async def test_a_reset_is_no_end(build: str, size: int) -> None:
+    """A server that breaks the connection has not ended its data, whichever direction notices it first.
+
+    If its data fills the window, the agent does not read, and a write notices it.
+    """
+    aborted = asyncio.Event()
+
+    async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes(size))
+        await reader.readexactly(1)
+        server_end = writer.get_extra_info("socket")
+        server_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        aborted.set()
+
+    server = await asyncio.start_server(broken, "127.0.0.1", 0)
+    async with server, channel_to(build) as channel:
+        fields = encode_fields([(1, int(server.sockets[0].getsockname()[1]))])
+        stream = await channel.open(FrameType.CONNECT, fields)
+        assert (await stream.receive()).type == FrameType.STARTED
+        async with asyncio.timeout(30):
+            while sum(len(frame.payload) for frame in stream._frames) < min(size, CREDIT_SIZE):
+                await asyncio.sleep(0.01)  # no event tells that the window is full
+        await stream.send_data(FrameType.DATA, b"x")
+        await aborted.wait()
+        await asyncio.sleep(0)  # the transport closes its socket now
+        await stream.send_data(FrameType.DATA, b"more")
+        while (frame := await stream.receive()).type == FrameType.DATA:
+            pass
+        with pytest.raises(GuestRefused, match="reset"):
+            stream.final(frame)
 
 
 @pytest.mark.parametrize("build", BUILDS)
