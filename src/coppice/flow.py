@@ -75,7 +75,7 @@ class Flow:
         self._owed = 0  # bytes that were taken since the other end last got credit
         self._chunks: deque[bytes] = deque()
         self._ended = self._sent_all = False
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None  # after which no more frames come
         self._changed = asyncio.Event()
         self.received_all = False
 
@@ -85,7 +85,7 @@ class Flow:
             while True:
                 self._take(await self._get())
         except Exception as error:  # raised by each later use
-            self._failure = error
+            self.failure = error
             self._changed.set()
 
     def _take(self, frame: bytes | Control) -> None:
@@ -110,8 +110,8 @@ class Flow:
             self._credit += owed
             await self._put(f'{{"window": {owed}}}')
         while not self._chunks and not self._ended:
-            if self._failure:
-                raise self._failure
+            if self.failure:
+                raise self.failure
             await self._change()
         if not self._chunks:
             self.received_all = True
@@ -131,10 +131,10 @@ class Flow:
         """Send bytes, within the window."""
         for at in range(0, len(data), CHUNK):
             piece = data[at : at + CHUNK]
-            while self._window < len(piece) and self._failure is None:
+            while self._window < len(piece) and self.failure is None:
                 await self._change()
-            if self._failure:
-                raise self._failure
+            if self.failure:
+                raise self.failure
             self._window -= len(piece)
             await self._put(piece)
 
@@ -149,5 +149,5 @@ class Flow:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_S):
                 await self.eof()
-                while self._window < _WINDOW and self._failure is None:
+                while self._window < _WINDOW and self.failure is None:
                     await self._change()

@@ -81,7 +81,7 @@ async def test_a_reset_is_no_end(build: str, size: int) -> None:
         stream = await channel.open(FrameType.CONNECT, fields)
         assert (await stream.receive()).type == FrameType.STARTED
         async with asyncio.timeout(30):
-            while sum(len(frame.payload) for frame in stream._frames) < min(size, CREDIT_SIZE):
+            while sum(len(frame.payload) for frame in stream._frames) < min(size, CREDIT_SIZE):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)  # no event tells that the window is full
         await stream.send_data(FrameType.DATA, b"x")
         await aborted.wait()

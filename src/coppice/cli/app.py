@@ -23,6 +23,8 @@ _PLACES = {
     "exec": f"{_CLI}.guest:exec_",
     "cp": f"{_CLI}.guest:cp",
     "logs": f"{_CLI}.guest:logs",
+    "port-forward": f"{_CLI}.reach:port_forward",
+    "connect": f"{_CLI}.reach:connect",
     "standby": f"{_CLI}.lifecycle:standby",
     "restore": f"{_CLI}.lifecycle:restore",
     "start": f"{_CLI}.lifecycle:start",

@@ -56,7 +56,8 @@ async def _connect(socket: Socket, host: LocalBackend, request: ConnectRequest) 
     async def watch() -> None:
         await client.read()
         await client.taken()
-        raise WebSocketDisconnect(detail="the client went away")
+        if client.failure:
+            raise client.failure
 
     gone: WebSocketDisconnect | None = None
     async with host.stream(request) as connection:
