@@ -113,7 +113,7 @@ def check_publish_many(ports: Sequence[Publish], count: int) -> None:
         )
 
 
-def check_target(to: int | str) -> int | str:
+def check_endpoint(to: int | str) -> int | str:
     """Return a valid port or unix socket of a guest unchanged.
 
     :raises UsageError: it is neither a port nor `unix:` and an absolute path or an abstract name

@@ -290,7 +290,7 @@ async def test_a_client_that_goes_away_ends_the_connection(vm: AsyncMachine, tmp
 
     async def client() -> None:
         async with vm.connect(f"unix:{tmp_path}/s") as (_, writer):
-            writer.write(bytes(32 * MIB))
+            writer.write(bytes(8 * MIB))
             if left == "idle":
                 await writer.drain()
             leaving.set()

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from coppice.addresses import check_target
+from coppice.addresses import check_endpoint
 from coppice.model import MIB, ExecResult, FileStat, Instance
 from coppice.model.guest import Connection, CopySession, ExecSession, Health, TerminalSize
 from coppice.names import (
@@ -99,7 +99,7 @@ class ConnectRequest(InstanceRequest[Connection], StreamRequest[Connection], fro
     def check(self) -> None:
         """Check the port or path too."""
         super().check()
-        check_target(self.to)
+        check_endpoint(self.to)
 
 
 class OpenCopyRequest(InstanceRequest[CopySession], StreamRequest[CopySession], frozen=True, kw_only=True):
