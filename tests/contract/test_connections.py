@@ -66,10 +66,10 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def server(work: Serve, path: Path) -> AsyncIterator[Served]:
+async def server(work: Serve, path: Path, limit: int = 1 << 22) -> AsyncIterator[Served]:
     """Serve a unix socket in the guest for a block."""
     served = Served(work)
-    async with await asyncio.start_unix_server(served.serve, path, limit=1 << 22):
+    async with await asyncio.start_unix_server(served.serve, path, limit=limit):
         yield served
 
 
@@ -135,16 +135,21 @@ async def test_the_server_may_end_its_direction_first(vm: AsyncMachine, tmp_path
 
 
 async def test_bytes_arrive_although_the_block_ends(vm: AsyncMachine, tmp_path: Path) -> None:
-    """A client that sends and leaves, without waiting for anything, has sent it."""
+    """A client that sends and leaves, without waiting for anything, has sent it. The server reads late."""
+    leaving = asyncio.Event()
 
     async def work(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> bytes:
-        return hashlib.sha256(await reader.read()).digest()
+        await leaving.wait()
+        digest = hashlib.sha256()
+        while data := await reader.read(1000):
+            digest.update(data)
+        return digest.digest()
 
-    data = os.urandom(MIB)
-    async with server(work, tmp_path / "s") as served:
-        for sent in (b"notice", data):
+    async with server(work, tmp_path / "s", limit=1000) as served:
+        for sent in (b"notice", os.urandom(MIB)):
             async with vm.connect(f"unix:{tmp_path}/s") as (_, writer):
                 writer.write(sent)
+                leaving.set()
             assert await served.ended.get() == hashlib.sha256(sent).digest()
 
 
@@ -190,6 +195,7 @@ async def test_a_broken_connection_is_no_end(vm: AsyncMachine, tmp_path: Path) -
         async with vm.connect(port) as (reader, writer):
             writer.write(b"x")
             await reader.read()
+            pytest.fail("the read has returned")
 
     async def receive(port: int) -> None:
         async with vm.connect(port).as_socket() as sock:
@@ -218,6 +224,7 @@ async def test_the_machine_ends(vm: AsyncMachine, tmp_path: Path) -> None:
             assert vm.record.vmm is not None
             os.kill(vm.record.vmm.pid, signal.SIGKILL)
             await reader.read()
+            pytest.fail("the read has returned")
 
     async with server(echo, tmp_path / "s"):
         with pytest.raises(CoppiceError) as caught:
