@@ -13,6 +13,7 @@ import pytest
 
 from agent_process import BUILDS, running_agent
 from coppice.agent.channel import Channel
+from coppice.agent.connection import connect
 from coppice.agent.protocol import CREDIT_SIZE, FrameType, encode_fields
 from coppice.errors import GuestRefused
 
@@ -91,6 +92,44 @@ async def test_a_reset_is_no_end(build: str, size: int) -> None:
             pass
         with pytest.raises(GuestRefused, match="reset"):
             stream.final(frame)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+async def test_the_end_of_a_connection_waits_for_its_bytes(build: str, tmp_path: Path) -> None:
+    """A client that leaves while the agent still has its bytes, because the server does not read, loses none."""
+    loop = asyncio.get_running_loop()
+    leaving = asyncio.Event()
+    piece = bytes(4096)
+    sent = 0
+
+    async def late(listener: socket.socket) -> int:
+        sock, _ = await loop.sock_accept(listener)
+        with sock:
+            await leaving.wait()
+            return sum([len(data) async for data in _all(sock)])
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        listener.setblocking(False)
+        serving = asyncio.create_task(late(listener))
+        async with channel_to(build) as channel:
+            async with connect(channel, f"unix:{tmp_path}/s") as connection:
+                low = 0  # how often there was no credit for another piece after an answer of the agent
+                while low < 2:
+                    if connection._stream.window >= len(piece):
+                        await connection.send(piece)
+                        sent, low = sent + len(piece), 0
+                    else:
+                        await channel.call(FrameType.FILE_STAT, encode_fields([(1, "/")]))
+                        low += 1
+                leaving.set()
+            assert await asyncio.wait_for(serving, 30) == sent
+
+
+async def _all(sock: socket.socket) -> AsyncIterator[bytes]:
+    while data := await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
+        yield data
 
 
 @pytest.mark.parametrize("build", BUILDS)
