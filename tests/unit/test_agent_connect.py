@@ -127,6 +127,28 @@ async def test_the_end_of_a_connection_waits_for_its_bytes(build: str, tmp_path:
             assert await asyncio.wait_for(serving, 30) == sent
 
 
+@pytest.mark.parametrize("build", BUILDS)
+async def test_a_full_queue_is_waited_for(build: str, tmp_path: Path) -> None:
+    """A unix socket whose server is slow to accept refuses for the moment only."""
+
+    async def reach(channel: Channel) -> None:
+        async with connect(channel, f"unix:{tmp_path}/s"):
+            pass
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(0)
+        listener.setblocking(False)
+        async with channel_to(build) as channel, connect(channel, f"unix:{tmp_path}/s"):
+            waiting = asyncio.create_task(reach(channel))
+            for _ in range(3):
+                await channel.call(FrameType.FILE_STAT, encode_fields([(1, "/")]))
+            assert not waiting.done()
+            accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+            await asyncio.wait_for(waiting, 30)
+            accepted.close()
+
+
 async def _all(sock: socket.socket) -> AsyncIterator[bytes]:
     while data := await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
         yield data
