@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         OpenCopyRequest,
         OpenExecRequest,
         ReadFileRequest,
+        ReadyRequest,
         StatRequest,
         WaitRequest,
         WriteFileRequest,
@@ -116,6 +117,7 @@ __all__ = [
     "OpenExecRequest",
     "PromoteRequest",
     "ReadFileRequest",
+    "ReadyRequest",
     "Request",
     "RestoreRequest",
     "RmRequest",
@@ -150,7 +152,7 @@ _MODULES: Final = {
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
         "CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest OpenCopyRequest "
-        "OpenExecRequest ReadFileRequest StatRequest WaitRequest WriteFileRequest"
+        "OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitRequest WriteFileRequest"
     ),
     "host": (
         "BudgetRequest DoctorRequest EventsRequest GcRequest GetRequest InspectRequest LsRequest "
