@@ -27,6 +27,7 @@ SERVED = frozenset(
         "test_fork_payloads",
         "test_handles",
         "test_published_ports",
+        "test_readiness",
         "test_shared_random",
         "test_trusted_certificates",
     }

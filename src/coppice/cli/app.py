@@ -37,6 +37,7 @@ _PLACES = {
     "stats": f"{_CLI}.view:stats",
     "egress": f"{_CLI}.lifecycle:egress",
     "update": f"{_CLI}.lifecycle:update",
+    "ready": f"{_CLI}.lifecycle:ready",
     "rm": f"{_CLI}.lifecycle:rm",
     "events": f"{_CLI}.events:events",
     "gc": f"{_CLI}.view:gc",

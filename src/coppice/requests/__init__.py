@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         OpenCopyRequest,
         OpenExecRequest,
         ReadFileRequest,
+        ReadyRequest,
         StatRequest,
         WaitRequest,
         WriteFileRequest,
@@ -118,6 +119,7 @@ __all__ = [
     "OpenExecRequest",
     "PromoteRequest",
     "ReadFileRequest",
+    "ReadyRequest",
     "Request",
     "RestoreRequest",
     "RmRequest",
@@ -152,7 +154,7 @@ _MODULES: Final = {
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
         "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "
-        "OpenCopyRequest OpenExecRequest ReadFileRequest StatRequest WaitRequest WriteFileRequest"
+        "OpenCopyRequest OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitRequest WriteFileRequest"
     ),
     "host": (
         "BudgetRequest DoctorRequest EventsRequest GcRequest GetRequest InspectRequest LsRequest "

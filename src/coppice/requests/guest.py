@@ -217,3 +217,20 @@ class WaitRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
         """Also check the deadline."""
         super().check()
         check_timeout(self.deadline_s)
+
+
+class ReadyRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
+    """Wait until the machine's service answers its health check. A machine is Running when its
+    guest has its identity; its service may need longer.
+
+    :raises UsageError: the machine has no health check
+    :raises VmmDied: the machine ended meanwhile
+    :raises GuestTimeout: the service did not answer in time; the message has the latest failure
+    """
+
+    deadline_s: Annotated[float, Meta(description="How many seconds to wait at most.")] = 60.0
+
+    def check(self) -> None:
+        """Also check the deadline."""
+        super().check()
+        check_timeout(self.deadline_s)

@@ -29,6 +29,7 @@ from coppice.requests import (
     LogsRequest,
     OpenExecRequest,
     ReadFileRequest,
+    ReadyRequest,
     StatRequest,
     WaitRequest,
     WriteFileRequest,
@@ -222,6 +223,17 @@ class MachineGuest(MachineBase):
         :raises GuestTimeout: the machine still runs at the deadline
         """
         return self._became(await self._backend.call(WaitRequest(instance=self.id, deadline_s=deadline_s)))
+
+    async def ready(self, *, deadline_s: float = 60.0) -> Self:
+        """Wait until the machine's service answers its health check. A machine is Running when its
+        guest has its identity; its service may need longer.
+
+        :param deadline_s: How many seconds to wait at most.
+        :raises UsageError: the machine has no health check
+        :raises VmmDied: the machine ended meanwhile
+        :raises GuestTimeout: the service did not answer in time; the message has the latest failure
+        """
+        return self._became(await self._backend.call(ReadyRequest(instance=self.id, deadline_s=deadline_s)))
 
     async def inspect(self) -> Inspection:
         """Return one instance with its forks, its disk, and its memory as the kernel accounts it."""

@@ -200,6 +200,18 @@ class MachineGuest(MachineBase):
         self._portal.call(self._twin.wait(deadline_s))
         return self
 
+    def ready(self, *, deadline_s: float = 60.0) -> Self:
+        """Wait until the machine's service answers its health check. A machine is Running when its
+        guest has its identity; its service may need longer.
+
+        :param deadline_s: How many seconds to wait at most.
+        :raises UsageError: the machine has no health check
+        :raises VmmDied: the machine ended meanwhile
+        :raises GuestTimeout: the service did not answer in time; the message has the latest failure
+        """
+        self._portal.call(self._twin.ready(deadline_s=deadline_s))
+        return self
+
     def inspect(self) -> Inspection:
         """Return one instance with its forks, its disk, and its memory as the kernel accounts it."""
         return self._portal.call(self._twin.inspect())
