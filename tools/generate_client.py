@@ -29,7 +29,7 @@ from coppice import requests
 from coppice.host.opened import OpenedHost
 from coppice.model import ForkReport, Instance
 from coppice.model.inspection import StandbyReport
-from coppice.requests import forks, guest, host, images, machines, snapshots, volumes
+from coppice.requests import archives, forks, guest, host, images, machines, snapshots, volumes
 from coppice.requests.base import Request, StreamRequest, description_of, extra_of, fields_of, result_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,12 +58,12 @@ def _modules() -> dict[str, tuple[str, list[tuple[str, str, str, Operations]]]]:
     """Return by module its docstring and its classes: name, base, docstring, requests."""
     of_machine = [
         kind
-        for kind in _of(machines, forks, snapshots, guest, host)
+        for kind in _of(machines, forks, snapshots, archives, guest, host)
         if "instance" in kind.__struct_fields__ and _name(kind) not in _METHODS_OF_HOST
     ]
     inside = [kind for kind in of_machine if kind.__module__ in (guest.__name__, host.__name__)]
     life = [kind for kind in of_machine if kind not in inside]
-    others = [kind for kind in _of(machines, host) if kind not in of_machine]
+    others = [kind for kind in _of(machines, archives, host) if kind not in of_machine]
 
     def manager(word: str, *modules: types.ModuleType) -> Operations:
         return [kind for kind in _of(*modules) if _name(kind).startswith(f"{word}_")]
@@ -258,7 +258,7 @@ def _result(kind: type[Request[Any]], name: str, request: str, progress: str) ->
     if result is Instance:
         if "self.id" in request:
             return "async def", "Self", f"return self._became({call})"
-        return "async def", "AsyncMachine", f"return await self._machine_of({request})"
+        return "async def", "AsyncMachine", f"return await self._machine_of({request}{progress})"
     if result == list[Instance]:
         return "async def", "list[AsyncMachine]", f"return await self._machines_of({request})"
     if result is StandbyReport:

@@ -44,6 +44,7 @@ DUTIES = {
     "errors": "the exception tree; the one map from error to exit code and HTTP status",
     "fork": "the plan of a fan-out, the fan-out, and VMMs that are started ahead",
     "host": "the use cases: each operation is one readable method that takes its request; recovery",
+    "archive": "archives of templates: the format, the writer, and the reader of hostile ones",
     "images": "suites, tar archives, docker archives, OCI layouts and images of registries become EROFS images",
     "integrity": "the digests of captures, and `verify`",
     "linux": "interfaces of the kernel: extents, reflinks, page maps, ptrace, control groups",

@@ -22,6 +22,7 @@ from servers import served_hosts
 
 SERVED = frozenset(
     {
+        "test_archives",
         "test_error_tree",
         "test_fork_payloads",
         "test_handles",

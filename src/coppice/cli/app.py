@@ -31,6 +31,8 @@ _PLACES = {
     "demote": f"{_CLI}.lifecycle:demote",
     "fork": f"{_CLI}.lineage:fork",
     "tree": f"{_CLI}.lineage:tree",
+    "export": f"{_CLI}.archives:export",
+    "import": f"{_CLI}.archives:import_",
     "verify": f"{_CLI}.snapshots:verify",
     "stats": f"{_CLI}.view:stats",
     "egress": f"{_CLI}.lifecycle:egress",

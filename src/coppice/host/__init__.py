@@ -38,6 +38,7 @@ _GROUPS: Final = {
     ),
     "admission.Admission": "budget",
     "events.Events": "events",
+    "archives.Archives": "export open_export import_template open_import",
     "housekeeping.Housekeeping": "gc",
 }
 _GROUP_OF: Final = {operation: name for name, operations in _GROUPS.items() for operation in operations.split()}

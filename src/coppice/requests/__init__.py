@@ -15,6 +15,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from coppice.requests.archives import (
+        ExportRequest,
+        ImportTemplateRequest,
+        OpenExportRequest,
+        OpenImportRequest,
+    )
     from coppice.requests.base import Request, StreamRequest
     from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
     from coppice.requests.guest import (
@@ -92,6 +98,7 @@ __all__ = [
     "EgressRequest",
     "EventsRequest",
     "ExecRequest",
+    "ExportRequest",
     "FanOut",
     "ForkRequest",
     "GcRequest",
@@ -104,6 +111,7 @@ __all__ = [
     "ImagePullRequest",
     "ImageRmRequest",
     "ImageTagRequest",
+    "ImportTemplateRequest",
     "InspectRequest",
     "KernelAddRequest",
     "KernelFetchRequest",
@@ -114,6 +122,8 @@ __all__ = [
     "LsRequest",
     "OpenCopyRequest",
     "OpenExecRequest",
+    "OpenExportRequest",
+    "OpenImportRequest",
     "PromoteRequest",
     "ReadFileRequest",
     "Request",
@@ -146,6 +156,7 @@ __all__ = [
 ]
 
 _MODULES: Final = {
+    "archives": "ExportRequest ImportTemplateRequest OpenExportRequest OpenImportRequest",
     "base": "Request StreamRequest",
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (

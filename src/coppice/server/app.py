@@ -15,7 +15,7 @@ from litestar.types import ASGIApp, Middleware
 
 from coppice.host.supervisor import Clock, Supervisor
 from coppice.model import Record
-from coppice.server import calls, console, copies, document, events, observing, page, streams
+from coppice.server import archives, calls, console, copies, document, events, observing, page, streams
 from coppice.server.audit import Audit
 from coppice.server.auth import Caller
 from coppice.server.bodies import JsonRequest
@@ -112,6 +112,9 @@ def make_app(
                 observing.metrics_get,
                 copies.stream_copy,
                 copies.stream_upload,
+                archives.instance_export,
+                archives.template_import,
+                archives.stream_import,
                 console.instance_console,
                 *hypeman.ROUTES,
             ]

@@ -28,9 +28,12 @@ REQUESTS: Final[dict[str, type[Request[Any]]]] = {operation_name(kind.__name__):
 STREAMS: Final = {name: kind for name, kind in REQUESTS.items() if issubclass(kind, StreamRequest)}
 """Those whose result stays open while it is used."""
 CALLS: Final = {
-    name: kind for name, kind in REQUESTS.items() if name not in STREAMS and name not in ("cp_in", "cp_out")
+    name: kind
+    for name, kind in REQUESTS.items()
+    if name not in STREAMS and name not in ("cp_in", "cp_out", "export", "import_template")
 }
-"""Those that are one call with a result. A client copies files by the stream `open_copy`."""
+"""Those that are one call with a result. A client moves its own files by the streams `open_copy`, `open_export` and
+`open_import`."""
 
 
 def scope_of(operation: str) -> str:

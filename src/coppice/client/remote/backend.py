@@ -17,20 +17,25 @@ import msgspec
 from httpx_sse import EventSource
 
 from coppice.agent.copy import copy_in, copy_out
-from coppice.client.remote import copies, streams, uploads
+from coppice.archive.files import content_of, save
+from coppice.client.remote import archives, copies, streams, uploads
 from coppice.client.remote.address import Address, parse_address
 from coppice.client.remote.failures import encoded, error_from, unreachable
 from coppice.completion import complete
 from coppice.errors import CoppiceError, HostCannot, NotSupported
-from coppice.model import Progress, ProgressSink, from_json, no_progress
+from coppice.model import Instance, Progress, ProgressSink, from_json, no_progress
 from coppice.model.events import Event
 from coppice.requests import (
     CpInRequest,
     CpOutRequest,
     EventsRequest,
+    ExportRequest,
+    ImportTemplateRequest,
     LogsRequest,
     OpenCopyRequest,
     OpenExecRequest,
+    OpenExportRequest,
+    OpenImportRequest,
     Request,
     StreamRequest,
 )
@@ -94,6 +99,8 @@ class RemoteBackend:
         """
         if isinstance(request, CpInRequest | CpOutRequest):
             return cast(R, await self._copy(request, progress))
+        if isinstance(request, ExportRequest | ImportTemplateRequest):
+            return cast(R, await self._move(request, progress))
         async with uploads.sent(self._address, self._headers, request, progress) as ready:
             body = await self._persist(f"/call/{request.operation}", encoded(ready), progress)
         return cast(R, from_json(body, result_of(type(request))))
@@ -105,6 +112,17 @@ class RemoteBackend:
                 unpacked = await copy_in(session, request.host_path, request.guest_path, progress=progress)
                 return unpacked.content_bytes
             return await copy_out(session, request.guest_path, request.host_path, progress=progress)
+
+    async def _move(self, request: ExportRequest | ImportTemplateRequest, progress: ProgressSink) -> int | Instance:
+        """Export to a file of this machine, or import one, through a stream of the server."""
+        if isinstance(request, ExportRequest):
+            async with self.stream(OpenExportRequest(instance=request.instance, bare=request.bare)) as exported:
+                return await save(exported, request.path, progress)
+        async with (
+            self.stream(OpenImportRequest(name=request.name)) as session,
+            contextlib.aclosing(content_of(request.path, progress)) as content,
+        ):
+            return await session.receive(content)
 
     async def _persist(self, path: str, content: bytes, progress: ProgressSink) -> bytes:
         """Send a request until the server has answered it. Return the result as JSON.
@@ -167,6 +185,10 @@ class RemoteBackend:
             opened = streams.open_logs(self._address, self._headers, request)
         elif isinstance(request, OpenCopyRequest):
             opened = copies.open_copy(self._address, self._headers, request)
+        elif isinstance(request, OpenExportRequest):
+            opened = archives.open_export(self._address, self._connected(), request)
+        elif isinstance(request, OpenImportRequest):
+            opened = archives.open_import(self._address, self._headers, request)
         elif isinstance(request, EventsRequest):
             opened = contextlib.aclosing(self._events(request))
         else:

@@ -15,7 +15,7 @@ from coppice.agent.collecting import Collecting
 from coppice.client.remote.address import Address
 from coppice.client.remote.failures import encoded, error_from, refusal, unreachable
 from coppice.errors import GuestRefused, HostCannot
-from coppice.model import FileStat, Record
+from coppice.model import FileStat, Instance, Record
 from coppice.model.guest import Exit, Stream, Unpacked
 from coppice.requests import LogsRequest, OpenExecRequest
 
@@ -36,6 +36,7 @@ class Message(Record, frozen=True, kw_only=True):
     stat: FileStat | None = None
     unpacked: Unpacked | None = None
     upload: str | None = None
+    instance: Instance | None = None
 
 
 @contextlib.asynccontextmanager
