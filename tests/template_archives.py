@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from coppice.archive.format import BLOCK, MANIFEST, header, member_of, padding
+from coppice.client import AsyncHost
+from coppice.model import Instance, State
+from coppice.requests import ForkRequest, PromoteRequest, RmRequest, StandbyRequest
+from fakes.hosting import ask, boot
 
 
 def fingerprints(paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
@@ -46,3 +50,19 @@ def rewritten(
     rest = content[BLOCK + size + len(padding(size)) :]
     changed.write_bytes(header(MANIFEST, len(text)) + text + padding(len(text)) + rest)
     return changed
+
+
+async def template(host: AsyncHost, *, layered: bool = False) -> Instance:
+    """Return the template `oak`, which has something in its memory and on its disk."""
+    await boot(host, "stump")
+    await ask(host, "stump", "remember", "own", "rings")
+    await ask(host, "stump", "save", "bark")
+    parked = (await host.call(StandbyRequest(instance="stump"))).instance
+    if layered:
+        await host.call(ForkRequest(instance=parked.id, names=["oak"], atomic=True))
+        await ask(host, "oak", "remember", "more", "leaves")
+        await host.call(StandbyRequest(instance="oak"))
+    else:
+        await host.call(ForkRequest(instance=parked.id, names=["oak"], target=State.STANDBY, atomic=True))
+    await host.call(RmRequest(instance="stump"))
+    return await host.call(PromoteRequest(instance="oak"))

@@ -8,6 +8,8 @@ or compare the whole data directory, in which a server has files of its own.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -18,6 +20,7 @@ from conftest import HostFactory
 from coppice.client import AsyncHost
 from fakes.clock import FakeClock
 from fakes.driver import PERSONALITIES, FakeDriver
+from fakes.rooms import DEADLINES, open_rooms, plant
 from servers import served_hosts
 
 SERVED = frozenset(
@@ -31,7 +34,9 @@ SERVED = frozenset(
         "test_trusted_certificates",
     }
 )
-SUPERVISED = frozenset({"test_auto_standby", "test_expiry", "test_health_checks", "test_restarts"})
+ONE_KIND = frozenset(
+    {"test_auto_standby", "test_expiry", "test_health_checks", "test_hostile_archives", "test_restarts"}
+)
 """Modules whose tests run with one kind of fake machines."""
 
 
@@ -42,8 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Neither a server nor a supervisor depends on how fake machines keep their RAM: one kind is
-    enough.
+    """Neither a server, nor a supervisor, nor the reader of archives depends on how fake machines keep
+    their RAM: one kind is enough.
     """
     unwanted = [item for item in items if _is_repeated(item)]
     if unwanted:
@@ -53,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_repeated(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
-    if call is None or (call.params.get("carrier") != "served" and item.path.stem not in SUPERVISED):
+    if call is None or (call.params.get("carrier") != "served" and item.path.stem not in ONE_KIND):
         return False
     return bool(call.params.get("personality", PERSONALITIES[0]) != PERSONALITIES[0])
 
@@ -94,3 +99,21 @@ async def other(make_host: HostFactory) -> AsyncIterator[AsyncHost]:
     """Return another host on the same data directory, as of another process."""
     async with make_host() as host:
         yield host
+
+
+@pytest.fixture
+async def elsewhere(carrier: str, seed_home: Path, driver: FakeDriver, tmp_path: Path) -> AsyncIterator[AsyncHost]:
+    """Return a host over another data directory, whose VMM is the same."""
+    home = Path(tempfile.mkdtemp(prefix="home-", dir=seed_home.parent)) / "home"
+    plant(seed_home, home)
+    try:
+        async with AsyncExitStack() as stack:
+            if carrier == "served":
+                make_host = await stack.enter_async_context(served_hosts(home, driver, tmp_path / "elsewhere.sock"))
+                yield await stack.enter_async_context(make_host())
+            else:
+                host = AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
+                yield await stack.enter_async_context(host)
+        await driver.end(home / "instances")
+    finally:
+        shutil.rmtree(home.parent)
