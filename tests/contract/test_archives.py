@@ -34,7 +34,7 @@ from coppice.requests import (
 from coppice.state import locks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make
-from template_archives import fingerprints, rewritten
+from template_archives import fingerprints, rewritten, template
 
 
 @pytest.mark.parametrize("layered", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from fakes.hosting import assert_tidy, cancelled_at, make_threads_late
 from template_archives import rewritten, template
 
 _MOST_WAITS = 400
-LIES = {
+LIES: dict[str, dict[str, Any]] = {
     "volumes": {
         "template": {
             "machine.volumes": [

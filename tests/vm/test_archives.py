@@ -36,7 +36,7 @@ async def elsewhere(home: Path, platform: Platform) -> AsyncIterator[AsyncHost]:
 async def test_a_warm_process_goes_to_another_data_directory(
     host: AsyncHost, elsewhere: AsyncHost, template: Instance, tmp_path: Path
 ) -> None:
-    """The archive has the image, the kernel and two layers of memory, and no holes. A fork has the value that
+    """The archive has the image, the kernel and a layer of memory, and no holes. A fork has the value that
     the warm process held, and can be stopped and booted, which needs the whole kernel.
     """
     (vm,) = (await host.call(ForkRequest(instance=template.id, names=["sap"], atomic=True))).instances
@@ -52,14 +52,11 @@ async def test_a_warm_process_goes_to_another_data_directory(
         assert fingerprints(portable.paths(there, made.record)) == fingerprints(portable.paths(here, source))
         assert allocated_bytes(there / "memory") < memory / 2
         assert size < memory / 2 + allocated_bytes(elsewhere.local.home)
-        async with made.fork(2, atomic=True) as forks:
-            for fork in forks:
-                assert await ask(elsewhere, fork, ROOM.format(number=0)) == "42"
-            first = forks[0]
-            await first.stop(grace_s=0)
-            await first.start()
-            assert (await first.exec(["echo", "up"])).stdout == b"up\n"
-        assert (await elsewhere.verify()).differences == ()
+        async with made.fork(1, atomic=True) as (fork,):
+            assert await ask(elsewhere, fork, ROOM.format(number=0)) == "42"
+            await fork.stop(grace_s=0)
+            await fork.start()
+            assert (await fork.exec(["echo", "up"])).stdout == b"up\n"
         await made.rm()
     finally:
         await host.call(RmRequest(instance=vm.id))
