@@ -31,7 +31,7 @@ async def test_a_template_is_exported_and_imported_by_plain_requests(socket_addr
             assert (await fork.exec(["recall", "own"])).stdout == b"rings\n"
         again = await client.post("/templates/import", params={"name": "elm"}, content=exported.content, headers=_TAR)
         assert (again.status_code, again.json()["code"]) == (409, "name_conflict")
-        part = await client.post("/templates/import", content=exported.content[:-4096], headers=_TAR)
+        part = await client.post("/templates/import?name=fir", content=exported.content[:-4096], headers=_TAR)
         assert (part.status_code, part.headers["x-should-retry"]) == (422, "false")
         assert "truncated" in part.json()["message"]
         async with (await host.get("elm")).fork(1, names=["ash"], atomic=True):
