@@ -25,7 +25,7 @@ from coppice.cli.context import Cli
 from coppice.errors import NotFound
 from coppice.model import Instance, MachineSpec, MemoryReport, ProcessSpec, ProgressSink, Sharing, State
 from coppice.model.guest import Exit, Stream
-from coppice.requests import LogsRequest, OpenExecRequest, Request, UnloadableRequest
+from coppice.requests import LogsRequest, OpenExecRequest, OpenExportRequest, Request, UnloadableRequest
 
 if TYPE_CHECKING:
     from coppice.client import AsyncHost
@@ -121,11 +121,14 @@ class FakeHost:
         return answer
 
     @contextlib.asynccontextmanager
-    async def stream(self, request: LogsRequest | OpenExecRequest) -> AsyncIterator[Any]:
+    async def stream(self, request: LogsRequest | OpenExecRequest | OpenExportRequest) -> AsyncIterator[Any]:
         """Return a log, or a local command; an instance called `nobody` does not exist."""
         self.calls.append(request)
         if request.instance == "nobody":
             raise NotFound("there is no instance 'nobody'", hint="`coppice ls` lists the existing ones")
+        if isinstance(request, OpenExportRequest):
+            yield self._pieces()
+            return
         if isinstance(request, LogsRequest):
             yield self._log(request)
             return
@@ -134,6 +137,10 @@ class FakeHost:
             yield session
         finally:
             await session.close()
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        for piece in self.answers["open_export"]:
+            yield piece
 
     async def _log(self, request: LogsRequest) -> AsyncIterator[bytes]:
         """Yield the prepared lines; if followed, then wait forever."""

@@ -40,6 +40,9 @@ from coppice.model import Record
 _RANGE = re.compile(r"data/(0|[1-9a-f][0-9a-f]{0,15})/(0|[1-9a-f][0-9a-f]{0,15})")
 
 
+_OTHER = "give a file that `coppice export` wrote; `coppice image import` takes images"
+
+
 class _Format(Record, frozen=True, kw_only=True):
     format: int
 
@@ -54,7 +57,7 @@ def manifest_in(beginning: bytearray) -> tuple[Manifest, int] | None:
         return None
     member = member_of(bytes(beginning[:BLOCK]))
     if member.name != MANIFEST or not 0 < member.size <= LARGEST_DOCUMENT:
-        raise ImageError("this is not an archive of a template: it does not begin with a manifest", hint=CURE)
+        raise ImageError("this is not an archive of a template: it does not begin with a manifest", hint=_OTHER)
     if len(beginning) < BLOCK + member.padded:
         return None
     text = bytes(beginning[BLOCK : BLOCK + member.size])
@@ -102,7 +105,7 @@ class Receiver:
         :raises ImageError: the archive is not valid
         :raises NoSpace: the disk is full
         """
-        view = memoryview(self._kept + data if self._kept else data)
+        view, self._kept = memoryview(self._kept + data if self._kept else data), b""
         at = 0
         while at < len(view):
             stopping.check()
