@@ -34,6 +34,7 @@ def test_an_archive_is_imported(capsys: pytest.CaptureFixture[str], monkeypatch:
     host = FakeHost(import_template=instance("oak", State.TEMPLATE))
     assert output_of(capsys, host, "import", "oak.coppice") == "oak is Template\n"
     assert host.asked("import_template") == {"name": None, "path": "oak.coppice"}
+    host = FakeHost(import_template=instance("elm", State.TEMPLATE))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert document(capsys, host, "import", "-", "--name", "elm")["state"] == "Template"
     assert host.asked("import_template") == {"name": "elm", "path": "/dev/stdin"}

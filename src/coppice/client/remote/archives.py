@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from typing import Final
 from urllib.parse import quote
 
 import httpx
@@ -16,6 +17,9 @@ from coppice.client.remote.streams import not_coppice, opened
 from coppice.errors import HostCannot
 from coppice.model import Instance
 from coppice.requests import OpenExportRequest, OpenImportRequest
+
+# A server sends nothing while it computes the digest of a hole: 0.6 s for each GiB.
+_TIMEOUTS: Final = httpx.Timeout(10.0, read=900.0)
 
 
 class RemoteExport:
@@ -48,7 +52,8 @@ async def open_export(
     """Open the archive of an instance of the server."""
     path = f"/instances/{quote(request.instance, safe='')}/export"
     try:
-        async with client.stream("GET", path, params={"bare": str(request.bare).lower()}) as response:
+        params = {"bare": str(request.bare).lower()}
+        async with client.stream("GET", path, params=params, timeout=_TIMEOUTS) as response:
             if response.status_code >= 400:
                 raise error_from(await response.aread())
             yield RemoteExport(response)
