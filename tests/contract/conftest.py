@@ -26,16 +26,25 @@ from servers import served_hosts
 SERVED = frozenset(
     {
         "test_archives",
+        "test_connections",
         "test_error_tree",
         "test_fork_payloads",
         "test_handles",
         "test_published_ports",
+        "test_readiness",
         "test_shared_random",
         "test_trusted_certificates",
     }
 )
-ONE_KIND = frozenset(
-    {"test_auto_standby", "test_expiry", "test_health_checks", "test_hostile_archives", "test_restarts"}
+ALIKE = frozenset(
+    {
+        "test_auto_standby",
+        "test_connections",
+        "test_expiry",
+        "test_health_checks",
+        "test_hostile_archives",
+        "test_restarts",
+    }
 )
 """Modules whose tests run with one kind of fake machines."""
 
@@ -47,8 +56,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Neither a server, nor a supervisor, nor the reader of archives depends on how fake machines keep
-    their RAM: one kind is enough.
+    """Neither a server, nor a supervisor, nor a connection, nor the reader of archives depends on how
+    fake machines keep their RAM: one kind is enough.
     """
     unwanted = [item for item in items if _is_repeated(item)]
     if unwanted:
@@ -58,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_repeated(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
-    if call is None or (call.params.get("carrier") != "served" and item.path.stem not in ONE_KIND):
+    if call is None or (call.params.get("carrier") != "served" and item.path.stem not in ALIKE):
         return False
     return bool(call.params.get("personality", PERSONALITIES[0]) != PERSONALITIES[0])
 

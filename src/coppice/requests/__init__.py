@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from coppice.requests.base import Request, StreamRequest
     from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
     from coppice.requests.guest import (
+        ConnectRequest,
         CpInRequest,
         CpOutRequest,
         ExecRequest,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         OpenCopyRequest,
         OpenExecRequest,
         ReadFileRequest,
+        ReadyRequest,
         StatRequest,
         WaitRequest,
         WriteFileRequest,
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetRequest",
+    "ConnectRequest",
     "CpInRequest",
     "CpOutRequest",
     "DemoteRequest",
@@ -126,6 +129,7 @@ __all__ = [
     "OpenImportRequest",
     "PromoteRequest",
     "ReadFileRequest",
+    "ReadyRequest",
     "Request",
     "RestoreRequest",
     "RmRequest",
@@ -160,8 +164,8 @@ _MODULES: Final = {
     "base": "Request StreamRequest",
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
-        "CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest OpenCopyRequest "
-        "OpenExecRequest ReadFileRequest StatRequest WaitRequest WriteFileRequest"
+        "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "
+        "OpenCopyRequest OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitRequest WriteFileRequest"
     ),
     "host": (
         "BudgetRequest DoctorRequest EventsRequest GcRequest GetRequest InspectRequest LsRequest "

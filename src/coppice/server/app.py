@@ -15,7 +15,7 @@ from litestar.types import ASGIApp, Middleware
 
 from coppice.host.supervisor import Clock, Supervisor
 from coppice.model import Record
-from coppice.server import archives, calls, console, copies, document, events, observing, page, streams
+from coppice.server import archives, calls, connections, console, copies, document, events, observing, page, streams
 from coppice.server.audit import Audit
 from coppice.server.auth import Caller
 from coppice.server.bodies import JsonRequest
@@ -110,6 +110,7 @@ def make_app(
                 streams.stream_logs,
                 observing.audit_get,
                 observing.metrics_get,
+                connections.stream_connect,
                 copies.stream_copy,
                 copies.stream_upload,
                 archives.instance_export,

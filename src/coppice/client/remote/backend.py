@@ -18,7 +18,7 @@ from httpx_sse import EventSource
 
 from coppice.agent.copy import copy_in, copy_out
 from coppice.archive.files import content_of, save
-from coppice.client.remote import archives, copies, streams, uploads
+from coppice.client.remote import archives, connections, copies, streams, uploads
 from coppice.client.remote.address import Address, parse_address
 from coppice.client.remote.failures import encoded, error_from, unreachable
 from coppice.completion import complete
@@ -26,6 +26,7 @@ from coppice.errors import CoppiceError, HostCannot, NotSupported
 from coppice.model import Instance, Progress, ProgressSink, from_json, no_progress
 from coppice.model.events import Event
 from coppice.requests import (
+    ConnectRequest,
     CpInRequest,
     CpOutRequest,
     EventsRequest,
@@ -189,6 +190,8 @@ class RemoteBackend:
             opened = archives.open_export(self._address, self._connected(), request)
         elif isinstance(request, OpenImportRequest):
             opened = archives.open_import(self._address, self._headers, request)
+        elif isinstance(request, ConnectRequest):
+            opened = connections.open_connection(self._address, self._headers, request)
         elif isinstance(request, EventsRequest):
             opened = contextlib.aclosing(self._events(request))
         else:
