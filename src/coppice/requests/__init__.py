@@ -16,6 +16,14 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from coppice.requests.base import Request, StreamRequest
+    from coppice.requests.commands import (
+        CommandAttachRequest,
+        CommandForgetRequest,
+        CommandKillRequest,
+        CommandLsRequest,
+        CommandStartRequest,
+        CommandWaitRequest,
+    )
     from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
     from coppice.requests.guest import (
         CpInRequest,
@@ -85,6 +93,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetRequest",
+    "CommandAttachRequest",
+    "CommandForgetRequest",
+    "CommandKillRequest",
+    "CommandLsRequest",
+    "CommandStartRequest",
+    "CommandWaitRequest",
     "CpInRequest",
     "CpOutRequest",
     "DemoteRequest",
@@ -147,6 +161,10 @@ __all__ = [
 
 _MODULES: Final = {
     "base": "Request StreamRequest",
+    "commands": (
+        "CommandAttachRequest CommandForgetRequest CommandKillRequest "
+        "CommandLsRequest CommandStartRequest CommandWaitRequest"
+    ),
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
         "CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest OpenCopyRequest "

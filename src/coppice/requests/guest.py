@@ -10,6 +10,7 @@ from msgspec import Meta
 from coppice.model import MIB, ExecResult, FileStat, Instance
 from coppice.model.guest import CopySession, ExecSession, Health, TerminalSize
 from coppice.names import (
+    check_bound,
     check_command,
     check_env,
     check_host_path,
@@ -34,13 +35,19 @@ class CommandRequest(InstanceRequest[R], frozen=True, kw_only=True):
     workdir: Annotated[str | None, Meta(description="Working directory. Default: the image's.")] = None
     user: Annotated[str | None, Meta(description="A user name, UID, or UID:GID. Default: the image's.")] = None
     timeout_s: Annotated[float | None, Meta(description="Seconds after which the command is killed.")] = None
+    memory_limit_bytes: Annotated[
+        int | None, Meta(description="The most memory of all its processes together; more kills them.")
+    ] = None
+    pids_limit: Annotated[int | None, Meta(description="The most processes and threads that it may have.")] = None
 
     def check(self) -> None:
-        """Check the command and its time limit."""
+        """Check the command and its limits."""
         super().check()
         check_command(self.argv)
         check_env(self.env)
         check_timeout(self.timeout_s)
+        check_bound(self.memory_limit_bytes, "memory")
+        check_bound(self.pids_limit, "processes")
 
 
 class ExecRequest(CommandRequest[ExecResult], frozen=True, kw_only=True):

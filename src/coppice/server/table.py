@@ -12,6 +12,7 @@ _ABSTRACT: Final = {Request, StreamRequest, requests.FanOut}
 _READ: Final = frozenset(
     {
         *("get", "ls", "inspect", "stats", "tree", "unloadable", "health", "logs", "stat", "wait", "events"),
+        *("command_ls", "command_wait"),
         *("image_ls", "image_inspect", "snapshot_ls", "snapshot_inspect", "volume_ls", "volume_inspect", "kernel_ls"),
     }
 )
@@ -31,6 +32,10 @@ CALLS: Final = {
     name: kind for name, kind in REQUESTS.items() if name not in STREAMS and name not in ("cp_in", "cp_out")
 }
 """Those that are one call with a result. A client copies files by the stream `open_copy`."""
+
+
+WAITS: Final = frozenset({"wait", "command_wait"})
+"""Those that may take long although they change nothing."""
 
 
 def scope_of(operation: str) -> str:

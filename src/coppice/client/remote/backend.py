@@ -25,6 +25,7 @@ from coppice.errors import CoppiceError, HostCannot, NotSupported
 from coppice.model import Progress, ProgressSink, from_json, no_progress
 from coppice.model.events import Event
 from coppice.requests import (
+    CommandAttachRequest,
     CpInRequest,
     CpOutRequest,
     EventsRequest,
@@ -163,6 +164,8 @@ class RemoteBackend:
         opened: AbstractAsyncContextManager[Any]
         if isinstance(request, OpenExecRequest):
             opened = streams.open_exec(self._address, self._headers, request)
+        elif isinstance(request, CommandAttachRequest):
+            opened = streams.attach(self._address, self._headers, request)
         elif isinstance(request, LogsRequest):
             opened = streams.open_logs(self._address, self._headers, request)
         elif isinstance(request, OpenCopyRequest):
