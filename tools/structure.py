@@ -28,6 +28,7 @@ _GENERATED = "# Written by tools/"
 _TABLE = re.compile(r"<!-- structure -->\n.*?<!-- end of structure -->\n", re.DOTALL)
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 DUTIES = {
+    "commands": "the validator of ids, signals and limits of commands in guests",
     "addresses": "the validator of published ports and egress policies",
     "__init__": "the names of the public API, each imported at its first use",
     "__main__": "`python -m coppice`",

@@ -14,12 +14,10 @@ from typing import TypeVar
 
 from coppice.errors import InvalidName, UsageError
 from coppice.model import GIB, MIB, Limits, State, VolumeMount
-from coppice.model.guest import MAX_KEPT
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _ID = re.compile(r"[a-z][a-z0-9]{23}")
 _TAG_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
-_COMMAND = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _ENV_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 HostPath = TypeVar("HostPath", str, Path, str | Path)
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -93,11 +91,6 @@ def new_id() -> str:
     Its 123 random bits do not repeat in practice, and the database refuses duplicates.
     """
     return _random(string.ascii_lowercase, 1) + _random(_ALPHABET, 23)
-
-
-def new_command_id() -> str:
-    """Return a fresh id for a command in a guest, short enough to be typed."""
-    return os.urandom(6).hex()
 
 
 def new_name(prefix: str) -> str:
@@ -319,43 +312,6 @@ def check_command(argv: Sequence[str]) -> None:
     if not argv:
         raise UsageError("no command given", hint="give a program and its arguments")
     check_argv(argv)
-
-
-def check_command_id(command: str) -> None:
-    """Check the id of a command in a guest.
-
-    :raises InvalidName: it is not 1 to 64 letters, digits, `_`, `.` and `-`
-    """
-    if not _COMMAND.fullmatch(command):
-        shown = command if len(command) <= 80 else command[:77] + "..."
-        raise InvalidName(f"{shown!r} is not the id of a command", hint="use 1 to 64 of A-Z, a-z, 0-9, _, . and -")
-
-
-def check_signal(number: int) -> None:
-    """Check the number of a signal.
-
-    :raises UsageError: no signal has this number
-    """
-    if not 1 <= number <= 64:
-        raise UsageError(f"there is no signal {number}", hint="signals are 1 to 64; 15 is SIGTERM, 9 is SIGKILL")
-
-
-def check_kept(size: int) -> None:
-    """Check how much output of a command is kept in its guest.
-
-    :raises UsageError: it is nothing, or too much
-    """
-    if not 0 < size <= MAX_KEPT:
-        raise UsageError(f"a guest cannot keep {size} bytes of output", hint=f"keep 1 byte to {MAX_KEPT >> 20} MiB")
-
-
-def check_bound(count: int | None, what: str) -> None:
-    """Check a limit of a command: None for none.
-
-    :raises UsageError: it is below 1, or has more than 63 bits
-    """
-    if count is not None and not 0 < count < 1 << 63:
-        raise UsageError(f"{count} is not a limit of {what}", hint="give a number above 0, or omit it")
 
 
 def check_target(target: State) -> None:

@@ -17,6 +17,7 @@ from coppice.agent.channel import Channel
 from coppice.agent.collecting import Collecting
 from coppice.agent.protocol import Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
 from coppice.agent.stream import REFUSED, RemoteStream, unexpected
+from coppice.commands import check_signal, new_command_id
 from coppice.errors import (
     Busy,
     CommandNotFound,
@@ -31,7 +32,6 @@ from coppice.errors import (
 )
 from coppice.model import Record
 from coppice.model.guest import Exit, GuestCommand, Stream, TerminalSize
-from coppice.names import check_signal, new_command_id
 
 _TTY, _STDIN, _DETACHED = 1, 2, 4
 _TIMED_OUT, _OUT_OF_MEMORY = 1, 2
@@ -265,7 +265,7 @@ async def attach(
             if error.errno == errno.EBUSY:
                 raise Busy(
                     f"another client sends the input of command {command_id}",
-                    hint="attach without input, or wait until that client has left",
+                    hint="attach without input (`coppice attach -n NAME ID`), or wait until that client has left",
                 ) from None
             raise
         yield running

@@ -8,10 +8,10 @@ import errno
 from collections.abc import AsyncIterator
 
 from coppice.agent.client import Session
+from coppice.commands import new_command_id
 from coppice.errors import CommandNotStarted, GuestTimeout, InUse, NameTaken, NotFound
 from coppice.host.guest import DEFAULT_SIZE, Guest
 from coppice.model.guest import ExecSession, Exit, GuestCommand, StartedCommand
-from coppice.names import new_command_id
 from coppice.requests import (
     CommandAttachRequest,
     CommandForgetRequest,

@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
+from coppice.commands import check_command_id, check_kept, check_signal
 from coppice.model.guest import KEPT_BYTES, ExecSession, Exit, GuestCommand, StartedCommand, TerminalSize
-from coppice.names import check_command_id, check_kept, check_limit, check_signal, check_terminal, check_timeout
+from coppice.names import check_limit, check_terminal, check_timeout
 from coppice.requests.base import R, StreamRequest
 from coppice.requests.guest import CommandRequest
 from coppice.requests.machines import InstanceRequest

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
+from coppice.commands import check_bound
 from coppice.model import MIB, ExecResult, FileStat, Instance
 from coppice.model.guest import CopySession, ExecSession, Health, TerminalSize
 from coppice.names import (
-    check_bound,
     check_command,
     check_env,
     check_host_path,

@@ -7,12 +7,13 @@ from typing import Any, Final
 
 import msgspec
 
+from coppice.commands import new_command_id
 from coppice.completion import in_thread
 from coppice.errors import NotFound, OutcomeUnknown
 from coppice.host import LocalBackend
 from coppice.model import ForkReport, ForkResult, Instance, Progress, ProgressSink
 from coppice.model.guest import StartedCommand
-from coppice.names import new_command_id, new_name
+from coppice.names import new_name
 from coppice.requests import (
     CommandKillRequest,
     CommandLsRequest,
