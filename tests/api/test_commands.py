@@ -9,6 +9,7 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from coppice.errors import (
     CommandNotStarted,
     Forbidden,
     GuestTimeout,
+    HostCannot,
     InUse,
     InvalidName,
     NameTaken,
@@ -31,9 +33,11 @@ from coppice.errors import (
 from coppice.model.guest import ExecSession
 from coppice.requests import CommandStartRequest
 from coppice.server.auth import make_token
+from coppice.server.serving import Listening
+from fakes.driver import FakeDriver
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
-from servers import KEY, client_of
+from servers import KEY, client_of, fake_hosts, served
 
 WAIT_S = 60.0
 
@@ -248,6 +252,25 @@ async def test_a_lost_client_leaves_its_command_and_one_that_closes_ends_it(
             else:
                 assert _runs(int(pid))
                 await vm.commands.kill(command)
+
+
+async def test_the_end_of_a_server_leaves_commands_running(
+    fake_home: Path, driver: FakeDriver, make_host: HostFactory, tmp_path: Path
+) -> None:
+    """Its clients learn how to go on."""
+    async with AsyncExitStack() as clients:
+        async with served(fake_hosts(fake_home, driver), Listening(socket=tmp_path / "a.sock"), None) as address:
+            vm = await oak(await clients.enter_async_context(connect_async(address)))
+            session = await clients.enter_async_context(vm.open_exec(shell("echo up; exec sleep 1000")))
+            assert await anext(aiter(session)) == ("stdout", b"up\n")
+        with pytest.raises(HostCannot) as caught:
+            await session.wait()
+        assert caught.value.hint == f"the command goes on: `coppice attach NAME {session.id}` shows its output"
+    async with make_host() as host:
+        vm = await host.get("oak")
+        assert [(each.id, each.exit_code) for each in await vm.commands.ls()] == [(session.id, None)]
+        await vm.commands.kill(session.id)
+    await _gone(session.pid)
 
 
 async def test_a_wait_is_an_operation_that_the_client_hears_from(socket_address: str) -> None:

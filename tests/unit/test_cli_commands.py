@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.shell_completion import ShellComplete
 
 from cli_host import FakeHost, LocalSession
 from cli_lines import document, output_of, run
 from coppice.cli import main
+from coppice.cli.app import app
 from coppice.errors import InUse, NotFound
 from coppice.model.guest import Exit, GuestCommand, StartedCommand
 from coppice.requests import CommandAttachRequest, CommandKillRequest, CommandLsRequest, OpenExecRequest
@@ -230,6 +232,22 @@ def test_wait_has_the_status_of_the_command(capsys: pytest.CaptureFixture[str], 
     assert host.asked("command_wait") == {"instance": "vm", "command": "a", "deadline_s": 3.0}
     assert document(capsys, host, "wait", "vm", "a", status=status)["timed_out"] is ended.timed_out
     assert run(FakeHost(command_wait=InUse("no", hint="no")), "wait", "vm", "a") == 4
+
+
+def _completed(host: FakeHost, *words: str) -> list[str]:
+    """Return what a shell would offer for the last word."""
+    found = ShellComplete(app, {"obj": host.factory}, "coppice", "_COPPICE_COMPLETE")
+    return [each.value for each in found.get_completions(list(words[:-1]), words[-1])]
+
+
+def test_ids_are_completed(tmp_path: Path) -> None:
+    """The agent of a running machine is asked; a machine that does not run, and an error, offer nothing."""
+    server = ("--host", "unix:/run/coppice.sock")
+    host = FakeHost(command_ls=[listed("build"), listed("browser"), listed("other")])
+    for command in ("attach", "kill", "wait"):
+        assert _completed(host, *server, command, "vm", "b") == ["build", "browser"]
+    assert _completed(FakeHost(command_ls=NotFound("no", hint="no")), *server, "attach", "vm", "") == []
+    assert _completed(host, "--home", str(tmp_path), "attach", "vm", "") == []
 
 
 if __name__ == "__main__":

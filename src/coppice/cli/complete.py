@@ -93,7 +93,7 @@ def commands(ctx: click.Context, incomplete: str) -> list[str]:
     """Return the ids of the commands of a running instance, asked from its agent."""
     import asyncio
 
-    from coppice.cli.context import Cli, open_host
+    from coppice.cli.context import Cli, HostFactory, open_host
     from coppice.requests import CommandLsRequest
 
     root, name = ctx.find_root().params, str(ctx.params.get("name"))
@@ -102,8 +102,10 @@ def commands(ctx: click.Context, incomplete: str) -> list[str]:
         return []
     cli = Cli(home=_home(ctx), owner=_owner(ctx), server=server, background="off")
 
+    make_host: HostFactory = ctx.find_root().obj or open_host
+
     async def ask() -> list[str]:
-        async with asyncio.timeout(_PATIENCE_S), open_host(cli) as host:
+        async with asyncio.timeout(_PATIENCE_S), make_host(cli) as host:
             return [each.id for each in await host.call(CommandLsRequest(instance=name))]
 
     with contextlib.suppress(Exception):

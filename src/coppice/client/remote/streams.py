@@ -129,7 +129,12 @@ class RemoteExecSession(Collecting):
     async def __aiter__(self) -> AsyncIterator[tuple[Stream, bytes]]:
         """Yield the command's output as it arrives, until the command has ended."""
         while self._exit is None:
-            frame = await next_frame(self._connection)
+            try:
+                frame = await next_frame(self._connection)
+            except HostCannot as error:
+                if error.message == _LOST:
+                    error.hint = f"the command goes on: `coppice attach NAME {self.id}` shows its output"
+                raise
             if isinstance(frame, bytes):
                 self.offset += len(frame) - 1
                 yield _STREAMS[frame[0]], frame[1:]
