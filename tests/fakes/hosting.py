@@ -24,6 +24,7 @@ from coppice.machine import directory as directories
 from coppice.machine import disk
 from coppice.model import Instance, Snapshot, State
 from coppice.requests import ExecRequest, PromoteRequest, RunRequest, StandbyRequest
+from coppice.server.database import DATABASE
 from coppice.state import locks
 from coppice.vmm import driver as files
 from coppice.vmm import starting
@@ -78,13 +79,16 @@ async def ask(host: AsyncHost, instance: Instance | str, *argv: str) -> str:
 
 
 def snapshot(host: AsyncHost) -> tuple[dict[str, tuple[int, ...]], list[Instance], list[str], list[int]]:
-    """Return everything that an operation can change: files, records, journal, processes."""
+    """Return everything that an operation can change: files, records, journal, processes.
+
+    What a server records for itself is left out: it also records requests that it refuses.
+    """
     layout = host.local.rooms.layout
     found: dict[str, tuple[int, ...]] = {}
     for top, below, names in os.walk(layout.home):
         for name in (*below, *names):
             path = Path(top, name)
-            if not path.name.startswith("coppice.db"):
+            if not path.name.startswith(("coppice.db", DATABASE)):
                 status = path.lstat()
                 changes = () if path.is_dir() else (status.st_nlink, status.st_size, status.st_mtime_ns)
                 found[str(path)] = (status.st_ino, status.st_mode, *changes)

@@ -181,10 +181,12 @@ async def test_the_end_of_another_parents_process_is_awaited(tmp_path: Path) -> 
     assert foreign.wait(5) == -signal.SIGKILL
 
 
-async def test_children_ended_by_others_are_reaped(tmp_path: Path) -> None:
+async def test_children_ended_by_others_are_reaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process may end the VMMs that this one started: they are reaped when the next ones
     are started.
     """
+    monkeypatch.setattr(process_control, "_children", set())
+    monkeypatch.setattr(process_control, "_many", process_control._FEW)
     pids = []
     for _ in range(150):
         process = sleeper(tmp_path)
