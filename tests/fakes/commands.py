@@ -58,9 +58,10 @@ class Commands:
             await writer.drain()
         writer.write(encode_frame(FrameType.LEAVE, number))
 
-    async def forget(self, frame: Frame) -> None:
-        """Pass on a FORGET."""
-        (await self._agent()).write(encode_frame(FrameType.FORGET, 0, frame.payload))
+    def forget(self, frame: Frame) -> None:
+        """Pass on a FORGET, which follows each command, also those that the fake guest plays itself."""
+        if self._writer is not None:
+            self._writer.write(encode_frame(FrameType.FORGET, 0, frame.payload))
 
     async def _agent(self) -> asyncio.StreamWriter:
         async with self._starting:

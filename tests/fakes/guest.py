@@ -115,7 +115,7 @@ class FakeGuest:
                     while (frame := await peer.receive()) is not None:
                         await self._while_paused()
                         if frame.type == FrameType.FORGET:
-                            await self._commands.forget(frame)
+                            self._commands.forget(frame)
                         elif frame.type < FrameType.EXEC:
                             await self._answer(self._control(peer, frame), peer, frame)
                         elif frame.type in _LATE:
