@@ -1,4 +1,4 @@
-"""A session with a guest: run commands, read and write files, pack and unpack trees."""
+"""A session with a guest: run commands, reach its sockets, read and write files and trees."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import AbstractAsyncContextManager
 
 import msgspec
 
-from coppice.agent import process
+from coppice.agent import connection, process
 from coppice.agent.channel import Channel
 from coppice.agent.collecting import chunks_of
+from coppice.agent.connection import GuestConnection
 from coppice.agent.process import Command, ExecSession
 from coppice.agent.protocol import Fields, FrameType, encode_fields
 from coppice.errors import CoppiceError, GuestError, GuestProtocolError
@@ -127,6 +128,12 @@ class Session:
     def forget(self, command_id: str) -> None:
         """Have the agent forget a command that has ended and that no client is attached to."""
         process.forget(self._channel, command_id)
+
+    # ---- sockets ----
+
+    def connect(self, to: int | str) -> AbstractAsyncContextManager[GuestConnection]:
+        """Connect to a port or a unix socket of the guest, as `coppice.agent.connection.connect`."""
+        return connection.connect(self._channel, to)
 
     # ---- files ----
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
     from coppice.requests.guest import (
+        ConnectRequest,
         CpInRequest,
         CpOutRequest,
         ExecRequest,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         OpenCopyRequest,
         OpenExecRequest,
         ReadFileRequest,
+        ReadyRequest,
         StatRequest,
         WaitRequest,
         WriteFileRequest,
@@ -99,6 +101,7 @@ __all__ = [
     "CommandLsRequest",
     "CommandStartRequest",
     "CommandWaitRequest",
+    "ConnectRequest",
     "CpInRequest",
     "CpOutRequest",
     "DemoteRequest",
@@ -130,6 +133,7 @@ __all__ = [
     "OpenExecRequest",
     "PromoteRequest",
     "ReadFileRequest",
+    "ReadyRequest",
     "Request",
     "RestoreRequest",
     "RmRequest",
@@ -167,8 +171,8 @@ _MODULES: Final = {
     ),
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
-        "CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest OpenCopyRequest "
-        "OpenExecRequest ReadFileRequest StatRequest WaitRequest WriteFileRequest"
+        "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "
+        "OpenCopyRequest OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitRequest WriteFileRequest"
     ),
     "host": (
         "BudgetRequest DoctorRequest EventsRequest GcRequest GetRequest InspectRequest LsRequest "
