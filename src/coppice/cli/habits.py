@@ -10,7 +10,6 @@ ALIASES = {
     "images": ("image", "ls"),
     "rmi": ("image", "rm"),
     "create": ("run", "--no-start"),
-    "kill": ("stop", "--grace", "0"),
     "remove": ("rm",),
     "delete": ("rm",),
     "clone": ("fork",),
@@ -31,7 +30,6 @@ _MEANT = {
     "reboot": "`coppice stop NAME`, then `coppice start NAME`",
     "shutdown": "`coppice stop NAME` powers a guest off",
     "destroy": "`coppice stop --grace 0 NAME` ends a guest at once, `coppice rm NAME` removes it",
-    "attach": f"{_SHELL}; `coppice logs -f NAME` follows its console",
     "console": f"{_SHELL}; `coppice logs -f NAME` follows its console",
     "shell": _SHELL,
     "sh": _SHELL,
@@ -61,8 +59,8 @@ _MEANT = {
     "describe": "`coppice inspect NAME`",
     "info": "`coppice doctor` checks this host, `coppice inspect NAME` shows a machine",
     "dominfo": "`coppice inspect NAME`",
+    "jobs": "`coppice commands NAME` lists the commands of a machine",
     "top": "`coppice exec NAME -- top -b -n 1` lists processes, `coppice stats` shows memory",
-    "wait": "`coppice logs -f NAME` ends with the machine",
     **dict.fromkeys(("container", "vm", "instance"), "leave it out: `coppice ls`, `coppice rm NAME`"),
     "system": "`coppice gc` frees space, `coppice doctor` checks this host",
     "prune": "`coppice gc --caches` frees space",
@@ -92,9 +90,9 @@ _OPTIONS = {
     ("inspect", "--format"): "`coppice --json inspect NAME` prints all fields",
     ("inspect", "-f"): "`coppice --json inspect NAME` prints all fields",
     ("rm", "-v"): "volumes outlive machines; `coppice volume rm VOLUME` removes one",
+    ("attach", "--sig-proxy"): "write -n: pass neither input nor signals on",
+    ("attach", "--detach-keys"): "`~.` at the start of a line leaves the command",
     ("cp", "-L"): "links stay links; copy the link's target instead",
-    ("exec", "--detach"): "write `coppice exec NAME -- sh -c 'COMMAND >/dev/null 2>&1 &'`",
-    ("exec", "-d"): "write `coppice exec NAME -- sh -c 'COMMAND >/dev/null 2>&1 &'`",
 }
 """Hints for options that other programs' commands have."""
 

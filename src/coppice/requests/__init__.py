@@ -22,6 +22,14 @@ if TYPE_CHECKING:
         OpenImportRequest,
     )
     from coppice.requests.base import Request, StreamRequest
+    from coppice.requests.commands import (
+        CommandAttachRequest,
+        CommandForgetRequest,
+        CommandKillRequest,
+        CommandLsRequest,
+        CommandStartRequest,
+        CommandWaitRequest,
+    )
     from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
     from coppice.requests.guest import (
         ConnectRequest,
@@ -93,6 +101,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetRequest",
+    "CommandAttachRequest",
+    "CommandForgetRequest",
+    "CommandKillRequest",
+    "CommandLsRequest",
+    "CommandStartRequest",
+    "CommandWaitRequest",
     "ConnectRequest",
     "CpInRequest",
     "CpOutRequest",
@@ -162,6 +176,10 @@ __all__ = [
 _MODULES: Final = {
     "archives": "ExportRequest ImportTemplateRequest OpenExportRequest OpenImportRequest",
     "base": "Request StreamRequest",
+    "commands": (
+        "CommandAttachRequest CommandForgetRequest CommandKillRequest "
+        "CommandLsRequest CommandStartRequest CommandWaitRequest"
+    ),
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
         "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "

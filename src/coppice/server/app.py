@@ -107,6 +107,7 @@ def make_app(
                 calls.operation_cancel,
                 events.events_get,
                 streams.stream_exec,
+                streams.stream_attach,
                 streams.stream_logs,
                 observing.audit_get,
                 observing.metrics_get,

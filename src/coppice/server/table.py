@@ -12,6 +12,7 @@ _ABSTRACT: Final = {Request, StreamRequest, requests.FanOut}
 _READ: Final = frozenset(
     {
         *("get", "ls", "inspect", "stats", "tree", "unloadable", "health", "logs", "stat", "wait", "events"),
+        *("command_ls", "command_wait"),
         *("image_ls", "image_inspect", "snapshot_ls", "snapshot_inspect", "volume_ls", "volume_inspect", "kernel_ls"),
     }
 )
@@ -34,6 +35,10 @@ CALLS: Final = {
 }
 """Those that are one call with a result. A client moves its own files by the streams `open_copy`, `open_export` and
 `open_import`."""
+
+
+WAITS: Final = frozenset({"wait", "command_wait"})
+"""Those that may take long although they change nothing."""
 
 
 def scope_of(operation: str) -> str:

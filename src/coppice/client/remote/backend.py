@@ -26,6 +26,7 @@ from coppice.errors import CoppiceError, HostCannot, NotSupported
 from coppice.model import Instance, Progress, ProgressSink, from_json, no_progress
 from coppice.model.events import Event
 from coppice.requests import (
+    CommandAttachRequest,
     ConnectRequest,
     CpInRequest,
     CpOutRequest,
@@ -182,6 +183,8 @@ class RemoteBackend:
         opened: AbstractAsyncContextManager[Any]
         if isinstance(request, OpenExecRequest):
             opened = streams.open_exec(self._address, self._headers, request)
+        elif isinstance(request, CommandAttachRequest):
+            opened = streams.attach(self._address, self._headers, request)
         elif isinstance(request, LogsRequest):
             opened = streams.open_logs(self._address, self._headers, request)
         elif isinstance(request, OpenCopyRequest):
