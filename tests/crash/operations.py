@@ -16,6 +16,7 @@ from coppice.model import SnapshotKind, State
 from coppice.requests import (
     DemoteRequest,
     ForkRequest,
+    ImportTemplateRequest,
     PromoteRequest,
     RestoreRequest,
     RmRequest,
@@ -38,6 +39,8 @@ from crash.states import (
     booted,
     drink,
     drinking,
+    export_of,
+    exported,
     fork_ahead,
     forked,
     forked_often,
@@ -316,6 +319,14 @@ OPERATIONS = {
             may_have_volumes=frozenset({SAP}),
             steps=6,
             seconds=0.05,
+        ),
+        Operation(
+            "import",
+            exported,
+            lambda host, _: host.call(ImportTemplateRequest(path=str(export_of(host)), name=OAK)),
+            {OAK: _may(State.TEMPLATE, None)},
+            steps=40,
+            seconds=0.5,
         ),
         Operation(
             "run", nothing, boot, {OAK: _may(_RUNNING, None)}, memory="", disk="", boots=True, steps=45, seconds=0.2

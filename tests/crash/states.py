@@ -11,6 +11,7 @@ from coppice.machine import disk
 from coppice.memory import layers
 from coppice.model import MIB, Instance, State, VolumeMount
 from coppice.requests import (
+    ExportRequest,
     ForkRequest,
     GetRequest,
     PromoteRequest,
@@ -154,3 +155,13 @@ async def running_on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
         await host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True, target=State.STOPPED))
         await host.call(RmRequest(instance="elm"))
         oak = await host.call(GetRequest(instance=OAK))
+
+
+async def exported(host: AsyncHost, _: Kind) -> None:
+    """Make an archive of the stump."""
+    await host.call(ExportRequest(instance=STUMP, path=str(export_of(host))))
+
+
+def export_of(host: AsyncHost) -> Path:
+    """Return the path of the archive of the stump."""
+    return host.local.rooms.layout.home.parent / "stump.coppice"

@@ -252,6 +252,9 @@ class FakeDriver(VmmDriver):
         disk.use(directory, disk_files)
         await self.faults.reach("replaced", started.process)
 
+    def check_layer(self, path: Path, size_bytes: int) -> None:
+        assert path.stat().st_size == size_bytes
+
     async def dial(self, directory: Path, port: int) -> socket.socket:
         started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=Started)
         await self.faults.reach("dial", started.process)

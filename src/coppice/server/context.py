@@ -77,6 +77,15 @@ class Server:
             return self.once.begin(host, caller.key, request, work)
         return self.operations.start(request.operation, caller.owner, work)
 
+    async def begin_waiting(self, caller: Caller, request: Request[Any]) -> Operation:
+        """Begin an operation that changes nothing, and that the client may have to wait long for.
+
+        :raises TooManyOperations: the caller's owner has too many running operations
+        :raises Overloaded: all owners together have too many
+        """
+        host = await self.host(caller)
+        return self.operations.start(request.operation, caller.owner, lambda progress: host.call(request, progress))
+
     @contextlib.contextmanager
     def observed(self, caller: Caller, host: LocalBackend, request: Request[Any]) -> Iterator[None]:
         """Count the operation of a block, and record it in the audit log."""
