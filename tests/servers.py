@@ -44,7 +44,8 @@ async def served(make_host: HostMaker, where: Listening, key: bytes | None, **op
     """Serve for a block. Yield the server's address. `options` are those of `make_app`."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     ending = asyncio.Event()
-    task = asyncio.create_task(serve(make_app(make_host, key, **options), where, ready=ready.set_result, ending=ending))
+    app = make_app(make_host, key, ending=ending, **options)
+    task = asyncio.create_task(serve(app, where, ready=ready.set_result, ending=ending, signals=False))
     try:
         async with asyncio.timeout(START_S):
             waiting: set[asyncio.Future[Any]] = {ready, task}
@@ -115,6 +116,17 @@ class Servers:
         """The process id of the server."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """The exit status of the server; None while it runs."""
+        assert self._process is not None
+        return self._process.returncode
+
+    @property
+    def address(self) -> str:
+        """The address of every server."""
+        return f"unix:{self._arguments[1]}"
 
     async def end(self, number: signal.Signals) -> None:
         """End the server by a signal."""

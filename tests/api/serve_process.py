@@ -24,8 +24,9 @@ def main(home: str, socket: str, hold: str, *kind: str) -> None:
     if int(hold):
         driver.faults.hold_at("restored", nth=int(hold))
 
-    app = make_app(fake_hosts(Path(home), driver), None)
-    asyncio.run(serve(app, Listening(socket=Path(socket)), ready=say))
+    ending = asyncio.Event()
+    app = make_app(fake_hosts(Path(home), driver), None, ending=ending)
+    asyncio.run(serve(app, Listening(socket=Path(socket)), ready=say, ending=ending))
 
 
 if __name__ == "__main__":

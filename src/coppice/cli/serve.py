@@ -89,8 +89,9 @@ def serve(
         return LocalBackend(cli.home, vmm=cli.vmm, accel=cli.accel, owner=owner or cli.owner, spares=spares)
 
     limits = Limits(of_owner=max_operations_per_owner, of_all=max_operations)
-    app = make_app(host, key, limits=limits, per_minute=rate_limit)
-    asyncio.run(serve_app(app, where, ready=_ready))
+    ending = asyncio.Event()
+    app = make_app(host, key, limits=limits, per_minute=rate_limit, ending=ending)
+    asyncio.run(serve_app(app, where, ready=_ready, ending=ending))
 
 
 _UNIT = """\

@@ -58,6 +58,7 @@ def make_app(
     limits: Limits | None = None,
     per_minute: int | None = None,
     clock: Clock | None = None,
+    ending: asyncio.Event | None = None,
 ) -> ASGIApp:
     """Return the ASGI application.
 
@@ -66,12 +67,13 @@ def make_app(
     :param limits: how many operations may run at once
     :param per_minute: how many requests each owner may make in a minute; None: any number
     :param clock: the time of day for the supervisor; None: this host's
+    :param ending: when it is set, streams without an end of their own end
     """
     operations = Operations(limits or Limits())
     metrics = Metrics()
     uploads = Uploads()
     once = Once(operations, uploads, metrics.made)
-    server = Server(Hosts(make_host), operations, once, uploads, key, {}, Audit(), metrics)
+    server = Server(Hosts(make_host), operations, once, uploads, key, {}, Audit(), metrics, ending or asyncio.Event())
     middleware: list[Middleware] = [DefineMiddleware(Authentication, exclude=_PUBLIC)]
     if per_minute is not None:
         rate = RateLimitConfig(("minute", per_minute), exclude=_PUBLIC, identifier_for_request=_owner_of)

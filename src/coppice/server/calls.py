@@ -20,6 +20,7 @@ from coppice.requests.base import result_of
 from coppice.server.auth import Caller
 from coppice.server.context import IDEMPOTENCY, TheCaller, TheServer
 from coppice.server.document import EVENTS
+from coppice.server.ending import unless_ending
 from coppice.server.failures import failure_of
 from coppice.server.running import Operation, OperationView
 from coppice.server.table import CALLS, scope_of
@@ -65,7 +66,8 @@ def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
         key: str | None,  # noqa: ARG001 - of the API document; the authentication reads it
     ) -> Response[Any]:
         if reads:
-            return Response(await (await server.host(caller)).call(data), status_code=200)
+            read = (await server.host(caller)).call(data)
+            return Response(await unless_ending(read, server.ending), status_code=200)
         operation = await server.begin(caller, data)
         headers = {OPERATION_HEADER: operation.id}
         if "respond-async" in prefer:
@@ -101,7 +103,7 @@ async def _events(operation: Operation) -> AsyncIterator[ServerSentEventMessage]
     """Yield progress, then one event `result` or `error`."""
     async for step in operation.steps(KEEPALIVE_S):
         if step is None:
-            yield ServerSentEventMessage(comment="working")
+            yield ServerSentEventMessage(comment="working", data=None)
         else:
             yield ServerSentEventMessage(event="progress", data=_text(step))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,10 @@ Connection: TypeAlias = ASGIConnection[Any, Caller, Any, Any]
 
 @dataclass(frozen=True)
 class Server:
-    """The parts of one running server. `key` None: every caller is the operator."""
+    """The parts of one running server.
+
+    `key` None: every caller is the operator. `ending` is set when the server is told to end.
+    """
 
     hosts: Hosts
     operations: Operations
@@ -50,6 +54,7 @@ class Server:
     pulls: Pulls
     audit: Audit
     metrics: Metrics
+    ending: asyncio.Event
 
     async def host(self, caller: Caller) -> LocalBackend:
         """Return the open host of the caller's owner."""

@@ -185,7 +185,12 @@ class RemoteBackend:
                 async with client.stream("GET", "/events", params=where) as response:
                     if response.status_code >= 400:
                         raise error_from(await response.aread())
+                    begins = response.headers.get("last-event-id", "")
+                    if after is None and begins.isdecimal():
+                        after = int(begins)  # also if the connection is lost before the first event
                     async for event in EventSource(response).aiter_sse():
+                        if not event.data:
+                            continue  # a comment that keeps the connection
                         found = msgspec.json.decode(event.data, type=Event)
                         after, failing_since = found.id, None
                         yield found

@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.frames import CloseCode
 
 from coppice.agent.collecting import Collecting
 from coppice.client.remote.address import Address
@@ -23,6 +24,7 @@ _OPEN_S: Final = 10.0
 _CLOSE_S: Final = 5.0
 _STREAMS: Final[dict[int, Stream]] = {1: "stdout", 2: "stderr"}
 _LOST: Final = "the connection to the server was lost"
+_ENDED: Final = "the server has ended"
 
 
 class Message(Record, frozen=True, kw_only=True):
@@ -82,7 +84,10 @@ async def next_frame(connection: ClientConnection) -> bytes | Message:
     try:
         frame = await connection.recv()
     except ConnectionClosed as error:
-        raise HostCannot(_LOST, hint="the command or copy may have run; `coppice ls` shows the machine") from error
+        ended = error.rcvd is not None and error.rcvd.code == CloseCode.SERVICE_RESTART
+        raise HostCannot(
+            _ENDED if ended else _LOST, hint="the command or copy may have run; `coppice ls` shows the machine"
+        ) from error
     if isinstance(frame, bytes):
         return frame
     message = msgspec.json.decode(frame, type=Message)

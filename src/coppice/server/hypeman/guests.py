@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from coppice.model import Instance
 from coppice.requests import LogsRequest, StatRequest, StatsRequest
 from coppice.server.context import TheCaller, TheServer
 from coppice.server.document import EVENTS
+from coppice.server.ending import following
 from coppice.server.hypeman.instances import READ, TAGS
 from coppice.server.hypeman.paths import find
 from coppice.server.hypeman.wire import InstanceStats, PathInfo
@@ -51,7 +54,7 @@ async def instance_logs(
     request = LogsRequest(instance=found.id, source=_SOURCES[origin], tail=tail, follow=follow)
     stream = host.stream(request)
     lines = await stream.__aenter__()  # a missing log is an error of the request, not of the stream
-    return ServerSentEvent(_events(lines, stream))
+    return ServerSentEvent(_events(lines, stream, server.ending))
 
 
 async def _none() -> AsyncIterator[ServerSentEventMessage]:
@@ -59,11 +62,14 @@ async def _none() -> AsyncIterator[ServerSentEventMessage]:
     yield
 
 
-async def _events(lines: AsyncIterator[bytes], stream: object) -> AsyncIterator[ServerSentEventMessage]:
+async def _events(
+    lines: AsyncIterator[bytes], stream: object, ending: asyncio.Event
+) -> AsyncIterator[ServerSentEventMessage]:
     try:
-        async for line in lines:
-            text = line.decode(errors="replace").rstrip("\r\n")
-            yield ServerSentEventMessage(data=msgspec.json.encode(text).decode())
+        async with contextlib.aclosing(following(lines, ending)) as found:
+            async for line in found:
+                text = (line or b"").decode(errors="replace").rstrip("\r\n")
+                yield ServerSentEventMessage(data=msgspec.json.encode(text).decode())
     finally:
         await stream.__aexit__(None, None, None)  # type: ignore[attr-defined]
 
