@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from coppice import cli, host
 from coppice.client import AsyncHost
 from coppice.client.remote.backend import RemoteBackend
 from coppice.host import LocalBackend
@@ -89,6 +91,15 @@ def client_of(address: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url="http://coppice", transport=transport, timeout=START_S)
 
 
+def serve_command(home: str, socket: str, **options: Any) -> int:
+    """Run `coppice serve` on a unix socket until a signal. Return its exit status.
+
+    `options` are those of hosts over machines of the tests. Nothing else differs from the command.
+    """
+    host.LocalBackend = functools.partial(LocalBackend, **options)  # type: ignore[misc, assignment]
+    return cli.main(["--home", home, "serve", "--listen", f"unix:{socket}", "--spares", "0"])
+
+
 class Servers:
     """Server processes, one after another, over one data directory and one socket."""
 
@@ -109,7 +120,7 @@ class Servers:
         )
         assert self._process.stdout is not None
         async with asyncio.timeout(SERVER_START_S):
-            return (await self._process.stdout.readline()).decode().strip()
+            return (await self._process.stdout.readline()).decode().split()[-1]
 
     @property
     def pid(self) -> int:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from coppice.client import AsyncHost
@@ -34,33 +32,9 @@ from coppice.requests import (
     StopRequest,
 )
 from crash.kinds import Kind
+from crash.operation import OAK, SAP, SEED, STUMP, Operation, States
 
-STUMP, OAK, SAP = "stump", "oak", "sap"
 VOLUME = 32 * MIB
-SEED = "seed"  # a snapshot of the stump that always exists
-
-Act = Callable[[AsyncHost, Kind], Awaitable[object]]
-States = frozenset[State | None]
-"""States that a machine may be found in; None: it does not exist."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation of a host process that will be killed."""
-
-    name: str
-    prepare: Act
-    act: Act
-    after: dict[str, States]  # allowed states by name, of all instances except the stump
-    snapshots: frozenset[str] = frozenset()  # exist before and after
-    may_have: frozenset[str] = frozenset()  # snapshots that may exist afterwards
-    volumes: frozenset[str] = frozenset()  # exist before and after
-    may_have_volumes: frozenset[str] = frozenset()
-    memory: str = STUMP  # the text in its machines' memory
-    disk: str = STUMP
-    boots: bool = False  # takes seconds with a real machine
-    steps: int = 0  # estimates of the steps and seconds, for runs that do not measure them
-    seconds: float = 0.0
 
 
 def _may(*states: State | None) -> States:
@@ -202,6 +176,7 @@ OPERATIONS = {
             nothing,
             _ahead,
             {OAK: _may(_RUNNING, None)},
+            repeatable=False,  # the spare is lost with the server
             steps=60,
             seconds=0.5,
         ),
@@ -231,6 +206,7 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, _STANDBY)},
             memory=OAK,
             disk=OAK,
+            end=_STANDBY,
             steps=46,
             seconds=0.3,
         ),
@@ -239,6 +215,7 @@ OPERATIONS = {
             _standby,
             lambda host, _: host.call(RestoreRequest(instance=OAK)),
             {OAK: _may(_STANDBY, _RUNNING)},
+            end=_RUNNING,
             steps=28,
             seconds=0.25,
         ),
@@ -249,6 +226,7 @@ OPERATIONS = {
             {OAK: _may(_STANDBY, _RUNNING)},
             memory=OAK,
             disk=OAK,
+            end=_RUNNING,
             steps=60,
             seconds=0.3,
         ),
@@ -259,6 +237,7 @@ OPERATIONS = {
             {OAK: _may(_STANDBY, _RUNNING), "elm": _may(_STANDBY)},
             memory=OAK,
             disk=OAK,
+            end=_RUNNING,
             steps=70,
             seconds=0.3,
         ),
@@ -269,6 +248,7 @@ OPERATIONS = {
             {OAK: _may(_STANDBY, _RUNNING), "elm": _may(_STANDBY)},
             memory=OAK,
             disk=OAK,
+            end=_RUNNING,
             steps=80,
             seconds=0.4,
         ),
@@ -289,6 +269,7 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, _STANDBY)},
             memory=OAK,
             disk=OAK,
+            end=_STANDBY,
             steps=60,
             seconds=0.4,
         ),
@@ -297,6 +278,7 @@ OPERATIONS = {
             _standby,
             lambda host, _: host.call(PromoteRequest(instance=OAK)),
             {OAK: _may(_STANDBY, State.TEMPLATE)},
+            end=State.TEMPLATE,
             steps=3,
             seconds=0.05,
         ),
@@ -305,6 +287,7 @@ OPERATIONS = {
             _template,
             lambda host, _: host.call(DemoteRequest(instance=OAK)),
             {OAK: _may(State.TEMPLATE, _STANDBY)},
+            end=_STANDBY,
             steps=3,
             seconds=0.05,
         ),
@@ -315,6 +298,7 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, _STOPPED)},
             memory=OAK,
             disk=OAK,
+            end=_STOPPED,
             steps=23,
             seconds=0.25,
         ),
@@ -325,6 +309,7 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, None)},
             memory=OAK,
             disk=OAK,
+            removes=True,
             steps=29,
             seconds=0.1,
         ),
@@ -356,6 +341,7 @@ OPERATIONS = {
             snapshots=frozenset({"twig"}),
             memory=OAK,
             disk=OAK,
+            end=_STANDBY,
             steps=39,
             seconds=0.15,
         ),
@@ -373,6 +359,7 @@ OPERATIONS = {
             lambda host, _: host.snapshots.rm("twig"),
             {},
             may_have=frozenset({"twig"}),
+            removes=True,
             steps=12,
             seconds=0.1,
         ),
@@ -383,6 +370,7 @@ OPERATIONS = {
             lambda host, _: host.volumes.create(SAP, size_bytes=VOLUME, archive=_archive_of(host)),
             {},
             may_have_volumes=frozenset({SAP}),
+            repeatable=False,  # the archive that was sent is lost with the server
             steps=20,
             seconds=0.3,
         ),
@@ -392,6 +380,7 @@ OPERATIONS = {
             lambda host, _: host.volumes.rm(SAP),
             {},
             may_have_volumes=frozenset({SAP}),
+            removes=True,
             steps=6,
             seconds=0.05,
         ),
@@ -405,6 +394,7 @@ OPERATIONS = {
             {OAK: _may(_STOPPED, _RUNNING)},
             memory="",
             boots=True,
+            end=_RUNNING,
             steps=40,
             seconds=0.2,
         ),
@@ -429,6 +419,7 @@ OPERATIONS = {
             memory=OAK,
             disk=OAK,
             boots=True,
+            removes=True,
             steps=40,
             seconds=0.2,
         ),
