@@ -8,8 +8,9 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -108,10 +109,13 @@ class Servers:
         self._channel = channel
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self, hold: int = 0) -> str:
-        """Start a server; return its address. The `hold`th restored fork never gets ready."""
+    async def start(self, hold: int = 0, variables: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Start a server; return its address. The `hold`th restored fork never gets ready.
+
+        `variables` are added to its environment.
+        """
         home, socket, *kind = self._arguments
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {**os.environ, **variables} | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "api.serve_process", home, socket, str(hold), *kind),
             stdout=asyncio.subprocess.PIPE,

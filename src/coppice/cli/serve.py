@@ -74,6 +74,7 @@ def serve(
         from coppice.server.running import Limits
         from coppice.server.serving import LOOPBACK, Listening
         from coppice.server.serving import serve as serve_app
+        from coppice.server.tracing import traces_of
     except ModuleNotFoundError as error:
         raise MissingTool(f"a server needs the package {error.name}", hint=f"run `pip install '{_NEEDED}'`") from error
     from coppice.host import LocalBackend
@@ -90,7 +91,7 @@ def serve(
 
     limits = Limits(of_owner=max_operations_per_owner, of_all=max_operations)
     ending = asyncio.Event()
-    app = make_app(host, key, limits=limits, per_minute=rate_limit, ending=ending)
+    app = make_app(host, key, limits=limits, per_minute=rate_limit, ending=ending, traces=traces_of(os.environ))
     asyncio.run(serve_app(app, where, ready=_ready, ending=ending))
 
 

@@ -20,7 +20,7 @@ from coppice.errors import Forbidden, UsageError
 from coppice.host import LocalBackend
 from coppice.model import ProgressSink
 from coppice.requests import Request
-from coppice.server.audit import Audit
+from coppice.server.audit import Audit, target_of
 from coppice.server.auth import Caller, read_token
 from coppice.server.browsers import authorization_of, require_own_page
 from coppice.server.hosts import Hosts
@@ -28,6 +28,7 @@ from coppice.server.keys import MOST_CHARACTERS
 from coppice.server.metrics import Metrics
 from coppice.server.once import Once
 from coppice.server.running import Operation, Operations
+from coppice.server.tracing import Traces
 from coppice.server.uploads import Uploads
 
 R = TypeVar("R")
@@ -55,6 +56,7 @@ class Server:
     audit: Audit
     metrics: Metrics
     ending: asyncio.Event
+    traces: Traces | None
 
     async def host(self, caller: Caller) -> LocalBackend:
         """Return the open host of the caller's owner."""
@@ -71,6 +73,8 @@ class Server:
 
         async def work(progress: ProgressSink) -> Any:
             with self.observed(caller, host, request):
+                if self.traces is not None:
+                    progress = self.traces.forks(progress)
                 if caller.key is not None:
                     return await self.once.carry_out(host, caller.key, request, progress)
                 async with self.uploads.resolved(host.owner, request) as resolved:
@@ -84,8 +88,10 @@ class Server:
 
     @contextlib.contextmanager
     def observed(self, caller: Caller, host: LocalBackend, request: Request[Any]) -> Iterator[None]:
-        """Count the operation of a block, and record it in the audit log."""
-        with self.audit.recorded(caller, host.owner, request), self.metrics.operation(request.operation):
+        """Count the operation of a block, trace it, and record it in the audit log."""
+        name, target = request.operation, target_of(request)
+        span = contextlib.nullcontext() if self.traces is None else self.traces.operation(name, target)
+        with self.audit.recorded(caller, host.owner, name, target), self.metrics.operation(name), span:
             yield
 
     async def carry_out(self, caller: Caller, request: Request[R]) -> R:

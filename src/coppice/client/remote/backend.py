@@ -20,6 +20,7 @@ from coppice.agent.copy import copy_in, copy_out
 from coppice.client.remote import copies, streams, uploads
 from coppice.client.remote.address import Address, parse_address
 from coppice.client.remote.failures import encoded, error_from, unreachable
+from coppice.client.remote.tracing import trace_headers
 from coppice.completion import complete
 from coppice.errors import CoppiceError, HostCannot, NotSupported
 from coppice.model import Progress, ProgressSink, from_json, no_progress
@@ -117,6 +118,7 @@ class RemoteBackend:
             "content-type": "application/json",
             "accept": f"{_EVENTS}, application/json",
             "idempotency-key": secrets.token_urlsafe(18),
+            **trace_headers(),
         }
         client = self._connected()
         failing_since: float | None = None

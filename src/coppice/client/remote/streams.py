@@ -15,6 +15,7 @@ from websockets.frames import CloseCode
 from coppice.agent.collecting import Collecting
 from coppice.client.remote.address import Address
 from coppice.client.remote.failures import encoded, error_from, refusal, unreachable
+from coppice.client.remote.tracing import trace_headers
 from coppice.errors import GuestRefused, HostCannot
 from coppice.model import FileStat, Record
 from coppice.model.guest import Exit, Stream, Unpacked
@@ -51,7 +52,7 @@ async def opened(
     url = address.websocket_url + path
     message = encoded(first).decode()
     options: dict[str, Any] = {
-        "additional_headers": headers,
+        "additional_headers": {**headers, **trace_headers()},
         "open_timeout": _OPEN_S,
         "max_size": None,
         "compression": None,  # costs more than it saves: a gigabyte of zeros would take seconds of CPU at both ends
