@@ -92,13 +92,15 @@ def client_of(address: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url="http://coppice", transport=transport, timeout=START_S)
 
 
-def serve_command(home: str, socket: str, **options: Any) -> int:
-    """Run `coppice serve` on a unix socket until a signal. Return its exit status.
+def serve_command(home: str, listen: str, **options: Any) -> int:
+    """Run `coppice serve` until a signal. Return its exit status.
+
+    `listen` is as for the option `--listen`.
 
     `options` are those of hosts over machines of the tests. Nothing else differs from the command.
     """
     host.LocalBackend = functools.partial(LocalBackend, **options)  # type: ignore[misc, assignment]
-    return cli.main(["--home", home, "serve", "--listen", f"unix:{socket}", "--spares", "0"])
+    return cli.main(["--home", home, "serve", "--listen", listen, "--spares", "0"])
 
 
 class Servers:
@@ -141,7 +143,7 @@ class Servers:
     @property
     def address(self) -> str:
         """The address of every server."""
-        return f"unix:{self._arguments[1]}"
+        return self._arguments[1]
 
     async def end(self, number: signal.Signals) -> None:
         """End the server by a signal."""

@@ -63,7 +63,7 @@ def work(home: str, socket: str, kind: Kind, step: int) -> int:
     Server.begin = begin  # type: ignore[method-assign,assignment]
     logging.getLogger("coppice.host.recovery").addHandler(_Recoveries())
     steps.install()
-    return serve_command(home, socket, **kind.options)
+    return serve_command(home, f"unix:{socket}", **kind.options)
 
 
 def main(home: str, socket: str, *arguments: str) -> int:
