@@ -11,7 +11,7 @@ from litestar import Response, delete, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, HeaderParameter, JSONBody, QueryParameter
-from litestar.response import ServerSentEvent, ServerSentEventMessage
+from litestar.response import ServerSentEventMessage
 
 from coppice.completion import complete
 from coppice.model import TreeNode, to_json
@@ -23,6 +23,7 @@ from coppice.server.document import EVENTS
 from coppice.server.ending import unless_ending
 from coppice.server.failures import failure_of
 from coppice.server.running import Operation, OperationView
+from coppice.server.sse import EventStream
 from coppice.server.table import CALLS, scope_of
 
 OPERATION_HEADER = "coppice-operation"
@@ -74,7 +75,7 @@ def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
             location = {"location": str(request.url_for("operation_get", key=operation.id))}
             return Response(operation.view(), status_code=202, headers=headers | location)
         if EVENTS in accept:
-            return ServerSentEvent(_events(operation), headers=headers)
+            return EventStream(_events(operation), headers=headers)
         return Response(await operation.result(), status_code=200, headers=headers)
 
     call.__annotations__ |= {

@@ -162,8 +162,8 @@ async def provide_caller(scope: Scope) -> Caller:
     return caller
 
 
-def require_scope(connection: Connection, handler: BaseRouteHandler) -> None:
-    """Guard: refuse a caller who lacks the handler's scope.
+async def require_scope(connection: Connection, handler: BaseRouteHandler) -> None:
+    """Guard: refuse a caller who lacks the handler's scope. Litestar runs a guard that is no coroutine in a thread.
 
     :raises Forbidden: the token lacks it
     """

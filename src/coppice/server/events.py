@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import msgspec
 from litestar import get
 from litestar.params import HeaderParameter, QueryParameter
-from litestar.response import ServerSentEvent, ServerSentEventMessage
+from litestar.response import ServerSentEventMessage
 
 from coppice.completion import in_thread
 from coppice.errors import UsageError
@@ -18,6 +18,7 @@ from coppice.requests import EventsRequest
 from coppice.server.context import Server, TheCaller, TheServer
 from coppice.server.document import EVENTS
 from coppice.server.ending import following
+from coppice.server.sse import EventStream
 from coppice.server.table import scope_of
 
 _KEEPALIVE_S: Final = 15.0
@@ -38,7 +39,7 @@ LastId = Annotated[
 )
 async def events_get(
     server: TheServer, caller: TheCaller, after: After = None, follow: Follow = True, last_id: LastId = None
-) -> ServerSentEvent:
+) -> EventStream:
     """Send an event for each instance of the caller that is made, changes its state or is removed.
 
     The header `Last-Event-ID` of the answer is the event after which the stream begins.
@@ -53,7 +54,7 @@ async def events_get(
         # The place is fixed before the answer: a client that then lists instances misses no event.
         after = await in_thread(host.rooms.store.events.newest) if follow else 0
     headers = {"last-event-id": str(after)}
-    return ServerSentEvent(_messages(server, host, EventsRequest(after=after, follow=follow)), headers=headers)
+    return EventStream(_messages(server, host, EventsRequest(after=after, follow=follow)), headers=headers)
 
 
 async def _messages(

@@ -60,6 +60,7 @@ def listen(where: Listening) -> Iterator[socket.socket]:
             _translated(action),
             socket.create_server((where.address, where.port), family=family, backlog=_BACKLOG) as opened,
         ):
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # of each accepted connection
             yield opened
         return
     if where.socket.is_socket() and _answers(where.socket):
