@@ -25,6 +25,7 @@ class CpuFacts:
     flags: frozenset[str]
     mhz: float
     model: str
+    vendor: str
 
     @property
     def virtualization(self) -> bool:
@@ -46,6 +47,7 @@ def parse_cpuinfo(text: str) -> CpuFacts:
         flags=frozenset(fields.get("flags", "").split()),
         mhz=float(fields.get("cpu MHz", "0") or 0),
         model=fields.get("model name", "unknown"),
+        vendor=fields.get("vendor_id", "unknown"),
     )
 
 

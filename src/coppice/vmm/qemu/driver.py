@@ -93,7 +93,7 @@ class QemuDriver(VmmDriver):
             vmm_version=await host.version(),
             machine=command.machine_type(machine),
             accel=accel,
-            cpu_model="max" if accel == "tcg" else "host",
+            cpu_model="max" if accel == "tcg" else host.kvm_cpu_model(cpu),
             cpu_flags="" if accel == "tcg" else cpu.flags_digest,  # TCG's CPU is the same on every host
             kernel=machine.kernel,
             memory_bytes=machine.memory_bytes,
