@@ -22,10 +22,11 @@ import msgspec
 
 from coppice.cli import main
 from coppice.cli.context import Cli
-from coppice.errors import NotFound
+from coppice.client.joining import Local
+from coppice.errors import GuestRefused, NotFound
 from coppice.model import Instance, MachineSpec, MemoryReport, ProcessSpec, ProgressSink, Sharing, State
 from coppice.model.guest import Exit, Stream
-from coppice.requests import LogsRequest, OpenExecRequest, Request, UnloadableRequest
+from coppice.requests import ConnectRequest, LogsRequest, OpenExecRequest, Request, UnloadableRequest
 
 if TYPE_CHECKING:
     from coppice.client import AsyncHost
@@ -121,13 +122,20 @@ class FakeHost:
         return answer
 
     @contextlib.asynccontextmanager
-    async def stream(self, request: LogsRequest | OpenExecRequest) -> AsyncIterator[Any]:
-        """Return a log, or a local command; an instance called `nobody` does not exist."""
+    async def stream(self, request: LogsRequest | OpenExecRequest | ConnectRequest) -> AsyncIterator[Any]:
+        """Return a log, a local command, or a connection to a local server.
+
+        An instance called `nobody` does not exist.
+        """
         self.calls.append(request)
         if request.instance == "nobody":
             raise NotFound("there is no instance 'nobody'", hint="`coppice ls` lists the existing ones")
         if isinstance(request, LogsRequest):
             yield self._log(request)
+            return
+        if isinstance(request, ConnectRequest):
+            async with _local_connection(request) as connection:
+                yield connection
             return
         session = await LocalSession.start(request)
         try:
@@ -141,6 +149,27 @@ class FakeHost:
             yield line
         if request.follow:
             await asyncio.Event().wait()
+
+
+@contextlib.asynccontextmanager
+async def _local_connection(request: ConnectRequest) -> AsyncIterator[Local]:
+    try:
+        reader, writer = (
+            await asyncio.open_connection("127.0.0.1", request.to)
+            if isinstance(request.to, int)
+            else await asyncio.open_unix_connection(request.to.removeprefix("unix:"))
+        )
+    except OSError as error:
+        raise GuestRefused(f"cannot connect: {os.strerror(error.errno or 0)}", errno=error.errno or 0) from error
+    try:
+        yield Local(reader, writer)
+    finally:
+        writer.close()
+
+
+def _health(request: Request[Any]) -> None:
+    if named(request) == "nobody":
+        raise NotFound("there is no instance 'nobody'", hint="`coppice ls` lists the existing ones")
 
 
 class LocalSession:
@@ -249,4 +278,4 @@ _WITH_TERMINAL = "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, te
 PROGRAM = Path(__file__)
 
 if __name__ == "__main__":
-    sys.exit(main(host_factory=FakeHost().factory))
+    sys.exit(main(host_factory=FakeHost(health=_health).factory))

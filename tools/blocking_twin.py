@@ -9,6 +9,7 @@ import textwrap
 NOTE = "# Written by tools/generate_client.py from client/aio: change that, then run it.\n\n"
 _IMPORTS = """
 import contextlib
+import socket
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -173,6 +174,9 @@ def _method(owner: ast.ClassDef, node: ast.FunctionDef | ast.AsyncFunctionDef) -
     if result.startswith("AbstractAsyncContextManager"):
         body = f"with self._portal.within({called}) as opened:\n    yield ExecSession(self._portal, opened)"
         return _whole(f"@contextlib.contextmanager\n    {head}Iterator[ExecSession]", doc, body)
+    if result == "Connecting":
+        body = f"with self._portal.within({called}.as_socket()) as opened:\n    yield opened"
+        return _whole(f"@contextlib.contextmanager\n    {head}Iterator[socket.socket]", doc, body)
     if result.startswith("AsyncIterator"):
         return _whole(head + result.removeprefix("Async"), doc, f"return self._portal.iterate({called})")
     result = re.sub(r"^Opening\[(.*)\]$", r"\1", result)

@@ -28,6 +28,7 @@ from blocking_twin import blocking_module
 from coppice import requests
 from coppice.host.opened import OpenedHost
 from coppice.model import ForkReport, Instance
+from coppice.model.guest import Connection
 from coppice.model.inspection import StandbyReport
 from coppice.requests import forks, guest, host, images, machines, snapshots, volumes
 from coppice.requests.base import Request, StreamRequest, description_of, extra_of, fields_of, result_of
@@ -75,7 +76,7 @@ def _modules() -> dict[str, tuple[str, list[tuple[str, str, str, Operations]]]]:
         ),
         "guest": (
             "Operations inside a machine.",
-            [("MachineGuest", "MachineBase", "Commands, files and logs of a machine.", inside)],
+            [("MachineGuest", "MachineBase", "Commands, connections, files and logs of a machine.", inside)],
         ),
         "operations": (
             "Operations of a host, except those of its managers and machines.",
@@ -245,6 +246,8 @@ def _result(kind: type[Request[Any]], name: str, request: str, progress: str) ->
     call = f"await self._backend.call({request}{progress})"
     if issubclass(kind, StreamRequest):
         spelled = _spelled(result)
+        if result is Connection:
+            return "def", "Connecting", f"return self._connected({request})"
         if get_origin(result) is None:
             return "def", f"AbstractAsyncContextManager[{spelled}]", f"return self._backend.stream({request})"
         body = f"async with self._backend.stream({request}) as items:\n    async for item in items:\n        yield item"
@@ -299,6 +302,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from coppice.client.aio.base import Bound, MachineBase, key_of, text_of
 from coppice.client.backend import Backend, Opening
+from coppice.client.joining import Connecting
 from coppice.model import (
     BudgetUse, Budgets, CaptureReport, Check, ExecResult, FileStat, GcReport, Image, MemoryReport, ProgressSink, Publish, Snapshot,
     Egress, EgressReport, HealthCheck, Limits, RestartPolicy, SnapshotKind, State, TreeNode, VerifyReport, Volume, VolumeMount, no_progress,

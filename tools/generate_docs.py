@@ -21,6 +21,7 @@ import click
 
 from coppice import client, errors, model
 from coppice.cli.app import app
+from coppice.client.joining import Connecting
 from coppice.machine.rooms import Deadlines
 from coppice.model.guest import Exit, Health
 from coppice.model.inspection import Inspection, SnapshotInspection, StandbyReport, VolumeInspection
@@ -80,6 +81,9 @@ def api_page() -> str:
         "What `open_exec` of a `Machine` yields. That of an `AsyncMachine` is the same with `await` and `async for`.\n",
         _prose(client.ExecSession.__doc__),
         *_methods(client.ExecSession),
+        "## `Connecting`\n",
+        _prose(Connecting.__doc__),
+        *_methods(Connecting),
         "## Data\n",
         _prose((model.__doc__ or "").partition("\n\n")[2]),
         *(part for kind in _data_types() for part in _record(kind)),

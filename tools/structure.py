@@ -28,16 +28,17 @@ _GENERATED = "# Written by tools/"
 _TABLE = re.compile(r"<!-- structure -->\n.*?<!-- end of structure -->\n", re.DOTALL)
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 DUTIES = {
-    "addresses": "the validator of published ports and egress policies",
+    "addresses": "the validator of published ports, egress policies and servers in guests",
     "__init__": "the names of the public API, each imported at its first use",
     "__main__": "`python -m coppice`",
-    "agent": "the protocol of the guest agent and its client: exec, files, trees; the agent itself is `agent/c`",
+    "agent": "the protocol of the guest agent and its client: exec, connections, files, trees; the agent itself is `agent/c`",
     "agent/c": "the guest agent, in C: process 1 of every guest",
     "vmm/launcher": "the launcher of VMM processes, in C",
     "agent/random": "files for guests: OpenSSL and Node.js take every random number from the kernel",
     "boot": "kernels, their modules, and the initramfs",
     "cli": "the command line: it makes requests, and prints the results",
     "client": "the public API: hosts, managers and handles, and their blocking twins",
+    "flow": "streams of bytes between servers in guests and clients, over WebSockets too",
     "completion": "blocking work in threads; cleanup that a cancellation does not interrupt",
     "content": "the content-addressed store of images, kernels, initramfs and empty disks",
     "doctor": "checks of the host, each with its cure",

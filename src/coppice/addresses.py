@@ -1,4 +1,4 @@
-"""The validator of a machine's network options: published ports and egress policies."""
+"""The validator of addresses: published ports, egress policies, and servers in guests."""
 
 from __future__ import annotations
 
@@ -111,3 +111,20 @@ def check_publish_many(ports: Sequence[Publish], count: int) -> None:
             "several forks cannot publish the same host port",
             hint="give each its own address, as in `own:8080:80`, or any port, as in `auto:80`",
         )
+
+
+def check_endpoint(to: int | str) -> int | str:
+    """Return a valid port or unix socket of a guest unchanged.
+
+    :raises UsageError: it is neither a port nor `unix:` and an absolute path or an abstract name
+    """
+    if isinstance(to, int):
+        good = 1 <= to <= 65535
+    else:
+        kind, _, path = to.partition(":")
+        good = kind == "unix" and len(path) > 1 and path[0] in "/@" and "\0" not in path
+    if not good:
+        raise UsageError(
+            f"{to!r:.80} is not a port or a unix socket", hint="write 1 to 65535, unix:/run/app.sock or unix:@name"
+        )
+    return to

@@ -123,6 +123,17 @@ async def beside(side: Coroutine[Any, Any, None], main: Coroutine[Any, Any, T]) 
         await asyncio.wait({helping, working})
 
 
+async def both(one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]) -> None:
+    """Await both to their ends. The first error cancels the other one, and is raised."""
+    tasks = asyncio.create_task(one), asyncio.create_task(other)
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
 async def complete(work: Awaitable[T], *, on_cancel: Callable[[], None] = lambda: None) -> T:
     """Await `work` to its end, even if this task is cancelled meanwhile; raise the cancellation
     afterwards.

@@ -60,6 +60,9 @@ async def test_a_token_allows_its_scopes_only(tcp_address: str, make_host: HostF
         with pytest.raises(Forbidden):
             async with vm.open_exec(["hostname"]):
                 pass
+        with pytest.raises(Forbidden):
+            async with vm.connect(80):
+                pass
         assert (await vm.refresh()).name == "oak"
 
 

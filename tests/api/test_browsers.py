@@ -99,7 +99,9 @@ async def test_the_tree_is_that_of_the_call(tcp_address: str, make_host: HostFac
         assert (await client.get("/tree", headers=others)).json() == []
 
 
-@pytest.mark.parametrize("path", ["/stream/exec", "/instances/oak/exec", "/instances/oak/console", "/stream/logs"])
+@pytest.mark.parametrize(
+    "path", ["/stream/exec", "/instances/oak/exec", "/instances/oak/console", "/stream/logs", "/stream/connect"]
+)
 async def test_a_socket_takes_its_token_as_a_subprotocol(tcp_address: str, make_host: HostFactory, path: str) -> None:
     """The server chooses the plain subprotocol, never the one with the token. A wrong token is refused."""
     async with make_host() as local:

@@ -22,15 +22,17 @@ from servers import served_hosts
 
 SERVED = frozenset(
     {
+        "test_connections",
         "test_error_tree",
         "test_fork_payloads",
         "test_handles",
         "test_published_ports",
+        "test_readiness",
         "test_shared_random",
         "test_trusted_certificates",
     }
 )
-SUPERVISED = frozenset({"test_auto_standby", "test_expiry", "test_health_checks", "test_restarts"})
+ALIKE = frozenset({"test_auto_standby", "test_connections", "test_expiry", "test_health_checks", "test_restarts"})
 """Modules whose tests run with one kind of fake machines."""
 
 
@@ -41,8 +43,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Neither a server nor a supervisor depends on how fake machines keep their RAM: one kind is
-    enough.
+    """Neither a server nor a supervisor nor a connection depends on how fake machines keep their
+    RAM: one kind is enough.
     """
     unwanted = [item for item in items if _is_repeated(item)]
     if unwanted:
@@ -52,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_repeated(item: pytest.Item) -> bool:
     call = getattr(item, "callspec", None)
-    if call is None or (call.params.get("carrier") != "served" and item.path.stem not in SUPERVISED):
+    if call is None or (call.params.get("carrier") != "served" and item.path.stem not in ALIKE):
         return False
     return bool(call.params.get("personality", PERSONALITIES[0]) != PERSONALITIES[0])
 

@@ -15,6 +15,7 @@ from coppice.client import AsyncHost, AsyncMachine
 from coppice.errors import InUse, InvalidName, NameTaken, NotFound, Refused
 from coppice.model import MIB, Instance, State, VolumeMount
 from coppice.requests import (
+    ConnectRequest,
     DemoteRequest,
     ExecRequest,
     ForkRequest,
@@ -120,6 +121,9 @@ async def test_another_owners_instance_is_not_found(hosts: Hosts) -> None:
                 pass
         with pytest.raises(NotFound):
             async with bob.stream(OpenExecRequest(instance=reference, argv=["hostname"])):
+                pass
+        with pytest.raises(NotFound):
+            async with bob.stream(ConnectRequest(instance=reference, to=80)):
                 pass
     assert snapshot(hosts[""]) == before
     assert await ask(hosts["alice"], "oak", "hostname") == "oak"

@@ -31,8 +31,15 @@ from fakes.wire import Fault, Peer
 
 _TIMED_OUT = 1
 _STDIN = 2
-_OF_FILES = frozenset(
-    {FrameType.FILE_READ, FrameType.FILE_WRITE, FrameType.FILE_STAT, FrameType.TAR_OUT, FrameType.TAR_IN}
+_RELAYED = frozenset(
+    {
+        FrameType.FILE_READ,
+        FrameType.FILE_WRITE,
+        FrameType.FILE_STAT,
+        FrameType.TAR_OUT,
+        FrameType.TAR_IN,
+        FrameType.CONNECT,
+    }
 )
 _LATE = frozenset(
     {
@@ -229,7 +236,7 @@ class FakeGuest:
     # Sessions
 
     async def _session(self, stream: Stream, frame: Frame) -> None:
-        if frame.type in _OF_FILES:
+        if frame.type in _RELAYED:
             await relay(stream, frame)
             return
         if frame.type != FrameType.EXEC:

@@ -1,7 +1,8 @@
-"""Files of a fake guest: the real agent works on them, as a process of this host.
+"""Files and sockets of a fake guest: the real agent works on them, as a process of this host.
 
-The paths of such a guest are those of the host. So a guest has no files unless a test names the
-directory of its files with `files_below`, and then no others.
+The paths and ports of such a guest are those of the host. So a guest has no files unless a test
+names the directory of its files with `files_below`, and then no others; and no ports but those that a
+test names with `listening`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _NUMBER = 1  # of the stream, to the agent
 
 _roots: list[Path] = []
+_ports: list[int] = []
 
 
 @contextlib.contextmanager
@@ -46,9 +48,25 @@ def files_below(root: Path) -> Iterator[None]:
         _roots.remove(root)
 
 
+@contextlib.contextmanager
+def listening(port: int) -> Iterator[None]:
+    """Let fake guests reach a port of this host, for a block."""
+    _ports.append(port)
+    try:
+        yield
+    finally:
+        _ports.remove(port)
+
+
 def _require_inside(frame: Frame) -> None:
-    """Refuse a request for any other file of this host."""
-    path = os.path.normpath(Fields(frame.payload).text(1))
+    """Refuse a request for any other file or port of this host."""
+    fields = Fields(frame.payload)
+    connects = frame.type == FrameType.CONNECT
+    if connects and (port := fields.integer(1, 0)):
+        if port not in _ports:
+            raise Fault(errno.ECONNREFUSED, f"port {port}: Connection refused")
+        return
+    path = os.path.normpath(fields.text(2 if connects else 1))
     if not any(path == str(root) or path.startswith(f"{root}/") for root in _roots):
         raise Fault(errno.ENOSYS, "a fake guest has no files")
 

@@ -5,6 +5,7 @@ must accept it.
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import assert_type
 
 import coppice
@@ -30,6 +31,11 @@ async def main() -> None:
                 assert_type(data, bytes)
                 assert stream
             assert_type(await session.wait(), coppice.Exit)
+        async with vm.connect(9222) as (reader, writer):
+            writer.write(b"ping")
+            assert_type(await reader.readline(), bytes)
+        async with vm.connect("unix:/run/app.sock").as_socket() as sock:
+            assert_type(sock, socket.socket)
         async for line in vm.logs(follow=True):
             assert_type(line, bytes)
         assert_type(await vm.stop(), coppice.AsyncMachine)

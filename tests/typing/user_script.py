@@ -4,6 +4,7 @@ must accept it.
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import assert_type
 
@@ -30,6 +31,8 @@ def main() -> None:
                 assert_type(data, bytes)
                 assert stream
             assert_type(session.wait(), coppice.Exit)
+        with vm.connect(9222) as sock:
+            assert_type(sock, socket.socket)
         assert_type(vm.exec(["true"], timeout_s=5.0).exit_code, int)
         assert_type(vm.state, coppice.State)
         assert_type(vm.record.mem_file, coppice.MemFile | None)

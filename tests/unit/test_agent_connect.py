@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 
 from agent_process import BUILDS, running_agent
 from coppice.agent.channel import Channel
-from coppice.agent.protocol import FrameType, encode_fields
+from coppice.agent.connection import connect
+from coppice.agent.protocol import CREDIT_SIZE, FrameType, encode_fields
 from coppice.errors import GuestRefused
 
 
@@ -54,6 +57,101 @@ async def test_both_directions_and_their_ends(build: str, kind: str, tmp_path: P
         assert frame.type == FrameType.DATA_EOF
         assert bytes(got) == data[::-1]
         stream.final(await stream.receive())
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("size", [0, 1 << 20])
+async def test_a_reset_is_no_end(build: str, size: int) -> None:
+    """A server that breaks the connection has not ended its data, whichever direction notices it first.
+
+    If its data fills the window, the agent does not read, and a write notices it.
+    """
+    aborted = asyncio.Event()
+
+    async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes(size))
+        await reader.readexactly(1)
+        server_end = writer.get_extra_info("socket")
+        server_end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+        aborted.set()
+
+    server = await asyncio.start_server(broken, "127.0.0.1", 0)
+    async with server, channel_to(build) as channel:
+        fields = encode_fields([(1, int(server.sockets[0].getsockname()[1]))])
+        stream = await channel.open(FrameType.CONNECT, fields)
+        assert (await stream.receive()).type == FrameType.STARTED
+        async with asyncio.timeout(30):
+            while sum(len(frame.payload) for frame in stream._frames) < min(size, CREDIT_SIZE):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # no event tells that the window is full
+        await stream.send_data(FrameType.DATA, b"x")
+        await aborted.wait()
+        await asyncio.sleep(0)  # the transport closes its socket now
+        await stream.send_data(FrameType.DATA, b"more")
+        while (frame := await stream.receive()).type == FrameType.DATA:
+            pass
+        with pytest.raises(GuestRefused, match="reset"):
+            stream.final(frame)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+async def test_the_end_of_a_connection_waits_for_its_bytes(build: str, tmp_path: Path) -> None:
+    """A client that leaves while the agent still has its bytes, because the server does not read, loses none."""
+    loop = asyncio.get_running_loop()
+    leaving = asyncio.Event()
+    piece = bytes(4096)
+    sent = 0
+
+    async def late(listener: socket.socket) -> int:
+        sock, _ = await loop.sock_accept(listener)
+        with sock:
+            await leaving.wait()
+            return sum([len(data) async for data in _all(sock)])
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        listener.setblocking(False)
+        serving = asyncio.create_task(late(listener))
+        async with channel_to(build) as channel:
+            async with connect(channel, f"unix:{tmp_path}/s") as connection:
+                low = 0  # how often there was no credit for another piece after an answer of the agent
+                while low < 2:
+                    if connection._stream.window >= len(piece):
+                        await connection.send(piece)
+                        sent, low = sent + len(piece), 0
+                    else:
+                        await channel.call(FrameType.FILE_STAT, encode_fields([(1, "/")]))
+                        low += 1
+                leaving.set()
+            assert await asyncio.wait_for(serving, 30) == sent
+
+
+@pytest.mark.parametrize("build", BUILDS)
+async def test_a_full_queue_is_waited_for(build: str, tmp_path: Path) -> None:
+    """A unix socket whose server is slow to accept refuses for the moment only."""
+
+    async def reach(channel: Channel) -> None:
+        async with connect(channel, f"unix:{tmp_path}/s"):
+            pass
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(0)
+        listener.setblocking(False)
+        async with channel_to(build) as channel, connect(channel, f"unix:{tmp_path}/s"):
+            waiting = asyncio.create_task(reach(channel))
+            for _ in range(3):
+                await channel.call(FrameType.FILE_STAT, encode_fields([(1, "/")]))
+            assert not waiting.done()
+            accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
+            await asyncio.wait_for(waiting, 30)
+            accepted.close()
+
+
+async def _all(sock: socket.socket) -> AsyncIterator[bytes]:
+    while data := await asyncio.get_running_loop().sock_recv(sock, 1 << 16):
+        yield data
 
 
 @pytest.mark.parametrize("build", BUILDS)

@@ -11,7 +11,6 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -20,38 +19,9 @@ from typing import Any
 
 import pytest
 
-from cli_host import PROGRAM, FakeHost
+from cli_host import FakeHost
+from cli_process import PYTHON, command, environment, run, started
 from coppice.cli import main
-
-SOURCE = Path(__file__).parents[2] / "src"
-PYTHON = sys.executable
-
-
-def command(*words: str) -> list[str]:
-    """Return the argument list of the program."""
-    return [PYTHON, str(PROGRAM), *words]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Return the environment of the program."""
-    return {**os.environ, "PYTHONPATH": str(SOURCE), **more}
-
-
-def run(*words: str, stdin: bytes = b"", **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """Run the program to its end."""
-    return subprocess.run(
-        command(*words), input=stdin, env=environment(), capture_output=True, timeout=60, check=False, **options
-    )
-
-
-@contextlib.contextmanager
-def started(*words: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the program, and end it at the end of the block."""
-    with subprocess.Popen(command(*words), env=environment(), **options) as child:
-        try:
-            yield child
-        finally:
-            child.kill()
 
 
 def test_streams_are_binary_safe_and_separate() -> None:

@@ -14,7 +14,7 @@ from cli_lines import document, output_of, run
 from company import make_authority
 from coppice.addresses import check_egress
 from coppice.cli import parse
-from coppice.errors import InUse, NotFound, UsageError
+from coppice.errors import GuestTimeout, InUse, NotFound, UsageError
 from coppice.model import (
     MIB,
     CaptureReport,
@@ -34,7 +34,7 @@ from coppice.model import (
 )
 from coppice.model.inspection import StandbyReport
 from coppice.model.kernel import Kernel
-from coppice.requests import GetRequest, RmRequest
+from coppice.requests import GetRequest, ReadyRequest, RmRequest
 from fakes.records import make_capture
 
 VM = instance("vm")
@@ -100,6 +100,34 @@ def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path
         "health_check": HealthCheck(kind="http", port=80, path="/up", interval_s=10, restart=True),
         "auto_standby_s": None,
     }
+
+
+def test_run_waits_for_the_service(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --wait the name is printed when the health check has succeeded."""
+    host = FakeHost(run=VM, ready=VM)
+    assert output_of(capsys, host, "run", "debian", "--health", "http:80/", "--wait", "2m") == "vm\n"
+    assert host.asked("ready") == {"instance": VM.id, "deadline_s": 120}
+    for without in ([], ["--health", "none"], ["--health", "http:80", "--no-start"]):
+        assert run(host, "run", "debian", "--wait", "5s", *without) == 2
+        assert "--wait needs --health" in capsys.readouterr().err
+
+
+def test_ready_waits_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is reported; a late one is an error."""
+    late = GuestTimeout("the service of b does not answer after 5 s: exit status 1", hint="see `coppice logs b`")
+
+    def answer(request: ReadyRequest) -> Instance:
+        if request.instance == "b":
+            raise late
+        return VM
+
+    host = FakeHost(ready=answer)
+    assert output_of(capsys, host, "ready", "vm", "--timeout", "5s") == "vm is ready\n"
+    assert host.asked("ready")["deadline_s"] == 5
+    assert run(host, "ready", "vm", "b") == late.exit_code
+    shown = capsys.readouterr()
+    assert shown.out == "vm is ready\n"
+    assert "the service of b does not answer after 5 s: exit status 1" in shown.err
 
 
 def test_run_takes_its_defaults_from_the_host(capsys: pytest.CaptureFixture[str]) -> None:

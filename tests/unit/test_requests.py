@@ -143,7 +143,15 @@ def test_an_invalid_value_is_a_usage_error_with_a_hint(make: Callable[[], object
 def test_a_reference_is_a_name_or_an_id(kind: type[Request[Any]]) -> None:
     """A path, an option or a text with a NUL never reaches a file name or a command line."""
     field = next(each for each in ("instance", "snapshot", "volume") if each in kind.__struct_fields__)
-    fillers = {"argv": ["ls"], "path": "/x", "data": b"", "host_path": "x", "guest_path": "/x", "deadline_s": 1.0}
+    fillers = {
+        "argv": ["ls"],
+        "path": "/x",
+        "data": b"",
+        "host_path": "x",
+        "guest_path": "/x",
+        "deadline_s": 1.0,
+        "to": 80,
+    }
     others = {name: fillers[name] for name in kind.__struct_fields__ if name in fillers and name != field}
     assert kind(**{field: "oak", **others})
     for reference in ("../x", "-oak", "o/ak", "OAK", "", "oak\0"):

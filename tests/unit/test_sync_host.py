@@ -12,6 +12,8 @@ import inspect
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,13 +23,16 @@ from typing import Any
 
 import pytest
 
+from agent_process import agent_binary
 from coppice.agent.process import ExecSession as AgentSession
 from coppice.client import AsyncHost, AsyncMachine, ExecSession, Host, Machine
 from coppice.client.aio import images, managers
 from coppice.client.blocking import images as blocking_images
 from coppice.client.blocking import managers as blocking_managers
 from coppice.client.portal import Portal
+from coppice.errors import GuestRefused
 from fakes.driver import FakeDriver
+from fakes.relay import listening
 from fakes.rooms import DEADLINES, open_rooms
 
 TWINS: list[tuple[type, type]] = [
@@ -53,7 +58,7 @@ def parameters(function: Any) -> list[inspect.Parameter]:
 
 def blocking(annotation: str) -> str:
     """Return the blocking form of an asynchronous annotation."""
-    annotation = re.sub(r"^Opening\[(.*)\]$", r"\1", annotation)
+    annotation = re.sub(r"^Opening\[(.*)\]$", r"\1", annotation).replace("Connecting", "Iterator[socket.socket]")
     return (
         re.sub(r"\bAsync(\w)", r"\1", annotation).replace("AbstractContextManager", "Iterator").replace("Abstract", "")
     )
@@ -370,6 +375,35 @@ def test_a_host_over_fake_machines(fake_vmm: Path, fake_home: Path) -> None:
             with template.fork_one(name="one") as one:
                 assert (one.name, one.state, host.get("one")) == ("one", "Running", one)
         assert host.ls() == []
+
+
+def test_a_connection_is_a_socket(fake_vmm: Path, fake_home: Path) -> None:
+    """Blocking code gets a socket: it sends and receives, both directions end, and errors are raised."""
+    agent_binary("static")  # the first call compiles it, which can take as long as a deadline
+    with (
+        Host(fake_home, driver=FakeDriver(fake_vmm), deadlines=DEADLINES, open_rooms=open_rooms) as host,
+        host.run(host.images.ls()[0].name, memory_bytes=64 << 20) as vm,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        listening(int(server.getsockname()[1])),
+    ):
+        with vm.connect(server.getsockname()[1]) as sock, server.accept()[0] as guest:
+            sock.sendall(b"ping")
+            sock.shutdown(socket.SHUT_WR)
+            with guest.makefile("rb") as stream:
+                assert stream.read() == b"ping"
+            guest.sendall(bytes(1 << 20))
+            guest.shutdown(socket.SHUT_WR)
+            with sock.makefile("rb") as stream:
+                assert stream.read() == bytes(1 << 20)
+        with pytest.raises(GuestRefused, match="cannot connect to port 1 "), vm.connect(1):
+            pytest.fail("connected")
+        opening = vm.connect(server.getsockname()[1])
+        sock, guest = opening.__enter__(), server.accept()[0]
+        guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        guest.close()
+        assert sock.recv(1) == b""
+        with pytest.raises(GuestRefused, match="was lost"):
+            opening.__exit__(None, None, None)
 
 
 def test_a_host_that_cannot_be_opened_leaves_no_thread(tmp_path: Path) -> None:

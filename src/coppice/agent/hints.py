@@ -27,6 +27,15 @@ _BY_REQUEST: Final[dict[FrameType, dict[int, str]]] = {
     FrameType.TAR_OUT: {_ANY: "see what is there with `coppice exec NAME -- ls -la DIRECTORY`"},
     FrameType.FILE_WRITE: {**_WRITES, _ANY: "see what is at the path with `coppice exec NAME -- ls -la DIRECTORY`"},
     FrameType.TAR_IN: {**_WRITES, _ANY: "see what is at the path with `coppice exec NAME -- ls -la DIRECTORY`"},
+    FrameType.CONNECT: {
+        errno.ECONNREFUSED: "nothing listens there: `coppice exec NAME -- ss -ltnx` lists what does, if the image has ss",
+        errno.ENOENT: "there is no such socket: see what is there with `coppice exec NAME -- ls -la DIRECTORY`",
+        errno.EAGAIN: "its server does not accept connections: try again later",
+        errno.EPROTOTYPE: "it is a socket for datagrams: connect to one for streams",
+        errno.ENAMETOOLONG: "a socket's path has 107 bytes at most: "
+        "make a link to its directory with `coppice exec NAME -- ln -s DIRECTORY /run/short`",
+        _ANY: "see the server's log, or the guest's console with `coppice logs NAME`",
+    },
     FrameType.FREEZE: {_ANY: "stop the machine with `coppice stop NAME`; then its disk can be forked"},
     FrameType.CLOCK: {_ANY: _CONSOLE},
 }

@@ -1,4 +1,4 @@
-"""A session with a guest: run commands, read and write files, pack and unpack trees."""
+"""A session with a guest: run commands, reach its sockets, read and write files and trees."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import AbstractAsyncContextManager
 
 import msgspec
 
-from coppice.agent import process
+from coppice.agent import connection, process
 from coppice.agent.channel import Channel
 from coppice.agent.collecting import chunks_of
+from coppice.agent.connection import GuestConnection
 from coppice.agent.process import Command, ExecSession
 from coppice.agent.protocol import Fields, FrameType, encode_fields
 from coppice.errors import CoppiceError, GuestError, GuestProtocolError
@@ -112,6 +113,12 @@ class Session:
     async def commands(self) -> list[GuestCommand]:
         """Return the commands that run in the guest, and the latest that have ended."""
         return await process.commands(self._channel)
+
+    # ---- sockets ----
+
+    def connect(self, to: int | str) -> AbstractAsyncContextManager[GuestConnection]:
+        """Connect to a port or a unix socket of the guest, as `coppice.agent.connection.connect`."""
+        return connection.connect(self._channel, to)
 
     # ---- files ----
 

@@ -170,6 +170,12 @@ class RemoteStream:
                 await self._channel.send(encode_data(kind, self.id, view[:size]))
             view = view[size:]
 
+    async def taken(self) -> None:
+        """Wait until the guest has passed on all data that was sent, or the stream has ended."""
+        while self.window < WINDOW_SIZE and not self.ended:
+            self._changed.clear()
+            await self._changed.wait()
+
     def abandon(self) -> None:
         """Ask the agent to end what the stream shows, and ignore the rest. Idempotent."""
         self._part(FrameType.END)

@@ -56,6 +56,8 @@ _MEANT = {
     "save": "`coppice cp NAME:PATH DIR` copies files out of a machine",
     "export": "`coppice cp NAME:PATH DIR` copies files out of a machine",
     "diff": "`coppice inspect NAME` shows how much of its disk a machine has written",
+    "forward": "`coppice port-forward NAME PORT` forwards a port of this machine to one of the guest",
+    "nc": "`coppice connect NAME PORT` is a connection to a port of the guest",
     "port": "`coppice inspect NAME` shows published ports",
     "show": "`coppice inspect NAME`",
     "describe": "`coppice inspect NAME`",

@@ -98,18 +98,25 @@ def run(
         ),
     ] = "missing",
     no_start: Annotated[bool, Option("--no-start", help="Make the instance, but do not boot it.")] = False,
+    wait: Annotated[
+        str | None,
+        Option("--wait", metavar="TIME", help="Then wait up to TIME, such as 60s, until its health check succeeds."),
+    ] = None,
     detach: options.Detach = False,
 ) -> None:
     """Make an instance of an image and boot it; print its name.
 
-    Return when the guest has answered. The first run fetches a kernel. Options go before `--`, the
-    command after it.
+    Return when the guest has answered, or with --wait its service. The first run fetches a kernel.
+    Options go before `--`, the command after it.
     """
     from coppice.names import parse_size
-    from coppice.requests import KernelAddRequest, RunRequest
+    from coppice.requests import KernelAddRequest, ReadyRequest, RunRequest
 
     del detach
     cli = Cli.of(ctx)
+    patience_s = None if wait is None else parse.duration(wait)
+    if patience_s is not None and (no_start or policies.health in (None, "none")):
+        raise UsageError("--wait needs --health, and a machine that starts", hint="add --health http:80/")
     if modules is not None and kernel is None:
         raise UsageError("--modules needs --kernel", hint="add --kernel PATH")
     memory_bytes, overlay_bytes = parse_size(memory), parse_size(overlay)
@@ -148,6 +155,8 @@ def run(
             **policies.policies(),
         )
     )
+    if patience_s is not None:
+        cli.request(ReadyRequest(instance=instance.id, deadline_s=patience_s))
     cli.show(instance, lambda: output.line(instance.name))
 
 
@@ -163,6 +172,28 @@ def start(
         names,
         lambda name: StartRequest(instance=name, ttl_s=ttl_s, on_expiry=on_expiry),
         several.is_now,
+    )
+
+
+def ready(
+    ctx: click.Context,
+    names: options.Names,
+    timeout: Annotated[
+        str, Option("--timeout", metavar="TIME", help="Fail if a service does not answer in this time.")
+    ] = "60s",
+) -> None:
+    """Wait until the services of Running instances answer: each health check has succeeded.
+
+    `coppice fork SOURCE -n 4 -q --health http:80/ | xargs coppice ready` waits for forks.
+    """
+    from coppice.requests import ReadyRequest
+
+    deadline_s = parse.duration(timeout)
+    several.change(
+        Cli.of(ctx),
+        names,
+        lambda name: ReadyRequest(instance=name, deadline_s=deadline_s),
+        lambda instance: f"{instance.name} is ready",
     )
 
 

@@ -29,7 +29,8 @@ _GROUPS: Final = {
     "lifecycle.Lifecycle": "run start stop standby restore promote demote egress update",
     "forks.Forks": "fork start_ahead",
     "removal.Removal": "rm",
-    "guest.Guest": "exec open_exec open_copy cp_in cp_out read_file write_file stat health logs wait",
+    "guest.Guest": "exec open_exec connect open_copy cp_in cp_out read_file write_file stat health logs wait",
+    "readiness.Readiness": "ready",
     "snapshots.Snapshots": "snapshot snapshot_ls snapshot_inspect snapshot_restore snapshot_fork snapshot_rm verify",
     "volumes.Volumes": "volume_create volume_ls volume_inspect volume_rm",
     "images.Images": (

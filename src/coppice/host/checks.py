@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Final
-
 from coppice.completion import in_thread
-from coppice.errors import CoppiceError
+from coppice.host.probes import probe
 from coppice.host.restarts import Restarts
 from coppice.model import HealthCheck, Instance, Observed, State
 from coppice.model.supervision import HealthState
-
-_LONGEST_ERROR: Final = 200
 
 
 class Checks(Restarts):
@@ -38,7 +33,7 @@ class Checks(Restarts):
             )
         if seen.checked_at is not None and now < seen.checked_at + check.interval_s:
             return seen, seen.checked_at + check.interval_s
-        error = await self._probe(instance, check)
+        error = await probe(self.rooms, instance, check)
         current = await in_thread(self.rooms.store.get, instance.id)
         if current.state is not State.RUNNING or current.started_at != instance.started_at:
             return seen, None  # the check met another state: its event brings the next look
@@ -70,45 +65,3 @@ class Checks(Restarts):
             checked_at=now,
             health_error=error or seen.health_error,
         )
-
-    async def _probe(self, instance: Instance, check: HealthCheck) -> str:
-        """Return what is wrong; empty if nothing is."""
-        try:
-            async with asyncio.timeout(check.timeout_s):
-                if check.kind == "exec":
-                    return await self._probe_by_command(instance, check)
-                address = await self.rooms.networks.of(instance.machine).reach(instance, check.port)
-                if address is None:
-                    return f"port {check.port} of the guest is not published"
-                return await (_connects if check.kind == "tcp" else _answers)(*address, check)
-        except TimeoutError:
-            return f"no answer within {check.timeout_s:g} s"
-        except (CoppiceError, OSError) as error:
-            return str(error)[:_LONGEST_ERROR]
-
-    async def _probe_by_command(self, instance: Instance, check: HealthCheck) -> str:
-        async with self.rooms.ports(instance).session(check.timeout_s) as session:
-            ran = await session.exec(check.command, cwd=check.workdir or None, timeout_s=check.timeout_s)
-        if ran.exit_code == 0:
-            return ""
-        said = (ran.stderr or ran.stdout).decode(errors="replace").strip()
-        return f"exit status {ran.exit_code}{': ' if said else ''}{said}"[:_LONGEST_ERROR]
-
-
-async def _connects(host: str, port: int, _check: HealthCheck) -> str:
-    _, writer = await asyncio.open_connection(host, port)
-    writer.close()
-    return ""
-
-
-async def _answers(host: str, port: int, check: HealthCheck) -> str:
-    import httpx  # of the server's dependencies
-
-    url = httpx.URL(scheme="http", host=host, port=port, raw_path=check.path.encode())
-    try:
-        async with httpx.AsyncClient(trust_env=False) as client, client.stream("GET", url) as response:
-            status = response.status_code
-    except httpx.HTTPError as error:
-        return f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
-    good = status == check.expected_status if check.expected_status else 200 <= status < 400
-    return "" if good else f"HTTP status {status}"

@@ -1,4 +1,4 @@
-"""Use cases inside a running guest: exec, files, logs."""
+"""Use cases inside a running guest: exec, connections, files, logs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from coppice.host.base import UseCases
 from coppice.machine import last_words
 from coppice.machine.follow import follow_file
 from coppice.model import ExecResult, FileStat, Instance, ProgressSink
-from coppice.model.guest import CopySession, ExecSession, Health
+from coppice.model.guest import Connection, CopySession, ExecSession, Health
 from coppice.model.lifecycle import Operation, require
 from coppice.requests import (
+    ConnectRequest,
     CpInRequest,
     CpOutRequest,
     ExecRequest,
@@ -74,6 +75,12 @@ class Guest(UseCases):
             ) as running,
         ):
             yield running
+
+    @contextlib.asynccontextmanager
+    async def connect(self, request: ConnectRequest) -> AsyncIterator[Connection]:
+        """Connect, and close the connection when the block ends."""
+        async with self._session(request.instance) as session, session.connect(request.to) as connection:
+            yield connection
 
     @contextlib.asynccontextmanager
     async def open_copy(self, request: OpenCopyRequest) -> AsyncIterator[CopySession]:

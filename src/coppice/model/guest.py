@@ -14,6 +14,7 @@ Source = bytes | AsyncIterable[bytes]
 OutputSink = Callable[[bytes], Awaitable[None] | None]
 
 MAX_COLLECTED = 64 * MIB
+FLUSH_S = 5.0  # for which the end of a connection waits until the guest has its data
 
 
 class Health(Record, frozen=True, kw_only=True):
@@ -81,6 +82,26 @@ class CopySession(Protocol):
         :param holes: leave out the holes of files
         :raises GuestRefused: the path cannot be read
         """
+
+
+class Connection(Protocol):
+    """A stream of bytes to a server in a guest. Its two directions end separately."""
+
+    async def receive(self) -> bytes:
+        """Return the next bytes from the server; nothing after their end.
+
+        :raises GuestRefused: the server broke the connection (`errno` ECONNRESET)
+        :raises VmmDied: the machine ended
+        """
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes to the server. Waits while the server does not read.
+
+        :raises GuestRefused: the server has closed the connection (`errno` EPIPE)
+        """
+
+    async def eof(self) -> None:
+        """End the direction to the server. Idempotent."""
 
 
 class ExecSession(Protocol):

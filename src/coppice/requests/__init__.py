@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coppice.requests.base import Request, StreamRequest
     from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
     from coppice.requests.guest import (
+        ConnectRequest,
         CpInRequest,
         CpOutRequest,
         ExecRequest,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         OpenCopyRequest,
         OpenExecRequest,
         ReadFileRequest,
+        ReadyRequest,
         StatRequest,
         WaitRequest,
         WriteFileRequest,
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetRequest",
+    "ConnectRequest",
     "CpInRequest",
     "CpOutRequest",
     "DemoteRequest",
@@ -116,6 +119,7 @@ __all__ = [
     "OpenExecRequest",
     "PromoteRequest",
     "ReadFileRequest",
+    "ReadyRequest",
     "Request",
     "RestoreRequest",
     "RmRequest",
@@ -149,8 +153,8 @@ _MODULES: Final = {
     "base": "Request StreamRequest",
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
-        "CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest OpenCopyRequest "
-        "OpenExecRequest ReadFileRequest StatRequest WaitRequest WriteFileRequest"
+        "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "
+        "OpenCopyRequest OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitRequest WriteFileRequest"
     ),
     "host": (
         "BudgetRequest DoctorRequest EventsRequest GcRequest GetRequest InspectRequest LsRequest "

@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
+from coppice.addresses import check_endpoint
 from coppice.model import MIB, ExecResult, FileStat, Instance
-from coppice.model.guest import CopySession, ExecSession, Health, TerminalSize
+from coppice.model.guest import Connection, CopySession, ExecSession, Health, TerminalSize
 from coppice.names import (
     check_command,
     check_env,
@@ -78,6 +79,27 @@ class OpenExecRequest(CommandRequest[ExecSession], StreamRequest[ExecSession], f
         super().check()
         if self.size is not None:
             check_terminal(self.size)
+
+
+class ConnectRequest(InstanceRequest[Connection], StreamRequest[Connection], frozen=True, kw_only=True):
+    """Connect to a server in a Running guest: to a TCP port of its own loopback, or to a unix socket.
+
+    It needs no network and no published port. The connection is closed at the end of the block. If
+    it was lost before, the end of the block raises the error.
+
+    :raises GuestRefused: nothing listens there, or the server broke the connection (`errno`)
+    :raises IllegalTransition: the machine is not running
+    """
+
+    to: Annotated[
+        int | str,
+        Meta(description="A port, or `unix:` and the absolute path of a socket. `unix:@NAME`: an abstract socket."),
+    ]
+
+    def check(self) -> None:
+        """Check the port or path too."""
+        super().check()
+        check_endpoint(self.to)
 
 
 class OpenCopyRequest(InstanceRequest[CopySession], StreamRequest[CopySession], frozen=True, kw_only=True):
@@ -190,6 +212,23 @@ class WaitRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
     """
 
     deadline_s: Annotated[float, Meta(description="How many seconds to wait at most.")]
+
+    def check(self) -> None:
+        """Also check the deadline."""
+        super().check()
+        check_timeout(self.deadline_s)
+
+
+class ReadyRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
+    """Wait until the machine's service answers its health check. A machine is Running when its
+    guest has its identity; its service may need longer.
+
+    :raises UsageError: the machine has no health check
+    :raises VmmDied: the machine ended meanwhile
+    :raises GuestTimeout: the service did not answer in time; the message has the latest failure
+    """
+
+    deadline_s: Annotated[float, Meta(description="How many seconds to wait at most.")] = 60.0
 
     def check(self) -> None:
         """Also check the deadline."""

@@ -15,7 +15,7 @@ from litestar.types import ASGIApp, Middleware
 
 from coppice.host.supervisor import Clock, Supervisor
 from coppice.model import Record
-from coppice.server import calls, console, copies, document, events, observing, page, streams
+from coppice.server import calls, connections, console, copies, document, events, observing, page, streams
 from coppice.server.audit import Audit
 from coppice.server.auth import Caller
 from coppice.server.bodies import JsonRequest
@@ -119,6 +119,7 @@ def make_app(
                 streams.stream_logs,
                 observing.audit_get,
                 observing.metrics_get,
+                connections.stream_connect,
                 copies.stream_copy,
                 copies.stream_upload,
                 console.instance_console,

@@ -75,7 +75,8 @@ class Upload(msgspec.Struct, forbid_unknown_fields=True):
     directory: bool = False
 
 
-async def _send_error(socket: Socket, error: Exception) -> None:
+async def send_error(socket: Socket, error: Exception) -> None:
+    """Send the frame of an error, with the errno of a guest."""
     errno = error.errno if isinstance(error, GuestRefused) else 0
     await send(socket, error=failure_of(error)[1], errno=errno)
 
@@ -83,7 +84,7 @@ async def _send_error(socket: Socket, error: Exception) -> None:
 @websocket("/stream/copy", opt={"scope": scope_of("cp_in")})
 async def stream_copy(socket: Socket, server: TheServer, caller: TheCaller) -> None:
     """Copy between a guest and the client's machine. A client that goes away ends the copy."""
-    async with answering(socket, report=_send_error):
+    async with answering(socket, report=send_error):
         request = await first_frame(socket, OpenCopyRequest)
         host = await server.host(caller)
         with server.observed(caller, host, request):
@@ -105,7 +106,7 @@ async def _step(socket: Socket, session: CopySession) -> None:
             if any("\udc80" <= each <= "\udcff" for each in found.link_target or ""):  # JSON cannot carry it
                 raise GuestRefused(f"{step.stat.path} is a link whose target is not UTF-8", hint="copy its target")
         except GuestRefused as error:
-            await _send_error(socket, error)
+            await send_error(socket, error)
         else:
             await send(socket, stat=found)
     elif step.tar_out is not None:
@@ -138,7 +139,7 @@ async def _content(socket: Socket) -> AsyncIterator[bytes]:
 @websocket("/stream/upload")
 async def stream_upload(socket: Socket, server: TheServer, caller: TheCaller) -> None:
     """Receive a file or directory, and keep it until the client goes away."""
-    async with answering(socket, report=_send_error):
+    async with answering(socket, report=send_error):
         first: Upload = await first_frame(socket, Upload)
         kind = REQUESTS.get(first.operation)
         if kind is None or not paths_of(kind):

@@ -116,7 +116,9 @@ static void feed_waiting(struct job *j)
         ssize_t n = write(j->in, j->input + j->start, j->end - j->start);
         if (n < 0 && (errno == EAGAIN || errno == EINTR || errno == ENOTCONN))
             return;
-        if (n <= 0) { /* the reader has closed it */
+        if (n <= 0) { /* the reader has closed it, or the connection is broken */
+            if (n < 0 && errno != EPIPE && j->kind == CONNECTION)
+                j->error = errno; /* the kernel tells it only once; the other direction just ends */
             n = (ssize_t)(j->end - j->start);
             shut(&j->in);
         }

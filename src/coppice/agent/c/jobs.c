@@ -22,7 +22,10 @@ static void collect(struct job *j, int *fd, uint8_t kind)
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (n <= 0) { /* a terminal without users answers EIO */
-        j->error = n < 0 && j->kind == CONNECTION ? errno : j->error;
+        if (n < 0 && j->kind == CONNECTION) { /* broken in both directions, which is no end of the data */
+            j->error = errno;
+            shut(&j->in);
+        }
         shut(fd);
         return;
     }

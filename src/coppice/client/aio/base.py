@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from coppice.client.backend import Backend, Opening
+from coppice.client.joining import Connecting
 from coppice.model import Image, Instance, ProgressSink, Snapshot, State, Volume
 from coppice.model.kernel import Kernel
 
 if TYPE_CHECKING:
     from coppice.client.aio.forks import AsyncForks
     from coppice.client.aio.machine import AsyncMachine
-    from coppice.requests import ForkRequest, Request, RunRequest, SnapshotForkRequest
+    from coppice.requests import ConnectRequest, ForkRequest, Request, RunRequest, SnapshotForkRequest
 
 
 class Bound:
@@ -42,6 +43,9 @@ class Bound:
             return self._machine(report.instances[0])
 
         return Opening(grown())
+
+    def _connected(self, request: ConnectRequest) -> Connecting:
+        return Connecting(self._backend.stream(request))
 
     def _machine(self, record: Instance) -> AsyncMachine:
         from coppice.client.aio.machine import AsyncMachine

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from coppice.client.aio.base import MachineBase, text_of
+from coppice.client.joining import Connecting
 from coppice.model import (
     ExecResult,
     FileStat,
@@ -19,6 +20,7 @@ from coppice.model import (
 from coppice.model.guest import ExecSession, Health
 from coppice.model.inspection import Inspection
 from coppice.requests import (
+    ConnectRequest,
     CpInRequest,
     CpOutRequest,
     ExecRequest,
@@ -27,6 +29,7 @@ from coppice.requests import (
     LogsRequest,
     OpenExecRequest,
     ReadFileRequest,
+    ReadyRequest,
     StatRequest,
     WaitRequest,
     WriteFileRequest,
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class MachineGuest(MachineBase):
-    """Commands, files and logs of a machine."""
+    """Commands, connections, files and logs of a machine."""
 
     async def exec(
         self,
@@ -120,6 +123,20 @@ class MachineGuest(MachineBase):
                 stdin=stdin,
             )
         )
+
+    def connect(self, to: int | str) -> Connecting:
+        """Connect to a server in a Running guest: to a TCP port of its own loopback, or to a unix
+        socket.
+
+        It needs no network and no published port. The connection is closed at the end of the block.
+        If it was lost before, the end of the block raises the error.
+
+        :param to: A port, or `unix:` and the absolute path of a socket. `unix:@NAME`: an abstract
+            socket.
+        :raises GuestRefused: nothing listens there, or the server broke the connection (`errno`)
+        :raises IllegalTransition: the machine is not running
+        """
+        return self._connected(ConnectRequest(instance=self.id, to=to))
 
     async def cp_in(self, host_path: Path | str, guest_path: str, *, progress: ProgressSink = no_progress) -> int:
         """Copy a file or directory of this machine into the guest, as `cp -r` does; return the bytes
@@ -206,6 +223,17 @@ class MachineGuest(MachineBase):
         :raises GuestTimeout: the machine still runs at the deadline
         """
         return self._became(await self._backend.call(WaitRequest(instance=self.id, deadline_s=deadline_s)))
+
+    async def ready(self, *, deadline_s: float = 60.0) -> Self:
+        """Wait until the machine's service answers its health check. A machine is Running when its
+        guest has its identity; its service may need longer.
+
+        :param deadline_s: How many seconds to wait at most.
+        :raises UsageError: the machine has no health check
+        :raises VmmDied: the machine ended meanwhile
+        :raises GuestTimeout: the service did not answer in time; the message has the latest failure
+        """
+        return self._became(await self._backend.call(ReadyRequest(instance=self.id, deadline_s=deadline_s)))
 
     async def inspect(self) -> Inspection:
         """Return one instance with its forks, its disk, and its memory as the kernel accounts it."""

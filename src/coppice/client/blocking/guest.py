@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class MachineGuest(MachineBase):
-    """Commands, files and logs of a machine."""
+    """Commands, connections, files and logs of a machine."""
 
     def exec(
         self,
@@ -104,6 +105,22 @@ class MachineGuest(MachineBase):
         ) as opened:
             yield ExecSession(self._portal, opened)
 
+    @contextlib.contextmanager
+    def connect(self, to: int | str) -> Iterator[socket.socket]:
+        """Connect to a server in a Running guest: to a TCP port of its own loopback, or to a unix
+        socket.
+
+        It needs no network and no published port. The connection is closed at the end of the block.
+        If it was lost before, the end of the block raises the error.
+
+        :param to: A port, or `unix:` and the absolute path of a socket. `unix:@NAME`: an abstract
+            socket.
+        :raises GuestRefused: nothing listens there, or the server broke the connection (`errno`)
+        :raises IllegalTransition: the machine is not running
+        """
+        with self._portal.within(self._twin.connect(to).as_socket()) as opened:
+            yield opened
+
     def cp_in(self, host_path: Path | str, guest_path: str, *, progress: ProgressSink = no_progress) -> int:
         """Copy a file or directory of this machine into the guest, as `cp -r` does; return the bytes
         copied.
@@ -181,6 +198,18 @@ class MachineGuest(MachineBase):
         :raises GuestTimeout: the machine still runs at the deadline
         """
         self._portal.call(self._twin.wait(deadline_s))
+        return self
+
+    def ready(self, *, deadline_s: float = 60.0) -> Self:
+        """Wait until the machine's service answers its health check. A machine is Running when its
+        guest has its identity; its service may need longer.
+
+        :param deadline_s: How many seconds to wait at most.
+        :raises UsageError: the machine has no health check
+        :raises VmmDied: the machine ended meanwhile
+        :raises GuestTimeout: the service did not answer in time; the message has the latest failure
+        """
+        self._portal.call(self._twin.ready(deadline_s=deadline_s))
         return self
 
     def inspect(self) -> Inspection:

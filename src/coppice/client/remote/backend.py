@@ -17,7 +17,7 @@ import msgspec
 from httpx_sse import EventSource
 
 from coppice.agent.copy import copy_in, copy_out
-from coppice.client.remote import copies, streams, uploads
+from coppice.client.remote import connections, copies, streams, uploads
 from coppice.client.remote.address import Address, parse_address
 from coppice.client.remote.failures import encoded, error_from, unreachable
 from coppice.client.remote.tracing import trace_headers
@@ -26,6 +26,7 @@ from coppice.errors import CoppiceError, HostCannot, NotSupported
 from coppice.model import Progress, ProgressSink, from_json, no_progress
 from coppice.model.events import Event
 from coppice.requests import (
+    ConnectRequest,
     CpInRequest,
     CpOutRequest,
     EventsRequest,
@@ -169,6 +170,8 @@ class RemoteBackend:
             opened = streams.open_logs(self._address, self._headers, request)
         elif isinstance(request, OpenCopyRequest):
             opened = copies.open_copy(self._address, self._headers, request)
+        elif isinstance(request, ConnectRequest):
+            opened = connections.open_connection(self._address, self._headers, request)
         elif isinstance(request, EventsRequest):
             opened = contextlib.aclosing(self._events(request))
         else:

@@ -36,6 +36,8 @@ class Message(Record, frozen=True, kw_only=True):
     error: dict[str, Any] | None = None
     errno: int = 0
     end: bool = False
+    eof: bool = False
+    window: int = 0
     stat: FileStat | None = None
     unpacked: Unpacked | None = None
     upload: str | None = None
