@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -32,12 +33,18 @@ def _directory() -> Path:
     return Path(directory.name)
 
 
+_compiling = threading.Lock()
 _keep: list[tempfile.TemporaryDirectory[str]] = []
 
 
-@functools.cache
 def agent_binary(build: str) -> Path:
-    """Compile the agent once per test run."""
+    """Compile the agent once per test run. Threads that ask at the same time wait for it."""
+    with _compiling:
+        return _compiled(build)
+
+
+@functools.cache
+def _compiled(build: str) -> Path:
     return compile_agent(build, SOURCE / "main.c", _STATIC if build == "static" else _SANITIZED)
 
 

@@ -26,7 +26,14 @@ from coppice.client.joining import Local
 from coppice.errors import GuestRefused, NotFound
 from coppice.model import Instance, MachineSpec, MemoryReport, ProcessSpec, ProgressSink, Sharing, State
 from coppice.model.guest import Exit, Stream
-from coppice.requests import ConnectRequest, LogsRequest, OpenExecRequest, Request, UnloadableRequest
+from coppice.requests import (
+    ConnectRequest,
+    LogsRequest,
+    OpenExecRequest,
+    OpenExportRequest,
+    Request,
+    UnloadableRequest,
+)
 
 if TYPE_CHECKING:
     from coppice.client import AsyncHost
@@ -122,14 +129,19 @@ class FakeHost:
         return answer
 
     @contextlib.asynccontextmanager
-    async def stream(self, request: LogsRequest | OpenExecRequest | ConnectRequest) -> AsyncIterator[Any]:
-        """Return a log, a local command, or a connection to a local server.
+    async def stream(
+        self, request: LogsRequest | OpenExecRequest | ConnectRequest | OpenExportRequest
+    ) -> AsyncIterator[Any]:
+        """Return a log, an archive, a local command, or a connection to a local server.
 
         An instance called `nobody` does not exist.
         """
         self.calls.append(request)
         if request.instance == "nobody":
             raise NotFound("there is no instance 'nobody'", hint="`coppice ls` lists the existing ones")
+        if isinstance(request, OpenExportRequest):
+            yield self._pieces()
+            return
         if isinstance(request, LogsRequest):
             yield self._log(request)
             return
@@ -142,6 +154,10 @@ class FakeHost:
             yield session
         finally:
             await session.close()
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        for piece in self.answers["open_export"]:
+            yield piece
 
     async def _log(self, request: LogsRequest) -> AsyncIterator[bytes]:
         """Yield the prepared lines; if followed, then wait forever."""
@@ -174,6 +190,9 @@ def _health(request: Request[Any]) -> None:
 
 class LocalSession:
     """An ExecSession on a process of this machine."""
+
+    id = "c0ffee"
+    offset = dropped_bytes = 0
 
     def __init__(self, process: asyncio.subprocess.Process, terminal: int | None, timeout_s: float | None) -> None:
         self._process = process
@@ -251,6 +270,9 @@ class LocalSession:
     async def resize(self, rows: int, columns: int) -> None:
         if self._terminal is not None:
             fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    async def leave(self) -> None:
+        raise NotImplementedError("the command line leaves no command that it has started")
 
     async def wait(self) -> Exit:
         async for _ in self:

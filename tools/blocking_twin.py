@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from coppice.client.aio.host import AsyncHost
 from coppice.client.aio.machine import AsyncMachine
+from coppice.client.aio.commands import AsyncCommands
 from coppice.client.aio.images import AsyncImages, AsyncKernels
 from coppice.client.aio.managers import AsyncSnapshots, AsyncVolumes
 from coppice.client.backend import Backend, R
@@ -85,6 +86,8 @@ def blocking_module(source: str) -> str:
     if not {"AsyncImages", "AsyncVolumes"} & {node.name for node in classes}:
         handles += "\nfrom coppice.client.blocking.images import Images, Kernels"
         handles += "\nfrom coppice.client.blocking.managers import Snapshots, Volumes"
+    if "AsyncCommands" not in {node.name for node in classes}:
+        handles += "\nfrom coppice.client.blocking.commands import Commands"
     doc = _blocking(ast.get_docstring(tree) or "")
     late = [line for line in handles.splitlines() if line.endswith((" Forks", " Machine"))]
     now = [line for line in handles.splitlines() if line not in late]

@@ -30,7 +30,7 @@ from coppice.host.opened import OpenedHost
 from coppice.model import ForkReport, Instance
 from coppice.model.guest import Connection
 from coppice.model.inspection import StandbyReport
-from coppice.requests import forks, guest, host, images, machines, snapshots, volumes
+from coppice.requests import archives, commands, forks, guest, host, images, machines, snapshots, volumes
 from coppice.requests.base import Request, StreamRequest, description_of, extra_of, fields_of, result_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,12 +59,12 @@ def _modules() -> dict[str, tuple[str, list[tuple[str, str, str, Operations]]]]:
     """Return by module its docstring and its classes: name, base, docstring, requests."""
     of_machine = [
         kind
-        for kind in _of(machines, forks, snapshots, guest, host)
+        for kind in _of(machines, forks, snapshots, archives, guest, host)
         if "instance" in kind.__struct_fields__ and _name(kind) not in _METHODS_OF_HOST
     ]
     inside = [kind for kind in of_machine if kind.__module__ in (guest.__name__, host.__name__)]
     life = [kind for kind in of_machine if kind not in inside]
-    others = [kind for kind in _of(machines, host) if kind not in of_machine]
+    others = [kind for kind in _of(machines, archives, host) if kind not in of_machine]
 
     def manager(word: str, *modules: types.ModuleType) -> Operations:
         return [kind for kind in _of(*modules) if _name(kind).startswith(f"{word}_")]
@@ -77,6 +77,17 @@ def _modules() -> dict[str, tuple[str, list[tuple[str, str, str, Operations]]]]:
         "guest": (
             "Operations inside a machine.",
             [("MachineGuest", "MachineBase", "Commands, connections, files and logs of a machine.", inside)],
+        ),
+        "commands": (
+            "The manager of a machine's commands.",
+            [
+                (
+                    "AsyncCommands",
+                    "Bound",
+                    "The commands of one machine that go on without their client.",
+                    manager("command", commands),
+                )
+            ],
         ),
         "operations": (
             "Operations of a host, except those of its managers and machines.",
@@ -178,9 +189,8 @@ def _spelled(annotation: Any) -> str:
     return "None" if annotation is type(None) else str(annotation.__name__)
 
 
-def _method(kind: type[Request[Any]], *, of_machine: bool, prefix: str) -> str:
-    """Return the method of an operation."""
-    fixed = {"instance": "self.id"} if of_machine else {}
+def _method(kind: type[Request[Any]], *, fixed: Mapping[str, str], prefix: str) -> str:
+    """Return the method of an operation. `fixed` are fields that are no parameters, with their values."""
     name = _name(kind).removeprefix(prefix)
     return _written(kind, f"{name}_" if keyword.iskeyword(name) else name, fixed, _parameters(kind, fixed))
 
@@ -261,7 +271,7 @@ def _result(kind: type[Request[Any]], name: str, request: str, progress: str) ->
     if result is Instance:
         if "self.id" in request:
             return "async def", "Self", f"return self._became({call})"
-        return "async def", "AsyncMachine", f"return await self._machine_of({request})"
+        return "async def", "AsyncMachine", f"return await self._machine_of({request}{progress})"
     if result == list[Instance]:
         return "async def", "list[AsyncMachine]", f"return await self._machines_of({request})"
     if result is StandbyReport:
@@ -308,7 +318,7 @@ from coppice.model import (
     Egress, EgressReport, HealthCheck, Limits, RestartPolicy, SnapshotKind, State, TreeNode, VerifyReport, Volume, VolumeMount, no_progress,
 )
 from coppice.model.events import Event
-from coppice.model.guest import ExecSession, Health
+from coppice.model.guest import ExecSession, Exit, GuestCommand, Health, StartedCommand
 from coppice.model.inspection import Inspection, SnapshotInspection, VolumeInspection
 from coppice.model.kernel import Kernel
 from coppice.requests import (
@@ -322,6 +332,12 @@ if TYPE_CHECKING:
     from coppice.machine.rooms import Deadlines
     from coppice.vmm.driver import VmmDriver
 
+"""
+
+
+_COMMANDS_INIT = """    def __init__(self, backend: Backend, machine_id: str) -> None:
+        super().__init__(backend)
+        self._machine_id = machine_id
 """
 
 
@@ -353,9 +369,12 @@ def _aio_module(doc: str, classes: list[tuple[str, str, str, Operations]]) -> st
         prefix = (
             "" if base == "MachineBase" or name == "HostOperations" else _name(operations[0]).partition("_")[0] + "_"
         )
-        methods = [_host_init()] if name == "HostOperations" else []
+        methods = {"HostOperations": [_host_init()], "AsyncCommands": [_COMMANDS_INIT]}.get(name, [])
+        fixed = {"MachineBase": {"instance": "self.id"}}.get(base, {})
+        if name == "AsyncCommands":
+            fixed = {"instance": "self._machine_id"}
         for kind in operations:
-            methods.append(_method(kind, of_machine=base == "MachineBase", prefix=prefix))
+            methods.append(_method(kind, fixed=fixed, prefix=prefix))
             if issubclass(kind, requests.FanOut):
                 methods.append(_one(kind, of_machine=base == "MachineBase"))
         parts.append(f'class {name}({base}):\n    """{about}"""\n\n' + "\n".join(methods) + "\n")
@@ -385,7 +404,7 @@ def modules() -> dict[Path, Callable[[], str]]:
     for name, (doc, classes) in _modules().items():
         path = CLIENT / "aio" / f"{name}.py"
         found[path] = lambda path=path, doc=doc, classes=classes: _tidy(_aio_module(doc, classes), path)  # type: ignore[misc]
-    for name in ("base", "lifecycle", "guest", "machine", "operations", "images", "managers", "host"):
+    for name in ("base", "lifecycle", "guest", "machine", "operations", "images", "managers", "commands", "host"):
         source, path = CLIENT / "aio" / f"{name}.py", CLIENT / "blocking" / f"{name}.py"
         found[path] = lambda source=source, path=path: _tidy(blocking_module(source.read_text()), path)  # type: ignore[misc]
     return found

@@ -29,6 +29,7 @@ _TABLE = re.compile(r"<!-- structure -->\n.*?<!-- end of structure -->\n", re.DO
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 DUTIES = {
     "addresses": "the validator of published ports, egress policies and servers in guests",
+    "commands": "the validator of ids, signals and limits of commands in guests",
     "__init__": "the names of the public API, each imported at its first use",
     "__main__": "`python -m coppice`",
     "agent": "the protocol of the guest agent and its client: exec, connections, files, trees; the agent itself is `agent/c`",
@@ -45,6 +46,7 @@ DUTIES = {
     "errors": "the exception tree; the one map from error to exit code and HTTP status",
     "fork": "the plan of a fan-out, the fan-out, and VMMs that are started ahead",
     "host": "the use cases: each operation is one readable method that takes its request; recovery",
+    "archive": "archives of templates: the format, the writer, and the reader of hostile ones",
     "images": "suites, tar archives, docker archives, OCI layouts and images of registries become EROFS images",
     "integrity": "the digests of captures, and `verify`",
     "linux": "interfaces of the kernel: extents, reflinks, page maps, ptrace, control groups",

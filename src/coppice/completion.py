@@ -56,12 +56,11 @@ async def ended(work: Future[T], *, on_cancel: Callable[[], None] = lambda: None
     """
     loop = asyncio.get_running_loop()
     cancelled: asyncio.CancelledError | None = None
-    while True:
+    while not work.done():  # asked each time: a caller that is cancelled in each turn of the loop sees no waiter end
         waiter: asyncio.Future[None] = loop.create_future()
         work.add_done_callback(partial(_wake, loop, waiter))
         try:
             await waiter
-            break
         except asyncio.CancelledError as error:
             cancelled = error
             on_cancel()

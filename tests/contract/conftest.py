@@ -8,6 +8,8 @@ or compare the whole data directory, in which a server has files of its own.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -18,10 +20,12 @@ from conftest import HostFactory
 from coppice.client import AsyncHost
 from fakes.clock import FakeClock
 from fakes.driver import PERSONALITIES, FakeDriver
+from fakes.rooms import DEADLINES, open_rooms, plant
 from servers import served_hosts
 
 SERVED = frozenset(
     {
+        "test_archives",
         "test_connections",
         "test_error_tree",
         "test_fork_payloads",
@@ -32,7 +36,16 @@ SERVED = frozenset(
         "test_trusted_certificates",
     }
 )
-ALIKE = frozenset({"test_auto_standby", "test_connections", "test_expiry", "test_health_checks", "test_restarts"})
+ALIKE = frozenset(
+    {
+        "test_auto_standby",
+        "test_connections",
+        "test_expiry",
+        "test_health_checks",
+        "test_hostile_archives",
+        "test_restarts",
+    }
+)
 """Modules whose tests run with one kind of fake machines."""
 
 
@@ -43,8 +56,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Neither a server nor a supervisor nor a connection depends on how fake machines keep their
-    RAM: one kind is enough.
+    """Neither a server, nor a supervisor, nor a connection, nor the reader of archives depends on how
+    fake machines keep their RAM: one kind is enough.
     """
     unwanted = [item for item in items if _is_repeated(item)]
     if unwanted:
@@ -95,3 +108,21 @@ async def other(make_host: HostFactory) -> AsyncIterator[AsyncHost]:
     """Return another host on the same data directory, as of another process."""
     async with make_host() as host:
         yield host
+
+
+@pytest.fixture
+async def elsewhere(carrier: str, seed_home: Path, driver: FakeDriver, tmp_path: Path) -> AsyncIterator[AsyncHost]:
+    """Return a host over another data directory, whose VMM is the same."""
+    home = Path(tempfile.mkdtemp(prefix="home-", dir=seed_home.parent)) / "home"
+    plant(seed_home, home)
+    try:
+        async with AsyncExitStack() as stack:
+            if carrier == "served":
+                make_host = await stack.enter_async_context(served_hosts(home, driver, tmp_path / "elsewhere.sock"))
+                yield await stack.enter_async_context(make_host())
+            else:
+                host = AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
+                yield await stack.enter_async_context(host)
+        await driver.end(home / "instances")
+    finally:
+        shutil.rmtree(home.parent)

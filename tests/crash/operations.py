@@ -18,7 +18,9 @@ from coppice.memory import layers
 from coppice.model import MIB, Instance, State, VolumeMount
 from coppice.requests import (
     DemoteRequest,
+    ExportRequest,
     ForkRequest,
+    ImportTemplateRequest,
     PromoteRequest,
     RestoreRequest,
     RmRequest,
@@ -146,6 +148,14 @@ async def _archive(host: AsyncHost, _: Kind) -> None:
 
 def _archive_of(host: AsyncHost) -> Path:
     return host.local.rooms.layout.home.parent / "sap.tar"
+
+
+async def _exported(host: AsyncHost, _: Kind) -> None:
+    await host.call(ExportRequest(instance=STUMP, path=str(_export_of(host))))
+
+
+def _export_of(host: AsyncHost) -> Path:
+    return host.local.rooms.layout.home.parent / "stump.coppice"
 
 
 async def _drink(host: AsyncHost, kind: Kind) -> None:
@@ -383,6 +393,14 @@ OPERATIONS = {
             removes=True,
             steps=6,
             seconds=0.05,
+        ),
+        Operation(
+            "import",
+            _exported,
+            lambda host, _: host.call(ImportTemplateRequest(path=str(_export_of(host)), name=OAK)),
+            {OAK: _may(State.TEMPLATE, None)},
+            steps=40,
+            seconds=0.5,
         ),
         Operation(
             "run", nothing, boot, {OAK: _may(_RUNNING, None)}, memory="", disk="", boots=True, steps=45, seconds=0.2

@@ -228,6 +228,9 @@ class FakeDriver(VmmDriver):
     def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
         disk.flatten(base, layers, out)
 
+    def check_layer(self, path: Path, size_bytes: int) -> None:
+        assert path.stat().st_size == size_bytes
+
     async def dial(self, directory: Path, port: int) -> socket.socket:
         started = msgspec.json.decode((directory / PID_FILE).read_bytes(), type=Started)
         await self.faults.reach("dial", started.process)

@@ -23,6 +23,7 @@ from coppice.errors import CoppiceError
 from coppice.model import PAGE_SIZE, VmmProcess
 from coppice.vmm import driver as files
 from fakes import disk
+from fakes.commands import Commands
 from fakes.faults import Faults
 from fakes.pids import ended, is_paused
 from fakes.ram import Ram
@@ -87,6 +88,7 @@ class FakeGuest:
         self._faults = faults
         self._ram = Ram(process.pid)
         self._clock_set_ns = time.monotonic_ns()  # when the host last set the guest's clock
+        self._commands = Commands()
 
     async def live(self) -> None:
         """Serve all ports until the VMM ends."""
@@ -97,6 +99,7 @@ class FakeGuest:
             for task in ports:
                 task.cancel()
             outcomes = await asyncio.gather(*ports, return_exceptions=True)
+            await self._commands.close()
             for listener in self.listeners:
                 listener.close()
             for outcome in outcomes:  # a host that breaks the protocol is a failure of the test
@@ -114,11 +117,13 @@ class FakeGuest:
         while True:
             async with Peer.over(await self._accept(port)) as peer, asyncio.TaskGroup() as running:
                 streams: dict[int, Stream] = {}
-                peer.takes_windows = True
+                peer.takes_all = True
                 with contextlib.suppress(ConnectionError):  # the host hung up
                     while (frame := await peer.receive()) is not None:
                         await self._while_paused()
-                        if frame.type < FrameType.EXEC:
+                        if frame.type == FrameType.FORGET:
+                            self._commands.forget(frame)
+                        elif frame.type < FrameType.EXEC:
                             await self._answer(self._control(peer, frame), peer, frame)
                         elif frame.type in _LATE:
                             if stream := streams.get(frame.stream):
@@ -239,10 +244,16 @@ class FakeGuest:
         if frame.type in _RELAYED:
             await relay(stream, frame)
             return
+        if frame.type in (FrameType.ATTACH, FrameType.LIST):
+            await self._commands.relay(stream, frame)
+            return
         if frame.type != FrameType.EXEC:
             raise Fault(errno.ENOSYS, "no request")
         fields = Fields(frame.payload)
         program, *arguments = fields.texts(1)
+        if program.startswith("/"):
+            await self._commands.relay(stream, frame)
+            return
         command = _COMMANDS.get(program)
         if command is None:
             raise Fault(errno.ENOENT, program)

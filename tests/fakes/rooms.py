@@ -42,6 +42,12 @@ class FakeKernels(KernelStore):
             raise NotFound(f"there is no kernel {key!r}", hint=f"ask for {KERNEL}")
         return Kernel(key=key, version="6.1.0", vmlinuz=self.content.root / "vmlinuz")
 
+    def files(self, key: str) -> dict[str, Path]:
+        """Return the files of the one kernel."""
+        if key != KERNEL:
+            return super().files(key)
+        return {name: self.content.root / name for name in ("stub.initrd", "stub.kernel", "vmlinuz")}
+
     def stub(self, kernel: Kernel) -> tuple[Path, Path]:
         """Return its stubs."""
         return self.content.root / "stub.kernel", self.content.root / "stub.initrd"

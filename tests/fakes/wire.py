@@ -39,7 +39,7 @@ class Peer:
         self._writer = writer
         self._buffer = b""
         self._open = False
-        self.takes_windows = False  # whether to return WINDOW frames too
+        self.takes_all = False  # whether to return WINDOW and FORGET frames too
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -67,7 +67,7 @@ class Peer:
                 await self.send(FrameType.PONG, 0)
             elif frame.type == FrameType.PART:
                 parts += frame.payload
-            elif frame.type != FrameType.FORGET and (frame.type != FrameType.WINDOW or self.takes_windows):
+            elif self.takes_all or frame.type not in (FrameType.FORGET, FrameType.WINDOW):
                 return Frame(frame.type, frame.stream, parts + frame.payload)
         return None
 

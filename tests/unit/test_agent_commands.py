@@ -138,7 +138,7 @@ async def test_old_output_is_dropped_beyond_the_bound_and_counted(tmp_path: Path
         assert running.dropped_bytes + len(output) == total + 4 == running.offset
         (listed,) = await session.commands()
         assert (listed.id, listed.exit_code, listed.output_bytes) == ("big", 0, total + 4)
-        assert listed.output_first == running.dropped_bytes
+        assert listed.dropped_bytes == running.dropped_bytes
 
 
 async def test_a_command_is_listed_fed_signalled_and_waited_for_by_others(tmp_path: Path) -> None:
@@ -188,6 +188,28 @@ async def test_the_number_of_ended_commands_that_are_remembered_is_bounded(tmp_p
                 await running.wait()
         listed = await session.commands()
         assert [command.id for command in listed] == [f"c{number}" for number in range(36, 100)]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+async def test_a_command_that_is_ended_by_name_is_remembered(tmp_path: Path, build: str) -> None:
+    """It gets SIGTERM, and its output and end can be asked for. One that its client ends is forgotten."""
+    script = shell("trap 'echo told; exit 8' TERM; echo up; while :; do read word; done")
+    async with listening_agent(tmp_path, build) as connect, connect() as session:
+        async with session.exec_stream(script, command_id="named", detached=True, has_stdin=True) as running:
+            pass
+        async with session.attach("named") as running:
+            assert await anext(aiter(running)) == ("stdout", b"up\n")
+        async with session.exec_stream(script, command_id="own") as running:
+            assert await anext(aiter(running)) == ("stdout", b"up\n")
+        async with session.attach("named", output=False) as running:
+            assert (await running.terminate()).exit_code == 8
+            assert (await running.terminate()).exit_code == 8
+        async with session.attach("named") as running:
+            assert await output_of(running) == b"up\ntold\n"
+        async with asyncio.timeout(60):
+            while len(listed := await session.commands()) > 1:  # noqa: ASYNC110 - the guest sends no event
+                await asyncio.sleep(0.01)
+        assert [command.id for command in listed] == ["named"]
 
 
 @pytest.mark.parametrize("how", ["timeout", "leave"])

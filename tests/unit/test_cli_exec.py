@@ -128,7 +128,7 @@ def test_json_holds_the_output_and_the_status_is_the_commands() -> None:
     ended = run("--json", "exec", "vm", "--", "sh", "-c", "printf 'a\\377'; echo err >&2; exit 3")
     found = json.loads(ended.stdout)
     assert found.pop("duration_ms") > 0
-    assert found == {"exit_code": 3, "timed_out": False, "stdout": "a�", "stderr": "err\n"}
+    assert found == {"exit_code": 3, "timed_out": False, "out_of_memory": False, "stdout": "a�", "stderr": "err\n"}
     assert ended.returncode == 3
     assert ended.stderr == b""
 
@@ -138,7 +138,8 @@ def test_options_reach_the_host() -> None:
     command, dashes included.
     """
     host = FakeHost()
-    words = ["exec", "-n", "-e", "A=1", "-w", "/srv", "-u", "web", "--timeout", "5", "vm", "true", "--json", "-t"]
+    words = ["exec", "-n", "-e", "A=1", "-w", "/srv", "-u", "web", "--timeout", "5"]
+    words += ["--memory-limit", "64M", "--pids-limit", "9", "vm", "true", "--json", "-t"]
     assert main(words, host_factory=host.factory) == 0
     assert host.asked("open_exec") == {
         "instance": "vm",
@@ -151,6 +152,8 @@ def test_options_reach_the_host() -> None:
         "term": None,
         "stdin": False,
         "timeout_s": 5.0,
+        "memory_limit_bytes": 64 << 20,
+        "pids_limit": 9,
     }
 
 

@@ -27,7 +27,6 @@ COMMANDS = app.list_commands(app.make_context("coppice", [], resilient_parsing=T
         (["rmi", "-f", "debian"], "image_rm"),
         (["run", "-d", "debian"], "run"),
         (["create", "debian"], "run"),
-        (["kill", "vm"], "stop"),
         (["stop", "-t", "3", "vm"], "stop"),
         (["unpause", "vm"], "restore"),
         (["logs", "-f", "--tail", "5", "vm"], "logs"),
@@ -51,12 +50,19 @@ def test_dockers_words_work(words: list[str], asked: str) -> None:
     assert host.operations == [asked]
 
 
-def test_kill_and_create_are_variants_of_stop_and_run() -> None:
-    """`kill` is a stop without grace, and `create` is a run without a start."""
-    host = FakeHost(stop=instance("vm", State.STOPPED), run=instance("vm", State.STOPPED))
-    run(host, "kill", "vm")
+def test_create_is_a_run_without_a_start() -> None:
+    """As in docker."""
+    host = FakeHost(run=instance("vm", State.STOPPED))
     run(host, "create", "debian")
-    assert (host.asked("stop")["grace_s"], host.asked("run")["start"]) == (0.0, False)
+    assert host.asked("run")["start"] is False
+
+
+def test_kill_does_not_take_a_machine_for_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty variable in `kill vm $ID` does no harm to the machine. The hint has docker's meaning."""
+    host = FakeHost()
+    assert run(host, "kill", "vm") == 2
+    assert "`coppice stop --grace 0 vm` ends the machine at once" in capsys.readouterr().err
+    assert host.calls == []
 
 
 @pytest.mark.parametrize("word", sorted(habits._MEANT))

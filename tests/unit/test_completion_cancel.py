@@ -276,3 +276,25 @@ def test_threads_end_with_their_loop() -> None:
     while threading.active_count() > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+async def test_a_caller_that_is_cancelled_in_each_turn_of_the_loop_sees_the_end() -> None:
+    """As the cancel scopes of a server do it when a client goes away."""
+    release = threading.Event()
+    task = asyncio.create_task(in_thread(release.wait, 60))
+    await asyncio.sleep(0)
+    loop, turns = asyncio.get_running_loop(), 0
+
+    def cancel() -> None:
+        nonlocal turns
+        turns += 1
+        if not task.done():
+            task.cancel()
+            loop.call_soon(cancel)
+        if turns == 10:
+            release.set()
+
+    cancel()
+    async with asyncio.timeout(30):
+        await asyncio.wait({task})
+    assert task.cancelled()

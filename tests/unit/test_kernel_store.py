@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from coppice.boot import debian
-from coppice.boot.kernel import KernelStore
+from coppice.boot.kernel import KernelStore, digest_of_files
 from coppice.content import store as content_store
-from coppice.errors import HostCannot, InUse, MissingTool, NotFound, UsageError
+from coppice.errors import HostCannot, ImageError, InUse, MissingTool, NotFound, UsageError
 from coppice.model import Progress
 from kernel_files import RELEASE, bzimage, module_tree, vmlinux
 
@@ -71,6 +72,29 @@ def test_the_same_kernel_is_stored_once(store: KernelStore, tmp_path: Path) -> N
     (modules / "kernel/fs/erofs/more.ko").write_bytes((modules / "kernel/fs/erofs/erofs.ko").read_bytes())
     assert store.add(image, modules) != first
     assert len(store.kernels()) == 2
+
+
+def test_the_kernel_of_another_host_is_recognised_or_adopted(store: KernelStore, tmp_path: Path) -> None:
+    """It is the same kernel if all its files are, whatever its key. It never gets the key of a Debian kernel."""
+    image, modules = built(tmp_path)
+    kernel = store.add(image, modules)
+    sha256 = digest_of_files(store.files(kernel.key))
+    assert store.same("debian-6.1-0badc0de", sha256) == kernel.key
+    assert store.same(kernel.key, "0" * 64) is None
+    other = KernelStore(tmp_path / "other")
+    other.content.root.mkdir()
+    assert other.same(kernel.key, sha256) is None
+    for wrong in ("evil", "vmlinuz"):
+        copied = shutil.copytree(store.content.root / kernel.key, tmp_path / f"copied-{wrong}")
+        copied.chmod(0o700)
+        (copied / "modules").chmod(0o700)
+        if wrong == "evil":
+            (copied / "evil").write_bytes(b"")
+            with pytest.raises(ImageError, match="not those of a kernel"):
+                other.adopt(copied)
+        else:
+            assert other.adopt(copied) == kernel.key
+    assert digest_of_files(other.files(kernel.key)) == sha256
 
 
 def test_only_an_unused_kernel_is_removed(store: KernelStore, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ ALLOWED: dict[Operation, dict[State, State]] = {
         State.TEMPLATE: State.TEMPLATE,
     },
     Operation.FORK_RUNNING: {State.RUNNING: State.RUNNING},
+    Operation.EXPORT: {State.STANDBY: State.STANDBY, State.TEMPLATE: State.TEMPLATE},
     Operation.EXEC: {State.RUNNING: State.RUNNING},
     Operation.SNAPSHOT: {
         State.RUNNING: State.RUNNING,
@@ -80,7 +81,14 @@ def test_each_pair_is_decided(operation: Operation, state: State) -> None:
 def test_a_template_is_only_forked_kept_demoted_or_removed() -> None:
     """A template never runs: a second VM on the disk of its mem-file would break every later fork."""
     legal = {operation for operation in Operation if State.TEMPLATE in legal_states(operation)}
-    kept = {Operation.PROMOTE, Operation.DEMOTE, Operation.SNAPSHOT, Operation.EGRESS, Operation.UPDATE}
+    kept = {
+        Operation.PROMOTE,
+        Operation.DEMOTE,
+        Operation.SNAPSHOT,
+        Operation.EXPORT,
+        Operation.EGRESS,
+        Operation.UPDATE,
+    }
     assert legal == {Operation.FORK, Operation.REMOVE, *kept}
 
 
@@ -91,7 +99,9 @@ def test_a_writer_of_a_volume_is_never_multiplied(operation: Operation, state: S
     """
     disk = VolumeDisk(volume_id="v" * 24, volume_name="data", size_bytes=1, mount_path="/data", readonly=False)
     writer = make_instance(state=state, machine=MachineSpec(volumes=(disk,)))
-    multiplies = {Operation.FORK, Operation.FORK_RUNNING, Operation.PROMOTE, Operation.SNAPSHOT}
+    multiplies = {
+        Operation.FORK, Operation.FORK_RUNNING, Operation.PROMOTE, Operation.SNAPSHOT, Operation.EXPORT,
+    }  # fmt: skip
     if operation in multiplies:
         with pytest.raises(InUse, match="data"):
             require(operation, writer)

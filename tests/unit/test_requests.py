@@ -151,6 +151,7 @@ def test_a_reference_is_a_name_or_an_id(kind: type[Request[Any]]) -> None:
         "guest_path": "/x",
         "deadline_s": 1.0,
         "to": 80,
+        "command": "a",
     }
     others = {name: fillers[name] for name in kind.__struct_fields__ if name in fillers and name != field}
     assert kind(**{field: "oak", **others})

@@ -97,8 +97,13 @@ def test_a_session_has_every_name_of_the_asynchronous_one() -> None:
     """A session in a `with` block has the methods of one in an `async with` block; only the block
     begins and ends it.
     """
-    wanted = {name for name in dir(AgentSession) if not name.startswith("_")} - {"opened", "end", "leave"}
-    assert {name for name in dir(ExecSession) if not name.startswith("_")} == wanted | {"pid"}
+    wanted = {name for name in dir(AgentSession) if not name.startswith("_")} - {"opened", "end", "terminate"}
+    assert {name for name in dir(ExecSession) if not name.startswith("_")} == wanted | {
+        "id",
+        "pid",
+        "offset",
+        "dropped_bytes",
+    }
     for name in wanted:
         ours, theirs = (parameters(getattr(kind, name)) for kind in (ExecSession, AgentSession))
         assert [(each.name, each.kind, each.default) for each in ours] == [

@@ -18,8 +18,9 @@ from coppice.agent.pack import content_bytes, pack
 from coppice.agent.place import place
 from coppice.agent.unpack import unpack
 from coppice.errors import CoppiceError, GuestRefused, HostCannot, NoSpace, NotFound
-from coppice.model import MIB, Progress, ProgressSink, no_progress
+from coppice.model import ProgressSink, no_progress
 from coppice.model.guest import CopySession, Unpacked
+from coppice.model.progress import Meter
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -28,27 +29,6 @@ _CHUNK = 1 << 16
 _LINKS_MAX = 40
 _NOTHING = (errno.ENOENT, errno.ENOTDIR)
 _KINDS = {"d": stat.S_ISDIR, "l": stat.S_ISLNK, "f": stat.S_ISREG}
-
-
-class Meter:
-    """Reports the bytes copied to a sink, once per MiB."""
-
-    def __init__(self, sink: ProgressSink, total: int | None, stage: str = "copy") -> None:
-        self._sink = sink
-        self._total = total
-        self._stage = stage
-        self._done = self._told = 0
-        self._tell()
-
-    def moved(self, size: int) -> None:
-        """Count more bytes."""
-        self._done += size
-        if self._done - self._told >= MIB or self._told < self._done == self._total:
-            self._tell()
-
-    def _tell(self) -> None:
-        self._told = self._done
-        self._sink(Progress(stage=self._stage, done=self._done, total=self._total, unit="bytes"))
 
 
 async def copy_in(

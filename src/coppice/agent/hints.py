@@ -18,7 +18,11 @@ _WRITES: Final = {errno.EROFS: _READ_ONLY, errno.ENOSPC: _FULL, errno.EDQUOT: _F
 _ANY: Final = 0
 
 _BY_REQUEST: Final[dict[FrameType, dict[int, str]]] = {
-    FrameType.EXEC: {_ANY: "check the program's name, the directory and the user in the guest"},
+    FrameType.EXEC: {
+        errno.EOPNOTSUPP: "the guest's kernel cannot limit commands (control groups of version 2): omit the limits",
+        errno.EAGAIN: "the agent holds as many commands as it can: wait until one has ended",
+        _ANY: "check the program's name, the directory and the user in the guest",
+    },
     FrameType.FILE_READ: {
         errno.EISDIR: "copy a directory with `coppice cp NAME:PATH DESTINATION`",
         _ANY: "see what is there with `coppice exec NAME -- ls -la DIRECTORY`",

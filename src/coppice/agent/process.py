@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import secrets
+import signal
 from collections.abc import AsyncIterator, Mapping
 
 import msgspec
@@ -17,6 +17,7 @@ from coppice.agent.channel import Channel
 from coppice.agent.collecting import Collecting
 from coppice.agent.protocol import Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
 from coppice.agent.stream import REFUSED, RemoteStream, unexpected
+from coppice.commands import check_signal, new_command_id
 from coppice.errors import (
     Busy,
     CommandNotFound,
@@ -92,8 +93,8 @@ class ExecSession(Collecting):
     ) -> None:
         self.id = command_id
         self.pid = 0
-        self.offset = 0  # of the next byte of output; another client can attach there
-        self.dropped_bytes = 0  # output that was no longer kept when this client attached
+        self.offset = 0
+        self.dropped_bytes = 0
         super().__init__(name, timeout_s)
         self._channel = channel
         self._stream = stream
@@ -179,23 +180,30 @@ class ExecSession(Collecting):
 
         :raises UsageError: no signal has this number
         """
-        if not 1 <= number <= 64:
-            raise UsageError(f"there is no signal {number}", hint="signals are 1 to 64; 15 is SIGTERM, 9 is SIGKILL")
+        check_signal(number)
         await self._stream.send(FrameType.SIGNAL, pack32(number))
 
     async def resize(self, rows: int, columns: int) -> None:
         """Set the size of the command's terminal."""
         await self._stream.send(FrameType.RESIZE, pack32(min(rows, 65535), min(columns, 65535)))
 
+    async def terminate(self) -> Exit:
+        """End all processes that the command has started: SIGTERM, SIGKILL half a second later.
+        Return how it ended. The agent remembers it.
+        """
+        if self._exit is None:
+            self._stream.abandon(encode_fields([(1, int(signal.SIGTERM))]))
+        return await self.wait()
+
     def end(self) -> None:
         """End the command (SIGHUP, SIGKILL half a second later), or forget it if it has ended."""
         if self._exit is None:
             self._stream.abandon()
         elif self._channel.failure is None:
-            self._channel.post(encode_frame(FrameType.FORGET, 0, encode_fields([(1, self.id)])))
+            forget(self._channel, self.id)
 
-    def leave(self) -> None:
-        """Let the command run on."""
+    async def leave(self) -> None:
+        """Let the command run on when the session is closed."""
         self._stream.leave()
 
 
@@ -213,7 +221,7 @@ async def start(channel: Channel, command: Command) -> AsyncIterator[ExecSession
     """
     if not command.argv:
         raise UsageError("no command given", hint="give a program and its arguments")
-    name, command_id = command.argv[0], command.id or secrets.token_hex(6)
+    name, command_id = command.argv[0], command.id or new_command_id()
     payload = encode_command(msgspec.structs.replace(command, id=command_id))
     stream = await channel.open(FrameType.EXEC, payload)
     running = ExecSession(channel, stream, command_id, name, command.timeout_s)
@@ -257,12 +265,17 @@ async def attach(
             if error.errno == errno.EBUSY:
                 raise Busy(
                     f"another client sends the input of command {command_id}",
-                    hint="attach without input, or wait until that client has left",
+                    hint="attach without input (`coppice attach -n NAME ID`), or wait until that client has left",
                 ) from None
             raise
         yield running
     finally:
-        running.leave()
+        await running.leave()
+
+
+def forget(channel: Channel, command_id: str) -> None:
+    """Have the agent forget a command that has ended and that no client is attached to."""
+    channel.post(encode_frame(FrameType.FORGET, 0, encode_fields([(1, command_id)])))
 
 
 async def commands(channel: Channel) -> list[GuestCommand]:
@@ -285,10 +298,11 @@ def _listed(fields: Fields) -> GuestCommand:
         pid=fields.integer(2),
         user=fields.text(5) or None,
         tty=bool(flags & _TTY),
+        stdin=bool(flags & _STDIN),
         started_at=fields.integer(4) / 1e9,
         attached=bool(fields.integer(8, 0)),
-        output_first=fields.integer(6),
         output_bytes=fields.integer(7),
+        dropped_bytes=fields.integer(6),
         exit_code=None if ended is None else ended.integer(1),
         timed_out=ended is not None and bool(ended.integer(2, 0) & _TIMED_OUT),
         out_of_memory=ended is not None and bool(ended.integer(2, 0) & _OUT_OF_MEMORY),

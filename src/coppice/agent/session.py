@@ -88,6 +88,8 @@ class Session:
         user: str | None = None,
         stdin: Source | None = None,
         timeout_s: float | None = None,
+        memory_bytes: int | None = None,
+        processes: int | None = None,
         on_stdout: OutputSink | None = None,
         on_stderr: OutputSink | None = None,
         max_output_bytes: int = MAX_COLLECTED,
@@ -98,7 +100,16 @@ class Session:
         :raises GuestTimeout: the command ran longer than `timeout_s`, and was ended
         :raises GuestError: the command wrote more than `max_output_bytes`, and was ended
         """
-        started = self.exec_stream(argv, env=env, cwd=cwd, user=user, has_stdin=stdin is not None, timeout_s=timeout_s)
+        started = self.exec_stream(
+            argv,
+            env=env,
+            cwd=cwd,
+            user=user,
+            has_stdin=stdin is not None,
+            timeout_s=timeout_s,
+            memory_bytes=memory_bytes,
+            processes=processes,
+        )
         async with started as running:
             return await running.collect(
                 stdin, on_stdout=on_stdout, on_stderr=on_stderr, max_output_bytes=max_output_bytes
@@ -113,6 +124,10 @@ class Session:
     async def commands(self) -> list[GuestCommand]:
         """Return the commands that run in the guest, and the latest that have ended."""
         return await process.commands(self._channel)
+
+    def forget(self, command_id: str) -> None:
+        """Have the agent forget a command that has ended and that no client is attached to."""
+        process.forget(self._channel, command_id)
 
     # ---- sockets ----
 

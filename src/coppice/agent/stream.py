@@ -176,21 +176,21 @@ class RemoteStream:
             self._changed.clear()
             await self._changed.wait()
 
-    def abandon(self) -> None:
-        """Ask the agent to end what the stream shows, and ignore the rest. Idempotent."""
-        self._part(FrameType.END)
+    def abandon(self, how: bytes = b"") -> None:
+        """Ask the agent to end what the stream shows, and ignore all but its last frame. Idempotent."""
+        self._part(FrameType.END, how)
 
     def leave(self) -> None:
         """Ask the agent to close the stream and to leave the command running. Idempotent."""
         self._part(FrameType.LEAVE)
 
-    def _part(self, kind: FrameType) -> None:
+    def _part(self, kind: FrameType, payload: bytes = b"") -> None:
         if not self.ended and not self._abandoned:
             self._abandoned = True
             self._frames.clear()
             self._credit = 1 << 62
             if self._channel.failure is None:
-                self._channel.post(encode_frame(kind, self.id))
+                self._channel.post(encode_frame(kind, self.id, payload))
 
 
 def refusal(frame: Frame, kind: FrameType | None) -> GuestRefused:

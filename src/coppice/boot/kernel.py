@@ -14,12 +14,13 @@ Each kernel is one directory below the root, named by its key, and complete once
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import re
 import shutil
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -29,7 +30,7 @@ from coppice.boot import bzimage
 from coppice.boot.bzimage import STUB_BYTES, kernel_version
 from coppice.completion import in_own_thread, in_thread
 from coppice.content.store import ContentStore, Guard, Removed
-from coppice.errors import NotFound, UsageError
+from coppice.errors import ImageError, NotFound, Refused, UsageError
 from coppice.linux.files import os_errors
 from coppice.model import MIB, ProgressSink, Record, no_progress
 from coppice.model.kernel import Kernel
@@ -42,6 +43,8 @@ _MAX_KERNEL_BYTES = 1024 * MIB  # a vmlinux with debug information has hundreds 
 _MAX_CONFIG_BYTES = 4 * MIB
 _STUB_INITRD_BYTES = 512
 _KEY_DIGITS = 8
+_NAMES = frozenset({"vmlinuz", "vmlinux", "modules", "config", "facts.json"})
+_ADOPTED = frozenset({"stub.kernel", "stub.initrd"})
 
 
 class _Facts(Record, frozen=True, kw_only=True):
@@ -134,7 +137,7 @@ class KernelStore:
             _write(new, copied, acpi=has_acpi)
             if modules is not None:
                 shutil.copytree(modules, copied / "modules", ignore=_not_modules, copy_function=_copy)
-            key = f"custom-{new.version}-{_tree_digest(copied)[:_KEY_DIGITS]}"
+            key = f"custom-{new.version}-{digest_of_files(_files_in(copied))[:_KEY_DIGITS]}"
             self.content.publish(copied, key)
             return self.get(key)
 
@@ -150,6 +153,51 @@ class KernelStore:
         """
         present = [kernel for kernel in await in_thread(self.kernels) if kernel.key.startswith("debian-")]
         return present[-1] if present else await in_own_thread(self._fetch_debian, progress)
+
+    def files(self, key: str) -> dict[str, Path]:
+        """Return all files of a kernel by their names in its directory, such as "modules/modules.dep". Blocks.
+
+        :raises NotFound: the store has no such kernel
+        """
+        return _files_in(self._directory(key))
+
+    def same(self, key: str, sha256: str) -> str | None:
+        """Return the key of a stored kernel with this digest of its files, or None. Blocks.
+
+        :param key: its key on the host where the digest was computed
+        """
+        alike = (path.name for path in self.content.entries() if path.name.endswith(sha256[:_KEY_DIGITS]))
+        for each in dict.fromkeys((key, *alike)):
+            with contextlib.suppress(NotFound):
+                if digest_of_files(self.files(each)) == sha256:
+                    return each
+        return None
+
+    def adopt(self, staged: Path) -> str:
+        """Move the files of another host's kernel into the store; return its key there. Blocks.
+
+        The key is that of an added kernel: nothing proves that the files are of a Debian package.
+
+        :raises ImageError: they are not the files of a kernel
+        :raises Refused: another kernel has the key
+        """
+        names = {path.name for path in staged.iterdir()}
+        if not _ADOPTED <= names <= _NAMES | _ADOPTED or not names & {"vmlinuz", "vmlinux"}:
+            raise ImageError("the files are not those of a kernel", hint="export the template again")
+        with os_errors(f"read the kernel in {staged}"):
+            try:
+                version = _read_facts({path.name: path for path in staged.iterdir()}).version
+            except msgspec.MsgspecError as error:
+                raise ImageError("the facts of the kernel are not valid", hint="export the template again") from error
+        sha256 = digest_of_files(_files_in(staged))
+        key = f"custom-{version}-{sha256[:_KEY_DIGITS]}"
+        if not _KEY.fullmatch(key):
+            raise ImageError(f"the kernel has an impossible version {version[:80]!r}", hint="export the template again")
+        with os_errors(f"move a kernel into {self.content.root}"):
+            self.content.publish(staged, key)
+        if digest_of_files(self.files(key)) != sha256:
+            raise Refused(f"another kernel has the key {key}", hint=f"remove it with `coppice kernel rm {key}`")
+        return key
 
     def remove(self, key: str, unused: Guard, *, dry_run: bool = False) -> Removed:
         """Remove a kernel. Blocks.
@@ -253,14 +301,28 @@ def _not_modules(directory: str, names: list[str]) -> set[str]:
     }
 
 
-def _tree_digest(directory: Path) -> str:
-    """Return the SHA-256 over the names and contents of all files."""
+def _files_in(directory: Path) -> dict[str, Path]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path for path in files}
+
+
+def digest_of_files(files: Mapping[str, Path]) -> str:
+    """Return `digest_of` files. Blocks."""
+    return digest_of({name: _sha256(path) for name, path in files.items()})
+
+
+def digest_of(contents: Mapping[str, str]) -> str:
+    """Return the SHA-256 over the names and digests of files, in the order of their paths."""
     total = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        stopping.check()
-        contents = hashlib.sha256(path.read_bytes()).hexdigest()
-        total.update(f"{contents} {path.relative_to(directory)}\n".encode())
+    for name in sorted(contents, key=PurePosixPath):
+        total.update(f"{contents[name]} {name}\n".encode())
     return total.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    stopping.check()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _copy(source: str, destination: str) -> str:

@@ -29,6 +29,7 @@ local -a open=(${(M)completions:#*:}) closed=(${completions:#*:})
         compadd -U -V unsorted -S '' -a open
         compadd -U -V unsorted -a closed""",
 }
+_PATIENCE_S = 2.0  # with an agent or a server
 _OWNED = "(:owner IS NULL OR json_extract(CAST(record AS TEXT), '$.owner') = :owner)"
 _PUBLIC = "(state = 'Template' AND json_extract(CAST(record AS TEXT), '$.public'))"
 
@@ -85,6 +86,30 @@ def kernels(ctx: click.Context, incomplete: str) -> list[str]:
     with contextlib.suppress(OSError, CoppiceError):
         found = KernelStore(_home(ctx) / "kernels").kernels()
         return [kernel.key for kernel in found if kernel.key.startswith(incomplete)]
+    return []
+
+
+def commands(ctx: click.Context, incomplete: str) -> list[str]:
+    """Return the ids of the commands of a running instance, asked from its agent."""
+    import asyncio
+
+    from coppice.cli.context import Cli, HostFactory, open_host
+    from coppice.requests import CommandLsRequest
+
+    root, name = ctx.find_root().params, str(ctx.params.get("name"))
+    server = root.get("host") or os.environ.get("COPPICE_HOST") or None
+    if server is None and name not in _instances(ctx, name, "Running"):
+        return []
+    cli = Cli(home=_home(ctx), owner=_owner(ctx), server=server, background="off")
+
+    make_host: HostFactory = ctx.find_root().obj or open_host
+
+    async def ask() -> list[str]:
+        async with asyncio.timeout(_PATIENCE_S), make_host(cli) as host:
+            return [each.id for each in await host.call(CommandLsRequest(instance=name))]
+
+    with contextlib.suppress(Exception):
+        return [each for each in asyncio.run(ask()) if each.startswith(incomplete)]
     return []
 
 

@@ -17,5 +17,12 @@ class Interrupted(Exception):
         return {"code": "interrupted", "message": f"ended by {self}", "hint": None}
 
 
+class Left(Interrupted):
+    """The user left a session with `~.`."""
+
+    def __init__(self) -> None:
+        super().__init__(signal.SIGHUP)
+
+
 class OutputClosed(Exception):
     """The reader of standard output has closed it, as in `coppice ls | head -1`."""

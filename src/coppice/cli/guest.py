@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import click
 
@@ -16,6 +16,7 @@ from coppice.cli.ending import Interrupted, OutputClosed
 from coppice.errors import CoppiceError, UsageError
 
 if TYPE_CHECKING:
+    from coppice.cli.session import Captured
     from coppice.client import AsyncHost
     from coppice.model.guest import Exit
 
@@ -41,17 +42,43 @@ def exec_(
     timeout: Annotated[
         float | None, Option("--timeout", metavar="SECONDS", help="Kill the command after this time.")
     ] = None,
+    memory_limit: Annotated[
+        str | None,
+        Option("--memory-limit", metavar="SIZE", help="The most memory of all its processes; more kills them."),
+    ] = None,
+    pids_limit: Annotated[
+        int | None, Option("--pids-limit", metavar="N", min=1, help="The most processes and threads that it may have.")
+    ] = None,
+    detach: Annotated[
+        bool,
+        Option(
+            "--detach", "-d", help="Print the command's id and leave it; -i and -t keep its input open for `attach`."
+        ),
+    ] = False,
+    command_id: Annotated[
+        str | None, Option("--id", metavar="ID", help="With -d: an id of your choice, instead of a generated one.")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        Option(
+            "--keep", metavar="SIZE", help="With -d: how much of its latest output the guest keeps.  [default: 256K]"
+        ),
+    ] = None,
 ) -> None:
     """Run a command in a Running guest, as ssh does.
 
     Input, output, signals and the exit status are passed through. Standard input is passed on
     unless it is a terminal; -i or -t also pass a terminal on. Options go before NAME.
 
+    If this program is killed, the command goes on: see `commands` and `attach`.
+
     Exit status: the command's, or 124 timed out, 126 cannot be started, 127 no such command in the
     guest.
     """
     start.import_asyncio()
     from coppice.cli import session
+    from coppice.model.guest import KEPT_BYTES
+    from coppice.names import parse_size
     from coppice.requests import OpenExecRequest
 
     cli = Cli.of(ctx)
@@ -65,8 +92,34 @@ def exec_(
     if tty and cli.json:
         raise UsageError("a terminal cannot be printed as JSON", hint="omit -t or --json")
     environment = parse.environment(env or ())
+    memory_bytes = None if memory_limit is None else parse_size(memory_limit)
+    if detach:
+        from coppice.requests import CommandStartRequest
+
+        started = cli.request(
+            CommandStartRequest(
+                instance=name,
+                argv=argv,
+                env=environment,
+                workdir=workdir,
+                user=user,
+                tty=tty,
+                size=session.window() if tty else None,
+                term=os.environ.get("TERM", "xterm") if tty else None,
+                stdin=interactive or tty,
+                timeout_s=timeout,
+                memory_limit_bytes=memory_bytes,
+                pids_limit=pids_limit,
+                command=command_id,
+                keep_bytes=KEPT_BYTES if keep is None else parse_size(keep),
+            )
+        )
+        cli.show(started, lambda: output.line(started.id))
+        return
+    if command_id is not None or keep is not None:
+        raise UsageError("--id and --keep are for commands that are left", hint="add -d, or omit them")
     terminal = tty and os.isatty(0)
-    stdin = not no_stdin and _is_open(0) and (interactive or tty or not os.isatty(0))
+    stdin = not no_stdin and is_open(0) and (interactive or tty or not os.isatty(0))
     captured = session.Captured() if cli.json else None
     request = OpenExecRequest(
         instance=name,
@@ -79,31 +132,46 @@ def exec_(
         term=os.environ.get("TERM", "xterm") if tty else None,
         stdin=stdin,
         timeout_s=timeout,
+        memory_limit_bytes=memory_bytes,
+        pids_limit=pids_limit,
     )
 
     async def work(host: AsyncHost) -> Exit:
         async with host.stream(request) as opened:
             return await session.attach(opened, stdin=stdin, raw=stdin and terminal, forward=not tty, captured=captured)
 
-    started = time.monotonic()
+    began = time.monotonic()
     ended = cli.call(work)
-    status = _TIMED_OUT if ended.timed_out else ended.exit_code
+    limit = "its time limit" if timeout is None else f"{timeout:g} s"
+    end(ended, captured, limit=limit, duration_ms=(time.monotonic() - began) * 1000)
+
+
+def end(ended: Exit, captured: Captured | None, *, limit: str = "its time limit", **more: float) -> NoReturn:
+    """Print how a command ended, and end the program with its status. `more` is for the JSON output."""
     if captured is not None:
         output.document(
             {
-                "exit_code": status,
+                "exit_code": status_of(ended),
                 "timed_out": ended.timed_out,
+                "out_of_memory": ended.out_of_memory,
                 "stdout": captured.stdout.decode(errors="replace"),
                 "stderr": captured.stderr.decode(errors="replace"),
-                "duration_ms": (time.monotonic() - started) * 1000,
+                **more,
             }
         )
     elif ended.timed_out:
-        output.complain(f"the command did not end within {timeout:g} s, and was killed")
-    raise ProgramExit(status)
+        output.complain(f"the command did not end within {limit}, and was killed")
+    elif ended.out_of_memory:
+        output.complain("the command used more memory than its limit, and was killed")
+    raise ProgramExit(status_of(ended))
 
 
-def _is_open(descriptor: int) -> bool:
+def status_of(ended: Exit) -> int:
+    """Return the exit status of the program for the end of a command."""
+    return _TIMED_OUT if ended.timed_out else ended.exit_code
+
+
+def is_open(descriptor: int) -> bool:
     try:
         os.fstat(descriptor)
     except OSError:

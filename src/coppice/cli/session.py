@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coppice.cli import output, terminal
-from coppice.cli.ending import Interrupted, OutputClosed
+from coppice.cli.ending import Left, OutputClosed
 from coppice.cli.interrupt import signals_to
 from coppice.errors import GuestError
 from coppice.model import MIB
@@ -51,7 +51,8 @@ async def attach(session: ExecSession, *, stdin: bool, raw: bool, forward: bool,
     `stdin`: pass standard input on. `raw`: standard input is a terminal; pass its keys and its size
     on. `forward`: pass SIGINT and SIGTERM to the command. The third signal ends the session.
 
-    :raises Interrupted: the user left with `~.`, or a signal ended the session
+    :raises Left: the user left with `~.`
+    :raises Interrupted: a signal ended the session
     :raises OutputClosed: the reader has closed standard output
     """
     over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -86,7 +87,11 @@ def _end(over: asyncio.Future[None], reason: Exception) -> None:
 
 
 async def _pump(session: ExecSession, captured: Captured | None) -> Exit:
+    missed = 0
     async for stream, data in session:
+        if session.dropped_bytes > missed:
+            output.complain(f"{session.dropped_bytes - missed} bytes of output before this are no longer kept")
+            missed = session.dropped_bytes
         if captured is not None:
             captured.add(stream, data)
         else:
@@ -101,7 +106,7 @@ async def _feed(session: ExecSession, over: asyncio.Future[None], *, escapes: bo
         wanted, leave = escape.feed(data) if escape else (data, False)
         await session.send_stdin(wanted)
         if leave:
-            _end(over, Interrupted(signal.SIGHUP))
+            _end(over, Left())
             return
     await session.eof()
 

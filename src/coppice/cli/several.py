@@ -59,12 +59,12 @@ def inspect(cli: Cli, names: Sequence[str], ask: Ask[T], details: Callable[[T], 
     _end(cli, failed)
 
 
-def remove(cli: Cli, names: Sequence[str], ask: Ask[None], *, force: bool = False) -> None:
-    """Remove each. With `force` a missing name counts as removed."""
+def remove(cli: Cli, names: Sequence[str], ask: Ask[None], *, force: bool = False, title: str = "removed") -> None:
+    """Remove each. With `force` a missing name counts as removed. `title` is the word for it in JSON."""
     _, failed = _each(cli, names, ask)
     if force:
         failed = {name: error for name, error in failed.items() if not isinstance(error, NotFound)}
-    show_removal(cli, [name for name in dict.fromkeys(names) if name not in failed], failed)
+    _show(cli, title, [name for name in dict.fromkeys(names) if name not in failed], failed, str)
 
 
 def show_removal(cli: Cli, removed: Sequence[str], failed: Mapping[str, CoppiceError]) -> None:

@@ -22,6 +22,23 @@ class ExecSession:
         self._session = session
 
     @property
+    def id(self) -> str:
+        """The command's id, to attach to it again."""
+        return self._session.id
+
+    @property
+    def offset(self) -> int:
+        """Offset of the next byte of output, counted over both streams. Another client can attach there."""
+        return self._session.offset
+
+    @property
+    def dropped_bytes(self) -> int:
+        """How much output this session has missed, because it was no longer kept. Known with the
+        next output.
+        """
+        return self._session.dropped_bytes
+
+    @property
     def pid(self) -> int:
         """The command's process id in the guest."""
         return self._session.pid
@@ -46,6 +63,10 @@ class ExecSession:
     def resize(self, rows: int, columns: int) -> None:
         """Set the size of the command's terminal."""
         self._portal.call(self._session.resize(rows, columns))
+
+    def leave(self) -> None:
+        """Let the command run on when the session is closed."""
+        self._portal.call(self._session.leave())
 
     def collect(
         self,

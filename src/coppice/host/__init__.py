@@ -30,6 +30,7 @@ _GROUPS: Final = {
     "forks.Forks": "fork start_ahead",
     "removal.Removal": "rm",
     "guest.Guest": "exec open_exec connect open_copy cp_in cp_out read_file write_file stat health logs wait",
+    "commands.Commands": "command_start command_ls command_attach command_kill command_wait command_forget",
     "readiness.Readiness": "ready",
     "snapshots.Snapshots": "snapshot snapshot_ls snapshot_inspect snapshot_restore snapshot_fork snapshot_rm verify",
     "volumes.Volumes": "volume_create volume_ls volume_inspect volume_rm",
@@ -39,6 +40,7 @@ _GROUPS: Final = {
     ),
     "admission.Admission": "budget",
     "events.Events": "events",
+    "archives.Archives": "export open_export import_template open_import",
     "housekeeping.Housekeeping": "gc",
 }
 _GROUP_OF: Final = {operation: name for name, operations in _GROUPS.items() for operation in operations.split()}

@@ -35,7 +35,7 @@ from coppice.requests import (
 from coppice.vmm import driver as files
 
 _LOG_FILES: dict[LogSource, str] = {"console": files.CONSOLE_LOG, "vmm": files.VMM_LOG}
-_DEFAULT_SIZE = (24, 80)
+DEFAULT_SIZE = (24, 80)
 _PORT_DEADLINE_S = 60.0
 _LOOK_S = 1.0
 _SILENT_S = 5.0
@@ -54,6 +54,8 @@ class Guest(UseCases):
                 user=request.user,
                 stdin=request.stdin,
                 timeout_s=request.timeout_s,
+                memory_bytes=request.memory_limit_bytes,
+                processes=request.pids_limit,
                 max_output_bytes=request.max_output_bytes,
             )
 
@@ -68,10 +70,12 @@ class Guest(UseCases):
                 cwd=request.workdir,
                 user=request.user,
                 tty=request.tty,
-                size=request.size or _DEFAULT_SIZE,
+                size=request.size or DEFAULT_SIZE,
                 term=request.term,
                 has_stdin=request.stdin,
                 timeout_s=request.timeout_s,
+                memory_bytes=request.memory_limit_bytes,
+                processes=request.pids_limit,
             ) as running,
         ):
             yield running

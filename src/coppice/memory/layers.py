@@ -105,6 +105,23 @@ def ranges_over(base: Path, layers: Sequence[MemLayer]) -> tuple[Layer, ...]:
     )
 
 
+def check_foreign_map(base: Path, layers: Sequence[MemLayer], size_bytes: int) -> None:
+    """Refuse a map that no capture of a memory of this size has made. The map of another host is not trustworthy.
+
+    :raises IntegrityError: it names memory or positions that do not exist
+    """
+    end = 0
+    for extent in map_of(base, layers):
+        last = layers[extent.layer - 1].size_bytes if 0 < extent.layer <= len(layers) else 0
+        aligned = not any(number % PAGE_SIZE for number in (extent.offset, extent.length, extent.position))
+        inside = end <= extent.offset and extent.end <= size_bytes and extent.position >= PAGE_SIZE
+        if not (aligned and inside and extent.length and extent.position + extent.length <= last):
+            raise IntegrityError(
+                f"The map of the memory layers of {base} is not valid", hint="do not trust their source"
+            )
+        end = extent.end
+
+
 def covered(below: Sequence[Extent], above: Sequence[Extent]) -> list[Extent]:
     """Return a map with another one over it. Both are in order, and neither overlaps itself."""
     result = list(above)

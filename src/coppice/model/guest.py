@@ -14,6 +14,9 @@ Source = bytes | AsyncIterable[bytes]
 OutputSink = Callable[[bytes], Awaitable[None] | None]
 
 MAX_COLLECTED = 64 * MIB
+KEPT_BYTES = MIB // 4
+"""Of the output of a command, for clients that attach later, unless the client chooses."""
+MAX_KEPT = 64 * MIB
 FLUSH_S = 5.0  # for which the end of a connection waits until the guest has its data
 
 
@@ -36,6 +39,13 @@ class Exit(Record, frozen=True, kw_only=True):
     out_of_memory: bool = False  # its memory limit ended it
 
 
+class StartedCommand(Record, frozen=True, kw_only=True):
+    """A command that has been started in a guest."""
+
+    id: str
+    pid: int
+
+
 class GuestCommand(Record, frozen=True, kw_only=True):
     """A command that runs in a guest, or that has ended there and is remembered."""
 
@@ -44,10 +54,11 @@ class GuestCommand(Record, frozen=True, kw_only=True):
     pid: int
     user: str | None  # None: the image's
     tty: bool
+    stdin: bool  # a client can send input
     started_at: float  # the guest's clock, in seconds since the epoch
     attached: bool  # a client is attached
-    output_first: int  # offset of the first byte of output that is kept
     output_bytes: int  # of both streams together, since its beginning
+    dropped_bytes: int  # of these, at their beginning: no longer kept
     exit_code: int | None  # None: it runs
     timed_out: bool
     out_of_memory: bool
@@ -111,8 +122,22 @@ class ExecSession(Protocol):
     """
 
     @property
+    def id(self) -> str:
+        """Id of the command, to attach to it again."""
+
+    @property
     def pid(self) -> int:
         """Process id in the guest."""
+
+    @property
+    def offset(self) -> int:
+        """Offset of the next byte of output, counted over both streams. Another client can attach there."""
+
+    @property
+    def dropped_bytes(self) -> int:
+        """How much output this session has missed, because it was no longer kept. Known with the
+        next output.
+        """
 
     def __aiter__(self) -> AsyncIterator[tuple[Stream, bytes]]:
         """Yield the command's output as it arrives, until the command has ended."""
@@ -131,6 +156,9 @@ class ExecSession(Protocol):
 
     async def resize(self, rows: int, columns: int) -> None:
         """Set the size of the command's terminal."""
+
+    async def leave(self) -> None:
+        """Let the command run on when the session is closed."""
 
     async def collect(
         self,

@@ -22,6 +22,7 @@ class Operation(StrEnum):
     DEMOTE = "demote"
     FORK = "fork"
     FORK_RUNNING = "fork --from-running"
+    EXPORT = "export"
     EXEC = "exec"
     EGRESS = "egress"
     UPDATE = "update"
@@ -47,6 +48,7 @@ _LEGAL: dict[Operation, dict[State, State]] = {
     Operation.DEMOTE: {_S.TEMPLATE: _S.STANDBY, _S.STANDBY: _S.STANDBY},
     Operation.FORK: {_S.STOPPED: _S.STOPPED, _S.STANDBY: _S.STANDBY, _S.TEMPLATE: _S.TEMPLATE},
     Operation.FORK_RUNNING: {_S.RUNNING: _S.RUNNING},
+    Operation.EXPORT: {_S.STANDBY: _S.STANDBY, _S.TEMPLATE: _S.TEMPLATE},
     Operation.EGRESS: {state: state for state in State},
     Operation.UPDATE: {state: state for state in State},
     Operation.EXEC: {_S.RUNNING: _S.RUNNING},
@@ -61,7 +63,9 @@ _LEGAL: dict[Operation, dict[State, State]] = {
 }
 
 # Operations that lead to another machine with the same disks, at once or later.
-_MULTIPLIES = frozenset({Operation.FORK, Operation.FORK_RUNNING, Operation.PROMOTE, Operation.SNAPSHOT})
+_MULTIPLIES = frozenset(
+    {Operation.FORK, Operation.FORK_RUNNING, Operation.PROMOTE, Operation.SNAPSHOT, Operation.EXPORT}
+)
 
 _HINTS: dict[tuple[Operation, State], str] = {
     (Operation.FORK, _S.RUNNING): "use --from-running, or put it into standby first: `coppice standby`",
@@ -69,6 +73,7 @@ _HINTS: dict[tuple[Operation, State], str] = {
     (Operation.RESTORE, _S.STOPPED): "use `coppice start`",
     (Operation.EXEC, _S.STANDBY): "restore it first: `coppice restore`",
     (Operation.EXEC, _S.STOPPED): "start it first: `coppice start`",
+    (Operation.EXPORT, _S.RUNNING): "make it a template first: `coppice standby`, then `coppice promote`",
     (Operation.PROMOTE, _S.RUNNING): "put it into standby first: `coppice standby`",
     (Operation.STANDBY, _S.STOPPED): "start it first: `coppice start`",
     (Operation.STOP, _S.STANDBY): "it has no VMM to stop; restore it, or remove it",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from coppice.model.record import Record
+from coppice.model.record import MIB, Record
 from coppice.model.reports import ForkResult
 
 
@@ -29,3 +29,24 @@ ProgressSink = Callable[[Progress], None]
 
 def no_progress(_: Progress) -> None:
     """Ignore progress."""
+
+
+class Meter:
+    """Reports the bytes copied to a sink, once per MiB."""
+
+    def __init__(self, sink: ProgressSink, total: int | None, stage: str = "copy") -> None:
+        self._sink = sink
+        self._total = total
+        self._stage = stage
+        self._done = self._told = 0
+        self._tell()
+
+    def moved(self, size: int) -> None:
+        """Count more bytes."""
+        self._done += size
+        if self._done - self._told >= MIB or self._told < self._done == self._total:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._told = self._done
+        self._sink(Progress(stage=self._stage, done=self._done, total=self._total, unit="bytes"))

@@ -15,7 +15,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from coppice.requests.archives import (
+        ExportRequest,
+        ImportTemplateRequest,
+        OpenExportRequest,
+        OpenImportRequest,
+    )
     from coppice.requests.base import Request, StreamRequest
+    from coppice.requests.commands import (
+        CommandAttachRequest,
+        CommandForgetRequest,
+        CommandKillRequest,
+        CommandLsRequest,
+        CommandStartRequest,
+        CommandWaitRequest,
+    )
     from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
     from coppice.requests.guest import (
         ConnectRequest,
@@ -87,6 +101,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetRequest",
+    "CommandAttachRequest",
+    "CommandForgetRequest",
+    "CommandKillRequest",
+    "CommandLsRequest",
+    "CommandStartRequest",
+    "CommandWaitRequest",
     "ConnectRequest",
     "CpInRequest",
     "CpOutRequest",
@@ -95,6 +115,7 @@ __all__ = [
     "EgressRequest",
     "EventsRequest",
     "ExecRequest",
+    "ExportRequest",
     "FanOut",
     "ForkRequest",
     "GcRequest",
@@ -107,6 +128,7 @@ __all__ = [
     "ImagePullRequest",
     "ImageRmRequest",
     "ImageTagRequest",
+    "ImportTemplateRequest",
     "InspectRequest",
     "KernelAddRequest",
     "KernelFetchRequest",
@@ -117,6 +139,8 @@ __all__ = [
     "LsRequest",
     "OpenCopyRequest",
     "OpenExecRequest",
+    "OpenExportRequest",
+    "OpenImportRequest",
     "PromoteRequest",
     "ReadFileRequest",
     "ReadyRequest",
@@ -150,7 +174,12 @@ __all__ = [
 ]
 
 _MODULES: Final = {
+    "archives": "ExportRequest ImportTemplateRequest OpenExportRequest OpenImportRequest",
     "base": "Request StreamRequest",
+    "commands": (
+        "CommandAttachRequest CommandForgetRequest CommandKillRequest "
+        "CommandLsRequest CommandStartRequest CommandWaitRequest"
+    ),
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
         "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "

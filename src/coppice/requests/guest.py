@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from coppice.addresses import check_endpoint
+from coppice.commands import check_bound
 from coppice.model import MIB, ExecResult, FileStat, Instance
 from coppice.model.guest import Connection, CopySession, ExecSession, Health, TerminalSize
 from coppice.names import (
@@ -35,13 +36,19 @@ class CommandRequest(InstanceRequest[R], frozen=True, kw_only=True):
     workdir: Annotated[str | None, Meta(description="Working directory. Default: the image's.")] = None
     user: Annotated[str | None, Meta(description="A user name, UID, or UID:GID. Default: the image's.")] = None
     timeout_s: Annotated[float | None, Meta(description="Seconds after which the command is killed.")] = None
+    memory_limit_bytes: Annotated[
+        int | None, Meta(description="The most memory of all its processes together; more kills them.")
+    ] = None
+    pids_limit: Annotated[int | None, Meta(description="The most processes and threads that it may have.")] = None
 
     def check(self) -> None:
-        """Check the command and its time limit."""
+        """Check the command and its limits."""
         super().check()
         check_command(self.argv)
         check_env(self.env)
         check_timeout(self.timeout_s)
+        check_bound(self.memory_limit_bytes, "memory")
+        check_bound(self.pids_limit, "processes")
 
 
 class ExecRequest(CommandRequest[ExecResult], frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from litestar.types import ASGIApp, Middleware
 
 from coppice.host.supervisor import Clock, Supervisor
 from coppice.model import Record
-from coppice.server import calls, connections, console, copies, document, events, observing, page, streams
+from coppice.server import archives, calls, connections, console, copies, document, events, observing, page, streams
 from coppice.server.audit import Audit
 from coppice.server.auth import Caller
 from coppice.server.bodies import JsonRequest
@@ -116,12 +116,16 @@ def make_app(
                 calls.operation_cancel,
                 events.events_get,
                 streams.stream_exec,
+                streams.stream_attach,
                 streams.stream_logs,
                 observing.audit_get,
                 observing.metrics_get,
                 connections.stream_connect,
                 copies.stream_copy,
                 copies.stream_upload,
+                archives.instance_export,
+                archives.template_import,
+                archives.stream_import,
                 console.instance_console,
                 *hypeman.ROUTES,
             ]

@@ -24,7 +24,7 @@ from coppice.server.ending import unless_ending
 from coppice.server.failures import failure_of
 from coppice.server.running import Operation, OperationView
 from coppice.server.sse import EventStream
-from coppice.server.table import CALLS, scope_of
+from coppice.server.table import CALLS, WAITS, scope_of
 
 OPERATION_HEADER = "coppice-operation"
 KEEPALIVE_S = 15.0
@@ -66,10 +66,13 @@ def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
         prefer: str,
         key: str | None,  # noqa: ARG001 - of the API document; the authentication reads it
     ) -> Response[Any]:
-        if reads:
+        if name in WAITS:
+            operation = await server.begin_waiting(caller, data)
+        elif reads:
             read = (await server.host(caller)).call(data)
             return Response(await unless_ending(read, server.ending), status_code=200)
-        operation = await server.begin(caller, data)
+        else:
+            operation = await server.begin(caller, data)
         headers = {OPERATION_HEADER: operation.id}
         if "respond-async" in prefer:
             location = {"location": str(request.url_for("operation_get", key=operation.id))}
@@ -96,7 +99,9 @@ def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
         tags=["operations"],
         status_code=200,
         opt={"scope": scope_of(name)},
-        responses=None if reads else {202: ResponseSpec(OperationView, description="The operation, which goes on.")},
+        responses=None
+        if reads and name not in WAITS
+        else {202: ResponseSpec(OperationView, description="The operation, which goes on.")},
     )(call)
 
 

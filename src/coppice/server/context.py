@@ -23,6 +23,7 @@ from coppice.requests import Request
 from coppice.server.audit import Audit, target_of
 from coppice.server.auth import Caller, read_token
 from coppice.server.browsers import authorization_of, require_own_page
+from coppice.server.ending import unless_ending
 from coppice.server.hosts import Hosts
 from coppice.server.keys import MOST_CHARACTERS
 from coppice.server.metrics import Metrics
@@ -84,6 +85,19 @@ class Server:
 
         if caller.key is not None:
             return self.once.begin(host, caller.key, request, work)
+        return self.operations.start(request.operation, caller.owner, work)
+
+    async def begin_waiting(self, caller: Caller, request: Request[Any]) -> Operation:
+        """Begin an operation that changes nothing, and that the client may have to wait long for.
+
+        :raises TooManyOperations: the caller's owner has too many running operations
+        :raises Overloaded: all owners together have too many
+        """
+        host = await self.host(caller)
+
+        async def work(progress: ProgressSink) -> Any:
+            return await unless_ending(host.call(request, progress), self.ending)
+
         return self.operations.start(request.operation, caller.owner, work)
 
     @contextlib.contextmanager

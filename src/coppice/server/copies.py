@@ -115,7 +115,7 @@ async def _step(socket: Socket, session: CopySession) -> None:
         )
         await send(socket, end=True)
     elif step.tar_in is not None:
-        await send(socket, unpacked=await session.tar_in(step.tar_in, _content(socket)))
+        await send(socket, unpacked=await session.tar_in(step.tar_in, content_frames(socket)))
     else:
         raise UsageError("a text frame asks for nothing", hint="send stat, tar_in or tar_out")
 
@@ -125,7 +125,7 @@ async def _send_archive(socket: Socket, archive: AsyncIterator[bytes]) -> None:
         await socket.send_bytes(chunk)
 
 
-async def _content(socket: Socket) -> AsyncIterator[bytes]:
+async def content_frames(socket: Socket) -> AsyncIterator[bytes]:
     """Yield the binary frames of a client until its frame `eof`.
 
     :raises UsageError: it sends another text frame
@@ -171,7 +171,7 @@ async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, *, 
 
     async def pass_on(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         unchecked = _CHECK_EVERY
-        async for chunk in _content(socket):
+        async for chunk in content_frames(socket):
             unchecked += len(chunk)
             if unchecked >= _CHECK_EVERY:
                 _require_space(host, upload.directory)

@@ -7,12 +7,17 @@ from typing import Any, Final
 
 import msgspec
 
+from coppice.commands import new_command_id
 from coppice.completion import in_thread
 from coppice.errors import NotFound, OutcomeUnknown
 from coppice.host import LocalBackend
 from coppice.model import ForkReport, ForkResult, Instance, Progress, ProgressSink
+from coppice.model.guest import StartedCommand
 from coppice.names import new_name
 from coppice.requests import (
+    CommandKillRequest,
+    CommandLsRequest,
+    CommandStartRequest,
     ExecRequest,
     FanOut,
     ForkRequest,
@@ -26,13 +31,16 @@ from coppice.requests import (
     VolumeLsRequest,
 )
 
-_REMOVALS: Final = frozenset({"rm", "image_rm", "kernel_rm", "snapshot_rm", "volume_rm"})
+_REMOVALS: Final = frozenset({"rm", "command_forget", "image_rm", "kernel_rm", "snapshot_rm", "volume_rm"})
+_CLOCKS_S: Final = 1.0  # more than the clocks of a host and of its guests differ by
 
 
 async def generated(host: LocalBackend, request: Request[Any]) -> dict[str, Any]:
     """Return the names that a request leaves to the server, as fields of the request."""
     if isinstance(request, RunRequest | SnapshotRequest) and request.name is None:
         return {"name": new_name(await in_thread(_stem, host, request))}
+    if isinstance(request, CommandStartRequest) and request.command is None:
+        return {"command": new_command_id()}
     if isinstance(request, FanOut) and not request.names:
         stem = await in_thread(_stem, host, request)
         return {"names": [new_name(stem) for _ in range(request.count)]}
@@ -73,6 +81,15 @@ async def resume(host: LocalBackend, request: Request[Any], progress: ProgressSi
             f"the server was killed while {request.argv[0]!r} was under way in {request.instance}: it may have run",
             hint="check its effects in the guest before you run it again",
         )
+    if isinstance(request, CommandKillRequest) and request.signal is not None:
+        raise OutcomeUnknown(
+            f"the server was killed while it sent signal {request.signal} to command {request.command}",
+            hint=f"`coppice commands {request.instance}` shows whether the command runs",
+        )
+    if isinstance(request, CommandStartRequest):
+        for each in await host.call(CommandLsRequest(instance=request.instance)):
+            if each.id == request.command and each.started_at >= begun_at - _CLOCKS_S:
+                return StartedCommand(id=each.id, pid=each.pid)
     if isinstance(request, FanOut):
         return await _resume_forks(host, request, progress, begun_at)
     if request.operation in _REMOVALS:

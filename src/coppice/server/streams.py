@@ -1,10 +1,12 @@
-"""WebSocket `/stream/exec` and `/stream/logs`: results that stay open while they are used.
+"""WebSocket `/stream/exec`, `/stream/attach` and `/stream/logs`: results that stay open while they are
+used.
 
 The client sends the request as a JSON text frame. Then, for a command: binary frames to the server
-are standard input; text frames are `{"eof": true}`, `{"signal": N}` or `{"resize": [ROWS, COLUMNS]}`.
-The server sends `{"pid": N}`, then binary frames of output, whose first byte is 1 (stdout) or 2
-(stderr), and at the end `{"exit": {...}}`. For a log: binary frames are its lines. Both can end with
-`{"error": {...}}`.
+are standard input; text frames are `{"eof": true}`, `{"signal": N}`, `{"resize": [ROWS, COLUMNS]}` or
+`{"leave": true}`. The server sends `{"pid": N, "command": ID, "offset": N}`, then binary frames of
+output, whose first byte is 1 (stdout) or 2 (stderr), and at the end `{"exit": {...}}`. Before output,
+`{"dropped": N}` says how many bytes at this place are no longer kept. For a log: binary frames are
+its lines. All can end with `{"error": {...}}`.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ from coppice.completion import beside
 from coppice.errors import CoppiceError, UsageError
 from coppice.host import LocalBackend
 from coppice.model.guest import ExecSession
-from coppice.requests import LogsRequest, OpenExecRequest
+from coppice.requests import CommandAttachRequest, LogsRequest, OpenExecRequest, StreamRequest
 from coppice.server.auth import Caller
 from coppice.server.browsers import accept
-from coppice.server.context import TheCaller, TheServer
+from coppice.server.context import Server, TheCaller, TheServer
 from coppice.server.failures import failure_of
 from coppice.server.table import scope_of
 
 Socket = WebSocket[Caller, Any, Any]
 _STREAM: Final = {"stdout": b"\x01", "stderr": b"\x02"}
+_LOST: Final = frozenset({1006, 1011, 1012})
+"""How a connection ends without the client's will: it broke, it was silent, or the server ends."""
 
 
 class Control(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,6 +42,7 @@ class Control(msgspec.Struct, forbid_unknown_fields=True):
     eof: bool = False
     signal: int | None = None
     resize: tuple[int, int] | None = None
+    leave: bool = False
 
 
 async def first_frame(socket: Socket, kind: type[Any]) -> Any:
@@ -93,24 +98,52 @@ async def answering(
 
 @websocket("/stream/exec", opt={"scope": scope_of("open_exec")})
 async def stream_exec(socket: Socket, server: TheServer, caller: TheCaller) -> None:
-    """Run a command. A client that goes away ends it."""
+    """Run a command. A client that closes the connection ends it; one whose connection is lost does not."""
+    await _run(socket, server, caller, OpenExecRequest)
+
+
+@websocket("/stream/attach", opt={"scope": scope_of("command_attach")})
+async def stream_attach(socket: Socket, server: TheServer, caller: TheCaller) -> None:
+    """Attach to a command, which goes on without its clients."""
+    await _run(socket, server, caller, CommandAttachRequest)
+
+
+async def _run(socket: Socket, server: Server, caller: Caller, kind: type[StreamRequest[ExecSession]]) -> None:
     async with answering(socket):
-        request = await first_frame(socket, OpenExecRequest)
+        request = await first_frame(socket, kind)
         host = await server.host(caller)
         with server.observed(caller, host, request):
-            await _run(socket, host, request)
+            async with host.stream(request) as session:
+                await send(socket, pid=session.pid, command=session.id, offset=session.offset)
+                try:
+                    await beside(_feed(socket, session), _print(socket, session))
+                    await send(socket, exit=await session.wait())
+                except (WebSocketDisconnect, OSError) as error:
+                    end = await _end_of(socket, error)
+                    if end.code in _LOST:
+                        await session.leave()
+                    raise end from error
 
 
-async def _run(socket: Socket, host: LocalBackend, request: OpenExecRequest) -> None:
-    async with host.stream(request) as session:
-        await send(socket, pid=session.pid)
-        await beside(_feed(socket, session), _print(socket, session))
-        await send(socket, exit=await session.wait())
+async def _end_of(socket: Socket, error: WebSocketDisconnect | OSError) -> WebSocketDisconnect:
+    """Return the end of a connection. Sending fails before its closing frame is read."""
+    while not isinstance(error, WebSocketDisconnect):
+        try:
+            await frame_from(socket)
+        except WebSocketDisconnect as end:
+            return end
+    return error
 
 
 async def _print(socket: Socket, session: ExecSession) -> None:
+    told = 0
     async for stream, data in session:
+        if session.dropped_bytes > told:
+            await send(socket, dropped=session.dropped_bytes - told)
+            told = session.dropped_bytes
         await socket.send_bytes(_STREAM[stream] + data)
+    if session.dropped_bytes > told:
+        await send(socket, dropped=session.dropped_bytes - told)
 
 
 async def _feed(socket: Socket, session: ExecSession) -> None:
@@ -126,6 +159,8 @@ async def _feed(socket: Socket, session: ExecSession) -> None:
             await session.resize(*control.resize)
         if control.eof:
             await session.eof()
+        if control.leave:
+            await session.leave()
 
 
 async def frame_from(socket: Socket) -> bytes | str:
@@ -135,7 +170,9 @@ async def frame_from(socket: Socket) -> bytes | str:
     """
     event: dict[str, Any] = dict(await socket.receive())
     if event["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(detail="the client went away", code=event.get("code", 1006))
+        # uvicorn calls a broken connection 1005, as a closing frame without a code, which has a reason.
+        broke = event.get("code") == 1005 and "reason" not in event
+        raise WebSocketDisconnect(detail="the client went away", code=1006 if broke else event.get("code", 1006))
     data: bytes | None = event.get("bytes")
     return data if data is not None else event.get("text") or ""
 

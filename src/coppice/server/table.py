@@ -12,6 +12,7 @@ _ABSTRACT: Final = {Request, StreamRequest, requests.FanOut}
 _READ: Final = frozenset(
     {
         *("get", "ls", "inspect", "stats", "tree", "unloadable", "health", "logs", "stat", "wait", "events"),
+        *("command_ls", "command_wait"),
         *("image_ls", "image_inspect", "snapshot_ls", "snapshot_inspect", "volume_ls", "volume_inspect", "kernel_ls"),
     }
 )
@@ -28,9 +29,16 @@ REQUESTS: Final[dict[str, type[Request[Any]]]] = {operation_name(kind.__name__):
 STREAMS: Final = {name: kind for name, kind in REQUESTS.items() if issubclass(kind, StreamRequest)}
 """Those whose result stays open while it is used."""
 CALLS: Final = {
-    name: kind for name, kind in REQUESTS.items() if name not in STREAMS and name not in ("cp_in", "cp_out")
+    name: kind
+    for name, kind in REQUESTS.items()
+    if name not in STREAMS and name not in ("cp_in", "cp_out", "export", "import_template")
 }
-"""Those that are one call with a result. A client copies files by the stream `open_copy`."""
+"""Those that are one call with a result. A client moves its own files by the streams `open_copy`, `open_export` and
+`open_import`."""
+
+
+WAITS: Final = frozenset({"wait", "command_wait"})
+"""Those that may take long although they change nothing."""
 
 
 def scope_of(operation: str) -> str:

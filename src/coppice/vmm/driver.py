@@ -69,6 +69,7 @@ class Capabilities(Record, frozen=True, kw_only=True):
     nic_backends: frozenset[NicBackend]  # the backends that it can connect a NIC to
     agent_device: AgentDevice = AgentDevice.SERIAL
     enters_by_pvh: bool = False  # an ELF kernel must have a PVH entry point
+    state_names_files: bool = False  # VMSTATE has paths of files that a restore opens
     layer_format: str = ""  # of the layers that a disk may consist of; "" if each disk must be one raw file
 
 
@@ -211,6 +212,16 @@ class VmmDriver(ABC):
 
         :raises NoSpace: the disk is full
         :raises HostCannot: a layer is damaged, or this host cannot do it
+        """
+        raise _raw_only(self.name)
+
+    def check_layer(self, path: Path, size_bytes: int) -> None:  # noqa: ARG002
+        """Refuse a layer from another host that would make the VMM open other files than its own. Blocks.
+
+        Prerequisite: the capability `layer_format`. Changes nothing.
+
+        :param size_bytes: of the disk
+        :raises IntegrityError: it would, or is no layer of such a disk
         """
         raise _raw_only(self.name)
 

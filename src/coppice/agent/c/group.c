@@ -75,7 +75,7 @@ int group_limit(struct job *j, uint64_t memory, uint64_t processes)
         write_to(j->group, "memory.oom.group", "1");
     }
     j->limited = memory;
-    return error;
+    return error ? EOPNOTSUPP : 0;
 }
 
 bool group_was_short(const struct job *j)

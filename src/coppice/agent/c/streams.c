@@ -31,9 +31,13 @@ bool streams_take(struct wire *w, const struct frame *f)
         s->job->detached |= s->job->streams == s && !s->next;
         stream_close(s, OK, NULL);
     } else if (f->type == END) {
+        uint64_t signal = 0;
+        struct tlv t = tlv_read(f);
+        while (tlv_next(&t))
+            signal = t.tag == 1 ? tlv_int(&t) : signal;
         s->output = false;
-        s->job->forgotten = true;
-        job_end(s->job, SIGHUP);
+        s->job->forgotten |= !signal;
+        job_end(s->job, signal && signal <= 64 ? (int)signal : SIGHUP);
     } else {
         input_take(s, f);
         return true;

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from coppice.client.backend import Backend, Opening
 from coppice.client.joining import Connecting
-from coppice.model import Image, Instance, ProgressSink, Snapshot, State, Volume
+from coppice.model import Image, Instance, ProgressSink, Snapshot, State, Volume, no_progress
 from coppice.model.kernel import Kernel
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class Bound:
 
         return AsyncMachine(self._backend, record)
 
-    async def _machine_of(self, request: Request[Instance]) -> AsyncMachine:
-        return self._machine(await self._backend.call(request))
+    async def _machine_of(self, request: Request[Instance], progress: ProgressSink = no_progress) -> AsyncMachine:
+        return self._machine(await self._backend.call(request, progress))
 
     async def _machines_of(self, request: Request[list[Instance]]) -> list[AsyncMachine]:
         return [self._machine(record) for record in await self._backend.call(request)]

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from coppice.client.aio.base import MachineBase
+from coppice.client.aio.base import MachineBase, text_of
 from coppice.client.backend import Opening
 from coppice.model import (
     CaptureReport,
@@ -26,6 +27,7 @@ from coppice.model import (
 from coppice.requests import (
     DemoteRequest,
     EgressRequest,
+    ExportRequest,
     ForkRequest,
     PromoteRequest,
     RestoreRequest,
@@ -391,3 +393,20 @@ class MachineLifecycle(MachineBase):
         return await self._backend.call(
             SnapshotRequest(instance=self.id, name=name, kind=kind, tags={} if tags is None else tags)
         )
+
+    async def export(self, path: Path | str, *, bare: bool = False, progress: ProgressSink = no_progress) -> int:
+        """Write a template or Standby instance to an archive; return the bytes of the archive.
+
+        The archive has the memory, device state, disk, image and kernel, without their holes. The
+        instance cannot be removed or changed meanwhile. An existing file is replaced when the
+        archive is whole.
+
+        :param path: A path on this machine.
+        :param bare: Leave out the image and the kernel; only a host that has both can import the
+            archive.
+        :param progress: Called with each step of the work.
+        :raises IllegalTransition: the instance is not a template or in standby
+        :raises NotSupported: it has volumes
+        :raises IntegrityError: a captured file has changed
+        """
+        return await self._backend.call(ExportRequest(instance=self.id, bare=bare, path=text_of(path)), progress)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cached_property
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from coppice.client.aio.guest import MachineGuest
 from coppice.client.aio.lifecycle import MachineLifecycle
@@ -12,6 +13,9 @@ from coppice.completion import complete
 from coppice.errors import NotFound
 from coppice.model import MemoryReport, State, TreeNode
 from coppice.requests import GetRequest, StatsRequest, TreeRequest
+
+if TYPE_CHECKING:
+    from coppice.client.aio.commands import AsyncCommands
 
 
 class AsyncMachine(MachineLifecycle, MachineGuest):
@@ -22,6 +26,13 @@ class AsyncMachine(MachineLifecycle, MachineGuest):
 
     At the end of an `async with` block the machine is removed.
     """
+
+    @cached_property
+    def commands(self) -> AsyncCommands:
+        """Commands that go on without their client: start, list, attach to and end them."""
+        from coppice.client.aio.commands import AsyncCommands
+
+        return AsyncCommands(self._backend, self.id)
 
     async def refresh(self) -> Self:
         """Read the machine's current record.

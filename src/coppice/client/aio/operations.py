@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from coppice.client.aio.base import Bound
+from coppice.client.aio.base import Bound, text_of
 from coppice.client.backend import Backend, Opening
 from coppice.model import (
     Budgets,
@@ -35,6 +35,7 @@ from coppice.requests import (
     EventsRequest,
     GcRequest,
     GetRequest,
+    ImportTemplateRequest,
     LsRequest,
     RunRequest,
     StatsRequest,
@@ -233,6 +234,24 @@ class HostOperations(Bound):
             ),
             progress,
         )
+
+    async def import_template(
+        self, path: Path | str, *, name: str | None = None, progress: ProgressSink = no_progress
+    ) -> AsyncMachine:
+        """Make a template of an archive that `export` wrote, on this host or another one.
+
+        Every file is compared with its digest before the template exists. The image and the kernel
+        are kept too, unless they are here already. If it fails, no template is left behind.
+
+        :param path: A path on this machine.
+        :param name: Name of the template. Default: its name in the archive.
+        :param progress: Called with each step of the work.
+        :raises ImageError: the archive is truncated, corrupt or not an archive of a template
+        :raises HostCannot: this host cannot load the template's memory; the message says why
+        :raises NameTaken: the name is in use
+        :raises NoSpace: a budget is exceeded, or the disk is full
+        """
+        return await self._machine_of(ImportTemplateRequest(name=name, path=text_of(path)), progress)
 
     async def get(self, instance: str) -> AsyncMachine:
         """Return the instance in its true state, which includes a check whether its VMM still runs.

@@ -31,6 +31,8 @@ class MachineGuest(MachineBase):
         workdir: str | None = None,
         user: str | None = None,
         timeout_s: float | None = None,
+        memory_limit_bytes: int | None = None,
+        pids_limit: int | None = None,
         stdin: bytes | None = None,
         max_output_bytes: int = 64 << 20,
     ) -> ExecResult:
@@ -44,6 +46,8 @@ class MachineGuest(MachineBase):
         :param workdir: Working directory. Default: the image's.
         :param user: A user name, UID, or UID:GID. Default: the image's.
         :param timeout_s: Seconds after which the command is killed.
+        :param memory_limit_bytes: The most memory of all its processes together; more kills them.
+        :param pids_limit: The most processes and threads that it may have.
         :param stdin: Bytes for its standard input.
         :param max_output_bytes: Limit of its output.
         :raises CommandNotFound: the program, the directory or the user does not exist
@@ -59,6 +63,8 @@ class MachineGuest(MachineBase):
                 workdir=workdir,
                 user=user,
                 timeout_s=timeout_s,
+                memory_limit_bytes=memory_limit_bytes,
+                pids_limit=pids_limit,
                 stdin=stdin,
                 max_output_bytes=max_output_bytes,
             )
@@ -73,6 +79,8 @@ class MachineGuest(MachineBase):
         workdir: str | None = None,
         user: str | None = None,
         timeout_s: float | None = None,
+        memory_limit_bytes: int | None = None,
+        pids_limit: int | None = None,
         tty: bool = False,
         size: tuple[int, int] | None = None,
         term: str | None = None,
@@ -85,6 +93,8 @@ class MachineGuest(MachineBase):
         :param workdir: Working directory. Default: the image's.
         :param user: A user name, UID, or UID:GID. Default: the image's.
         :param timeout_s: Seconds after which the command is killed.
+        :param memory_limit_bytes: The most memory of all its processes together; more kills them.
+        :param pids_limit: The most processes and threads that it may have.
         :param tty: Give the command a terminal.
         :param size: (rows, columns) of the terminal. Default: (24, 80).
         :param term: Type of the terminal, as in TERM.
@@ -97,6 +107,8 @@ class MachineGuest(MachineBase):
                 workdir=workdir,
                 user=user,
                 timeout_s=timeout_s,
+                memory_limit_bytes=memory_limit_bytes,
+                pids_limit=pids_limit,
                 tty=tty,
                 size=size,
                 term=term,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from coppice.client.blocking.base import MachineBase
@@ -370,3 +371,20 @@ class MachineLifecycle(MachineBase):
             its state
         """
         return self._portal.call(self._twin.snapshot(name=name, kind=kind, tags=tags))
+
+    def export(self, path: Path | str, *, bare: bool = False, progress: ProgressSink = no_progress) -> int:
+        """Write a template or Standby instance to an archive; return the bytes of the archive.
+
+        The archive has the memory, device state, disk, image and kernel, without their holes. The
+        instance cannot be removed or changed meanwhile. An existing file is replaced when the
+        archive is whole.
+
+        :param path: A path on this machine.
+        :param bare: Leave out the image and the kernel; only a host that has both can import the
+            archive.
+        :param progress: Called with each step of the work.
+        :raises IllegalTransition: the instance is not a template or in standby
+        :raises NotSupported: it has volumes
+        :raises IntegrityError: a captured file has changed
+        """
+        return self._portal.call(self._twin.export(path, bare=bare, progress=progress))

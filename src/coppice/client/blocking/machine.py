@@ -7,6 +7,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from coppice.client.blocking.commands import Commands
 from coppice.client.blocking.guest import MachineGuest
 from coppice.client.blocking.lifecycle import MachineLifecycle
 from coppice.model import MemoryReport, TreeNode
@@ -23,6 +24,11 @@ class Machine(MachineLifecycle, MachineGuest):
 
     At the end of an `with` block the machine is removed.
     """
+
+    @property
+    def commands(self) -> Commands:
+        """Commands that go on without their client: start, list, attach to and end them."""
+        return Commands(self._portal, self._twin.commands)
 
     def refresh(self) -> Self:
         """Read the machine's current record.

@@ -227,6 +227,24 @@ class HostOperations(Twin[AsyncHost]):
             )
         )
 
+    def import_template(
+        self, path: Path | str, *, name: str | None = None, progress: ProgressSink = no_progress
+    ) -> Machine:
+        """Make a template of an archive that `export` wrote, on this host or another one.
+
+        Every file is compared with its digest before the template exists. The image and the kernel
+        are kept too, unless they are here already. If it fails, no template is left behind.
+
+        :param path: A path on this machine.
+        :param name: Name of the template. Default: its name in the archive.
+        :param progress: Called with each step of the work.
+        :raises ImageError: the archive is truncated, corrupt or not an archive of a template
+        :raises HostCannot: this host cannot load the template's memory; the message says why
+        :raises NameTaken: the name is in use
+        :raises NoSpace: a budget is exceeded, or the disk is full
+        """
+        return self._machine(self._portal.call(self._twin.import_template(path, name=name, progress=progress)))
+
     def get(self, instance: str) -> Machine:
         """Return the instance in its true state, which includes a check whether its VMM still runs.
 

@@ -17,22 +17,28 @@ import msgspec
 from httpx_sse import EventSource
 
 from coppice.agent.copy import copy_in, copy_out
-from coppice.client.remote import connections, copies, streams, uploads
+from coppice.archive.files import content_of, save
+from coppice.client.remote import archives, connections, copies, streams, uploads
 from coppice.client.remote.address import Address, parse_address
 from coppice.client.remote.failures import encoded, error_from, unreachable
 from coppice.client.remote.tracing import trace_headers
 from coppice.completion import complete
 from coppice.errors import CoppiceError, HostCannot, NotSupported
-from coppice.model import Progress, ProgressSink, from_json, no_progress
+from coppice.model import Instance, Progress, ProgressSink, from_json, no_progress
 from coppice.model.events import Event
 from coppice.requests import (
+    CommandAttachRequest,
     ConnectRequest,
     CpInRequest,
     CpOutRequest,
     EventsRequest,
+    ExportRequest,
+    ImportTemplateRequest,
     LogsRequest,
     OpenCopyRequest,
     OpenExecRequest,
+    OpenExportRequest,
+    OpenImportRequest,
     Request,
     StreamRequest,
 )
@@ -96,6 +102,8 @@ class RemoteBackend:
         """
         if isinstance(request, CpInRequest | CpOutRequest):
             return cast(R, await self._copy(request, progress))
+        if isinstance(request, ExportRequest | ImportTemplateRequest):
+            return cast(R, await self._move(request, progress))
         async with uploads.sent(self._address, self._headers, request, progress) as ready:
             body = await self._persist(f"/call/{request.operation}", encoded(ready), progress)
         return cast(R, from_json(body, result_of(type(request))))
@@ -107,6 +115,17 @@ class RemoteBackend:
                 unpacked = await copy_in(session, request.host_path, request.guest_path, progress=progress)
                 return unpacked.content_bytes
             return await copy_out(session, request.guest_path, request.host_path, progress=progress)
+
+    async def _move(self, request: ExportRequest | ImportTemplateRequest, progress: ProgressSink) -> int | Instance:
+        """Export to a file of this machine, or import one, through a stream of the server."""
+        if isinstance(request, ExportRequest):
+            async with self.stream(OpenExportRequest(instance=request.instance, bare=request.bare)) as exported:
+                return await save(exported, request.path, progress)
+        async with (
+            self.stream(OpenImportRequest(name=request.name)) as session,
+            contextlib.aclosing(content_of(request.path, progress)) as content,
+        ):
+            return await session.receive(content)
 
     async def _persist(self, path: str, content: bytes, progress: ProgressSink) -> bytes:
         """Send a request until the server has answered it. Return the result as JSON.
@@ -166,10 +185,16 @@ class RemoteBackend:
         opened: AbstractAsyncContextManager[Any]
         if isinstance(request, OpenExecRequest):
             opened = streams.open_exec(self._address, self._headers, request)
+        elif isinstance(request, CommandAttachRequest):
+            opened = streams.attach(self._address, self._headers, request)
         elif isinstance(request, LogsRequest):
             opened = streams.open_logs(self._address, self._headers, request)
         elif isinstance(request, OpenCopyRequest):
             opened = copies.open_copy(self._address, self._headers, request)
+        elif isinstance(request, OpenExportRequest):
+            opened = archives.open_export(self._address, self._connected(), request)
+        elif isinstance(request, OpenImportRequest):
+            opened = archives.open_import(self._address, self._headers, request)
         elif isinstance(request, ConnectRequest):
             opened = connections.open_connection(self._address, self._headers, request)
         elif isinstance(request, EventsRequest):

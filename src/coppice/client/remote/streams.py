@@ -17,9 +17,9 @@ from coppice.client.remote.address import Address
 from coppice.client.remote.failures import encoded, error_from, refusal, unreachable
 from coppice.client.remote.tracing import trace_headers
 from coppice.errors import GuestRefused, HostCannot
-from coppice.model import FileStat, Record
+from coppice.model import FileStat, Instance, Record
 from coppice.model.guest import Exit, Stream, Unpacked
-from coppice.requests import LogsRequest, OpenExecRequest
+from coppice.requests import CommandAttachRequest, LogsRequest, OpenExecRequest
 
 _OPEN_S: Final = 10.0
 _CLOSE_S: Final = 5.0
@@ -32,6 +32,9 @@ class Message(Record, frozen=True, kw_only=True):
     """A text frame of the server."""
 
     pid: int | None = None
+    command: str = ""
+    offset: int = 0
+    dropped: int = 0
     exit: Exit | None = None
     error: dict[str, Any] | None = None
     errno: int = 0
@@ -41,6 +44,7 @@ class Message(Record, frozen=True, kw_only=True):
     stat: FileStat | None = None
     unpacked: Unpacked | None = None
     upload: str | None = None
+    instance: Instance | None = None
 
 
 @contextlib.asynccontextmanager
@@ -121,19 +125,33 @@ def not_coppice() -> HostCannot:
 class RemoteExecSession(Collecting):
     """A command that runs in a guest of a server."""
 
-    def __init__(self, connection: ClientConnection, request: OpenExecRequest, pid: int) -> None:
-        super().__init__(request.argv[0], request.timeout_s)
-        self.pid = pid
+    def __init__(self, connection: ClientConnection, name: str, timeout_s: float | None, first: Message) -> None:
+        super().__init__(name, timeout_s)
+        if first.pid is None:
+            raise not_coppice()
+        self.id = first.command
+        self.pid = first.pid
+        self.offset = first.offset
+        self.dropped_bytes = 0
         self._connection = connection
 
     async def __aiter__(self) -> AsyncIterator[tuple[Stream, bytes]]:
         """Yield the command's output as it arrives, until the command has ended."""
         while self._exit is None:
-            frame = await next_frame(self._connection)
+            try:
+                frame = await next_frame(self._connection)
+            except HostCannot as error:
+                if error.message == _LOST:
+                    error.hint = f"the command goes on: `coppice attach NAME {self.id}` shows its output"
+                raise
             if isinstance(frame, bytes):
+                self.offset += len(frame) - 1
                 yield _STREAMS[frame[0]], frame[1:]
-            else:
+            elif frame.exit is not None:
                 self._exit = frame.exit
+            else:
+                self.offset += frame.dropped
+                self.dropped_bytes += frame.dropped
 
     async def send_stdin(self, data: bytes) -> None:
         """Send data to the command's standard input."""
@@ -151,6 +169,10 @@ class RemoteExecSession(Collecting):
         """Set the size of the command's terminal."""
         await self._control(resize=(rows, columns))
 
+    async def leave(self) -> None:
+        """Let the command run on when the session is closed."""
+        await self._control(leave=True)
+
     async def _control(self, **message: object) -> None:
         await self._send(msgspec.json.encode(message).decode())
 
@@ -165,10 +187,16 @@ async def open_exec(
 ) -> AsyncIterator[RemoteExecSession]:
     """Start a command on the server. Leaving the block ends the command."""
     async with opened(address, headers, "/stream/exec", request) as connection:
-        first = await message_of(connection)
-        if first.pid is None:
-            raise not_coppice()
-        yield RemoteExecSession(connection, request, first.pid)
+        yield RemoteExecSession(connection, request.argv[0], request.timeout_s, await message_of(connection))
+
+
+@contextlib.asynccontextmanager
+async def attach(
+    address: Address, headers: Mapping[str, str], request: CommandAttachRequest
+) -> AsyncIterator[RemoteExecSession]:
+    """Attach to a command on the server. Leaving the block lets it run on."""
+    async with opened(address, headers, "/stream/attach", request) as connection:
+        yield RemoteExecSession(connection, f"command {request.command}", None, await message_of(connection))
 
 
 @contextlib.asynccontextmanager

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 import msgspec
 
-from coppice.agent.copy import Meter, read_chunks, with_thread
+from coppice.agent.copy import read_chunks, with_thread
 from coppice.agent.pack import content_bytes, pack
 from coppice.agent.unpack import stays_inside
 from coppice.client.remote.address import Address
@@ -21,6 +21,7 @@ from coppice.client.remote.copies import send_content
 from coppice.client.remote.streams import Message, not_coppice, opened
 from coppice.errors import CoppiceError, UsageError
 from coppice.model import ProgressSink, Record
+from coppice.model.progress import Meter
 from coppice.requests import Request
 from coppice.requests.base import paths_of
 

@@ -94,6 +94,7 @@ class FirecrackerDriver(VmmDriver):
             restores_paused=True,
             nic_backends=frozenset({NicBackend.TAP}),
             agent_device=AgentDevice.VSOCK,
+            state_names_files=True,
         )
 
     async def manifest(self, machine: MachineSpec) -> Manifest:

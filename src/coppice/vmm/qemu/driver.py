@@ -35,7 +35,7 @@ from coppice.vmm import confinement, layers, sockets, starting, taps
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
 from coppice.vmm.driver import Capabilities, Launch, Saved, VmmDriver
-from coppice.vmm.qemu import command, host, images, ports, releases
+from coppice.vmm.qemu import command, host, images, ports, qcow2, releases
 from coppice.vmm.starting import Rights
 
 if TYPE_CHECKING:
@@ -203,6 +203,9 @@ class QemuDriver(VmmDriver):
 
     def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
         images.flatten(base, layers, out)
+
+    def check_layer(self, path: Path, size_bytes: int) -> None:
+        qcow2.check(path, size_bytes)
 
     async def dial(self, directory: Path, port: int) -> socket.socket:
         return sockets.connect(directory, command.PORT_SOCKET.format(port))

@@ -1,0 +1,121 @@
+"""Use cases on commands that go on without their client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import AsyncIterator
+
+from coppice.agent.client import Session
+from coppice.commands import new_command_id
+from coppice.errors import CommandNotStarted, GuestTimeout, InUse, NameTaken, NotFound
+from coppice.host.guest import DEFAULT_SIZE, Guest
+from coppice.model.guest import ExecSession, Exit, GuestCommand, StartedCommand
+from coppice.requests import (
+    CommandAttachRequest,
+    CommandForgetRequest,
+    CommandKillRequest,
+    CommandLsRequest,
+    CommandStartRequest,
+    CommandWaitRequest,
+)
+
+
+class Commands(Guest):
+    """The operations on commands by their id. The agent has all of their state."""
+
+    async def command_start(self, request: CommandStartRequest) -> StartedCommand:
+        """Start the command detached. The agent answers when it runs."""
+        command = request.command or new_command_id()
+        async with self._session(request.instance) as session:
+            try:
+                async with session.exec_stream(
+                    request.argv,
+                    env=request.env,
+                    cwd=request.workdir,
+                    user=request.user,
+                    tty=request.tty,
+                    size=request.size or DEFAULT_SIZE,
+                    term=request.term,
+                    has_stdin=request.stdin,
+                    timeout_s=request.timeout_s,
+                    command_id=command,
+                    detached=True,
+                    keep_bytes=request.keep_bytes,
+                    memory_bytes=request.memory_limit_bytes,
+                    processes=request.pids_limit,
+                ) as running:
+                    return StartedCommand(id=command, pid=running.pid)
+            except CommandNotStarted as error:
+                if error.errno == errno.EEXIST:
+                    raise NameTaken(
+                        f"{request.instance} has a command {command}",
+                        hint=f"`coppice commands {request.instance}` lists them; choose another id",
+                    ) from error
+                raise
+
+    async def command_ls(self, request: CommandLsRequest) -> list[GuestCommand]:
+        """Ask the agent on a session port."""
+        async with self._session(request.instance) as session:
+            return await session.commands()
+
+    @contextlib.asynccontextmanager
+    async def command_attach(self, request: CommandAttachRequest) -> AsyncIterator[ExecSession]:
+        """Attach, and leave the command when the block ends."""
+        async with (
+            self._session(request.instance) as session,
+            session.attach(request.command, offset=request.offset, stdin=request.stdin) as running,
+        ):
+            yield running
+
+    async def command_kill(self, request: CommandKillRequest) -> None:
+        """Send the signal, or have the agent end the command and wait for its end."""
+        async with (
+            self._session(request.instance) as session,
+            session.attach(request.command, output=False) as running,
+        ):
+            if request.signal is None:
+                await running.terminate()
+            else:
+                await running.signal(request.signal)
+                await session.commands()  # the agent answers after it has read the signal
+
+    async def command_wait(self, request: CommandWaitRequest) -> Exit:
+        """Attach without output. The agent sends the end when it comes."""
+        async with (
+            self._session(request.instance) as session,
+            session.attach(request.command, output=False) as running,
+        ):
+            try:
+                async with asyncio.timeout(request.deadline_s):
+                    return await running.wait()
+            except TimeoutError as error:
+                raise GuestTimeout(
+                    f"command {request.command} still runs after {request.deadline_s or 0:g} s",
+                    hint=f"wait longer, or end it with `coppice kill {request.instance} {request.command}`",
+                ) from error
+
+    async def command_forget(self, request: CommandForgetRequest) -> None:
+        """Have the agent forget it, and see whether it did: it keeps commands that are in use."""
+        async with self._session(request.instance) as session:
+            found = await _find(session, request.instance, request.command)
+            session.forget(request.command)
+            with contextlib.suppress(NotFound):
+                found = await _find(session, request.instance, request.command)
+                what = "runs" if found.exit_code is None else "is attached to a client"
+                raise InUse(
+                    f"command {request.command} {what}",
+                    hint=f"end it with `coppice kill {request.instance} {request.command}`, or wait for its end",
+                )
+
+
+async def _find(session: Session, instance: str, command: str) -> GuestCommand:
+    """Return a command that the agent knows.
+
+    :raises NotFound: it knows none with this id
+    """
+    for found in await session.commands():
+        if found.id == command:
+            return found
+    raise NotFound(f"{instance} has no command {command}", hint=f"`coppice commands {instance}` lists them")
