@@ -399,6 +399,7 @@ OPERATIONS = {
             _exported,
             lambda host, _: host.call(ImportTemplateRequest(path=str(_export_of(host)), name=OAK)),
             {OAK: _may(State.TEMPLATE, None)},
+            repeatable=False,  # the archive that was sent is lost with the server
             steps=40,
             seconds=0.5,
         ),
