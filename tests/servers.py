@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
 
+from coppice import cli, host
 from coppice.client import AsyncHost
 from coppice.client.remote.backend import RemoteBackend
 from coppice.host import LocalBackend
@@ -44,7 +47,8 @@ async def served(make_host: HostMaker, where: Listening, key: bytes | None, **op
     """Serve for a block. Yield the server's address. `options` are those of `make_app`."""
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     ending = asyncio.Event()
-    task = asyncio.create_task(serve(make_app(make_host, key, **options), where, ready=ready.set_result, ending=ending))
+    app = make_app(make_host, key, ending=ending, **options)
+    task = asyncio.create_task(serve(app, where, ready=ready.set_result, ending=ending, signals=False))
     try:
         async with asyncio.timeout(START_S):
             waiting: set[asyncio.Future[Any]] = {ready, task}
@@ -88,6 +92,17 @@ def client_of(address: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url="http://coppice", transport=transport, timeout=START_S)
 
 
+def serve_command(home: str, listen: str, **options: Any) -> int:
+    """Run `coppice serve` until a signal. Return its exit status.
+
+    `listen` is as for the option `--listen`.
+
+    `options` are those of hosts over machines of the tests. Nothing else differs from the command.
+    """
+    host.LocalBackend = functools.partial(LocalBackend, **options)  # type: ignore[misc, assignment]
+    return cli.main(["--home", home, "serve", "--listen", listen, "--spares", "0"])
+
+
 class Servers:
     """Server processes, one after another, over one data directory and one socket."""
 
@@ -96,10 +111,13 @@ class Servers:
         self._channel = channel
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self, hold: int = 0) -> str:
-        """Start a server; return its address. The `hold`th restored fork never gets ready."""
+    async def start(self, hold: int = 0, variables: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Start a server; return its address. The `hold`th restored fork never gets ready.
+
+        `variables` are added to its environment.
+        """
         home, socket, *kind = self._arguments
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {**os.environ, **variables} | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "api.serve_process", home, socket, str(hold), *kind),
             stdout=asyncio.subprocess.PIPE,
@@ -108,13 +126,24 @@ class Servers:
         )
         assert self._process.stdout is not None
         async with asyncio.timeout(SERVER_START_S):
-            return (await self._process.stdout.readline()).decode().strip()
+            return (await self._process.stdout.readline()).decode().split()[-1]
 
     @property
     def pid(self) -> int:
         """The process id of the server."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """The exit status of the server; None while it runs."""
+        assert self._process is not None
+        return self._process.returncode
+
+    @property
+    def address(self) -> str:
+        """The address of every server."""
+        return self._arguments[1]
 
     async def end(self, number: signal.Signals) -> None:
         """End the server by a signal."""

@@ -1,4 +1,5 @@
-"""Write docs/cli.md and docs/api.md from the command line's help and the docstrings.
+"""Write docs/cli.md and docs/api.md from the command line's help and the docstrings. The part of
+docs/api.md about HTTP is tools/over_http.md.
 
 python tools/generate_docs.py           write the pages
 python tools/generate_docs.py --check   only list outdated pages; exit status 1 if any is
@@ -72,7 +73,8 @@ def api_page() -> str:
         NOTE + "# The Python API\n",
         "Everything here is imported from `coppice`. `AsyncHost` and what it returns are for asyncio. `Host`, `Machine`, `Forks` and "
         "the managers `Images`, `Kernels`, `Volumes` and `Snapshots` are the same without `await`: same names, parameters, results and "
-        "errors. Their context managers are used with `with`, their iterators with `for`.\n",
+        "errors. Their context managers are used with `with`, their iterators with `for`. [Over HTTP](#over-http) the same operations are "
+        "used from any language.\n",
         "`Opening[X]`: `await` it for an `X` that stays, or use `async with` for one that is removed at the end of the block.\n",
         *(part for kind in _API for part in _class(kind)),
         "## `ExecSession`\n",
@@ -88,6 +90,7 @@ def api_page() -> str:
         "## Errors\n",
         "Every error has `message`, `hint`, `code`, `exit_code` and `http_status`.\n",
         _errors(),
+        (ROOT / "tools/over_http.md").read_text(),
     ]
     return "\n".join(parts).rstrip() + "\n"
 

@@ -279,7 +279,7 @@ class Unauthorized(CoppiceError):
 
 
 class Forbidden(Unauthorized):
-    """The token lacks a scope that the request needs."""
+    """The token does not allow the request: it lacks a scope, or has an owner who may not do this."""
 
     http_status = 403
     code = "forbidden"

@@ -69,7 +69,18 @@ async def any_host(
 async def servers(fake_vmm: Path, fake_home: Path, driver: FakeDriver, tmp_path: Path) -> AsyncIterator[Servers]:
     """Servers that can be killed. Their machines' guests live in the test."""
     with keeping(driver) as channel:
-        made = Servers([str(fake_home), str(tmp_path / "server.sock"), str(fake_vmm), str(channel)], channel)
+        made = Servers([str(fake_home), f"unix:{tmp_path / 'server.sock'}", str(fake_vmm), str(channel)], channel)
+        try:
+            yield made
+        finally:
+            await made.end(signal.SIGKILL)
+
+
+@pytest.fixture
+async def tcp_servers(fake_vmm: Path, fake_home: Path, driver: FakeDriver) -> AsyncIterator[Servers]:
+    """The same on TCP, where they need tokens."""
+    with keeping(driver) as channel:
+        made = Servers([str(fake_home), "127.0.0.1:0", str(fake_vmm), str(channel)], channel)
         try:
             yield made
         finally:

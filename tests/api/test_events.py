@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from litestar.response import ServerSentEventMessage
 
 from conftest import HostFactory
 from coppice.client import AsyncHost
@@ -60,6 +61,37 @@ async def test_new_events_are_followed(any_host: AsyncHost, make_host: HostFacto
             async with asyncio.timeout(20):
                 found = await anext(events)
     assert (found.kind, found.name) == ("made", "elm")
+
+
+async def test_silence_does_not_end_a_stream(
+    tcp_address: str, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comments that the server sends then are no events, also after an event with an id."""
+    sent: asyncio.Queue[None] = asyncio.Queue()
+    encode = ServerSentEventMessage.encode
+
+    def encoded(message: ServerSentEventMessage) -> bytes:
+        if message.comment:
+            sent.put_nowait(None)
+        return encode(message)
+
+    monkeypatch.setattr(ServerSentEventMessage, "encode", encoded)
+    monkeypatch.setattr("coppice.server.events._KEEPALIVE_S", 0.05)
+    async with (
+        make_host() as local,
+        connect_async(tcp_address, token=make_token(KEY, owner=None)) as host,
+        host.stream(EventsRequest(follow=True)) as events,
+        asyncio.timeout(60),
+    ):
+        for name in ("oak", "elm"):
+            following = asyncio.ensure_future(anext(events))
+            for _ in range(3):
+                await sent.get()
+            await boot(local, name)
+            found = await following
+            while found.state is not State.RUNNING:
+                assert found.name == name
+                found = await anext(events)
 
 
 async def test_an_owner_sees_its_own_events_only(tcp_address: str, make_host: HostFactory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,17 @@ from hypeman.types import Image as PulledImage
 
 from coppice.client import AsyncHost
 from coppice.client.connecting import connect_async
-from coppice.errors import NotFound
+from coppice.errors import CoppiceError, Forbidden, NotFound
 from coppice.host import LocalBackend
 from coppice.images.cache import LayerCache
 from coppice.model import MIB, Progress, State
-from coppice.requests import GcRequest, ImagePullRequest, ImageRmRequest, RunRequest
-from coppice.server.auth import make_token
+from coppice.requests import GcRequest, ImageBuildRequest, ImagePullRequest, ImageRmRequest, RunRequest
+from coppice.server.auth import load_key, make_token
 from coppice.server.serving import Listening
 from fakes.driver import FakeDriver
 from fakes.rooms import DEADLINES, open_rooms
 from image_archives import ARCHITECTURE
-from pulls import fill, layers
+from pulls import Hostile, fill, layers
 from servers import KEY, fake_hosts, served
 
 OTHER = "arm64" if ARCHITECTURE == "amd64" else "amd64"
@@ -126,3 +127,47 @@ async def settled(client: AsyncHypeman, name: str) -> PulledImage:
         while (found := await client.images.get(name)).status not in ("ready", "failed"):  # noqa: ASYNC110 - as users do
             await asyncio.sleep(0.05)
     return found
+
+
+async def test_owners_of_tokens_reach_public_hosts_only(tmp_path: Path, hostile: Hostile) -> None:
+    """With `coppice serve`: a registry of its own network is not asked for them, by no operation, unless
+    the operator has allowed it. The operator may pull from anywhere.
+    """
+    home, asked = tmp_path / "home", hostile.server.asked
+    port = hostile.name.partition("/")[0].partition(":")[2]
+    command = [sys.executable, "-m", "coppice", "--home", str(home), "serve", "--listen", "127.0.0.1:0"]
+    server = await asyncio.create_subprocess_exec(
+        *command, "--allow-registry", f"localhost:{port}", stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(60):
+            assert server.stdout is not None
+            address = (await server.stdout.readline()).decode().split()[-1]
+            key = load_key(home)
+            async with connect_async(address, token=make_token(key, owner="ann")) as ann:
+                for request in (
+                    ImagePullRequest(reference=hostile.name),
+                    RunRequest(image=hostile.name, pull="always"),
+                    ImageBuildRequest(name="x", suite="bookworm", proxy=f"http://127.0.0.1:{port}"),
+                ):
+                    with pytest.raises(Forbidden, match=r"127\.0\.0\.1 has an address that is not public"):
+                        await ann.call(request)
+                async with AsyncHypeman(api_key=make_token(key, owner="ann"), base_url=address) as client:
+                    made = await client.images.create(name=hostile.name)
+                    while made.status not in ("ready", "failed"):
+                        made = await client.images.get(hostile.name)
+                    assert "not public" in str(made.error)
+                assert asked == []
+                with pytest.raises(CoppiceError) as caught:
+                    await ann.images.pull(f"localhost:{port}/h/x:1")
+                assert not isinstance(caught.value, Forbidden)
+                assert asked
+            asked.clear()
+            async with connect_async(address, token=make_token(key, owner=None)) as operator:
+                with pytest.raises(CoppiceError) as caught:
+                    await operator.images.pull(hostile.name)
+                assert not isinstance(caught.value, Forbidden)
+            assert asked
+    finally:
+        server.terminate()
+        await server.wait()

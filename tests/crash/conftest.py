@@ -21,10 +21,11 @@ import pytest
 from bench.accounting import host_facts
 from coppice.state.layout import Layout
 from crash.fake_kind import FakeKind
-from crash.kills import Ground
+from crash.kills import HostGround, HostProcesses
 from crash.kinds import RealKind
 from crash.plan import SEED
 from crash.report import Runs, write
+from crash.served import ServedGround, ServerProcesses
 from crash.survey import working_below
 from fakes.driver import FakeDriver
 from fakes.keeping import keeping
@@ -43,7 +44,7 @@ def runs() -> Iterator[Runs]:
 
 
 @pytest.fixture(scope="session")
-async def real_ground(common_home: Path, runs: Runs) -> AsyncIterator[Ground]:
+async def real_ground(common_home: Path, runs: Runs) -> AsyncIterator[HostGround]:
     """A data directory with real machines. Processes that a failed run leaves are ended."""
     directory = Path(tempfile.mkdtemp(prefix="coppice-crash-", dir=common_home / "workers"))
     layout = Layout(directory / "home")
@@ -51,7 +52,7 @@ async def real_ground(common_home: Path, runs: Runs) -> AsyncIterator[Ground]:
     link_caches(common_home, layout.home)
     kind = RealKind()
     try:
-        async with Ground.at(layout.home, kind, runs.kills) as ground:
+        async with HostGround.at(layout.home, kind, runs.kills, HostProcesses) as ground:
             async with kind.host(layout.home) as host:
                 runs.host = await host_facts(host)
             yield ground
@@ -64,16 +65,34 @@ async def real_ground(common_home: Path, runs: Runs) -> AsyncIterator[Ground]:
 
 
 @pytest.fixture(scope="session")
-async def fake_ground(fake_vmm: Path, seed_home: Path, personality: str, runs: Runs) -> AsyncIterator[Ground]:
+async def fake_ground(fake_vmm: Path, seed_home: Path, personality: str, runs: Runs) -> AsyncIterator[HostGround]:
     """A data directory with fake machines of one personality, whose guests live in this process."""
+    async with (
+        _fakes(fake_vmm, seed_home, personality) as (home, kind),
+        HostGround.at(home, kind, runs.kills, HostProcesses) as ground,
+    ):
+        yield ground
+
+
+@pytest.fixture(scope="session")
+async def served_ground(fake_vmm: Path, seed_home: Path, personality: str, runs: Runs) -> AsyncIterator[ServedGround]:
+    """The same, whose operations a server carries out."""
+    async with (
+        _fakes(fake_vmm, seed_home, personality) as (home, kind),
+        ServedGround.at(home, kind, runs.kills, ServerProcesses) as ground,
+    ):
+        yield ground
+
+
+@contextlib.asynccontextmanager
+async def _fakes(fake_vmm: Path, seed_home: Path, personality: str) -> AsyncIterator[tuple[Path, FakeKind]]:
     home = Path(tempfile.mkdtemp(prefix="crash-", dir=seed_home.parent)) / "home"
     plant(seed_home, home)
     driver = FakeDriver(fake_vmm, personality)
     with pytest.MonkeyPatch.context() as patch, keeping(driver) as channel:
         patch.setenv("COPPICE_HASHING", "off")
         try:
-            async with Ground.at(home, FakeKind(fake_vmm, driver, channel), runs.kills) as ground:
-                yield ground
+            yield home, FakeKind(fake_vmm, driver, channel)
         finally:
             await driver.end(home / "instances")
             shutil.rmtree(home.parent)

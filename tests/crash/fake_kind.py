@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from coppice.client import AsyncHost
 from coppice.model import Instance
@@ -46,8 +47,9 @@ class FakeKind(Kind):
     def arguments(self) -> Sequence[str]:
         return [str(self._program), *map(str, self.descriptors)]
 
-    def host(self, home: Path) -> AsyncHost:
-        return AsyncHost(home, driver=self.driver, deadlines=DEADLINES, open_rooms=open_rooms)
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"driver": self.driver, "deadlines": DEADLINES, "open_rooms": open_rooms}
 
     async def learn(self, host: AsyncHost, name: str) -> None:
         await ask(host, name, "remember", "own", name)

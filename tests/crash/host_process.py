@@ -14,6 +14,7 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -43,24 +44,34 @@ async def work(home: str, kind: Kind, operation: str, step: int) -> None:
         say(msgspec.json.encode(Measured(steps=steps.names, wall_s=wall_s)).decode())
 
 
-def main(home: str, *arguments: str) -> None:
-    """Fork a host for each line, until stdin ends."""
-    kind = FakeKind.of_host(*arguments) if arguments else RealKind()
-    kind.host(Path(home))  # imports all modules that a host needs
+def forking(work_of: Callable[[str], int]) -> int:
+    """Fork a process for each line on stdin, which does its work and exits with the returned status."""
     ended: list[int] = []
     while line := sys.stdin.readline():
         for pid in ended:
             os.waitpid(pid, 0)
-        operation, step = line.split()
         if (pid := os.fork()) == 0:
             say(f"{os.getpid()}")
-            asyncio.run(work(home, kind, operation, int(step)))
-            return
+            return work_of(line)
         found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert found is not None
         say(f"ended {found.si_status if found.si_code == os.CLD_EXITED else -found.si_status}")
         ended = [pid]
+    return 0
+
+
+def main(home: str, *arguments: str) -> int:
+    """Fork a host for each line, until stdin ends."""
+    kind = FakeKind.of_host(*arguments) if arguments else RealKind()
+    kind.host(Path(home))  # imports all modules that a host needs
+
+    def work_of(line: str) -> int:
+        operation, step = line.split()
+        asyncio.run(work(home, kind, operation, int(step)))
+        return 0
+
+    return forking(work_of)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

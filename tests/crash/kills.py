@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import msgspec
 
@@ -19,8 +21,8 @@ from coppice.client import AsyncHost
 from coppice.model import Record
 from coppice.requests import LsRequest, PromoteRequest, RmRequest, SnapshotRequest, StandbyRequest
 from crash.kinds import Kind
-from crash.operations import SEED, Operation
-from crash.states import STUMP, boot
+from crash.operation import SEED, STUMP, Operation
+from crash.states import boot
 from crash.steps import Measured
 from crash.survey import Mark, mark_of, survey, working_below
 from fakes.hosting import assert_tidy, memory_of
@@ -76,11 +78,11 @@ class HostProcesses:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def over(cls, home: Path, kind: Kind) -> AsyncIterator[HostProcesses]:
+    async def over(cls, home: Path, kind: Kind) -> AsyncIterator[Self]:
         """Start the process that forks the hosts. It ends with the block."""
         paths = os.pathsep.join(path for path in sys.path if path)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "crash.host_process", str(home), *kind.arguments),
+            *(sys.executable, "-m", *cls.program(home), *kind.arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=kind.descriptors,
@@ -94,12 +96,21 @@ class HostProcesses:
             hosts._orders.close()
             await asyncio.wait_for(process.wait(), _DEADLINE_S)
 
+    @classmethod
+    def program(cls, home: Path) -> Sequence[str]:
+        """Return the module that forks the processes, and its first arguments."""
+        return "crash.host_process", str(home)
+
     async def begin(self, operation: Operation, step: int) -> int:
         """Start a host, wait until it has opened the data directory, and return its pid."""
-        self._orders.write(f"{operation.name} {step}\n".encode())
-        pid = int(await self._line())
+        pid = await self._order(f"{operation.name} {step}")
         assert await self._line() == "begin"
         return pid
+
+    async def _order(self, order: str) -> int:
+        """Start a process, and return its pid."""
+        self._orders.write(f"{order}\n".encode())
+        return int(await self._line())
 
     async def end(self) -> tuple[int, list[str]]:
         """Wait for the end of the started host; return its exit status and the lines it printed."""
@@ -112,20 +123,33 @@ class HostProcesses:
         return (await asyncio.wait_for(self._answers.readline(), _DEADLINE_S)).decode().rstrip("\n")
 
 
+P = TypeVar("P", bound=HostProcesses)
+
+
+class Recovered(NamedTuple):
+    """What the next process did before it was ready, and for how long."""
+
+    lines: Sequence[str]
+    ms: float
+
+
 @dataclass
-class Ground:
-    """A data directory with the stump, in which host processes are killed."""
+class Ground(ABC, Generic[P]):
+    """A data directory with the stump, in which processes are killed."""
 
     home: Path
     kind: Kind
-    hosts: HostProcesses
+    processes: P
     stump: Mark
     kills: list[Kill]
     measured: dict[str, Measured] = field(default_factory=dict)
 
+    sampled: ClassVar[bool] = False
+    """Whether a full run kills at some of the steps that recovery depends on, instead of all."""
+
     @classmethod
     @contextlib.asynccontextmanager
-    async def at(cls, home: Path, kind: Kind, kills: list[Kill]) -> AsyncIterator[Ground]:
+    async def at(cls, home: Path, kind: Kind, kills: list[Kill], processes: type[P]) -> AsyncIterator[Self]:
         """Make the stump, ready to be forked, in a data directory with its image, and append each
         kill to `kills`. At the end only the stump is left, and it is removed.
         """
@@ -138,8 +162,8 @@ class Ground:
             stump = await host.call(PromoteRequest(instance=stump.id))
             await host.call(SnapshotRequest(instance=stump.id, name=SEED))
             known = mark_of(memory_of(host, stump))
-        async with HostProcesses.over(home, kind) as hosts:
-            yield cls(home, kind, hosts, known, kills)
+        async with processes.over(home, kind) as started:
+            yield cls(home, kind, started, known, kills)
         async with kind.host(home) as host:
             await assert_tidy(host, STUMP)
             await host.snapshots.rm(SEED)
@@ -147,14 +171,16 @@ class Ground:
             await assert_tidy(host)
         assert working_below(instances) == {}
 
+    @property
+    def machines(self) -> str:
+        """The kind of machines, for the report."""
+        return self.kind.name
+
     async def measure(self, operation: Operation) -> Measured:
         """Run the operation once without a kill; it must succeed and leave the expected state."""
         if operation.name not in self.measured:
             await self._prepare(operation)
-            await self.hosts.begin(operation, 0)
-            status, said = await self.hosts.end()
-            assert status == 0, f"{operation.name} failed: {said}"  # its error is above
-            self.measured[operation.name] = msgspec.json.decode(said[-1], type=Measured)
+            self.measured[operation.name] = await self._run(operation)
             async with self.kind.host(self.home) as host:
                 try:
                     await survey(host, self.kind, operation, self.stump)
@@ -162,63 +188,71 @@ class Ground:
                     await self._clear(host)
         return self.measured[operation.name]
 
+    @abstractmethod
+    async def _run(self, operation: Operation) -> Measured:
+        """Run the operation without a kill; it must succeed."""
+
+    @abstractmethod
+    async def kill_at_step(self, operation: Operation, number: int) -> bool:
+        """Let the process kill itself at a step; return whether it reached the step."""
+
+    @abstractmethod
+    async def kill_after(self, operation: Operation, delay_s: float) -> bool:
+        """Kill the process from outside; return whether it was still running."""
+
     def size_of(self, operation: Operation) -> tuple[int, float]:
         """Return its number of steps and its seconds: measured, or else the known values."""
         measured = self.measured.get(operation.name)
         return (len(measured.steps), measured.wall_s) if measured else (operation.steps, operation.seconds)
 
-    async def kill_at_step(self, operation: Operation, number: int) -> bool:
-        """Let the process kill itself at a step; return whether it reached the step."""
-        await self._prepare(operation)
-        await self.hosts.begin(operation, number)
-        status, said = await self.hosts.end()
-        assert status in (0, -signal.SIGKILL), said
-        step = said[0] if status else None
-        await self._look(operation, kind="step", at=number, step=step, died=step is not None)
-        return step is not None
-
-    async def kill_after(self, operation: Operation, delay_s: float) -> bool:
-        """Kill the process from outside; return whether it was still running."""
-        await self._prepare(operation)
-        pid = await self.hosts.begin(operation, 0)
-        await asyncio.sleep(delay_s)
-        os.kill(pid, signal.SIGKILL)
-        _, said = await self.hosts.end()
-        await self._look(operation, kind="instant", at=round(delay_s * 1000, 1), step=None, died=not said)
-        return not said
-
     async def _prepare(self, operation: Operation) -> None:
         async with self.kind.host(self.home) as host:
             await operation.prepare(host, self.kind)
 
-    async def _look(self, operation: Operation, *, kind: str, at: float, step: str | None, died: bool) -> None:
+    async def _look(
+        self,
+        operation: Operation,
+        *,
+        kind: str,
+        at: float,
+        step: str | None,
+        died: bool,
+        recovered_before: Recovered | None = None,
+        failure: BaseException | None = None,
+    ) -> None:
         """Open the data directory as the next process does, check everything, and remove what the
         operation made.
+
+        :param recovered_before: what another process has recovered; then nothing is left to recover
+        :param failure: the error that a client got, which must be none
         """
         found: dict[str, str] = {}
         finding: str | None = None
         with _recoveries() as recovered:
             begin = time.monotonic()
             async with self.kind.host(self.home) as host:
-                recovery_ms = (time.monotonic() - begin) * 1000
+                by, recovery_ms = recovered_before or Recovered(recovered, (time.monotonic() - begin) * 1000)
                 try:
+                    if failure is not None:
+                        raise failure
+                    assert by is recovered or not recovered, f"the next server did not recover: {recovered}"
                     found = await survey(host, self.kind, operation, self.stump)
                 except BaseException as error:
                     finding = f"{type(error).__name__}: {error}"
                     error.add_note(
-                        f"killed in {operation.name} at {kind} {at:g} ({step or 'from outside'}); recovered: {recovered}"
+                        f"killed in {operation.name} at {kind} {at:g} ({step or 'from outside'}); recovered: {by}"
                     )
                     raise
                 finally:
                     self.kills.append(
                         Kill(
-                            machines=self.kind.name,
+                            machines=self.machines,
                             operation=operation.name,
                             kind=kind,
                             at=at,
                             step=step,
                             died=died,
-                            recovered=tuple(recovered),
+                            recovered=tuple(by),
                             recovery_ms=round(recovery_ms, 1),
                             found=found,
                             finding=finding,
@@ -238,6 +272,36 @@ class Ground:
         await host.gc()  # so that a later check does not report the same again
         (stump,) = await host.call(LsRequest())
         assert mark_of(memory_of(host, stump)) == self.stump
+
+
+class HostGround(Ground[HostProcesses]):
+    """A data directory in which processes are killed that carry out operations themselves."""
+
+    async def _run(self, operation: Operation) -> Measured:
+        await self.processes.begin(operation, 0)
+        status, said = await self.processes.end()
+        assert status == 0, f"{operation.name} failed: {said}"  # its error is above
+        return msgspec.json.decode(said[-1], type=Measured)
+
+    async def kill_at_step(self, operation: Operation, number: int) -> bool:
+        """Let the host kill itself at a step."""
+        await self._prepare(operation)
+        await self.processes.begin(operation, number)
+        status, said = await self.processes.end()
+        assert status in (0, -signal.SIGKILL), said
+        step = said[0] if status else None
+        await self._look(operation, kind="step", at=number, step=step, died=step is not None)
+        return step is not None
+
+    async def kill_after(self, operation: Operation, delay_s: float) -> bool:
+        """Kill the host."""
+        await self._prepare(operation)
+        pid = await self.processes.begin(operation, 0)
+        await asyncio.sleep(delay_s)
+        os.kill(pid, signal.SIGKILL)
+        _, said = await self.processes.end()
+        await self._look(operation, kind="instant", at=round(delay_s * 1000, 1), step=None, died=not said)
+        return not said
 
 
 class _recoveries(logging.Handler):  # noqa: N801 - reads as a function

@@ -5,8 +5,9 @@ they boot, and how their guests are asked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from coppice.client import AsyncHost
 from coppice.model import MIB, Instance
@@ -29,9 +30,14 @@ class Kind(ABC):
     def arguments(self) -> Sequence[str]:
         """The arguments from which a process with a host makes the same kind."""
 
-    @abstractmethod
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options of a host of these machines."""
+        return {}
+
     def host(self, home: Path) -> AsyncHost:
         """Return a host over the data directory, not yet opened."""
+        return AsyncHost(home, **self.options)
 
     @abstractmethod
     async def learn(self, host: AsyncHost, name: str) -> None:
@@ -58,9 +64,6 @@ class RealKind(Kind):
     @property
     def arguments(self) -> Sequence[str]:
         return ()
-
-    def host(self, home: Path) -> AsyncHost:
-        return AsyncHost(home)
 
     async def learn(self, host: AsyncHost, name: str) -> None:
         script = f"echo {name} >/run/own; echo {name} >/root/own; sync /root/own"

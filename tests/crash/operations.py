@@ -8,10 +8,6 @@ operation.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-
-from coppice.client import AsyncHost
 from coppice.model import SnapshotKind, State
 from coppice.requests import (
     DemoteRequest,
@@ -27,11 +23,8 @@ from coppice.requests import (
     StartRequest,
     StopRequest,
 )
-from crash.kinds import Kind
+from crash.operation import OAK, SAP, SEED, STUMP, Operation, States
 from crash.states import (
-    OAK,
-    SAP,
-    STUMP,
     VOLUME,
     archive,
     archive_of,
@@ -58,31 +51,6 @@ from crash.states import (
     with_snapshot,
 )
 
-SEED = "seed"  # a snapshot of the stump that always exists
-
-Act = Callable[[AsyncHost, Kind], Awaitable[object]]
-States = frozenset[State | None]
-"""States that a machine may be found in; None: it does not exist."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation of a host process that will be killed."""
-
-    name: str
-    prepare: Act
-    act: Act
-    after: dict[str, States]  # allowed states by name, of all instances except the stump
-    snapshots: frozenset[str] = frozenset()  # exist before and after
-    may_have: frozenset[str] = frozenset()  # snapshots that may exist afterwards
-    volumes: frozenset[str] = frozenset()  # exist before and after
-    may_have_volumes: frozenset[str] = frozenset()
-    memory: str = STUMP  # the text in its machines' memory
-    disk: str = STUMP
-    boots: bool = False  # takes seconds with a real machine
-    steps: int = 0  # estimates of the steps and seconds, for runs that do not measure them
-    seconds: float = 0.0
-
 
 def _may(*states: State | None) -> States:
     return frozenset(states)
@@ -106,6 +74,7 @@ OPERATIONS = {
             nothing,
             fork_ahead,
             {OAK: _may(_RUNNING, None)},
+            repeatable=False,  # the spare is lost with the server
             steps=60,
             seconds=0.5,
         ),
@@ -135,6 +104,7 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, _STANDBY)},
             memory=OAK,
             disk=OAK,
+            end=_STANDBY,
             steps=46,
             seconds=0.3,
         ),
@@ -143,6 +113,7 @@ OPERATIONS = {
             standby,
             lambda host, _: host.call(RestoreRequest(instance=OAK)),
             {OAK: _may(_STANDBY, _RUNNING)},
+            end=_RUNNING,
             steps=28,
             seconds=0.25,
         ),
@@ -153,6 +124,7 @@ OPERATIONS = {
             {OAK: _may(_STANDBY, _RUNNING)},
             memory=OAK,
             disk=OAK,
+            end=_RUNNING,
             steps=60,
             seconds=0.3,
         ),
@@ -163,6 +135,7 @@ OPERATIONS = {
             {OAK: _may(_STANDBY, _RUNNING), "elm": _may(_STANDBY)},
             memory=OAK,
             disk=OAK,
+            end=_RUNNING,
             steps=70,
             seconds=0.3,
         ),
@@ -173,6 +146,7 @@ OPERATIONS = {
             {OAK: _may(_STANDBY, _RUNNING), "elm": _may(_STANDBY)},
             memory=OAK,
             disk=OAK,
+            end=_RUNNING,
             steps=80,
             seconds=0.4,
         ),
@@ -214,6 +188,7 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, _STANDBY)},
             memory=OAK,
             disk=OAK,
+            end=_STANDBY,
             steps=60,
             seconds=0.4,
         ),
@@ -222,6 +197,7 @@ OPERATIONS = {
             standby,
             lambda host, _: host.call(PromoteRequest(instance=OAK)),
             {OAK: _may(_STANDBY, State.TEMPLATE)},
+            end=State.TEMPLATE,
             steps=3,
             seconds=0.05,
         ),
@@ -230,6 +206,7 @@ OPERATIONS = {
             template,
             lambda host, _: host.call(DemoteRequest(instance=OAK)),
             {OAK: _may(State.TEMPLATE, _STANDBY)},
+            end=_STANDBY,
             steps=3,
             seconds=0.05,
         ),
@@ -240,6 +217,7 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, _STOPPED)},
             memory=OAK,
             disk=OAK,
+            end=_STOPPED,
             steps=23,
             seconds=0.25,
         ),
@@ -250,6 +228,7 @@ OPERATIONS = {
             {OAK: _may(_RUNNING, None)},
             memory=OAK,
             disk=OAK,
+            removes=True,
             steps=29,
             seconds=0.1,
         ),
@@ -281,6 +260,7 @@ OPERATIONS = {
             snapshots=frozenset({"twig"}),
             memory=OAK,
             disk=OAK,
+            end=_STANDBY,
             steps=39,
             seconds=0.15,
         ),
@@ -298,6 +278,7 @@ OPERATIONS = {
             lambda host, _: host.snapshots.rm("twig"),
             {},
             may_have=frozenset({"twig"}),
+            removes=True,
             steps=12,
             seconds=0.1,
         ),
@@ -308,6 +289,7 @@ OPERATIONS = {
             lambda host, _: host.volumes.create(SAP, size_bytes=VOLUME, archive=archive_of(host)),
             {},
             may_have_volumes=frozenset({SAP}),
+            repeatable=False,  # the archive that was sent is lost with the server
             steps=20,
             seconds=0.3,
         ),
@@ -317,6 +299,7 @@ OPERATIONS = {
             lambda host, _: host.volumes.rm(SAP),
             {},
             may_have_volumes=frozenset({SAP}),
+            removes=True,
             steps=6,
             seconds=0.05,
         ),
@@ -325,6 +308,7 @@ OPERATIONS = {
             exported,
             lambda host, _: host.call(ImportTemplateRequest(path=str(export_of(host)), name=OAK)),
             {OAK: _may(State.TEMPLATE, None)},
+            repeatable=False,  # the archive that was sent is lost with the server
             steps=40,
             seconds=0.5,
         ),
@@ -338,6 +322,7 @@ OPERATIONS = {
             {OAK: _may(_STOPPED, _RUNNING)},
             memory="",
             boots=True,
+            end=_RUNNING,
             steps=40,
             seconds=0.2,
         ),
@@ -362,6 +347,7 @@ OPERATIONS = {
             memory=OAK,
             disk=OAK,
             boots=True,
+            removes=True,
             steps=40,
             seconds=0.2,
         ),

@@ -1,9 +1,9 @@
-"""Choose at which steps and instants of an operation hosts are killed, and kill them.
+"""Choose at which steps and instants of an operation processes are killed, and kill them.
 
 A full run kills at every step that recovery depends on: each commit, each start and end of a
 process, each order to a VMM, each rename. It adds a quarter of the other steps (from 800 kills on,
 all of them). In an operation that boots a real machine, which takes seconds, it kills at a sample
-of these steps. A short run kills at a random sample of all steps. Both add random instants.
+of these steps, and so it does if a server carries out the operation. A short run kills at a random sample of all steps. Both add random instants.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from crash.kills import Findings, Ground
 from crash.kinds import Kind
-from crash.operations import OPERATIONS, Operation
+from crash.operation import Operation
+from crash.operations import OPERATIONS
 from crash.steps import is_of_journal
 
 KILLS = int(os.environ.get("COPPICE_CRASH_KILLS", "30"))
@@ -22,6 +24,11 @@ SEED = int(os.environ.get("COPPICE_CRASH_SEED", "1"))
 FULL = KILLS >= 200
 _EVERY_STEP = 800  # this many kills are enough for every step of every operation
 _MAX_BOOT_STEPS = 12  # steps killed at in an operation that takes seconds
+_SAMPLED_STEPS = 6  # steps killed at in an operation of a server
+_RESUMED = (
+    *("fork", "fan-out", "fork-from-running", "standby", "restore", "rm", "run"),
+    *("snapshot-create", "snapshot-restore", "snapshot-rm", "volume-create"),
+)
 
 
 def chosen(kind: type[Kind]) -> list[Operation]:
@@ -29,8 +36,13 @@ def chosen(kind: type[Kind]) -> list[Operation]:
     return [operation for operation in OPERATIONS.values() if FULL or kind.quick or not operation.boots]
 
 
-async def kill_hosts(ground: Ground, operation: Operation) -> None:
-    """Kill hosts in an operation, check the data directory after each kill, and raise every
+def repeatable() -> list[Operation]:
+    """Return the operations to kill servers in: in a short run those that servers resume differently."""
+    return [each for each in OPERATIONS.values() if (each.repeatable if FULL else each.name in _RESUMED)]
+
+
+async def kill_in(ground: Ground[Any], operation: Operation) -> None:
+    """Kill processes in an operation, check the data directory after each kill, and raise every
     finding at the end.
     """
     rng = random.Random(f"{SEED} {operation.name}")
@@ -43,7 +55,7 @@ async def kill_hosts(ground: Ground, operation: Operation) -> None:
             while not await ground.kill_at_step(operation, number):
                 number = rng.randint(1, number)  # a fast host may need fewer steps
     _, seconds = ground.size_of(operation)
-    for _ in range(share // 3 if FULL else share // 2):
+    for _ in range(share // 3 if FULL or ground.sampled else share // 2):
         delay_s = rng.uniform(0, seconds)
         with findings.kept():
             while not await ground.kill_after(operation, delay_s):
@@ -51,7 +63,7 @@ async def kill_hosts(ground: Ground, operation: Operation) -> None:
     findings.raise_all()
 
 
-def _steps(ground: Ground, operation: Operation, rng: random.Random, sample: int) -> Iterator[int]:
+def _steps(ground: Ground[Any], operation: Operation, rng: random.Random, sample: int) -> Iterator[int]:
     if not FULL:
         for _ in range(sample):
             yield rng.randint(1, ground.size_of(operation)[0])
@@ -61,8 +73,9 @@ def _steps(ground: Ground, operation: Operation, rng: random.Random, sample: int
         first.setdefault(name, number)
     deciding = [number for name, number in first.items() if is_of_journal(name)]
     others = [number for number in first.values() if number not in deciding]
-    if operation.boots and not ground.kind.quick:
-        yield from sorted(rng.sample(deciding, min(_MAX_BOOT_STEPS, len(deciding))))
+    if ground.sampled or (operation.boots and not ground.kind.quick):
+        most = _SAMPLED_STEPS if ground.sampled else _MAX_BOOT_STEPS
+        yield from sorted(rng.sample(deciding, min(most, len(deciding))))
     else:
         share = len(others) * min(KILLS, _EVERY_STEP) // _EVERY_STEP
         yield from sorted([*deciding, *rng.sample(others, share)])

@@ -62,10 +62,12 @@ def _page(report: CrashReport, raw: str) -> str:
 
 Written by `make crash`. It kills host processes with SIGKILL in every operation. The VMMs continue.
 It runs over QEMU machines and over the fake VMMs of the tests, which hold RAM in a file or in
-anonymous memory, or speak Firecracker's API.
+anonymous memory, or speak Firecracker's API. Over those with RAM in a file it also kills `coppice serve`, in the
+operations that a client can repeat: the client gets its result from the next server, and the
+operation was carried out once.
 
 It kills at every step that recovery depends on, at a quarter of the other steps, and at random
-instants; in an operation that boots a QEMU machine, at a sample of these steps. After each kill a
+instants; in an operation that boots a QEMU machine, or that a server carries out, at a sample of these steps. After each kill a
 new process opens the data directory, and the run checks that
 
 * the journal is empty, and the recorded VMM is the only process that works in an instance's
@@ -81,7 +83,7 @@ new process opens the data directory, and the run checks that
 
 {describe_host(report.host)}. Seed {report.seed}; {report.wall_s / 60:.0f} minutes. Every kill is in [{raw}](../benchmarks/{raw}).
 
-**{len(died)} host processes were killed, with {len(findings)} findings.** Recovery undid {outcomes["undone"]} operations and finished
+**{len(died)} processes were killed, with {len(findings)} findings.** Recovery undid {outcomes["undone"]} operations and finished
 {outcomes["finished"]}; after {outcomes["nothing to do"]} kills it had nothing to do. {len(report.kills) - len(died)} more processes had ended before the kill
 reached them, and were checked in the same way.
 {found}

@@ -23,8 +23,8 @@ from coppice.requests import (
     StartAheadRequest,
 )
 from crash.kinds import Kind
+from crash.operation import OAK, SAP, STUMP
 
-STUMP, OAK, SAP = "stump", "oak", "sap"
 VOLUME = 32 * MIB
 
 

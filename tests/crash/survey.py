@@ -16,8 +16,7 @@ from coppice.client import AsyncHost
 from coppice.model import PAGE_SIZE, Instance, State
 from coppice.requests import RestoreRequest
 from crash.kinds import Kind
-from crash.operations import SEED, Operation
-from crash.states import STUMP
+from crash.operation import SEED, STUMP, Operation
 from fakes.hosting import assert_tidy, memory_of
 
 _ZEROS = bytes(PAGE_SIZE)

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import pytest
 
-from crash.kills import Ground
+from crash.kills import HostGround
 from crash.kinds import RealKind
-from crash.operations import Operation
-from crash.plan import chosen, kill_hosts
+from crash.operation import Operation
+from crash.plan import chosen, kill_in
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("operation", chosen(RealKind), ids=lambda operation: operation.name)
-async def test_a_killed_host_loses_nothing_and_leaves_nothing(real_ground: Ground, operation: Operation) -> None:
+async def test_a_killed_host_loses_nothing_and_leaves_nothing(real_ground: HostGround, operation: Operation) -> None:
     """Every machine is complete or absent and answers as itself; nothing else is left or
     changed.
     """
-    await kill_hosts(real_ground, operation)
+    await kill_in(real_ground, operation)

@@ -48,6 +48,14 @@ def serve(
     max_operations_per_owner: Annotated[
         int, Option("--max-operations-per-owner", metavar="N", min=1, help="Operations at once, of one owner.")
     ] = 1000,
+    allow_registry: Annotated[
+        list[str],
+        Option(
+            "--allow-registry",
+            metavar="HOST[:PORT]",
+            help="Let tokens with an owner pull from this host, though its address is not public; repeat.",
+        ),
+    ] = [],  # noqa: B006 - click copies it
     print_unit: Annotated[
         bool, Option("--print-unit", help="Print a unit of systemd that runs this command, and end.")
     ] = False,
@@ -74,9 +82,11 @@ def serve(
         from coppice.server.running import Limits
         from coppice.server.serving import LOOPBACK, Listening
         from coppice.server.serving import serve as serve_app
+        from coppice.server.tracing import traces_of
     except ModuleNotFoundError as error:
         raise MissingTool(f"a server needs the package {error.name}", hint=f"run `pip install '{_NEEDED}'`") from error
     from coppice.host import LocalBackend
+    from coppice.images.reach import PublicHosts
     from coppice.state.layout import default_home
 
     path, address, port = _where(listen)
@@ -86,11 +96,14 @@ def serve(
     key = None if insecure_no_auth or where.socket is not None else load_key(cli.home or default_home())
 
     def host(owner: str | None) -> LocalBackend:
-        return LocalBackend(cli.home, vmm=cli.vmm, accel=cli.accel, owner=owner or cli.owner, spares=spares)
+        made = LocalBackend(cli.home, vmm=cli.vmm, accel=cli.accel, owner=owner or cli.owner, spares=spares)
+        made.reach = PublicHosts(tuple(allow_registry)) if owner else None
+        return made
 
     limits = Limits(of_owner=max_operations_per_owner, of_all=max_operations)
-    app = make_app(host, key, limits=limits, per_minute=rate_limit)
-    asyncio.run(serve_app(app, where, ready=_ready))
+    ending = asyncio.Event()
+    app = make_app(host, key, limits=limits, per_minute=rate_limit, ending=ending, traces=traces_of(os.environ))
+    asyncio.run(serve_app(app, where, ready=_ready, ending=ending))
 
 
 _UNIT = """\

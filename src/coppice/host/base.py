@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from coppice.completion import in_thread
+from coppice.completion import in_own_thread, in_thread
 from coppice.errors import Busy
 from coppice.host import recovery
 from coppice.host.opened import OpenedHost
@@ -72,8 +72,10 @@ class UseCases:
     async def _pull(self, request: ImagePullRequest, progress: ProgressSink) -> Image:
         from coppice.images.cache import LayerCache
         from coppice.images.catalog import BuildOptions
+        from coppice.images.reference import parse_reference
         from coppice.images.registry import Access
 
+        await self._require_reach(parse_reference(request.reference).registry)
         access = Access(
             platform=request.platform,
             credentials=request.credentials,
@@ -88,6 +90,14 @@ class UseCases:
             options=BuildOptions(owner=self.owner, public=request.public),
             progress=progress,
         )
+
+    async def _require_reach(self, host: str) -> None:
+        """Refuse a host that this host's owner may not have asked for images.
+
+        :raises Forbidden: it has an address that is not public
+        """
+        if self._host.reach is not None:
+            await in_own_thread(self._host.reach.require, host)
 
     @contextlib.asynccontextmanager
     async def _hold(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from coppice.completion import complete, in_thread
 from coppice.errors import NotFound, Refused
@@ -34,6 +35,8 @@ class Images(UseCases):
 
     async def image_build(self, request: ImageBuildRequest, progress: ProgressSink) -> Image:
         """Build the image with mmdebstrap."""
+        if request.proxy is not None:
+            await self._require_reach(urlsplit(request.proxy).hostname or "")
         options = self._options(request)
         return await self.rooms.images.build_suite(
             request.name,

@@ -26,6 +26,7 @@ from coppice.vmm.registry import DEFAULT, Drivers
 if TYPE_CHECKING:
     from coppice.host.hashing import Hashing
     from coppice.host.spares import Spares
+    from coppice.images.reach import PublicHosts
     from coppice.vmm.driver import VmmDriver
 
 RoomsOpener = Callable[[Layout, Drivers, Deadlines], Rooms]
@@ -99,6 +100,7 @@ class OpenedHost:
         self._given_budgets = budgets
         self._budgets: Budgets | None = None
         self._open_rooms = open_rooms or default_rooms
+        self.reach: PublicHosts | None = None  # limits the hosts that images come from; None: any
         self._background = background
         self._hashes = False
         self.spare_limit = check_spares(spares)

@@ -30,6 +30,7 @@ from coppice.state import locks
 _log = logging.getLogger(__name__)
 _LEASE_S: Final = 5.0  # between two attempts to become the supervisor: a free flock is no event
 _SOON_S: Final = 1.0
+_CALM_S: Final = 0.1  # between two looks at the changes
 _AGAIN_S: Final = 30.0  # after a failure
 _LONGEST_S: Final = 60.0  # of one sleep: the clock of the day may be set, or the host be suspended
 _AT_ONCE: Final = 64
@@ -103,7 +104,9 @@ class Supervisor:
             last = await in_thread(store.events.newest)
             for key in await in_thread(store.supervised.ids):
                 self._attend(key)
+            loop = asyncio.get_running_loop()
             while True:
+                looked_at = loop.time()
                 self._changed.clear()
                 while True:
                     changes = await in_thread(store.supervised.changes, last)
@@ -119,6 +122,7 @@ class Supervisor:
                     self._attend(key)
                 until = self._deadlines[0][0] if self._deadlines else self._clock.now() + _LONGEST_S
                 await self._clock.wait(self._changed, until)
+                await asyncio.sleep(looked_at + _CALM_S - loop.time())  # an operation commits several times
 
     @contextlib.contextmanager
     def _watching(self, log: Path) -> Iterator[None]:

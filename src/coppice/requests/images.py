@@ -83,6 +83,7 @@ class ImagePullRequest(Request[Image], frozen=True, kw_only=True):
     :raises MissingTool: skopeo is not installed
     :raises NotFound: the registry has no such image, or none for this machine
     :raises Refused: the registry refuses the credentials, or wants some
+    :raises Forbidden: the token's owner may not have the server ask this registry
     :raises HostCannot: the registry cannot be reached, or its certificate is not trusted
     :raises ImageError: the image exceeds a limit, or its content does not match its digests
     """

@@ -29,6 +29,7 @@ from coppice.server.metrics import Metrics
 from coppice.server.observing import Observed
 from coppice.server.once import Once
 from coppice.server.running import Limits, Operations
+from coppice.server.tracing import Traced, Traces
 from coppice.server.uploads import Uploads
 
 _LARGEST_BODY: Final = 64 << 20
@@ -58,6 +59,8 @@ def make_app(
     limits: Limits | None = None,
     per_minute: int | None = None,
     clock: Clock | None = None,
+    ending: asyncio.Event | None = None,
+    traces: Traces | None = None,
 ) -> ASGIApp:
     """Return the ASGI application.
 
@@ -66,12 +69,16 @@ def make_app(
     :param limits: how many operations may run at once
     :param per_minute: how many requests each owner may make in a minute; None: any number
     :param clock: the time of day for the supervisor; None: this host's
+    :param traces: where to send the spans of requests; None: there are none
+    :param ending: when it is set, streams without an end of their own end
     """
     operations = Operations(limits or Limits())
     metrics = Metrics()
     uploads = Uploads()
     once = Once(operations, uploads, metrics.made)
-    server = Server(Hosts(make_host), operations, once, uploads, key, {}, Audit(), metrics)
+    server = Server(
+        Hosts(make_host), operations, once, uploads, key, {}, Audit(), metrics, ending or asyncio.Event(), traces
+    )
     middleware: list[Middleware] = [DefineMiddleware(Authentication, exclude=_PUBLIC)]
     if per_minute is not None:
         rate = RateLimitConfig(("minute", per_minute), exclude=_PUBLIC, identifier_for_request=_owner_of)
@@ -94,6 +101,8 @@ def make_app(
             await server.once.close()
             await server.audit.close()
             await server.hosts.close()
+            if traces is not None:
+                await traces.close()
 
     app = Litestar(
         route_handlers=document.documented(
@@ -133,4 +142,5 @@ def make_app(
         openapi_config=document.configuration(tokens=key is not None),
         plugins=document.plugins(),
     )
-    return EncodedSlashes(Observed(Denials(app), metrics))
+    observed: ASGIApp = Observed(Denials(app), metrics)
+    return EncodedSlashes(observed if traces is None else Traced(observed, traces))

@@ -95,11 +95,9 @@ class Audit:
             self._opened.close()
 
     @contextlib.contextmanager
-    def recorded(self, caller: Caller, owner: str | None, request: Request[Any]) -> Iterator[None]:
+    def recorded(self, caller: Caller, owner: str | None, operation: str, target: str | None) -> Iterator[None]:
         """Record the operation of a block, when it begins and when it ends."""
-        named = (getattr(request, name, None) for name in _TARGETS)
-        target = next((each[:_LONGEST] for each in named if isinstance(each, str)), None)
-        entry = _entry(caller, owner, request.operation, target)
+        entry = _entry(caller, owner, operation, target)
         self._put(entry)
         outcome = "succeeded"
         try:
@@ -139,6 +137,12 @@ class Audit:
             return []
         await self.written()
         return await in_thread(self._opened.newest, owner, limit)
+
+
+def target_of(request: Request[Any]) -> str | None:
+    """Return what a request names as its target."""
+    named = (getattr(request, name, None) for name in _TARGETS)
+    return next((each[:_LONGEST] for each in named if isinstance(each, str)), None)
 
 
 def _entry(caller: Caller, owner: str | None, operation: str, target: str | None) -> Entry:

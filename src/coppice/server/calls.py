@@ -11,7 +11,7 @@ from litestar import Response, delete, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, HeaderParameter, JSONBody, QueryParameter
-from litestar.response import ServerSentEvent, ServerSentEventMessage
+from litestar.response import ServerSentEventMessage
 
 from coppice.completion import complete
 from coppice.model import TreeNode, to_json
@@ -20,8 +20,10 @@ from coppice.requests.base import result_of
 from coppice.server.auth import Caller
 from coppice.server.context import IDEMPOTENCY, TheCaller, TheServer
 from coppice.server.document import EVENTS
+from coppice.server.ending import unless_ending
 from coppice.server.failures import failure_of
 from coppice.server.running import Operation, OperationView
+from coppice.server.sse import EventStream
 from coppice.server.table import CALLS, WAITS, scope_of
 
 OPERATION_HEADER = "coppice-operation"
@@ -67,7 +69,8 @@ def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
         if name in WAITS:
             operation = await server.begin_waiting(caller, data)
         elif reads:
-            return Response(await (await server.host(caller)).call(data), status_code=200)
+            read = (await server.host(caller)).call(data)
+            return Response(await unless_ending(read, server.ending), status_code=200)
         else:
             operation = await server.begin(caller, data)
         headers = {OPERATION_HEADER: operation.id}
@@ -75,7 +78,7 @@ def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
             location = {"location": str(request.url_for("operation_get", key=operation.id))}
             return Response(operation.view(), status_code=202, headers=headers | location)
         if EVENTS in accept:
-            return ServerSentEvent(_events(operation), headers=headers)
+            return EventStream(_events(operation), headers=headers)
         return Response(await operation.result(), status_code=200, headers=headers)
 
     call.__annotations__ |= {
@@ -106,7 +109,7 @@ async def _events(operation: Operation) -> AsyncIterator[ServerSentEventMessage]
     """Yield progress, then one event `result` or `error`."""
     async for step in operation.steps(KEEPALIVE_S):
         if step is None:
-            yield ServerSentEventMessage(comment="working")
+            yield ServerSentEventMessage(comment="working", data=None)
         else:
             yield ServerSentEventMessage(event="progress", data=_text(step))
     try:

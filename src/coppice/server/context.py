@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,14 +20,16 @@ from coppice.errors import Forbidden, UsageError
 from coppice.host import LocalBackend
 from coppice.model import ProgressSink
 from coppice.requests import Request
-from coppice.server.audit import Audit
+from coppice.server.audit import Audit, target_of
 from coppice.server.auth import Caller, read_token
 from coppice.server.browsers import authorization_of, require_own_page
+from coppice.server.ending import unless_ending
 from coppice.server.hosts import Hosts
 from coppice.server.keys import MOST_CHARACTERS
 from coppice.server.metrics import Metrics
 from coppice.server.once import Once
 from coppice.server.running import Operation, Operations
+from coppice.server.tracing import Traces
 from coppice.server.uploads import Uploads
 
 R = TypeVar("R")
@@ -40,7 +43,10 @@ Connection: TypeAlias = ASGIConnection[Any, Caller, Any, Any]
 
 @dataclass(frozen=True)
 class Server:
-    """The parts of one running server. `key` None: every caller is the operator."""
+    """The parts of one running server.
+
+    `key` None: every caller is the operator. `ending` is set when the server is told to end.
+    """
 
     hosts: Hosts
     operations: Operations
@@ -50,6 +56,8 @@ class Server:
     pulls: Pulls
     audit: Audit
     metrics: Metrics
+    ending: asyncio.Event
+    traces: Traces | None
 
     async def host(self, caller: Caller) -> LocalBackend:
         """Return the open host of the caller's owner."""
@@ -66,6 +74,8 @@ class Server:
 
         async def work(progress: ProgressSink) -> Any:
             with self.observed(caller, host, request):
+                if self.traces is not None:
+                    progress = self.traces.forks(progress)
                 if caller.key is not None:
                     return await self.once.carry_out(host, caller.key, request, progress)
                 async with self.uploads.resolved(host.owner, request) as resolved:
@@ -84,12 +94,18 @@ class Server:
         :raises Overloaded: all owners together have too many
         """
         host = await self.host(caller)
-        return self.operations.start(request.operation, caller.owner, lambda progress: host.call(request, progress))
+
+        async def work(progress: ProgressSink) -> Any:
+            return await unless_ending(host.call(request, progress), self.ending)
+
+        return self.operations.start(request.operation, caller.owner, work)
 
     @contextlib.contextmanager
     def observed(self, caller: Caller, host: LocalBackend, request: Request[Any]) -> Iterator[None]:
-        """Count the operation of a block, and record it in the audit log."""
-        with self.audit.recorded(caller, host.owner, request), self.metrics.operation(request.operation):
+        """Count the operation of a block, trace it, and record it in the audit log."""
+        name, target = request.operation, target_of(request)
+        span = contextlib.nullcontext() if self.traces is None else self.traces.operation(name, target)
+        with self.audit.recorded(caller, host.owner, name, target), self.metrics.operation(name), span:
             yield
 
     async def carry_out(self, caller: Caller, request: Request[R]) -> R:
@@ -160,8 +176,8 @@ async def provide_caller(scope: Scope) -> Caller:
     return caller
 
 
-def require_scope(connection: Connection, handler: BaseRouteHandler) -> None:
-    """Guard: refuse a caller who lacks the handler's scope.
+async def require_scope(connection: Connection, handler: BaseRouteHandler) -> None:
+    """Guard: refuse a caller who lacks the handler's scope. Litestar runs a guard that is no coroutine in a thread.
 
     :raises Forbidden: the token lacks it
     """

@@ -36,7 +36,7 @@ from coppice.requests import OpenCopyRequest
 from coppice.requests.base import paths_of
 from coppice.server.context import TheCaller, TheServer
 from coppice.server.failures import failure_of
-from coppice.server.streams import Socket, answering, decoded, first_frame, frame_from, send
+from coppice.server.streams import Socket, answering, decoded, first_frame, frame_from, send, silence
 from coppice.server.table import REQUESTS, scope_of
 from coppice.server.uploads import Upload as UploadedFile
 
@@ -111,19 +111,13 @@ async def _step(socket: Socket, session: CopySession) -> None:
             await send(socket, stat=found)
     elif step.tar_out is not None:
         await beside(
-            _silence(socket), _send_archive(socket, session.tar_out(step.tar_out.path, holes=step.tar_out.holes))
+            silence(socket), _send_archive(socket, session.tar_out(step.tar_out.path, holes=step.tar_out.holes))
         )
         await send(socket, end=True)
     elif step.tar_in is not None:
         await send(socket, unpacked=await session.tar_in(step.tar_in, content_frames(socket)))
     else:
         raise UsageError("a text frame asks for nothing", hint="send stat, tar_in or tar_out")
-
-
-async def _silence(socket: Socket) -> None:
-    """Wait until the client goes away, which ends the archive that is being sent."""
-    await frame_from(socket)
-    raise UsageError("a frame arrived before the archive's end", hint="wait for the frame `end`")
 
 
 async def _send_archive(socket: Socket, archive: AsyncIterator[bytes]) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
 import msgspec
 from litestar import get
 from litestar.params import HeaderParameter, QueryParameter
-from litestar.response import ServerSentEvent, ServerSentEventMessage
+from litestar.response import ServerSentEventMessage
 
-from coppice.completion import complete, in_thread
+from coppice.completion import in_thread
 from coppice.errors import UsageError
 from coppice.host import LocalBackend
-from coppice.model.events import Event
 from coppice.requests import EventsRequest
-from coppice.server.context import TheCaller, TheServer
+from coppice.server.context import Server, TheCaller, TheServer
 from coppice.server.document import EVENTS
+from coppice.server.ending import following
+from coppice.server.sse import EventStream
 from coppice.server.table import scope_of
 
 _KEEPALIVE_S: Final = 15.0
@@ -38,7 +39,7 @@ LastId = Annotated[
 )
 async def events_get(
     server: TheServer, caller: TheCaller, after: After = None, follow: Follow = True, last_id: LastId = None
-) -> ServerSentEvent:
+) -> EventStream:
     """Send an event for each instance of the caller that is made, changes its state or is removed.
 
     The header `Last-Event-ID` of the answer is the event after which the stream begins.
@@ -53,26 +54,18 @@ async def events_get(
         # The place is fixed before the answer: a client that then lists instances misses no event.
         after = await in_thread(host.rooms.store.events.newest) if follow else 0
     headers = {"last-event-id": str(after)}
-    return ServerSentEvent(_messages(host, EventsRequest(after=after, follow=follow)), headers=headers)
+    return EventStream(_messages(server, host, EventsRequest(after=after, follow=follow)), headers=headers)
 
 
-async def _messages(host: LocalBackend, request: EventsRequest) -> AsyncIterator[ServerSentEventMessage]:
-    async with host.stream(request) as events:
-        following = asyncio.ensure_future(_next(events))
-        try:
-            while True:
-                if not (await asyncio.wait({following}, timeout=_KEEPALIVE_S))[0]:
-                    yield ServerSentEventMessage(comment="no news")
-                    continue
-                if (event := following.result()) is None:
-                    return
+async def _messages(
+    server: Server, host: LocalBackend, request: EventsRequest
+) -> AsyncIterator[ServerSentEventMessage]:
+    async with (
+        host.stream(request) as events,
+        contextlib.aclosing(following(events, server.ending, every_s=_KEEPALIVE_S)) as found,
+    ):
+        async for event in found:
+            if event is None:
+                yield ServerSentEventMessage(comment="no news", data=None)
+            else:
                 yield ServerSentEventMessage(id=event.id, event=event.kind, data=msgspec.json.encode(event).decode())
-                following = asyncio.ensure_future(_next(events))
-        finally:
-            following.cancel()
-            # A lost client cancels this task again and again. The events must not be closed while they are read.
-            await complete(asyncio.wait({following}))
-
-
-async def _next(events: AsyncIterator[Event]) -> Event | None:
-    return await anext(events, None)

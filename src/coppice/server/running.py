@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, Literal
 
@@ -82,11 +83,6 @@ class Operation:
         """Return whether it has ended."""
         return self.task.done()
 
-    @property
-    def ended_at(self) -> float | None:
-        """The time at which it ended."""
-        return self._ended_at
-
     def view(self) -> OperationView:
         """Return its present state."""
         status: Status = "running"
@@ -157,6 +153,8 @@ class Operations:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._operations: dict[str, Operation] = {}
+        self._running: Counter[str | None] = Counter()  # by owner
+        self._ended: deque[tuple[float, Operation]] = deque()  # with the time
 
     def start(self, name: str, owner: str | None, work: Work) -> Operation:
         """Start an operation.
@@ -165,17 +163,24 @@ class Operations:
         :raises Overloaded: all owners together have too many
         """
         self._forget()
-        running = [each.owner for each in self._operations.values() if not each.ended]
-        if len(running) >= self._limits.of_all:
-            raise Overloaded(f"the server carries out {len(running)} operations", hint="send the request again later")
-        if running.count(owner) >= self._limits.of_owner:
+        if (running := self._running.total()) >= self._limits.of_all:
+            raise Overloaded(f"the server carries out {running} operations", hint="send the request again later")
+        if self._running[owner] >= self._limits.of_owner:
             raise TooManyOperations(
-                f"{running.count(owner)} operations of this owner are running",
+                f"{self._running[owner]} operations of this owner are running",
                 hint="wait until some of them have ended",
             )
         operation = Operation(name, owner, work)
         self._operations[operation.id] = operation
+        self._running[owner] += 1
+        operation.task.add_done_callback(lambda _: self._end(operation))
         return operation
+
+    def _end(self, operation: Operation) -> None:
+        self._ended.append((time.time(), operation))
+        self._running[operation.owner] -= 1
+        if not self._running[operation.owner]:
+            del self._running[operation.owner]
 
     def get(self, key: str, owner: str | None) -> Operation:
         """Return an operation of an owner. The operator sees all.
@@ -208,8 +213,5 @@ class Operations:
     def _forget(self) -> None:
         """Forget operations that ended long ago, and the oldest if there are too many."""
         old = time.time() - KEPT_S
-        ended = [each for each in self._operations.values() if each.ended_at is not None]
-        surplus = len(self._operations) - _MOST_KEPT
-        for position, each in enumerate(ended):
-            if position < surplus or (each.ended_at or 0) < old:
-                del self._operations[each.id]
+        while self._ended and (len(self._operations) > _MOST_KEPT or self._ended[0][0] < old):
+            del self._operations[self._ended.popleft()[1].id]

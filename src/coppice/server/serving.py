@@ -8,7 +8,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,9 @@ _BACKLOG: Final = 1024
 _GRACE_S: Final = 10  # for requests under way at shutdown
 _LARGEST_MESSAGE: Final = 1 << 20  # of a WebSocket
 _CONNECTIONS: Final = 4096
+# A client that pauses, as behind a pager, answers no ping and keeps its connection. That a client is
+# gone is seen when TCP gives up on the bytes of a ping.
+_PING_S: Final = 20.0
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -60,6 +63,7 @@ def listen(where: Listening) -> Iterator[socket.socket]:
             _translated(action),
             socket.create_server((where.address, where.port), family=family, backlog=_BACKLOG) as opened,
         ):
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # of each accepted connection
             yield opened
         return
     if where.socket.is_socket() and _answers(where.socket):
@@ -101,12 +105,13 @@ def _answers(path: Path) -> bool:
 
 
 async def serve(
-    app: ASGIApp, where: Listening, *, ready: Callable[[str], None], ending: asyncio.Event | None = None
+    app: ASGIApp, where: Listening, *, ready: Callable[[str], None], ending: asyncio.Event, signals: bool = True
 ) -> None:
-    """Serve until SIGINT or SIGTERM. Then finish the requests under way; machines keep running.
+    """Serve until `ending` is set. Then finish the requests under way; machines keep running.
 
     :param ready: called with the server's address when it listens
-    :param ending: end when this is set, and leave signals alone
+    :param ending: that of the application
+    :param signals: SIGINT and SIGTERM set `ending`; at the second, do not wait for the requests
     :raises UsageError: a certificate without its key
     """
     if (where.certificate is None) != (where.key is None):
@@ -118,6 +123,8 @@ async def serve(
         server_header=False,
         lifespan="on",
         ws_max_size=_LARGEST_MESSAGE,
+        ws_ping_interval=_PING_S,
+        ws_ping_timeout=None,
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_S,
         ssl_certfile=where.certificate,
@@ -126,36 +133,43 @@ async def serve(
     with listen(where) as opened:
         if where.socket is None:
             where = msgspec.structs.replace(where, port=opened.getsockname()[1])
-        server = _Server(config, lambda: ready(where.url), ending)
+        server = _Server(config, lambda: ready(where.url), ending, _ENDING if signals else ())
         await server.serve(sockets=[opened])
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, with a callback when it listens. A signal ends it without an exception."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], ending: asyncio.Event | None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[], None],
+        ending: asyncio.Event,
+        signals: Sequence[signal.Signals],
+    ) -> None:
         super().__init__(config)
         self._ready = ready
         self._ending = ending
+        self._signals = signals
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """End at the first signal; at the second, without waiting for requests under way."""
         loop = asyncio.get_running_loop()
-        if self._ending is not None:
-            waiting = loop.create_task(self._ending.wait())
-            waiting.add_done_callback(lambda _: setattr(self, "should_exit", True))
-            try:
-                yield
-            finally:
-                waiting.cancel()
-            return
-        for number in _ENDING:
-            loop.add_signal_handler(number, self.handle_exit, number, None)
+
+        def end(number: signal.Signals) -> None:
+            self.handle_exit(number, None)
+            self._ending.set()
+
+        waiting = loop.create_task(self._ending.wait())
+        waiting.add_done_callback(lambda _: setattr(self, "should_exit", True))
+        for number in self._signals:
+            loop.add_signal_handler(number, end, number)
         try:
             yield
         finally:
-            for number in _ENDING:
+            waiting.cancel()
+            for number in self._signals:
                 loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

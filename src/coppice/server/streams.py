@@ -177,6 +177,15 @@ async def frame_from(socket: Socket) -> bytes | str:
     return data if data is not None else event.get("text") or ""
 
 
+async def silence(socket: Socket) -> None:
+    """Wait until the client goes away, which ends the work next to this.
+
+    :raises UsageError: the client sends a frame
+    """
+    await frame_from(socket)
+    raise UsageError("a frame arrived before the end of a copy", hint="wait for the frame `end`")
+
+
 @websocket("/stream/logs", opt={"scope": scope_of("logs")})
 async def stream_logs(socket: Socket, server: TheServer, caller: TheCaller) -> None:
     """Send the lines of a log."""

@@ -21,6 +21,7 @@ from coppice.archive.files import content_of, save
 from coppice.client.remote import archives, connections, copies, streams, uploads
 from coppice.client.remote.address import Address, parse_address
 from coppice.client.remote.failures import encoded, error_from, unreachable
+from coppice.client.remote.tracing import trace_headers
 from coppice.completion import complete
 from coppice.errors import CoppiceError, HostCannot, NotSupported
 from coppice.model import Instance, Progress, ProgressSink, from_json, no_progress
@@ -137,6 +138,7 @@ class RemoteBackend:
             "content-type": "application/json",
             "accept": f"{_EVENTS}, application/json",
             "idempotency-key": secrets.token_urlsafe(18),
+            **trace_headers(),
         }
         client = self._connected()
         failing_since: float | None = None
@@ -213,7 +215,12 @@ class RemoteBackend:
                 async with client.stream("GET", "/events", params=where) as response:
                     if response.status_code >= 400:
                         raise error_from(await response.aread())
+                    begins = response.headers.get("last-event-id", "")
+                    if after is None and begins.isdecimal():
+                        after = int(begins)  # also if the connection is lost before the first event
                     async for event in EventSource(response).aiter_sse():
+                        if not event.data:
+                            continue  # a comment that keeps the connection
                         found = msgspec.json.decode(event.data, type=Event)
                         after, failing_since = found.id, None
                         yield found

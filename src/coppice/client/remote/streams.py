@@ -10,11 +10,15 @@ from typing import Any, Final
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.frames import CloseCode
 
 from coppice.agent.collecting import Collecting
 from coppice.client.remote.address import Address
 from coppice.client.remote.failures import encoded, error_from, refusal, unreachable
+from coppice.client.remote.patience import received
+from coppice.client.remote.tracing import trace_headers
 from coppice.errors import GuestRefused, HostCannot
+from coppice.flow import CHUNK
 from coppice.model import FileStat, Instance, Record
 from coppice.model.guest import Exit, Stream, Unpacked
 from coppice.requests import CommandAttachRequest, LogsRequest, OpenExecRequest
@@ -23,6 +27,7 @@ _OPEN_S: Final = 10.0
 _CLOSE_S: Final = 5.0
 _STREAMS: Final[dict[int, Stream]] = {1: "stdout", 2: "stderr"}
 _LOST: Final = "the connection to the server was lost"
+_ENDED: Final = "the server has ended"
 
 
 class Message(Record, frozen=True, kw_only=True):
@@ -55,9 +60,10 @@ async def opened(
     url = address.websocket_url + path
     message = encoded(first).decode()
     options: dict[str, Any] = {
-        "additional_headers": headers,
+        "additional_headers": {**headers, **trace_headers()},
         "open_timeout": _OPEN_S,
         "max_size": None,
+        "ping_interval": None,  # `received` asks
         "compression": None,  # costs more than it saves: a gigabyte of zeros would take seconds of CPU at both ends
     }
     opening = unix_connect(address.socket, url, **options) if address.socket else connect(url, **options)
@@ -86,9 +92,12 @@ async def next_frame(connection: ClientConnection) -> bytes | Message:
     :raises CoppiceError: the server reports an error, or the connection was lost
     """
     try:
-        frame = await connection.recv()
+        frame = await received(connection)
     except ConnectionClosed as error:
-        raise HostCannot(_LOST, hint="the command or copy may have run; `coppice ls` shows the machine") from error
+        ended = error.rcvd is not None and error.rcvd.code == CloseCode.SERVICE_RESTART
+        raise HostCannot(
+            _ENDED if ended else _LOST, hint="the command or copy may have run; `coppice ls` shows the machine"
+        ) from error
     if isinstance(frame, bytes):
         return frame
     message = msgspec.json.decode(frame, type=Message)
@@ -149,7 +158,8 @@ class RemoteExecSession(Collecting):
 
     async def send_stdin(self, data: bytes) -> None:
         """Send data to the command's standard input."""
-        await self._send(data)
+        for at in range(0, len(data), CHUNK):  # a server refuses large frames
+            await self._send(data[at : at + CHUNK])
 
     async def eof(self) -> None:
         """Close the command's standard input."""

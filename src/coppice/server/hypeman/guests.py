@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from litestar import get
 from litestar.params import FromPath, FromQuery, QueryParameter
-from litestar.response import ServerSentEvent, ServerSentEventMessage
+from litestar.response import ServerSentEventMessage
 
 from coppice.completion import in_thread
 from coppice.errors import GuestRefused
@@ -19,9 +21,11 @@ from coppice.model import Instance
 from coppice.requests import LogsRequest, StatRequest, StatsRequest
 from coppice.server.context import TheCaller, TheServer
 from coppice.server.document import EVENTS
+from coppice.server.ending import following
 from coppice.server.hypeman.instances import READ, TAGS
 from coppice.server.hypeman.paths import find
 from coppice.server.hypeman.wire import InstanceStats, PathInfo
+from coppice.server.sse import EventStream
 
 _TICKS: Final = 100.0  # per second, in /proc/PID/stat
 _UTIME, _VSIZE, _RSS = 11, 20, 21  # fields of /proc/PID/stat after the command, proc(5)
@@ -42,16 +46,16 @@ async def instance_logs(
     ] = "app",
     tail: FromQuery[int] = 100,
     follow: FromQuery[bool] = False,
-) -> ServerSentEvent:
+) -> EventStream:
     """Send the lines of a log as events; the data of each is a JSON string."""
     host = await server.host(caller)
     found = await find(host, key)
     if origin == "hypeman":  # Coppice logs to the journal of the service, not per instance
-        return ServerSentEvent(_none())
+        return EventStream(_none())
     request = LogsRequest(instance=found.id, source=_SOURCES[origin], tail=tail, follow=follow)
     stream = host.stream(request)
     lines = await stream.__aenter__()  # a missing log is an error of the request, not of the stream
-    return ServerSentEvent(_events(lines, stream))
+    return EventStream(_events(lines, stream, server.ending))
 
 
 async def _none() -> AsyncIterator[ServerSentEventMessage]:
@@ -59,11 +63,14 @@ async def _none() -> AsyncIterator[ServerSentEventMessage]:
     yield
 
 
-async def _events(lines: AsyncIterator[bytes], stream: object) -> AsyncIterator[ServerSentEventMessage]:
+async def _events(
+    lines: AsyncIterator[bytes], stream: object, ending: asyncio.Event
+) -> AsyncIterator[ServerSentEventMessage]:
     try:
-        async for line in lines:
-            text = line.decode(errors="replace").rstrip("\r\n")
-            yield ServerSentEventMessage(data=msgspec.json.encode(text).decode())
+        async with contextlib.aclosing(following(lines, ending)) as found:
+            async for line in found:
+                text = (line or b"").decode(errors="replace").rstrip("\r\n")
+                yield ServerSentEventMessage(data=msgspec.json.encode(text).decode())
     finally:
         await stream.__aexit__(None, None, None)  # type: ignore[attr-defined]
 

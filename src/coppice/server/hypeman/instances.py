@@ -27,6 +27,7 @@ from coppice.requests import (
 )
 from coppice.server.auth import Caller
 from coppice.server.context import TheCaller, TheServer
+from coppice.server.ending import unless_ending
 from coppice.server.hypeman.paths import find, seconds, tags_in
 from coppice.server.hypeman.policies import policies_of
 from coppice.server.hypeman.sizes import parse_size
@@ -217,7 +218,7 @@ async def instance_wait(
     loop = asyncio.get_running_loop()
     end = loop.time() + min(seconds(limit), _LONGEST_WAIT_S)
     while found.state is not wanted and found.state not in _FINAL and loop.time() < end:
-        await asyncio.sleep(_POLL_S)
+        await unless_ending(asyncio.sleep(_POLL_S), server.ending)
         found = await find(host, found.id)
     return Waited(state=found.state, timed_out=found.state is not wanted and loop.time() >= end)
 

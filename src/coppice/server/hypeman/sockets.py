@@ -28,7 +28,7 @@ from coppice.server.context import TheCaller, TheServer
 from coppice.server.failures import failure_of
 from coppice.server.hypeman.instances import WRITE
 from coppice.server.hypeman.paths import find
-from coppice.server.streams import Socket, answering, decoded, frame_from, send
+from coppice.server.streams import Socket, answering, decoded, frame_from, send, silence
 
 _CHUNK: Final = 32 << 10
 _SHELL: Final = ("/bin/sh",)
@@ -187,7 +187,8 @@ async def _copy_from(socket: Socket, host: LocalBackend, found: Instance, copy: 
     """Copy out of the guest, then send each member: a header, its content, and an end."""
     await host.call(StatRequest(instance=found.id, path=copy.guest_path))
     target = directory / "content"
-    await host.call(CpOutRequest(instance=found.id, guest_path=copy.guest_path, host_path=str(target)))
+    request = CpOutRequest(instance=found.id, guest_path=copy.guest_path, host_path=str(target))
+    await beside(silence(socket), host.call(request))
     members = [target]
     if target.is_dir() and not target.is_symlink():
         members = sorted(target.rglob("*"))
