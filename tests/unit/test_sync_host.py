@@ -5,7 +5,6 @@ half-made.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 import inspect
@@ -29,7 +28,7 @@ from coppice.client import AsyncHost, AsyncMachine, ExecSession, Host, Machine
 from coppice.client.aio import images, managers
 from coppice.client.blocking import images as blocking_images
 from coppice.client.blocking import managers as blocking_managers
-from coppice.client.portal import Portal
+from coppice.client.portal import Portal, Result
 from coppice.errors import GuestRefused
 from fakes.driver import FakeDriver
 from fakes.relay import listening
@@ -211,11 +210,11 @@ def test_ctrl_c_while_a_block_is_entered(portal: Portal) -> None:
     assert work.done == ["cleaned"]
 
 
-class InterruptedWhenDone(concurrent.futures.Future[None]):
-    """A future that interrupts the caller when the work is done but its result not yet delivered."""
+class InterruptedWhenDone(Result[None]):
+    """It interrupts the caller when the work is done but its result not yet delivered."""
 
-    def result(self, timeout: float | None = None) -> None:
-        super().result(timeout)
+    def get(self) -> None:
+        super().get()
         raise KeyboardInterrupt
 
 
@@ -225,8 +224,8 @@ def test_ctrl_c_when_a_block_has_just_been_entered(portal: Portal) -> None:
     """
     done: list[str] = []
 
-    async def hold(entered: concurrent.futures.Future[None]) -> None:
-        entered.set_result(None)
+    async def hold(entered: Result[None]) -> None:
+        entered.set(None)
         try:
             await asyncio.Event().wait()
         finally:

@@ -8,14 +8,55 @@ then the interrupt is raised, so nothing is left half-made.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class Result(Generic[T]):
+    """What the loop's thread hands to the caller's thread.
+
+    A `concurrent.futures.Future` will not do: an interrupt that comes right after its caller has
+    taken its lock leaves the lock taken, and the thread that sets the result waits for ever. Here
+    the caller waits in one call of C.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._was_set: SimpleQueue[None] = SimpleQueue()
+        self._values: list[T] = []
+        self._error: BaseException | None = None
+
+    def set(self, value: T) -> None:
+        """Hand over a value."""
+        self._values.append(value)
+        self._end()
+
+    def fail(self, error: BaseException) -> None:
+        """Hand over an error."""
+        self._error = error
+        self._end()
+
+    def _end(self) -> None:
+        self.done = True
+        self._was_set.put(None)
+
+    def wait(self) -> None:
+        """Wait until it is done. For one thread at a time."""
+        if not self.done:
+            self._was_set.get()
+
+    def get(self) -> T:
+        """Wait, and return the value or raise the error."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._values[0]
 
 
 class _Job(Generic[T]):
@@ -25,16 +66,16 @@ class _Job(Generic[T]):
         self._loop = loop
         self._work = work
         self._task: asyncio.Task[T] | None = None
-        self.outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.outcome: Result[T] = Result()
 
-    def run(self, part: concurrent.futures.Future[Any] | None = None) -> Any:
+    def run(self, part: Result[Any] | None = None) -> Any:
         """Begin, and wait as `wait` does.
 
         One call does both: an interrupt between the two would leave the coroutine running.
         """
         return self.wait(part, begin=True)
 
-    def wait(self, part: concurrent.futures.Future[Any] | None = None, *, begin: bool = False) -> Any:
+    def wait(self, part: Result[Any] | None = None, *, begin: bool = False) -> Any:
         """Return the outcome of the work, or of a part of it.
 
         If the wait is interrupted, cancel the work and wait for its cleanup.
@@ -43,13 +84,13 @@ class _Job(Generic[T]):
         try:
             if begin:
                 self._loop.call_soon_threadsafe(self._begin)
-            return awaited.result()
+            return awaited.get()
         except BaseException:
             # Even if the part is done: its caller does not get the result, and would not end the
             # rest.
-            if not self.outcome.done():
+            if not self.outcome.done:
                 self._loop.call_soon_threadsafe(self._cancel)
-                concurrent.futures.wait([self.outcome])
+                self.outcome.wait()
             raise
 
     def _begin(self) -> None:
@@ -58,18 +99,18 @@ class _Job(Generic[T]):
 
     def _settle(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
-            self.outcome.set_exception(asyncio.CancelledError())
+            self.outcome.fail(asyncio.CancelledError())
         elif error := task.exception():
-            self.outcome.set_exception(error)
+            self.outcome.fail(error)
         else:
-            self.outcome.set_result(task.result())
+            self.outcome.set(task.result())
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
         else:  # interrupted before `_begin` was scheduled: the loop runs its callbacks in order
             self._work.close()
-            self.outcome.set_exception(asyncio.CancelledError())
+            self.outcome.fail(asyncio.CancelledError())
 
 
 class Portal:
@@ -90,18 +131,18 @@ class Portal:
         """Keep an asynchronous context manager open for a block. The same task enters and leaves
         it.
         """
-        entered: concurrent.futures.Future[tuple[T, asyncio.Future[BaseException | None]]] = concurrent.futures.Future()
+        entered: Result[tuple[T, asyncio.Future[BaseException | None]]] = Result()
 
         async def hold() -> None:
             try:
                 async with manager as value:
                     left: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
-                    entered.set_result((value, left))
+                    entered.set((value, left))
                     if (error := await left) is not None:
                         raise error
             except BaseException as error:
-                if not entered.done():
-                    entered.set_exception(error)
+                if not entered.done:
+                    entered.fail(error)
                 raise
 
         job = self._job(hold())
@@ -151,10 +192,10 @@ class Portal:
     def _job(self, work: Coroutine[Any, Any, T]) -> _Job[T]:
         with self._guard:
             if self._thread is None or self._loop is None:
-                started: concurrent.futures.Future[asyncio.AbstractEventLoop] = concurrent.futures.Future()
+                started: Result[asyncio.AbstractEventLoop] = Result()
                 self._thread = threading.Thread(target=_run_loop, args=(started,), name="coppice-host", daemon=True)
                 self._thread.start()
-                self._loop = started.result()
+                self._loop = started.get()
             elif not self._thread.is_alive():  # a forked process does not inherit threads
                 work.close()
                 raise RuntimeError(
@@ -168,8 +209,8 @@ class Portal:
             return _Job(self._loop, work)
 
 
-def _run_loop(started: concurrent.futures.Future[asyncio.AbstractEventLoop]) -> None:
+def _run_loop(started: Result[asyncio.AbstractEventLoop]) -> None:
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        started.set_result(loop)
+        started.set(loop)
         loop.run_forever()
