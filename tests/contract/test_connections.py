@@ -246,10 +246,15 @@ async def test_a_server_that_closes_early_is_still_heard(vm: AsyncMachine, tmp_p
                 writer.write(bytes(1 << 16))
                 await writer.drain()
 
-    async with server(work, tmp_path / "s"), vm.connect(f"unix:{tmp_path}/s") as (reader, writer):
-        uploading = asyncio.create_task(upload(writer))
-        assert await reader.readuntil(b"large") == b"413 too large"
-        await uploading
+    heard = b""
+    async with server(work, tmp_path / "s"):
+        # A server that has not read all that was sent resets the connection, which is reported at the end.
+        with contextlib.suppress(GuestRefused):
+            async with vm.connect(f"unix:{tmp_path}/s") as (reader, writer):
+                uploading = asyncio.create_task(upload(writer))
+                heard = await reader.readuntil(b"large")
+                await uploading
+    assert heard == b"413 too large"
 
 
 async def test_many_at_once(vm: AsyncMachine, tmp_path: Path) -> None:

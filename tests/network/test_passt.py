@@ -50,6 +50,7 @@ def home_of_user(common_home: Path) -> Iterator[Path]:
         yield Path(made) / "home"
 
 
+@pytest.mark.quiet  # other tests' connections could take its picked ports while its machine is at rest
 @pytest.mark.timeout(DEADLINE_S + 60)
 @pytest.mark.usefixtures("name_server")
 def test_a_user_who_is_not_root_has_machines_on_the_network(

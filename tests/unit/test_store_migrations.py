@@ -277,6 +277,7 @@ SHAPES = {
     14: "fe18b1e5a8acc132",
     15: "a950e88610c4bbd1",
     16: "37739f31a007bc5f",
+    17: "2de743abdc7b7d2f",
 }  # by schema version
 
 

@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import stat
+import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -20,6 +21,7 @@ from coppice.model.archive import ExportSession
 from coppice.model.progress import Meter
 
 _CHUNK: Final = 1 << 19  # bytes; a server accepts frames of 1 MiB
+_WRITER_S: Final = 2.0  # until a program must have opened a pipe for writing
 _LOOK_S: Final = 0.2  # until the reader of a silent pipe looks whether its caller was cancelled
 
 
@@ -44,7 +46,10 @@ async def save(session: ExportSession, path: str, progress: ProgressSink) -> int
 @contextlib.contextmanager
 def _output(path: Path) -> Iterator[BinaryIO]:
     if path.exists() and not path.is_file():
-        with path.open("wb") as file:
+        # A pipe that nobody reads is refused: opening it would block.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        with open(descriptor, "wb") as file:
             yield file
         return
     final = path.resolve()
@@ -69,15 +74,35 @@ async def content_of(path: str, progress: ProgressSink) -> AsyncGenerator[bytes,
     :raises UsageError: the path cannot be read
     """
     with _local(path, "read"):
-        descriptor = await complete(in_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
+        descriptor = await complete(in_thread(os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         try:
             status = os.fstat(descriptor)
             meter = Meter(progress, status.st_size if stat.S_ISREG(status.st_mode) else None, "import")
-            while chunk := await in_thread(_read, descriptor):
+            chunk = await (
+                in_thread(_first, descriptor, path) if stat.S_ISFIFO(status.st_mode) else in_thread(_read, descriptor)
+            )
+            while chunk:
                 yield chunk
                 meter.moved(len(chunk))
+                chunk = await in_thread(_read, descriptor)
         finally:
             os.close(descriptor)
+
+
+def _first(descriptor: int, path: str) -> bytes:
+    """Return the first bytes of a pipe.
+
+    :raises UsageError: no program has opened it for writing
+    """
+    end = time.monotonic() + _WRITER_S
+    while not select.select([descriptor], [], [], _LOOK_S)[0]:
+        stopping.check()
+        with contextlib.suppress(BlockingIOError):  # a program that has not written yet
+            if data := os.read(descriptor, _CHUNK):
+                return data
+            if time.monotonic() > end:
+                raise UsageError(f"no program writes to the pipe {path}", hint="start the one that writes the archive")
+    return os.read(descriptor, _CHUNK)
 
 
 def _read(descriptor: int) -> bytes:

@@ -128,4 +128,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     _keep,  # records of images gain the digest of the registry's manifest
     add_supervision,
     _keep,  # instances and snapshots gain the layers of their disks
+    _keep,  # disks of volumes may be private clones
 )

@@ -144,7 +144,7 @@ class RemoteExecSession(Collecting):
             try:
                 frame = await next_frame(self._connection)
             except HostCannot as error:
-                if error.message == _LOST:
+                if error.message in (_LOST, _ENDED):
                     error.hint = f"the command goes on: `coppice attach NAME {self.id}` shows its output"
                 raise
             if isinstance(frame, bytes):
