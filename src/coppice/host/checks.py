@@ -14,10 +14,9 @@ class Checks(Restarts):
 
     async def _check(self, instance: Instance, seen: Observed, now: float) -> tuple[Observed, float | None]:
         """Check the health of a Running machine if it is time. Return the time of the next check."""
-        policies = instance.supervision
-        if policies is None or policies.health_check.kind == "none":
+        check = instance.health_check
+        if check is None:
             return await self._observe(instance, seen, health=None, checked_at=None), None
-        check = policies.health_check
         if seen.health is None or seen.health_of != instance.started_at:
             seen = await self._observe(
                 instance,
@@ -38,7 +37,7 @@ class Checks(Restarts):
         if current.state is not State.RUNNING or current.started_at != instance.started_at:
             return seen, None  # the check met another state: its event brings the next look
         seen = await self._judge(instance, seen, check, error, now)
-        if seen.health == "unhealthy" and check.restart and policies.restart.when != "never":
+        if seen.health == "unhealthy" and check.restart and instance.restart.when != "never":
             await self._end(instance, f"unhealthy: {error or seen.health_error}", "failed")
             return seen, None
         return seen, now + check.interval_s

@@ -22,8 +22,8 @@ class Readiness(Guest):
     async def ready(self, request: ReadyRequest) -> Instance:
         """Check again and again until a check succeeds, the machine ends, or the time is over."""
         instance = await self._running(request.instance)
-        check = instance.supervision.health_check if instance.supervision else HealthCheck()
-        if check.kind == "none":
+        check = instance.health_check
+        if check is None:
             raise UsageError(
                 f"{instance.name} has no health check",
                 hint=f"`coppice update {instance.name} --health exec:COMMAND` gives it one; its forks inherit it",

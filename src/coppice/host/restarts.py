@@ -20,7 +20,6 @@ _log = logging.getLogger(__name__)
 _PROCESS_S: Final = 2.0  # between two questions whether the process has ended: the agent has no event for it
 _ANSWER_S: Final = 10.0
 _LONGEST_BACKOFF_S: Final = 300.0
-_NEVER: Final = RestartPolicy()
 
 
 class Restarts(Lifecycle):
@@ -30,7 +29,7 @@ class Restarts(Lifecycle):
         """End a machine whose process has ended, if it is to be started again. Return the time of
         the next look.
         """
-        policy = _policy(instance)
+        policy = instance.restart
         if policy.when == "never":
             return seen, None
         if seen.gave_up or seen.next_attempt_at is not None:  # a command has started it meanwhile
@@ -62,7 +61,7 @@ class Restarts(Lifecycle):
 
     async def _start_again(self, instance: Instance, seen: Observed, now: float) -> tuple[Observed, float | None]:
         """Start a machine that ended by itself when its time has come. Return that time."""
-        policy = _policy(instance)
+        policy = instance.restart
         if instance.state is not State.STOPPED or not _wants(policy, instance.ending):
             return await self._observe(instance, seen, next_attempt_at=None), None
         if seen.gave_up and seen.gave_up_on == instance.started_at:
@@ -91,7 +90,7 @@ class Restarts(Lifecycle):
         )
         try:
             async with self._hold(instance.id, Operation.START) as (current, _):
-                if current.state is State.STOPPED and _wants(_policy(current), current.ending):
+                if current.state is State.STOPPED and _wants(current.restart, current.ending):
                     await self._activate(current, JournalOperation.START, boot=True)
         except CoppiceError as error:
             _log.warning("cannot start %s again: %s", instance.name, error)
@@ -106,10 +105,6 @@ class Restarts(Lifecycle):
         if changed != seen:
             await in_thread(self.rooms.store.supervised.observe, instance.id, changed, kind, detail)
         return changed
-
-
-def _policy(instance: Instance) -> RestartPolicy:
-    return instance.supervision.restart if instance.supervision else _NEVER
 
 
 def _wants(policy: RestartPolicy, ending: Ending | None) -> bool:

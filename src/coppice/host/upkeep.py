@@ -36,7 +36,7 @@ class Next(Record, frozen=True, kw_only=True):
     def running(self) -> Instance | None:
         """The instance, if the end of its VMM is to be awaited."""
         found = self.instance
-        if found is None or found.supervision is None or found.supervision.restart.when == "never":
+        if found is None or found.restart.when == "never":
             return None
         return found if found.state is State.RUNNING else None
 

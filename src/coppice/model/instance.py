@@ -7,7 +7,7 @@ from enum import StrEnum
 from coppice.model.capture import Capture, Manifest, MemFile
 from coppice.model.record import Record
 from coppice.model.specs import Egress, Limits, MachineSpec, ProcessSpec, Publish
-from coppice.model.supervision import Ending, Observed, Supervision
+from coppice.model.supervision import Ending, HealthCheck, Observed, RestartPolicy, Supervision
 
 
 class State(StrEnum):
@@ -77,6 +77,17 @@ class Instance(Record, frozen=True, kw_only=True):
     def expires_at(self) -> float | None:
         """The end of its lifetime; None: it has no end."""
         return self.supervision.expires_at if self.supervision else None
+
+    @property
+    def restart(self) -> RestartPolicy:
+        """When it is started again after it ended by itself."""
+        return self.supervision.restart if self.supervision else RestartPolicy()
+
+    @property
+    def health_check(self) -> HealthCheck | None:
+        """How the health of its service is checked; None: it is not."""
+        check = self.supervision.health_check if self.supervision else None
+        return None if check is None or check.kind == "none" else check
 
     @property
     def shared_random(self) -> tuple[str, ...]:

@@ -162,9 +162,9 @@ def _check(given: HealthCheck) -> model.HealthCheck:
 
 def restart_policy_of(record: model.Instance) -> RestartPolicy | UnsetType:
     """Return the restart policy for a client."""
-    if record.supervision is None or record.supervision.restart.when == "never":
+    policy = record.restart
+    if policy.when == "never":
         return UNSET
-    policy = record.supervision.restart
     return RestartPolicy(
         policy="on_failure" if policy.when == "on-failure" else policy.when,
         backoff=_go(policy.backoff_s),
@@ -175,7 +175,7 @@ def restart_policy_of(record: model.Instance) -> RestartPolicy | UnsetType:
 
 def restart_status_of(record: model.Instance) -> RestartStatus | UnsetType:
     """Return what was done to start an instance again."""
-    if record.supervision is None or record.supervision.restart.when == "never":
+    if record.restart.when == "never":
         return UNSET
     seen = record.observed or model.Observed()
     return RestartStatus(
@@ -192,9 +192,9 @@ def restart_status_of(record: model.Instance) -> RestartStatus | UnsetType:
 
 def health_check_of(record: model.Instance) -> HealthCheck | UnsetType:
     """Return the health check for a client."""
-    if record.supervision is None or record.supervision.health_check.kind == "none":
+    check = record.health_check
+    if check is None:
         return UNSET
-    check = record.supervision.health_check
     http = HttpCheck(port=check.port, path=check.path, expected_status=check.expected_status or None)
     return HealthCheck(
         type=check.kind,
@@ -211,7 +211,7 @@ def health_check_of(record: model.Instance) -> HealthCheck | UnsetType:
 
 def health_status_of(record: model.Instance) -> HealthStatus | UnsetType:
     """Return what the checks have found."""
-    if record.supervision is None or record.supervision.health_check.kind == "none":
+    if record.health_check is None:
         return UNSET
     seen = record.observed or model.Observed()
     return HealthStatus(
