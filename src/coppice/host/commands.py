@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 from collections.abc import AsyncIterator
 
 from coppice.agent.client import Session
 from coppice.commands import new_command_id
-from coppice.errors import CommandNotStarted, GuestTimeout, InUse, NameTaken, NotFound
-from coppice.host.guest import DEFAULT_SIZE, Guest
+from coppice.errors import GuestTimeout, InUse, NotFound
+from coppice.host.guest import Guest, started
 from coppice.model.guest import ExecSession, Exit, GuestCommand, StartedCommand
 from coppice.requests import (
     CommandAttachRequest,
@@ -29,31 +28,9 @@ class Commands(Guest):
         """Start the command detached. The agent answers when it runs."""
         command = request.command or new_command_id()
         async with self._session(request.instance) as session:
-            try:
-                async with session.exec_stream(
-                    request.argv,
-                    env=request.env,
-                    cwd=request.workdir,
-                    user=request.user,
-                    tty=request.tty,
-                    size=request.size or DEFAULT_SIZE,
-                    term=request.term,
-                    has_stdin=request.stdin,
-                    timeout_s=request.timeout_s,
-                    command_id=command,
-                    detached=True,
-                    keep_bytes=request.keep_bytes,
-                    memory_bytes=request.memory_limit_bytes,
-                    processes=request.pids_limit,
-                ) as running:
-                    return StartedCommand(id=command, pid=running.pid)
-            except CommandNotStarted as error:
-                if error.errno == errno.EEXIST:
-                    raise NameTaken(
-                        f"{request.instance} has a command {command}",
-                        hint=f"`coppice commands {request.instance}` lists them; choose another id",
-                    ) from error
-                raise
+            starting = started(session, request, command=command, detached=True, keep_bytes=request.keep_bytes)
+            async with starting as running:
+                return StartedCommand(id=command, pid=running.pid)
 
     async def command_ls(self, request: CommandLsRequest) -> list[GuestCommand]:
         """Ask the agent on a session port."""
