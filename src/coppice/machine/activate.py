@@ -222,10 +222,8 @@ async def _run(
             await in_thread(rooms.store.save, instance)
         if instance.publish:
             with stages.stage("publish"):
-                published = rooms.networks.of(instance.machine).published(instance, partial(driver.forwards, directory))
-                instance = msgspec.structs.replace(
-                    instance, publish=await _unless_vmm_dies(rooms, instance, known_as, published)
-                )
+                published = await rooms.networks.of(instance.machine).published(instance)
+                instance = msgspec.structs.replace(instance, publish=published)
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             introduction = _introduce(rooms, instance, known_as, deadline_s, payload, booted=booted)
