@@ -58,8 +58,9 @@ def _require_free(instance: Instance, port: Publish) -> None:
 class Picks:
     """The ports of `auto` that were picked for machines which start, until their VMMs have them.
 
-    A picked port is held: this process has it bound without listening. Whoever sets SO_REUSEADDR, as
-    VMMs do, can listen on it, and no other pick of any process finds it free.
+    A picked port is held: this process has bound a TCP socket to it, and does not listen. A VMM can
+    listen on it, because it sets SO_REUSEADDR, and no other pick of any process finds it free. The
+    socket holds the UDP port of that number too, which QEMU binds without SO_REUSEADDR.
     """
 
     def __init__(self, database: Path | None = None) -> None:
@@ -110,14 +111,17 @@ def pick(port: Publish, database: Path | None, taken: Container[int] = ()) -> so
 
     first, last = map(int, _RANGE.read_text().split())
     able = next((found for ports in (_PREFERRED, _ABLE) if (found := [n for n in ports if not first <= n <= last])), [])
-    kind = socket.SOCK_DGRAM if port.protocol == "udp" else socket.SOCK_STREAM
+    family = socket.AF_INET6 if ":" in port.host_address else socket.AF_INET
     reason = "all of them are in use"
     for number in [*random.sample(able, min(_TRIES, len(able))), *[_OF_THE_KERNEL] * _TRIES]:
-        held = socket.socket(socket.AF_INET6 if ":" in port.host_address else socket.AF_INET, kind)
+        held = socket.socket(family, socket.SOCK_STREAM)
         try:
-            held.bind((port.host_address, number))  # without SO_REUSEADDR: others hold their ports
+            held.bind((port.host_address, number))  # without SO_REUSEADDR, because others hold their ports
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found = held.getsockname()[1]
+            if port.protocol == "udp":
+                with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                    probe.bind((port.host_address, found))
             if found not in taken and not (database and _is_recorded(database, found)):
                 return held
         except OSError as error:
