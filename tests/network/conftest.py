@@ -16,6 +16,7 @@ from coppice.network.nat.provider import NatNetwork
 from coppice.requests import ExecRequest, PromoteRequest, RunRequest, StandbyRequest
 from machines import GUEST_MEMORY, IMAGE, link_caches, remove_all
 from name_server import answering
+from remains import machines_ended
 from slots import leftovers, rooms_with_slots
 from worlds import WORLD4, World
 
@@ -73,10 +74,11 @@ async def nat_host(
     link_caches(common_home, home)
     runtime = tmp_path_factory.mktemp("slots")
     (runtime / "resolv.conf").write_text(f"nameserver {WORLD4}\n")
-    async with AsyncHost(home, open_rooms=rooms_with_slots(home, open_world.host.path, runtime)) as opened:
-        await remove_all(opened)
-        yield opened
-        await remove_all(opened)
+    with machines_ended(home):
+        async with AsyncHost(home, open_rooms=rooms_with_slots(home, open_world.host.path, runtime)) as opened:
+            await remove_all(opened)
+            yield opened
+            await remove_all(opened)
     assert leftovers(key_of(home), open_world) == []
 
 
