@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Layout:
     def overlays(self) -> Path:
         return self.home / "overlays"
 
-    @property
+    @functools.cached_property
     def instances(self) -> Path:
         return self.home / "instances"
 
