@@ -129,4 +129,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     add_supervision,
     _keep,  # instances and snapshots gain the layers of their disks
     _keep,  # disks of volumes may be private clones
+    _keep,  # instances gain the memory that their VMMs may take
 )
