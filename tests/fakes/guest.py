@@ -201,9 +201,10 @@ class FakeGuest:
 
     def _process_end(self) -> list[tuple[int, Value | None]]:
         """Return the fields about the end of the image's process. `remember exited N` ends it."""
-        status = int(self._ram.state.remembered.get("exited", -1))
+        remembered = self._ram.state.remembered
+        status = int(remembered.get("exited", -1))
         signal_number = status - 128 if status > 128 else None
-        return [] if status < 0 else [(5, status + 1), (8, signal_number), (9, self._now_ns())]
+        return [] if status < 0 else [(5, status + 1), (8, signal_number), (9, int(remembered["exited-at"]))]
 
     async def _attach_process(self, stream: Stream) -> None:
         """Send the end of the image's process when it comes."""
@@ -327,7 +328,8 @@ class FakeGuest:
     async def _remember(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
         """`remember KEY VALUE`: in RAM, so that forks inherit it and a stop forgets it."""
         key, value = arguments
-        self._ram.change(remembered={**self._ram.state.remembered, key: value})
+        more = {"exited-at": str(self._now_ns())} if key == "exited" else {}
+        self._ram.change(remembered={**self._ram.state.remembered, key: value, **more})
         if key == "exited":
             self._ended.set()
             with (self.directory / files.CONSOLE_LOG).open("a") as console:
