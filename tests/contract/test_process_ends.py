@@ -48,7 +48,7 @@ async def exits(host: AsyncHost) -> list[Event]:
 
 
 def status_of(instance: Instance) -> int | None:
-    return instance.process_end and instance.process_end.exit_code
+    return None if instance.process_end is None else instance.process_end.exit_code
 
 
 @pytest.mark.parametrize("look", ["get", "ls", "inspect"])

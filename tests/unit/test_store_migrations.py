@@ -278,6 +278,7 @@ SHAPES = {
     15: "a950e88610c4bbd1",
     16: "37739f31a007bc5f",
     17: "2de743abdc7b7d2f",
+    18: "e2a2674c802c2283",
 }  # by schema version
 
 
