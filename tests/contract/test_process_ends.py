@@ -10,7 +10,7 @@ import pytest
 
 from coppice.client import AsyncHost
 from coppice.errors import GuestTimeout, IllegalTransition
-from coppice.model import Instance, State
+from coppice.model import MIB, Instance, State
 from coppice.model.events import Event
 from coppice.requests import (
     EventsRequest,
@@ -26,6 +26,7 @@ from coppice.requests import (
     WaitProcessRequest,
 )
 from coppice.state import locks
+from coppice.vmm import driver as files
 from fakes.clock import FakeClock
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, boot, make
@@ -90,6 +91,17 @@ async def test_a_quiet_machine_is_not_asked_again(fake_host: AsyncHost, driver: 
     asked = driver.faults.reached["health"]
     await fake_host.call(LsRequest())
     assert driver.faults.reached["health"] == asked
+
+
+async def test_a_full_console_hides_nothing(fake_host: AsyncHost) -> None:
+    """The VMM writes no more to it, so the agent is asked at each look."""
+    oak = await boot(fake_host, "oak")
+    console = fake_host.local.rooms.directory(oak.id) / files.CONSOLE_LOG
+    os.truncate(console, 64 * MIB)
+    await get(fake_host)
+    await end(fake_host)
+    os.truncate(console, 64 * MIB)
+    assert status_of(await get(fake_host)) == 3
 
 
 async def test_a_silent_agent_delays_no_list(fake_host: AsyncHost, driver: FakeDriver) -> None:

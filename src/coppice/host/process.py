@@ -18,13 +18,14 @@ import msgspec
 from coppice.completion import in_thread
 from coppice.errors import Busy, CoppiceError, NotFound
 from coppice.machine.rooms import Rooms
-from coppice.model import Instance, ProcessEnd, State
+from coppice.model import MIB, Instance, ProcessEnd, State
 from coppice.state import locks
 from coppice.vmm import driver as files
 
 ASK_S: Final = 2.0
-_SEEN: Final = "process.seen"  # the size of the console when the agent was last asked
+SEEN: Final = "process.seen"  # the size of the console when the agent was last asked
 _AT_ONCE: Final = 16
+_MAYBE_FULL_BYTES: Final = 32 * MIB  # of a console: a VMM writes no more than some limit, and so not the agent's line
 
 
 def may_end(instance: Instance) -> bool:
@@ -33,12 +34,13 @@ def may_end(instance: Instance) -> bool:
 
 
 def has_news(directory: Path) -> bool:
-    """Return whether a machine's console has grown since its agent was last asked. Blocks."""
+    """Return whether a machine's console has grown since its agent was last asked, or may be full. Blocks."""
     try:
-        seen = int((directory / _SEEN).read_bytes())
+        seen = int((directory / SEEN).read_bytes())
     except (OSError, ValueError):
         seen = 0
-    return _console_bytes(directory) != seen
+    size = _console_bytes(directory)
+    return size != seen or size >= _MAYBE_FULL_BYTES
 
 
 def _console_bytes(directory: Path) -> int:
@@ -59,7 +61,7 @@ async def ask(rooms: Rooms, instance: Instance) -> ProcessEnd | None:
         end = (await control.health()).process_end
     if end is None:
         with contextlib.suppress(OSError):  # the machine was removed, or the disk is full
-            await in_thread((directory / _SEEN).write_text, str(size))
+            await in_thread((directory / SEEN).write_text, str(size))
     return end
 
 
