@@ -193,6 +193,19 @@ async def test_a_wait_ends_with_the_process(fake_host: AsyncHost, other: AsyncHo
         assert status_of(await other.call(WaitProcessRequest(instance="oak"))) == 3
 
 
+async def test_a_wait_knows_the_status_of_a_busy_agent(fake_host: AsyncHost, driver: FakeDriver) -> None:
+    """It is the one that the wait has got. The record follows."""
+    await boot(fake_host, "oak")
+    waiting = asyncio.create_task(fake_host.call(WaitProcessRequest(instance="oak")))
+    await asyncio.wait({waiting}, timeout=0.2)
+    gate = driver.faults.hold_at("health")
+    await end(fake_host)
+    async with asyncio.timeout(20):
+        assert status_of(await waiting) == 3
+    gate.release.set()
+    assert status_of(await get(fake_host)) == 3
+
+
 async def test_a_wait_ends_with_the_machine(fake_host: AsyncHost, other: AsyncHost) -> None:
     """Which may tell no status. A machine that does not run has ended."""
     oak = await boot(fake_host, "oak")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import time
 from collections.abc import AsyncIterator
+
+import msgspec
 
 from coppice.agent.client import Session
 from coppice.commands import PROCESS, new_command_id
 from coppice.errors import CommandNotStarted, GuestTimeout, IllegalTransition, InUse, NameTaken, NotFound, VmmDied
 from coppice.host import process, recovery
 from coppice.host.guest import DEFAULT_SIZE, Guest
-from coppice.model import Instance, State
+from coppice.model import Instance, ProcessEnd, State
 from coppice.model.guest import ExecSession, Exit, GuestCommand, StartedCommand
 from coppice.model.lifecycle import Operation, require
 from coppice.requests import (
@@ -118,8 +121,12 @@ class Commands(Guest):
     async def _process_ended(self, instance: Instance) -> Instance:
         try:
             async with self._session(instance.id) as session, session.attach(PROCESS, output=False) as running:
-                await running.wait()
-            return await process.learn(self.rooms, instance)
+                ended = await running.wait()
+            instance = await process.learn(self.rooms, instance)
+            if instance.process_end is not None:
+                return instance
+            end = ProcessEnd(exit_code=ended.exit_code, signal=ended.signal, at=time.time())
+            return msgspec.structs.replace(instance, process_end=end)  # a later look records the agent's own word
         except (NotFound, VmmDied):  # the machine has no process, or has ended
             if instance.vmm is None:
                 raise AssertionError("a running instance has a VMM") from None

@@ -117,7 +117,9 @@ class Endings:
             async with self._slots:
                 if (end := await process.ask(self._rooms, instance)) is None:
                     return _CALM_S
-            await process.record(self._rooms, instance, end)
+            if process.may_end(await process.record(self._rooms, instance, end)):  # it is another run already
+                self._again.add(key)
+                return _CALM_S
         except NotFound:
             self.drop((key,))
             return None
