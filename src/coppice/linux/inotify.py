@@ -47,7 +47,8 @@ class Watches:
     def add(self, path: Path) -> int:
         """Watch a file for writes, or a directory for new files; return the number of the watch.
 
-        :raises HostCannot: the path does not exist, or this user has no watch left
+        :raises IntegrityError: the path does not exist
+        :raises HostCannot: this user has no watch left
         """
         with os_errors(f"watch {path}"):
             watch = _checked(_libc.inotify_add_watch(self._descriptor, os.fsencode(path), _IN_CREATE | _IN_MODIFY))
@@ -83,7 +84,8 @@ class Inotify(Watches):
     def __init__(self, path: Path) -> None:
         """Start to watch.
 
-        :raises HostCannot: the path does not exist, or this user has no inotify instance left
+        :raises IntegrityError: the path does not exist
+        :raises HostCannot: this user has no inotify instance left
         """
         super().__init__()
         try:

@@ -194,9 +194,9 @@ class HostOperations(Bound):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param progress: Called with each step of the work.
         :raises NotFound: there is no such image, volume or kernel
         :raises NameTaken: the name is in use

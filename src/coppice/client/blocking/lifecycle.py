@@ -142,9 +142,9 @@ class MachineLifecycle(MachineBase):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :raises Expired: the instance has expired already
         """
         self._portal.call(
@@ -234,9 +234,9 @@ class MachineLifecycle(MachineBase):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param from_running: Fork a Running instance. It is paused, and then continues; the report
             has the time.
         :param volume_policy: What happens to volumes that the source writes to. `refuse`: such a
@@ -332,9 +332,9 @@ class MachineLifecycle(MachineBase):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param from_running: Fork a Running instance. It is paused, and then continues; the report
             has the time.
         :param volume_policy: What happens to volumes that the source writes to. `refuse`: such a

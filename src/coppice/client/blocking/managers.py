@@ -191,9 +191,9 @@ class Snapshots(Twin[AsyncSnapshots]):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param progress: Called with each step of the work.
         :raises NotFound: there is no such snapshot
         :raises IllegalTransition: the target is Standby and the snapshot has no memory
@@ -283,9 +283,9 @@ class Snapshots(Twin[AsyncSnapshots]):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param progress: Called with each step of the work.
         :raises NotFound: there is no such snapshot
         :raises IllegalTransition: the target is Standby and the snapshot has no memory
