@@ -188,7 +188,7 @@ async def test_a_command_without_a_client_keeps_a_machine_awake(
 
 async def looked_again(host: AsyncHost, clock: FakeClock) -> float:
     """Let the idle time pass, and wait until the supervisor has seen activity. Return that time."""
-    clock.forward(IDLE_S + 5)
+    clock.forward(20 * IDLE_S)  # also since the end of the last session, which has the time of the host
     async with asyncio.timeout(SOON_S):
         while True:
             seen = (await host.call(GetRequest(instance="oak"))).observed
