@@ -205,8 +205,11 @@ def test_tree_draws_the_lineage(capsys: pytest.CaptureFixture[str]) -> None:
         "vm",
     ]
     assert lines[3].startswith("│   └── warm-1-a")
-    assert lines[2].split()[2:] == ["Running", "1", "120.0", "MiB", "1.0", "MiB", "77", "3", "hardlink"]
-    assert lines[6] == "2 running machines see 1.0 GiB of RAM; 3.0 MiB is unique to one of them"
+    assert lines[2].split()[2:] == ["Running", "1", "120.0", "MiB", "1.0", "MiB", "28.0", "MiB", "77", "3", "hardlink"]
+    assert (
+        lines[6]
+        == "2 running machines see 1.0 GiB of RAM; 3.0 MiB is unique to one of them, and their VMMs take 56.0 MiB"
+    )
     assert [(each["depth"], each["instance"]["name"]) for each in document(capsys, host, "tree", "warm")][:3] == [
         (0, "warm"),
         (1, "warm-1"),

@@ -146,6 +146,7 @@ def test_stats_prints_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
         max_instances=100,
         running=3,
         memory_bytes=192 * MIB,
+        measured_bytes=70 * MIB,
         memory_limit_bytes=4096 * MIB,
         memory_overcommit=16.0,
         disk_free_bytes=2048 * MIB,
@@ -153,7 +154,12 @@ def test_stats_prints_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
     )
     host = FakeHost(budget=use)
     shown = output_of(capsys, host, "stats", "--budget")
-    for words in ("5 of 100, 3 running", "192.0 MiB of 4.0 GiB, at 16 times over-commit", "2.0 GiB free, of which 1.0"):
+    for words in (
+        "5 of 100, 3 running",
+        "192.0 MiB of 4.0 GiB reserved, at 16",
+        "70.0 MiB in use",
+        "2.0 GiB free, of which 1.0",
+    ):
         assert words in shown
     assert document(capsys, host, "stats", "--budget")["memory_bytes"] == 192 * MIB
 

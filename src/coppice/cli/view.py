@@ -283,7 +283,8 @@ def _budget(use: BudgetUse) -> list[tuple[str, str]]:
         ("Instances", f"{use.instances} of {use.max_instances}, {use.running} running"),
         (
             "Memory",
-            f"{format.size(use.memory_bytes)} of {format.size(use.memory_limit_bytes)}, at {use.memory_overcommit:g} times over-commit",
+            f"{format.size(use.memory_bytes)} of {format.size(use.memory_limit_bytes)} reserved, at "
+            f"{use.memory_overcommit:g} times over-commit; {format.size(use.measured_bytes or 0)} in use",
         ),
         ("Disk", f"{format.size(use.disk_free_bytes)} free, of which {format.size(use.disk_floor_bytes)} are kept"),
     ]

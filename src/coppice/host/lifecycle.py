@@ -78,7 +78,7 @@ class Lifecycle(Volumes):
         if request.limits is not None and request.start:
             await in_thread(limits.check, request.limits, self.rooms.layout.home)
         disks = await self._disks(request.volumes)
-        admit = await self._admit(partial(demand_of_run, driver, request.memory_bytes, start=request.start))
+        admit = await self._admit(partial(demand_of_run, driver, machine, start=request.start))
         kernel = await self._kernel(request.kernel, progress)
         config = found.config
         certificates = certificates_in((*config.certificates, *request.certificates))
@@ -110,6 +110,7 @@ class Lifecycle(Volumes):
             publish=tuple(request.publish),
             egress=request.egress or Egress(),
             limits=request.limits or Limits(),
+            vmm_bytes=driver.vmm_bytes(machine),
             owner=self.owner,
             supervision=with_policies(None, request, now),
         )

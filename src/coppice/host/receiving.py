@@ -149,6 +149,7 @@ class Receiving(Admission):
             tags=template.tags,
             egress=template.egress,
             limits=template.limits,
+            vmm_bytes=driver.vmm_bytes(template.machine),
             identified=template.identified,
             owner=self.owner,
         )

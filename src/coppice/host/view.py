@@ -13,6 +13,7 @@ from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NotFound
 from coppice.host import process, recovery
 from coppice.host.base import UseCases
+from coppice.machine.rooms import Rooms
 from coppice.model import Instance, MemoryReport, Snapshot, State, TreeNode
 from coppice.model.inspection import Inspection
 from coppice.model.ownership import owns
@@ -131,20 +132,22 @@ class View(UseCases):
 
     async def _memories(self, instances: Sequence[Instance]) -> dict[str, MemoryReport]:
         """Report the memory of those instances that have any, by id: all in one call of a thread."""
-        return await in_thread(self._measured, instances)
+        return await in_thread(measured, self.rooms, instances)
 
-    def _measured(self, instances: Sequence[Instance]) -> dict[str, MemoryReport]:
-        from coppice.machine import activate, limits
 
-        reports: dict[str, MemoryReport] = {}
-        for instance in instances:
-            stopping.check()
-            if instance.mem_file is None and instance.vmm is None:
-                continue
-            with contextlib.suppress(CoppiceError):  # the VMM ended after the state was read
-                report = activate.memory_of(self.rooms, instance)
-                if instance.vmm is not None:
-                    used = limits.usage(self.rooms.directory(instance.id))
-                    report = msgspec.structs.replace(report, usage=used)
-                reports[instance.id] = report
-        return reports
+def measured(rooms: Rooms, instances: Sequence[Instance]) -> dict[str, MemoryReport]:
+    """Report the memory of those instances that have any, by id. Blocks."""
+    from coppice.machine import activate, limits
+
+    reports: dict[str, MemoryReport] = {}
+    for instance in instances:
+        stopping.check()
+        if instance.mem_file is None and instance.vmm is None:
+            continue
+        with contextlib.suppress(CoppiceError):  # the VMM ended after the state was read
+            report = activate.memory_of(rooms, instance)
+            if instance.vmm is not None:
+                used = limits.usage(rooms.directory(instance.id))
+                report = msgspec.structs.replace(report, usage=used)
+            reports[instance.id] = report
+    return reports

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from coppice.model.capture import Capture, Manifest, MemFile
-from coppice.model.record import Record
+from coppice.model.record import MIB, Record
 from coppice.model.specs import Egress, Limits, MachineSpec, ProcessSpec, Publish
 from coppice.model.supervision import Ending, HealthCheck, Observed, RestartPolicy, Supervision
 
@@ -69,6 +69,7 @@ class Instance(Record, frozen=True, kw_only=True):
     disk_layers: tuple[int, ...] = ()  # the numbers of the layers over the raw file of its disk, lowest first
     manifest: Manifest | None = None  # of the host and VMM at its last start
     vmm: VmmProcess | None = None
+    vmm_bytes: int = 32 * MIB  # that its VMM may take besides the guest's RAM
     vmm_user: int | None = None  # user id of its VMM if root starts it; unique in the data directory
     started_at: float | None = None
     exit_reason: str | None = None

@@ -129,5 +129,6 @@ MIGRATIONS: tuple[Migration, ...] = (
     add_supervision,
     _keep,  # instances and snapshots gain the layers of their disks
     _keep,  # disks of volumes may be private clones
+    _keep,  # instances gain the memory that their VMMs may take
     add_process_ends,  # records of instances also gain the end of their process, and its endpoint for notices
 )
