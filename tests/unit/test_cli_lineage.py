@@ -44,7 +44,7 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
     host = FakeHost(fork=_fork_report(_fork_result("a")))
     output_of(capsys, host, "fork", "vm", "--count", "2", "--name", "a", "--name", "b", "--target", "standby", "--atomic", "--from-running",
               "--tag", "k=v", "--publish", "own:1:2", "--egress", "none", "--pids-limit", "16", "--ttl", "8h",
-              "--volume-policy", "clone")  # fmt: skip
+              "--volume-policy", "clone", "--notify", "8000")  # fmt: skip
     asked = host.asked("fork")
     assert asked == {
         "instance": "vm",
@@ -56,6 +56,7 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
         "volume_policy": "clone",
         "payload": None,
         "payloads": (),
+        "notify": 8000,
         "tags": {"k": "v"},
         "vmm": None,
         "egress": Egress(mode="none"),

@@ -110,7 +110,7 @@ def _print_report(report: ForkReport) -> None:
 def _row(result: ForkResult, stages: Sequence[str], *, with_ports: bool) -> list[str]:
     return [
         result.name,
-        table.state(result.instance.state if result.instance else "Unknown"),
+        table.state(format.state(result.instance) if result.instance else "Unknown"),
         format.duration(result.total_ms),
         *(format.duration(result.stages[stage]) if stage in result.stages else "-" for stage in stages),
         str(result.sharing or "-"),
@@ -187,7 +187,7 @@ def _row_of(node: TreeNode, lead: str, reasons: Mapping[str, str]) -> list[str]:
     memory = node.memory
     return [
         lead + node.instance.name,
-        loadable.state(node.instance.state, node.instance, reasons),
+        loadable.state(format.state(node.instance), node.instance, reasons),
         str(node.fork_count) if node.fork_count else "-",
         *(
             [
