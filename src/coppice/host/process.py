@@ -20,7 +20,6 @@ from coppice.errors import Busy, CoppiceError, NotFound
 from coppice.machine.rooms import Rooms
 from coppice.model import MIB, Instance, ProcessEnd, State
 from coppice.state import locks
-from coppice.vmm import driver as files
 
 ASK_S: Final = 2.0
 SEEN: Final = "process.seen"  # the size of the console when the agent was last asked
@@ -44,6 +43,8 @@ def has_news(directory: Path) -> bool:
 
 
 def _console_bytes(directory: Path) -> int:
+    from coppice.vmm import driver as files  # a list without running machines does not need it
+
     try:
         return (directory / files.CONSOLE_LOG).stat().st_size
     except OSError:
