@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from msgspec.structs import replace
 
+from agent_process import agent_binary
 from coppice.client import AsyncHost
 from coppice.errors import UsageError
 from coppice.model import HealthCheck, Observed, Publish, RestartPolicy, State
 from coppice.model.events import Event
-from coppice.requests import EventsRequest, GetRequest, StandbyRequest, StartRequest, UpdateRequest
+from coppice.model.specs import ANY_PORT
+from coppice.requests import EventsRequest, GetRequest, StandbyRequest, UpdateRequest
 from fakes.clock import FakeClock
 from fakes.hosting import boot
+from fakes.relay import listening
 from fakes.supervising import SOON_S, event_of, scheduled, supervised, until_state
 
 GOOD = ("echo", "fine")
@@ -116,72 +121,79 @@ async def test_an_unhealthy_machine_is_started_again(fake_host: AsyncHost, clock
 
 
 @asynccontextmanager
-async def service(answer: bytes) -> AsyncIterator[int]:
-    """A server that stands for a published one: it gives each request this answer."""
+async def service(answer: bytes, asked: asyncio.Queue[bytes]) -> AsyncIterator[int]:
+    """A server on the guest's loopback, which stands on this host: it gives each request this answer."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            asked.put_nowait(await reader.readuntil(b"\r\n\r\n"))
         writer.write(answer)
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
     async with server:
-        yield server.sockets[0].getsockname()[1]
+        with listening(port):
+            yield port
+
+
+@pytest.fixture(scope="module", autouse=True)
+def agent() -> None:
+    """Compile the agent that connects for fake guests: that takes longer than a check may."""
+    agent_binary("static")
+
+
+TCP = HealthCheck(kind="tcp", failures=1)
+HTTP = HealthCheck(kind="http", failures=1)
 
 
 @pytest.mark.parametrize(
     ("answer", "check", "expected"),
     [
-        (b"", HealthCheck(kind="tcp", port=80), "healthy"),
-        (b"HTTP/1.1 204 x\r\ncontent-length: 0\r\n\r\n", HealthCheck(kind="http", port=80), "healthy"),
-        (b"HTTP/1.1 302 x\r\ncontent-length: 0\r\n\r\n", HealthCheck(kind="http", port=80, path="/a?b"), "healthy"),
-        (
-            b"HTTP/1.1 204 x\r\n\r\n",
-            HealthCheck(kind="http", port=80, expected_status=200),
-            "unhealthy: HTTP status 204",
-        ),
-        (b"HTTP/1.1 500 x\r\n\r\n", HealthCheck(kind="http", port=80), "unhealthy: HTTP status 500"),
-        (b"nonsense\r\n\r\n", HealthCheck(kind="http", port=80), "unhealthy: RemoteProtocolError"),
-        (b"", HealthCheck(kind="tcp", port=81), "unhealthy: port 81 of the guest is not published"),
+        (b"", TCP, "healthy"),
+        (b"HTTP/1.1 204 x\r\ncontent-length: 0\r\n\r\n", HTTP, "healthy"),
+        (b"HTTP/1.0 302 x\r\n\r\n", replace(HTTP, path="/a?b"), "healthy"),
+        (b"HTTP/1.1 204\r\n\r\n", replace(HTTP, expected_status=200), "unhealthy: HTTP status 204"),
+        (b"HTTP/1.1 500 x\r\n\r\n" + bytes(1 << 20), HTTP, "unhealthy: HTTP status 500"),
+        (b"nonsense\r\n\r\n", HTTP, "unhealthy: the answer is not HTTP"),
+        (b"n" * (1 << 20), HTTP, "unhealthy: the answer is not HTTP"),
+        (b"", HTTP, "unhealthy: it closed the connection without an answer"),
     ],
 )
-async def test_checks_of_a_published_port(
+async def test_checks_of_a_port(
     fake_host: AsyncHost, clock: FakeClock, answer: bytes, check: HealthCheck, expected: str
 ) -> None:
-    """By a connection or by a request."""
-    import msgspec
-
-    async with service(answer) as port, supervised(fake_host, clock):
-        # The machine is recorded before the server stands for it: its start checks that the port is free.
-        await boot(fake_host, "oak", start=False, network="user", publish=[Publish(host_port=port, guest_port=80)])
-        store = fake_host.local.rooms.store
-        store.save(msgspec.structs.replace(store.get("oak"), publish=()))
-        await fake_host.call(StartRequest(instance="oak"))
-        running = store.get("oak")
-        store.save(msgspec.structs.replace(running, publish=(Publish(host_port=port, guest_port=80),)))
-        once = msgspec.structs.replace(check, failures=1)
-        await fake_host.call(UpdateRequest(instance="oak", health_check=once))
+    """By a connection or by a request, on any network and without a published port."""
+    asked: asyncio.Queue[bytes] = asyncio.Queue()
+    async with service(answer, asked) as port, supervised(fake_host, clock):
+        await boot(fake_host, "oak", network="none", health_check=replace(check, port=port))
         await health(fake_host, expected)
+        if check.kind == "http":
+            request = await asked.get()
+            assert request.startswith(f"GET {check.path} HTTP/1.1\r\nHost: localhost:{port}\r\n".encode())
 
 
-async def test_a_port_that_nobody_answers(fake_host: AsyncHost, clock: FakeClock) -> None:
+async def test_a_port_without_a_server(fake_host: AsyncHost, clock: FakeClock) -> None:
+    """Also if it is published: what forwards the port accepts connections that no server takes."""
+    async with supervised(fake_host, clock):
+        publish = [Publish(host_port=ANY_PORT, guest_port=80)]
+        await boot(fake_host, "oak", network="user", publish=publish, health_check=replace(TCP, port=80))
+        await health(fake_host, "unhealthy: cannot connect to port 80 in the guest: Connection refused")
+
+
+async def test_a_server_that_does_not_answer(fake_host: AsyncHost, clock: FakeClock) -> None:
     """The check has a deadline, and says why it failed."""
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
         writer.close()
 
-    import msgspec
-
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
     async with server, supervised(fake_host, clock):
-        port = server.sockets[0].getsockname()[1]
-        await boot(fake_host, "oak", network="user")
-        store = fake_host.local.rooms.store
-        store.save(msgspec.structs.replace(store.get("oak"), publish=(Publish(host_port=port, guest_port=80),)))
-        check = HealthCheck(kind="http", port=80, failures=1, timeout_s=0.2)
-        await fake_host.call(UpdateRequest(instance="oak", health_check=check))
-        await health(fake_host, "unhealthy: no answer within 0.2 s")
+        with listening(port):
+            await boot(fake_host, "oak", health_check=replace(HTTP, port=port, timeout_s=0.2))
+            await health(fake_host, "unhealthy: no answer within 0.2 s")
 
 
 @pytest.mark.parametrize(
