@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
-from msgspec.structs import replace
 
 from agent_process import agent_binary
 from coppice.client import AsyncHost
 from coppice.errors import UsageError
-from coppice.model import HealthCheck, Observed, Publish, RestartPolicy, State
+from coppice.model import HealthCheck, Observed, RestartPolicy, State
 from coppice.model.events import Event
-from coppice.model.specs import ANY_PORT
 from coppice.requests import EventsRequest, GetRequest, StandbyRequest, UpdateRequest
 from fakes.clock import FakeClock
 from fakes.hosting import boot
@@ -121,79 +119,46 @@ async def test_an_unhealthy_machine_is_started_again(fake_host: AsyncHost, clock
 
 
 @asynccontextmanager
-async def service(answer: bytes, asked: asyncio.Queue[bytes]) -> AsyncIterator[int]:
-    """A server on the guest's loopback, which stands on this host: it gives each request this answer."""
+async def service(answer: bytes | None) -> AsyncIterator[int]:
+    """A server on the guest's loopback that gives each request this answer. None: it stays silent."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            asked.put_nowait(await reader.readuntil(b"\r\n\r\n"))
-        writer.write(answer)
+        await (reader.read() if answer is None else reader.readuntil(b"\r\n\r\n"))
+        writer.write(answer or b"")
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
     async with server:
+        port = server.sockets[0].getsockname()[1]
         with listening(port):
             yield port
-
-
-@pytest.fixture(scope="module", autouse=True)
-def agent() -> None:
-    """Compile the agent that connects for fake guests: that takes longer than a check may."""
-    agent_binary("static")
-
-
-TCP = HealthCheck(kind="tcp", failures=1)
-HTTP = HealthCheck(kind="http", failures=1)
 
 
 @pytest.mark.parametrize(
     ("answer", "check", "expected"),
     [
-        (b"", TCP, "healthy"),
-        (b"HTTP/1.1 204 x\r\ncontent-length: 0\r\n\r\n", HTTP, "healthy"),
-        (b"HTTP/1.0 302 x\r\n\r\n", replace(HTTP, path="/a?b"), "healthy"),
-        (b"HTTP/1.1 204\r\n\r\n", replace(HTTP, expected_status=200), "unhealthy: HTTP status 204"),
-        (b"HTTP/1.1 500 x\r\n\r\n" + bytes(1 << 20), HTTP, "unhealthy: HTTP status 500"),
-        (b"nonsense\r\n\r\n", HTTP, "unhealthy: the answer is not HTTP"),
-        (b"n" * (1 << 20), HTTP, "unhealthy: the answer is not HTTP"),
-        (b"", HTTP, "unhealthy: it closed the connection without an answer"),
+        (None, HealthCheck(kind="tcp"), "healthy"),
+        (b"HTTP/1.1 204 x\r\ncontent-length: 0\r\n\r\n", HealthCheck(kind="http"), "healthy"),
+        (b"HTTP/1.1 302 x\r\ncontent-length: 0\r\n\r\n", HealthCheck(kind="http", path="/a?b"), "healthy"),
+        (b"HTTP/1.1 204 x\r\n\r\n", HealthCheck(kind="http", expected_status=200), "unhealthy: HTTP status 204"),
+        (b"HTTP/1.1 500 x\r\n\r\n", HealthCheck(kind="http"), "unhealthy: HTTP status 500"),
+        (b"nonsense\r\n\r\n", HealthCheck(kind="http"), "unhealthy: the server in the guest sent no answer of HTTP"),
+        (b"HTTP/1.1 200", HealthCheck(kind="http"), "unhealthy: the server in the guest sent no answer of HTTP"),
+        (bytes(100_000), HealthCheck(kind="http"), "unhealthy: the server in the guest sent no answer of HTTP"),
+        (None, HealthCheck(kind="http", timeout_s=0.5), "unhealthy: no answer within 0.5 s"),
+        (None, HealthCheck(kind="tcp", port=1), "unhealthy: cannot connect to port 1 in the guest: Connection refused"),
     ],
 )
 async def test_checks_of_a_port(
-    fake_host: AsyncHost, clock: FakeClock, answer: bytes, check: HealthCheck, expected: str
+    fake_host: AsyncHost, clock: FakeClock, answer: bytes | None, check: HealthCheck, expected: str
 ) -> None:
-    """By a connection or by a request, on any network and without a published port."""
-    asked: asyncio.Queue[bytes] = asyncio.Queue()
-    async with service(answer, asked) as port, supervised(fake_host, clock):
-        await boot(fake_host, "oak", network="none", health_check=replace(check, port=port))
+    """By a connection or by a request, through the agent: the port is not published, and there is no network."""
+    await asyncio.to_thread(agent_binary, "static")  # the first call compiles it, which takes longer than a check
+    async with service(answer) as port, supervised(fake_host, clock):
+        await boot(fake_host, "oak", network="none")
+        once = msgspec.structs.replace(check, port=check.port or port, failures=1)
+        await fake_host.call(UpdateRequest(instance="oak", health_check=once))
         await health(fake_host, expected)
-        if check.kind == "http":
-            request = await asked.get()
-            assert request.startswith(f"GET {check.path} HTTP/1.1\r\nHost: localhost:{port}\r\n".encode())
-
-
-async def test_a_port_without_a_server(fake_host: AsyncHost, clock: FakeClock) -> None:
-    """Also if it is published: what forwards the port accepts connections that no server takes."""
-    async with supervised(fake_host, clock):
-        publish = [Publish(host_port=ANY_PORT, guest_port=80)]
-        await boot(fake_host, "oak", network="user", publish=publish, health_check=replace(TCP, port=80))
-        await health(fake_host, "unhealthy: cannot connect to port 80 in the guest: Connection refused")
-
-
-async def test_a_server_that_does_not_answer(fake_host: AsyncHost, clock: FakeClock) -> None:
-    """The check has a deadline, and says why it failed."""
-
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server, supervised(fake_host, clock):
-        with listening(port):
-            await boot(fake_host, "oak", health_check=replace(HTTP, port=port, timeout_s=0.2))
-            await health(fake_host, "unhealthy: no answer within 0.2 s")
 
 
 @pytest.mark.parametrize(

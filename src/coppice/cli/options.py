@@ -142,7 +142,7 @@ class PolicyOptions:
         Option(
             "--health",
             metavar="exec:COMMAND|tcp:PORT|http:PORT[/PATH]|none",
-            help="How a server, or --wait, checks its health. PORT is one of the guest's own loopback.",
+            help="How a server, or `ready`, checks its health. PORT is of the guest's own loopback.",
         ),
     ] = None
     health_interval: Annotated[
