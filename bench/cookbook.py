@@ -1,0 +1,162 @@
+"""Run the recipes of docs/cookbook, and write how long each step took to benchmarks/cookbook.json.
+
+python -m bench.cookbook --home DIR [PAGE...]
+
+The images of the recipes are built if DIR has none. The tests run the same scripts
+(tests/vm/test_cookbook.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from bench.accounting import host_facts
+from bench.records import HostFacts
+from coppice.client import AsyncHost
+from coppice.errors import NotFound
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs/cookbook"
+PAGES = ("postgresql", "chromium", "nodejs", "python-worker")
+RESULTS = ROOT / "benchmarks/cookbook.json"
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"(?:#|//|--|<!--) ([\w.-]+\.\w+)(?: -->)?\n")
+_BUILD = re.compile(r"coppice image build (\S+) --include (\S+)\n")
+_TREE = re.compile(r"^NAME +STATE +FORKS .*?running machines see .*?$", re.MULTILINE | re.DOTALL)
+_TRACE = re.compile(r"^\++@([\d.]+)@ (.*)$", re.MULTILINE)
+DEADLINE_S = 900.0
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """A page, as a reader follows it."""
+
+    image: str
+    packages: tuple[str, ...]
+    files: dict[str, str]
+    script: str  # all that follows the build of the image
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A command of a recipe."""
+
+    command: str
+    seconds: float
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """The steps of a recipe, and the tree that it printed."""
+
+    page: str
+    steps: list[Step]
+    tree: str
+
+
+class CookbookReport(msgspec.Struct, frozen=True):
+    """One run of all recipes."""
+
+    host: HostFacts
+    costs: list[Cost]
+
+
+def recipe(page: str) -> Recipe:
+    """Read a recipe. Its first `sh` block builds the image; blocks that begin with a file's name are files."""
+    files: dict[str, str] = {}
+    script: list[str] = []
+    for language, text in _BLOCK.findall((FOLDER / f"{page}.md").read_text()):
+        if named := _FILE.match(text):
+            files[named[1]] = text
+        elif language == "sh":
+            script.append(text)
+    build = _BUILD.fullmatch(script[0])
+    assert build, f"{page}: the first sh block builds the image"
+    return Recipe(image=build[1], packages=tuple(build[2].split(",")), files=files, script="".join(script[1:]))
+
+
+async def follow(recipe: Recipe, directory: Path, env: Mapping[str, str], deadline_s: float) -> tuple[str, list[Step]]:
+    """Run a recipe in an empty directory. Return its output, and its commands with their times.
+
+    :raises AssertionError: a line failed; the message has all output
+    """
+    for name, text in recipe.files.items():
+        (directory / name).write_text(text)
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-euxo", "pipefail", "-c", f"PS4='+@$EPOCHREALTIME@ '\n{recipe.script}\n: end"),
+        env=env,
+        cwd=directory,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), deadline_s)
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+    assert process.returncode == 0, f"exit status {process.returncode}\n{out.decode()}\n{err.decode()}"
+    lines = _TRACE.findall(err.decode())
+    steps = [
+        Step(command=command, seconds=float(following[0]) - float(begin))
+        for (begin, command), following in zip(lines, lines[1:], strict=False)
+        if command.startswith(("coppice ", "python3 "))
+    ]
+    return out.decode(), steps
+
+
+def environment(home: Path, programs: Path) -> dict[str, str]:
+    """Return the environment of a reader whose `coppice` and `python3` are those of this checkout."""
+    programs.mkdir(exist_ok=True)
+    for name, words in (("coppice", "-m coppice "), ("python3", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words}"$@"\n')
+        (programs / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "COPPICE_HOME": str(home),
+        "COLUMNS": "120",
+    }
+
+
+async def measure(home: Path, pages: list[str]) -> CookbookReport:
+    """Run recipes one after the other."""
+    costs = []
+    async with AsyncHost(home) as host:
+        facts = await host_facts(host)
+        await host.kernels.fetch()
+        for page in pages:
+            read = recipe(page)
+            try:
+                await host.images.inspect(read.image)
+            except NotFound:
+                await host.images.build(read.image, include=list(read.packages))
+            with tempfile.TemporaryDirectory() as name:
+                env = environment(home, Path(name, "bin"))
+                printed, steps = await follow(read, Path(name), env, DEADLINE_S)
+            tree = _TREE.search(printed)
+            costs.append(Cost(page=page, steps=steps, tree=tree[0] if tree else ""))
+    return CookbookReport(host=facts, costs=costs)
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("pages", nargs="*", default=list(PAGES))
+    options = parser.parse_args()
+    report = asyncio.run(measure(options.home, options.pages))
+    RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
