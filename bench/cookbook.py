@@ -1,6 +1,7 @@
 """Run the recipes of docs/cookbook, and write how long each step took to benchmarks/cookbook.json.
 
 python -m bench.cookbook --home DIR [PAGE...]
+python -m bench.insert_results                   write the tables of the recipes
 
 The images of the recipes are built if DIR has none. The tests run the same scripts
 (tests/vm/test_cookbook.py).
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -57,14 +61,14 @@ class Cost(msgspec.Struct, frozen=True):
     """The steps of a recipe, and the tree that it printed."""
 
     page: str
+    host: HostFacts
     steps: list[Step]
     tree: str
 
 
 class CookbookReport(msgspec.Struct, frozen=True):
-    """One run of all recipes."""
+    """A run of each recipe."""
 
-    host: HostFacts
     costs: list[Cost]
 
 
@@ -78,7 +82,8 @@ def recipe(page: str) -> Recipe:
         elif language == "sh":
             script.append(text)
     build = _BUILD.fullmatch(script[0])
-    assert build, f"{page}: the first sh block builds the image"
+    if build is None:
+        raise AssertionError(f"{page}: the first sh block builds the image")
     return Recipe(image=build[1], packages=tuple(build[2].split(",")), files=files, script="".join(script[1:]))
 
 
@@ -96,18 +101,20 @@ async def follow(recipe: Recipe, directory: Path, env: Mapping[str, str], deadli
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         out, err = await asyncio.wait_for(process.communicate(), deadline_s)
-    except BaseException:
-        process.kill()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with what a failed line left in the background
         await process.wait()
-        raise
-    assert process.returncode == 0, f"exit status {process.returncode}\n{out.decode()}\n{err.decode()}"
+    if process.returncode:
+        raise AssertionError(f"exit status {process.returncode}\n{out.decode()}\n{err.decode()}")
     lines = _TRACE.findall(err.decode())
     steps = [
         Step(command=command, seconds=float(following[0]) - float(begin))
-        for (begin, command), following in zip(lines, lines[1:], strict=False)
+        for (begin, command), following in itertools.pairwise(lines)
         if command.startswith(("coppice ", "python3 "))
     ]
     return out.decode(), steps
@@ -128,14 +135,13 @@ def environment(home: Path, programs: Path) -> dict[str, str]:
     }
 
 
-async def measure(home: Path, pages: list[str]) -> CookbookReport:
+async def measure(home: Path, pages: list[str]) -> list[Cost]:
     """Run recipes one after the other."""
     costs = []
     async with AsyncHost(home) as host:
-        facts = await host_facts(host)
         await host.kernels.fetch()
         for page in pages:
-            read = recipe(page)
+            read, facts = recipe(page), await host_facts(host)
             try:
                 await host.images.inspect(read.image)
             except NotFound:
@@ -144,8 +150,8 @@ async def measure(home: Path, pages: list[str]) -> CookbookReport:
                 env = environment(home, Path(name, "bin"))
                 printed, steps = await follow(read, Path(name), env, DEADLINE_S)
             tree = _TREE.search(printed)
-            costs.append(Cost(page=page, steps=steps, tree=tree[0] if tree else ""))
-    return CookbookReport(host=facts, costs=costs)
+            costs.append(Cost(page=page, host=facts, steps=steps, tree=tree[0] if tree else ""))
+    return costs
 
 
 def main() -> None:
@@ -154,7 +160,10 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("pages", nargs="*", default=list(PAGES))
     options = parser.parse_args()
-    report = asyncio.run(measure(options.home, options.pages))
+    measured = asyncio.run(measure(options.home, options.pages))
+    before = msgspec.json.decode(RESULTS.read_bytes(), type=CookbookReport).costs if RESULTS.exists() else []
+    costs = {cost.page: cost for cost in (*before, *measured)}
+    report = CookbookReport(costs=[costs[page] for page in PAGES if page in costs])
     RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
 
 
