@@ -94,30 +94,37 @@ async def follow(recipe: Recipe, directory: Path, env: Mapping[str, str], deadli
     """
     for name, text in recipe.files.items():
         (directory / name).write_text(text)
-    process = await asyncio.create_subprocess_exec(
-        *("bash", "-euxo", "pipefail", "-c", f"PS4='+@$EPOCHREALTIME@ '\n{recipe.script}\n: end"),
-        env=env,
-        cwd=directory,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        out, err = await asyncio.wait_for(process.communicate(), deadline_s)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with what a failed line left in the background
-        await process.wait()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-euxo", "pipefail", "-c", f"PS4='+@$EPOCHREALTIME@ '\n{recipe.script}\n: end"),
+            env=env,
+            cwd=directory,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        ended = "in time"
+        try:
+            await asyncio.wait_for(process.wait(), deadline_s)
+        except TimeoutError:
+            ended = f"after {deadline_s:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what a failed line left in the background
+            await process.wait()
+        out.seek(0)
+        err.seek(0)
+        printed, trace = out.read(), err.read()
     if process.returncode:
-        raise AssertionError(f"exit status {process.returncode}\n{out.decode()}\n{err.decode()}")
-    lines = _TRACE.findall(err.decode())
+        raise AssertionError(f"exit status {process.returncode}, {ended}\n{printed}\n{trace}")
+    lines = _TRACE.findall(trace)
     steps = [
         Step(command=command, seconds=float(following[0]) - float(begin))
         for (begin, command), following in itertools.pairwise(lines)
         if command.startswith(("coppice ", "python3 "))
     ]
-    return out.decode(), steps
+    return printed, steps
 
 
 def environment(home: Path, programs: Path) -> dict[str, str]:
