@@ -142,23 +142,21 @@ def environment(home: Path, programs: Path) -> dict[str, str]:
     }
 
 
-async def measure(home: Path, pages: list[str]) -> list[Cost]:
-    """Run recipes one after the other."""
-    costs = []
+async def measure(home: Path, page: str) -> Cost:
+    """Run a recipe, after its image is built if it is missing."""
+    read = recipe(page)
     async with AsyncHost(home) as host:
+        facts = await host_facts(host)
         await host.kernels.fetch()
-        for page in pages:
-            read, facts = recipe(page), await host_facts(host)
-            try:
-                await host.images.inspect(read.image)
-            except NotFound:
-                await host.images.build(read.image, include=list(read.packages))
-            with tempfile.TemporaryDirectory() as name:
-                env = environment(home, Path(name, "bin"))
-                printed, steps = await follow(read, Path(name), env, DEADLINE_S)
-            tree = _TREE.search(printed)
-            costs.append(Cost(page=page, host=facts, steps=steps, tree=tree[0] if tree else ""))
-    return costs
+        try:
+            await host.images.inspect(read.image)
+        except NotFound:
+            await host.images.build(read.image, include=list(read.packages))
+    with tempfile.TemporaryDirectory() as name:
+        env = environment(home, Path(name, "bin"))
+        printed, steps = await follow(read, Path(name), env, DEADLINE_S)
+    tree = _TREE.search(printed)
+    return Cost(page=page, host=facts, steps=steps, tree=tree[0] if tree else "")
 
 
 def main() -> None:
@@ -167,11 +165,12 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("pages", nargs="*", default=list(PAGES))
     options = parser.parse_args()
-    measured = asyncio.run(measure(options.home, options.pages))
-    before = msgspec.json.decode(RESULTS.read_bytes(), type=CookbookReport).costs if RESULTS.exists() else []
-    costs = {cost.page: cost for cost in (*before, *measured)}
-    report = CookbookReport(costs=[costs[page] for page in PAGES if page in costs])
-    RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+    for page in options.pages:
+        measured = asyncio.run(measure(options.home, page))
+        before = msgspec.json.decode(RESULTS.read_bytes(), type=CookbookReport).costs if RESULTS.exists() else []
+        costs = {cost.page: cost for cost in (*before, measured)}
+        report = CookbookReport(costs=[costs[page] for page in PAGES if page in costs])
+        RESULTS.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
 
 
 if __name__ == "__main__":
