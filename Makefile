@@ -40,6 +40,7 @@ bench: setup-dev
 	$(BIN)/python -m bench capture --home $(BENCH_HOME) --output benchmarks/capture.json --plot benchmarks/capture.png
 	$(BIN)/python -m bench tree --home $(BENCH_HOME) --output benchmarks/tree.json
 	$(BIN)/python -m bench.client_cpu --home $(BENCH_HOME) --image debian --output benchmarks/client-cpu.json
+	$(BIN)/python -m bench.many --output benchmarks/many.json
 	[ "$$(id -u)" != 0 ] || $(BIN)/python -m bench.network --home $(BENCH_HOME) --output benchmarks/network.json
 
 docs: setup-dev
