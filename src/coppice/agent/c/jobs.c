@@ -147,7 +147,7 @@ static void forget(void)
     size_t count = 0, bytes = 0;
     for (struct job *j = job_first(), *next; j; j = next) {
         next = j->next;
-        bool over = j->final && !j->streams;
+        bool over = j->final && !j->streams && !j->lasting;
         if (over && (j->kind != COMMAND || j->forgotten)) {
             job_free(j);
         } else if (over) {
@@ -158,7 +158,7 @@ static void forget(void)
     while (count > FINISHED_MAX || (bytes > FINISHED_BYTES && count > 1)) {
         struct job *oldest = NULL;
         for (struct job *j = job_first(); j; j = j->next) {
-            if (j->final && !j->streams && (!oldest || j->ended_ns < oldest->ended_ns))
+            if (j->final && !j->streams && !j->lasting && (!oldest || j->ended_ns < oldest->ended_ns))
                 oldest = j;
         }
         count--;

@@ -10,6 +10,8 @@
 #define KEPT_SIZE 262144     /* default bytes of output that a command keeps */
 #define ID_SIZE 65           /* of a command, with its end */
 #define JOBS_MAX 1024
+#define DETACHED 4 /* flag of EXEC */
+#define PROCESS_ID "main"    /* id of the machine's process, as a command */
 
 enum job_kind {
     COMMAND,    /* EXEC: it goes on without a stream */
@@ -50,6 +52,7 @@ struct job {
     int terminal;     /* open to the end: closing it would hang up a command that has closed its side and is about to end */
     bool exited, ending;
     bool forgotten; /* nobody will ask for its end */
+    bool lasting;   /* it is never forgotten: the machine's process */
     int status, error;
     int64_t quiet_at, timeout_at, kill_at; /* 0: never */
     size_t slot;                           /* of its three descriptors among those that are polled */
@@ -84,6 +87,7 @@ void job_free(struct job *j);
 void job_finish(struct job *j, uint8_t final, const struct reply *last);
 void job_end(struct job *j, int signal); /* this signal to all of its processes, SIGKILL soon after */
 struct job *job_find(const char *id);    /* a command */
+bool job_describe(struct job *j, const char *id, uint64_t flags, const char *user, char **argv); /* for LIST; false: no memory */
 struct job *job_first(void);
 void jobs_rotate(void);
 void stream_open(struct stream *s, const struct reply *started); /* STARTED is sent before all else */
