@@ -55,7 +55,7 @@ Host = Callable[[Channel, Path], Awaitable[object]]
 
 async def _commands(channel: Channel, directory: Path) -> None:
     session = Session(channel)
-    await session.exec(["echo", "out"], env={"A": "b"}, cwd="/tmp", user="root")  # noqa: S108
+    await session.exec(["echo", "out"], env={"A": "b"}, cwd="/tmp", user="root")
     await session.exec(["cat"], stdin=bytes(90_000), timeout_s=20)
     async with session.exec_stream(["sh", "-c", "echo out; echo err >&2; exit 3"], command_id="first") as running:
         await running.wait()
@@ -87,7 +87,7 @@ async def _attached(channel: Channel, directory: Path) -> None:
 async def _endless(channel: Channel, directory: Path) -> None:
     session = Session(channel)
     async with session.exec_stream(["yes"], has_stdin=False, command_id="endless") as running:
-        async for _, data in running:
+        async for _ in running:
             if running.offset > 600_000:
                 break
     async with session.exec_stream(["sleep", "100"], command_id="asleep", timeout_s=0.1) as running:
@@ -154,11 +154,13 @@ async def _machine(channel: Channel, directory: Path) -> None:
         address6="fd00::2/126", gateway6="fd00::1", payload=b"payload", end_sessions=True,
     )  # fmt: skip
     booted = Identity(
-        serial=2, entropy=bytes(64), clock_ns=1, argv=("sleep", "9"), env={"A": "b"}, cwd="/tmp/work", user="user",  # noqa: S108
+        serial=2, entropy=bytes(64), clock_ns=1, argv=("sleep", "9"), env={"A": "b"}, cwd="/tmp/work", user="user",
         start_process=True, mounts=(Mount(number=0, path="/mnt", readonly=True),), certificates=("-----BEGIN",),
     )  # fmt: skip
     process = Identity(serial=3, entropy=bytes(64), argv=("sleep", "9"), env={"A": "b"}, start_process=True)
-    names = Identity(serial=4, entropy=bytes(64), hostname="elm", machine_id="1" * 32, payload=b"x" * 9000, certificates=("x",))
+    names = Identity(
+        serial=4, entropy=bytes(64), hostname="elm", machine_id="1" * 32, payload=b"x" * 9000, certificates=("x",)
+    )
     for identity in (named, booted, process, names):
         with contextlib.suppress(GuestError):  # an agent of a test refuses what concerns its machine
             await control.identity(identity)
@@ -193,7 +195,10 @@ async def _recording(path: Path) -> AsyncIterator[Channel]:
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         agent.sock.setblocking(False)
-        tasks = [asyncio.create_task(_relay(theirs, agent.sock, sent)), asyncio.create_task(_relay(agent.sock, theirs, None))]
+        tasks = [
+            asyncio.create_task(_relay(theirs, agent.sock, sent)),
+            asyncio.create_task(_relay(agent.sock, theirs, None)),
+        ]
         channel = await Channel.over(ours, 20.0)
         try:
             yield channel
@@ -222,7 +227,10 @@ async def _relay(source: socket.socket, target: socket.socket, kept: bytearray |
 @functools.cache
 def _programs() -> Path:
     binary = fuzzer().with_name("agent-fuzz-program")
-    subprocess.run(["gcc", "-O1", "-static", "-Wall", "-Wextra", "-Werror", "-o", binary, _HERE / "agent_fuzz_program.c"], check=True)
+    subprocess.run(
+        ["gcc", "-O1", "-static", "-Wall", "-Wextra", "-Werror", "-o", binary, _HERE / "agent_fuzz_program.c"],
+        check=True,
+    )
     return binary
 
 
@@ -244,4 +252,6 @@ def fuzz_agent(corpus: Path, inputs: int, seed: int, timeout_s: float) -> None:
             env={**os.environ, "ASAN_OPTIONS": "abort_on_error=1:detect_leaks=0:quarantine_size_mb=4", "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1"},
             capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
         )  # fmt: skip
-    assert done.returncode == 0, f"repeat it with `python tests/fuzz.py agent --inputs 1 --seed N`:\n{done.stdout}{done.stderr}"
+    how = f"python tests/fuzz.py agent --corpus {corpus} --inputs 1 --seed N"
+    assert done.returncode == 0, f"repeat it with `{how}`:\n{done.stdout}{done.stderr}"
+    assert f"{inputs} inputs" in done.stderr

@@ -1,15 +1,17 @@
 """Fuzz both ends of the agent protocol: `python tests/fuzz.py host|decoder|agent --inputs N --seed S`.
 
 The tests run a slice of each with fixed seeds, and `make fuzz` a million inputs. An input follows from
-its seed alone: what fails is printed with the arguments that repeat it.
+its seed, and for the agent from the corpus: what fails is printed with the arguments that repeat it.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import struct
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,12 +19,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent)]
 
+from agent_fuzzing import fuzz_agent, record
 from coppice.agent.protocol import END_BYTE, GUEST_PAYLOAD_MAX, MAGIC, NONCE_SIZE, Fields, FrameDecoder, FrameType
 from coppice.errors import GuestProtocolError
 from hostile_guest import descriptors, play, playground
 from warped_loop import run_warped
 
 _SLICE = 1000  # cases between two reports
+_AGENT_SLICE = 10_000
+_AGENT_INPUT_S = 0.1
 
 
 def host(inputs: int, seed: int) -> Counter[str]:
@@ -85,6 +90,18 @@ def _decode(data: bytes, nonce: bytes, source: random.Random, number: int) -> No
         raise
 
 
+def agent(inputs: int, seed: int, corpus: Path | None) -> None:
+    """Play changed recordings of hosts to the agent, in slices. Without a corpus, record a new one."""
+    if corpus is None:
+        corpus = Path(tempfile.mkdtemp(prefix="coppice-fuzz-corpus-"))
+        asyncio.run(record(corpus))
+        print(f"the corpus is in {corpus}", flush=True)  # noqa: T201
+    for first in range(seed, seed + inputs, _AGENT_SLICE):
+        count = min(_AGENT_SLICE, seed + inputs - first)
+        fuzz_agent(corpus, count, first, timeout_s=60 + count * _AGENT_INPUT_S)
+        _report("agent", first + count - seed, inputs)
+
+
 def _frame(kind: int, stream: int, payload: bytes) -> bytes:
     return struct.pack("<BHH", kind, stream, len(payload)) + payload + bytes((END_BYTE,))
 
@@ -100,15 +117,18 @@ def _report(what: str, done: int, inputs: int) -> None:
 def main() -> None:
     """Run one fuzz."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["host", "decoder"])
+    parser.add_argument("what", choices=["host", "decoder", "agent"])
     parser.add_argument("--inputs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--corpus", type=Path, help="of the agent's fuzz; recorded if it is missing")
     given = parser.parse_args()
     if given.what == "host":
         for outcome, count in sorted(host(given.inputs, given.seed).items()):
             print(f"{count:8} {outcome}")  # noqa: T201
-    else:
+    elif given.what == "decoder":
         decoder(given.inputs, given.seed)
+    else:
+        agent(given.inputs, given.seed, given.corpus)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import msgspec
 
 from coppice.agent.channel import Channel
 from coppice.agent.collecting import Collecting
-from coppice.agent.protocol import Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
+from coppice.agent.protocol import LIMITS, Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
 from coppice.agent.stream import REFUSED, RemoteStream, deadline, unexpected
 from coppice.commands import check_signal, new_command_id
 from coppice.errors import (
@@ -219,9 +219,12 @@ async def start(channel: Channel, command: Command) -> AsyncIterator[ExecSession
 
     :raises UsageError: the command is empty
     :raises CommandNotStarted: the guest cannot start it; `errno` is that of the guest's kernel
+    :raises NotSupported: the command has limits, and the agent is too old to keep them
     """
     if not command.argv:
         raise UsageError("no command given", hint="give a program and its arguments")
+    if command.memory_bytes is not None or command.processes is not None:
+        await channel.require(LIMITS, "limits of commands")
     name, command_id = command.argv[0], command.id or new_command_id()
     payload = encode_command(msgspec.structs.replace(command, id=command_id))
     stream = await channel.open(FrameType.EXEC, payload)
