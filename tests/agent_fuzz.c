@@ -211,7 +211,7 @@ static void play(void)
         if (i > 0 && !one_in(4))
             inputs[i].size = 0; /* most inputs have one host */
     }
-    int left = 30 + (int)number_below(40);
+    int left = 10 + (int)number_below(40);
     for (bool sent = false; left > 0; left -= sent ? 1 + 4 * (int)quick : 0) {
         sent = true;
         for (int i = 0; i < WIRES; i++) {
@@ -223,7 +223,7 @@ static void play(void)
         fakes_run();
         reap_fakes();
         echo();
-        if (sent && idle && one_in(3))
+        if (sent && idle && one_in(2))
             break;
     }
     clean_up(hosts);

@@ -40,6 +40,7 @@ def test_the_corpus_has_every_request(corpus: Path) -> None:
     assert {kind.name for kind in OPERATIONS if kind not in types} == set()
 
 
+@pytest.mark.timeout(400)
 def test_changed_recordings(corpus: Path) -> None:
-    """The same inputs in every run, from a new recording."""
-    fuzz_agent(corpus, inputs=6000, seed=0, timeout_s=110)
+    """The same inputs in every run, from a new recording. It takes seconds, and minutes on a busy machine."""
+    fuzz_agent(corpus, inputs=3000, seed=0, timeout_s=300)
