@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 
@@ -26,7 +27,8 @@ size_t __sanitizer_get_current_allocated_bytes(void);
 void __sanitizer_set_report_fd(void *fd);
 void __sanitizer_set_death_callback(void (*callback)(void));
 
-#define HANG_S 30
+#define HANG_S 300     /* asleep: this host may be busy */
+#define HANG_CPU_S 20 /* at work */
 #define WIRES 2
 #define REAL_ONE_IN 64
 
@@ -282,6 +284,7 @@ int main(int argc, char **argv)
         return 2;
     signal(SIGPIPE, SIG_IGN);
     signal(SIGALRM, hung);
+    signal(SIGPROF, hung);
     load_corpus(argv[2]);
     enter(argv[1]);
     umask(0);
@@ -300,6 +303,7 @@ int main(int argc, char **argv)
         current = first + n;
         state = current * 0x9e3779b97f4a7c15u + 1;
         alarm(HANG_S);
+        setitimer(ITIMER_PROF, &(struct itimerval){.it_value.tv_sec = HANG_CPU_S}, NULL);
         play();
         if (next_descriptor() != descriptor)
             failed("a descriptor is left");

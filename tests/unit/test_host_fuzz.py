@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 import fuzz
 from coppice.agent.channel import Channel
 from coppice.agent.control import Control
+from coppice.agent.copy import with_thread
 from coppice.agent.protocol import (
     GUEST_PAYLOAD_MAX,
     WINDOW_SIZE,
@@ -158,6 +161,29 @@ async def test_a_guest_that_only_sends_does_not_fill_the_hosts_buffer() -> None:
             async for _ in stream.data():
                 pass
         assert channel._writer.transport.get_write_buffer_size() - held < 100
+
+
+async def test_a_second_cancellation_leaves_no_thread_behind() -> None:
+    """A copy that is cancelled again while it waits for its thread still waits for it."""
+    began, release = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def work(stream: BinaryIO) -> None:
+        loop.call_soon_threadsafe(began.set)
+        release.wait(20)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    copying = asyncio.create_task(with_thread(talk, work))
+    await began.wait()
+    for _ in range(3):
+        copying.cancel()
+        await asyncio.wait({copying}, timeout=0.05)  # an absence has no event to await
+        assert not copying.done()
+    release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await copying
 
 
 def test_a_silent_guest_is_given_up() -> None:
