@@ -48,6 +48,9 @@ class CopyingDriver(VmmDriver):
     def capabilities(self) -> Capabilities:
         return msgspec.structs.replace(self._inner.capabilities, maps_mem_file_privately=False)
 
+    def vmm_bytes(self, machine: MachineSpec) -> int:
+        return self._inner.vmm_bytes(machine)
+
     async def manifest(self, machine: MachineSpec) -> Manifest:
         return await self._inner.manifest(machine)
 

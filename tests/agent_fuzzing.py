@@ -164,7 +164,7 @@ async def _machine(channel: Channel, directory: Path) -> None:
     for identity in (named, booted, process, names):
         with contextlib.suppress(GuestError):  # an agent of a test refuses what concerns its machine
             await control.identity(identity)
-    for call in (control.freeze(1), control.thaw(), control.poweroff(0), control.has_taken(1)):
+    for call in (control.freeze(1), control.thaw(), control.poweroff(0), control.acknowledged(1)):
         with contextlib.suppress(GuestError):
             await call
     await channel.open(FrameType.CLOCK, encode_fields([(1, 1)]))

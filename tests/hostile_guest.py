@@ -140,7 +140,7 @@ OPERATIONS: Final[dict[FrameType, Operation]] = {
     FrameType.THAW: _control(lambda control: control.thaw()),
     FrameType.POWEROFF: _control(lambda control: control.poweroff(1)),
     FrameType.SYNC: _control(lambda control: control.sync()),
-    FrameType.CLOCK: _control(lambda control: control.has_taken(7)),
+    FrameType.CLOCK: _control(lambda control: control.acknowledged(7)),
     FrameType.SHARED_RANDOM: _control(lambda control: control.shared_random()),
     FrameType.EXEC: _exec,
     FrameType.ATTACH: _attach,

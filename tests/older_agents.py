@@ -18,8 +18,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from coppice.agent.channel import Channel
 from coppice.agent.control import Control, Identity, encode_identity
 from coppice.agent.protocol import END_BYTE, MAGIC, NONCE_SIZE, Fields, FrameType
@@ -39,11 +37,12 @@ _UNPLANNED = {FrameType.PING, FrameType.PONG, FrameType.WINDOW, FrameType.FORGET
 
 
 async def _health(channel: Channel) -> object:
-    return [msgspec.to_builtins(await Control(channel).health()), channel.protocol]
+    health = await Control(channel).health()
+    return [channel.protocol, health.agent_version, health.identity_serial, health.uptime_ms, health.process_pid]
 
 
 async def _identity(channel: Channel) -> object:
-    return sorted(await Control(channel).identity(IDENTITY))
+    return sorted((await Control(channel).identity(IDENTITY)).steps_ms)
 
 
 async def _exec(channel: Channel) -> object:
@@ -66,7 +65,9 @@ async def _attach(channel: Channel) -> object:
         told = [data.decode() async for _, data in first]
     async with session.attach("recorded", offset=2) as again:
         replayed = [data.decode() async for _, data in again]
-    listed = [msgspec.to_builtins(command) for command in await session.commands()]
+    listed = [
+        [each.id, each.argv, each.started_at, each.output_bytes, each.exit_code] for each in await session.commands()
+    ]
     return ["".join(told), "".join(replayed), (await again.wait()).exit_code, listed]
 
 
@@ -83,8 +84,14 @@ async def _signalled(channel: Channel) -> object:
 async def _files(channel: Channel) -> object:
     session = Session(channel)
     await session.write_file(_FILE, b"contents", mode=0o640)
-    status = msgspec.to_builtins(await session.stat(_FILE))
-    return [(await session.read_file(_FILE, offset=2)).decode(), status]
+    status = await session.stat(_FILE)
+    return [
+        (await session.read_file(_FILE, offset=2)).decode(),
+        status.kind,
+        status.size_bytes,
+        status.mode,
+        status.mtime,
+    ]
 
 
 async def _file_missing(channel: Channel) -> object:

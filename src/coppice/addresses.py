@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import msgspec
+
 from coppice.errors import UsageError
-from coppice.model import ANY_PORT, OWN_ADDRESS, Egress, Publish
+from coppice.model import ANY_PORT, OWN_ADDRESS, Egress, ProcessSpec, Publish
 
 MAX_PORTS = 128  # per machine: each needs a descriptor of its VMM and space on a command line
 
@@ -111,6 +113,24 @@ def check_publish_many(ports: Sequence[Publish], count: int) -> None:
             "several forks cannot publish the same host port",
             hint="give each its own address, as in `own:8080:80`, or any port, as in `auto:80`",
         )
+
+
+NOBODY = "none"
+
+
+def check_notify(to: int | str | None) -> int | str | None:
+    """Return a valid endpoint for notices of forks unchanged: a port, a unix socket, or `none`.
+
+    :raises UsageError: it is something else
+    """
+    return to if to is None or to == NOBODY else check_endpoint(to)
+
+
+def told(process: ProcessSpec, notify: int | str | None) -> ProcessSpec:
+    """Return a process with the endpoint of a request. None: it keeps the one that it has."""
+    if notify is None:
+        return process
+    return msgspec.structs.replace(process, notify=None if notify == NOBODY else notify)
 
 
 def check_endpoint(to: int | str) -> int | str:

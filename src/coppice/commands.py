@@ -12,6 +12,10 @@ from coppice.model.guest import MAX_KEPT
 _ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
+PROCESS: Final = "main"
+"""The id of a machine's process, as a command."""
+
+
 def new_command_id() -> str:
     """Return a fresh id for a command in a guest, short enough to be typed."""
     return os.urandom(6).hex()
@@ -25,6 +29,16 @@ def check_command_id(command: str) -> None:
     if not _ID.fullmatch(command):
         shown = command if len(command) <= 80 else command[:77] + "..."
         raise InvalidName(f"{shown!r} is not the id of a command", hint="use 1 to 64 of A-Z, a-z, 0-9, _, . and -")
+
+
+def check_new_id(command: str) -> None:
+    """Check the id for a new command in a guest.
+
+    :raises InvalidName: it is malformed, or that of the machine's process
+    """
+    check_command_id(command)
+    if command == PROCESS:
+        raise InvalidName(f"{PROCESS} is the id of the machine's process", hint="choose another id")
 
 
 def check_signal(number: int) -> None:

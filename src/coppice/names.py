@@ -294,12 +294,12 @@ def check_limit(count: int) -> None:
         raise UsageError(f"a limit cannot be {count}", hint="use 0 or more, with at most 63 bits")
 
 
-def check_spares(count: int) -> int:
-    """Return a valid number of spare VMMs for one template unchanged.
+def check_spares(count: int | None) -> int | None:
+    """Return a valid number of spare VMMs for one template unchanged; None follows the rate of forks.
 
     :raises UsageError: it is negative or too large
     """
-    if not 0 <= count <= MAX_SPARES:
+    if count is not None and not 0 <= count <= MAX_SPARES:
         raise UsageError(f"a host cannot keep {count} spares of a template", hint=f"use 0 to {MAX_SPARES}")
     return count
 

@@ -11,6 +11,7 @@ import signal
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -278,7 +279,12 @@ async def test_a_wait_is_an_operation_that_the_client_hears_from(socket_address:
     async with connect_async(socket_address) as host, client_of(socket_address) as client:
         vm = await oak(host)
         command = (await vm.commands.start(shell("exec sleep 1000"))).id
-        for path, body in (("/call/command_wait", {"command": command}), ("/call/wait", {"deadline_s": 1000})):
+        waits: dict[str, dict[str, Any]] = {
+            "command_wait": {"command": command},
+            "wait": {"deadline_s": 1000},
+            "wait_process": {},
+        }
+        for path, body in ((f"/call/{name}", body) for name, body in waits.items()):
             headers = {"prefer": "respond-async"}
             begun = await client.post(path, json={"instance": "oak", **body}, headers=headers)
             assert begun.status_code == 202

@@ -125,6 +125,15 @@ async def test_a_command_that_cannot_start(client: AsyncHypeman) -> None:
         await exec_async(client, made.id, ["hostname"])
 
 
+async def test_the_end_of_the_process(client: AsyncHypeman) -> None:
+    """Its exit code is told while the machine runs on."""
+    made = await client.instances.create(name="oak", **SMALL)
+    assert (made.exit_code, made.exit_message) == (None, None)
+    await exec_async(client, made.id, ["remember", "exited", "137"])
+    found = await client.instances.get("oak")
+    assert (found.state, found.exit_code, found.exit_message) == ("Running", 137, "its process was ended by signal 9")
+
+
 async def test_what_coppice_lacks_is_declared(client: AsyncHypeman) -> None:
     """It answers 501 without a retry, and is not among the capabilities."""
     found = await client.capabilities.get()

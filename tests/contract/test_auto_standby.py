@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +14,8 @@ import pytest
 from coppice.client import AsyncHost
 from coppice.model import Instance, Publish, State
 from coppice.requests import (
+    CommandStartRequest,
+    CommandWaitRequest,
     ExecRequest,
     GetRequest,
     OpenExecRequest,
@@ -162,6 +165,35 @@ async def test_a_command_of_another_process_gets_the_ports(
                     await asyncio.sleep(0.01)
                 else:
                     break
+
+
+async def test_a_command_without_a_client_keeps_a_machine_awake(
+    fake_host: AsyncHost, other: AsyncHost, clock: FakeClock, driver: FakeDriver
+) -> None:
+    """Until it has ended; then a whole idle time passes. The machine's process does not count."""
+    async with supervised(fake_host, clock):
+        await boot(fake_host, "oak", auto_standby_s=IDLE_S)
+        fifo = fake_host.local.rooms.layout.home / "fifo"
+        os.mkfifo(fifo)
+        argv = ["/bin/sh", "-c", f"read -r line <{fifo}"]
+        await other.call(CommandStartRequest(instance="oak", argv=argv, command="job"))
+        idle_at = await looked_again(fake_host, clock)
+        assert (await fake_host.call(GetRequest(instance="oak"))).state is State.RUNNING
+        await asyncio.to_thread(fifo.write_text, "done\n")
+        await other.call(CommandWaitRequest(instance="oak", command="job", deadline_s=SOON_S))
+        assert clock.now() < idle_at + IDLE_S
+        clock.forward(IDLE_S + 5)
+        await until_state(fake_host, "oak", State.STANDBY)
+
+
+async def looked_again(host: AsyncHost, clock: FakeClock) -> float:
+    """Let the idle time pass, and wait until the supervisor has seen activity. Return that time."""
+    clock.forward(20 * IDLE_S)  # also since the end of the last session, which has the time of the host
+    async with asyncio.timeout(SOON_S):
+        while True:
+            seen = (await host.call(GetRequest(instance="oak"))).observed
+            if seen is not None and seen.active_at is not None and seen.active_at >= clock.now() - 1:
+                return seen.active_at
 
 
 async def test_the_next_supervisor_holds_the_ports(

@@ -116,7 +116,7 @@ async def outcome(host: AsyncHost, request: Request[Any]) -> None:
 
 def attempts(kind: type[Request[Any]], paths: tuple[Path | str, ...]) -> Iterator[dict[str, Any]]:
     """Yield the fields of requests in which one value is odd and all others are plain."""
-    needed = [field.name for field in msgspec.structs.fields(kind) if field.required]
+    needed = [field.name for field in msgspec.structs.fields(kind) if field.required or field.name == "deadline_s"]
     plain = {name: PLAIN.get(name, "oak") for name in needed}
     for name, annotation in fields_of(kind).items():
         of_host = extra_of(annotation).get("path")

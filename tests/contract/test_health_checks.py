@@ -6,15 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
+from agent_process import agent_binary
 from coppice.client import AsyncHost
 from coppice.errors import UsageError
-from coppice.model import HealthCheck, Observed, Publish, RestartPolicy, State
+from coppice.model import HealthCheck, Observed, RestartPolicy, State
 from coppice.model.events import Event
-from coppice.requests import EventsRequest, GetRequest, StandbyRequest, StartRequest, UpdateRequest
+from coppice.requests import EventsRequest, GetRequest, StandbyRequest, UpdateRequest
 from fakes.clock import FakeClock
 from fakes.hosting import boot
+from fakes.relay import listening
 from fakes.supervising import SOON_S, event_of, scheduled, supervised, until_state
 
 GOOD = ("echo", "fine")
@@ -116,72 +119,46 @@ async def test_an_unhealthy_machine_is_started_again(fake_host: AsyncHost, clock
 
 
 @asynccontextmanager
-async def service(answer: bytes) -> AsyncIterator[int]:
-    """A server that stands for a published one: it gives each request this answer."""
+async def service(answer: bytes | None) -> AsyncIterator[int]:
+    """A server on the guest's loopback that gives each request this answer. None: it stays silent."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
-        writer.write(answer)
+        await (reader.read() if answer is None else reader.readuntil(b"\r\n\r\n"))
+        writer.write(answer or b"")
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
-        yield server.sockets[0].getsockname()[1]
+        port = server.sockets[0].getsockname()[1]
+        with listening(port):
+            yield port
 
 
 @pytest.mark.parametrize(
     ("answer", "check", "expected"),
     [
-        (b"", HealthCheck(kind="tcp", port=80), "healthy"),
-        (b"HTTP/1.1 204 x\r\ncontent-length: 0\r\n\r\n", HealthCheck(kind="http", port=80), "healthy"),
-        (b"HTTP/1.1 302 x\r\ncontent-length: 0\r\n\r\n", HealthCheck(kind="http", port=80, path="/a?b"), "healthy"),
-        (
-            b"HTTP/1.1 204 x\r\n\r\n",
-            HealthCheck(kind="http", port=80, expected_status=200),
-            "unhealthy: HTTP status 204",
-        ),
-        (b"HTTP/1.1 500 x\r\n\r\n", HealthCheck(kind="http", port=80), "unhealthy: HTTP status 500"),
-        (b"nonsense\r\n\r\n", HealthCheck(kind="http", port=80), "unhealthy: RemoteProtocolError"),
-        (b"", HealthCheck(kind="tcp", port=81), "unhealthy: port 81 of the guest is not published"),
+        (None, HealthCheck(kind="tcp"), "healthy"),
+        (b"HTTP/1.1 204 x\r\ncontent-length: 0\r\n\r\n", HealthCheck(kind="http"), "healthy"),
+        (b"HTTP/1.1 302 x\r\ncontent-length: 0\r\n\r\n", HealthCheck(kind="http", path="/a?b"), "healthy"),
+        (b"HTTP/1.1 204 x\r\n\r\n", HealthCheck(kind="http", expected_status=200), "unhealthy: HTTP status 204"),
+        (b"HTTP/1.1 500 x\r\n\r\n", HealthCheck(kind="http"), "unhealthy: HTTP status 500"),
+        (b"nonsense\r\n\r\n", HealthCheck(kind="http"), "unhealthy: the server in the guest sent no answer of HTTP"),
+        (b"HTTP/1.1 200", HealthCheck(kind="http"), "unhealthy: the server in the guest sent no answer of HTTP"),
+        (bytes(100_000), HealthCheck(kind="http"), "unhealthy: the server in the guest sent no answer of HTTP"),
+        (None, HealthCheck(kind="http", timeout_s=0.5), "unhealthy: no answer within 0.5 s"),
+        (None, HealthCheck(kind="tcp", port=1), "unhealthy: cannot connect to port 1 in the guest: Connection refused"),
     ],
 )
-async def test_checks_of_a_published_port(
-    fake_host: AsyncHost, clock: FakeClock, answer: bytes, check: HealthCheck, expected: str
+async def test_checks_of_a_port(
+    fake_host: AsyncHost, clock: FakeClock, answer: bytes | None, check: HealthCheck, expected: str
 ) -> None:
-    """By a connection or by a request."""
-    import msgspec
-
+    """By a connection or by a request, through the agent: the port is not published, and there is no network."""
+    await asyncio.to_thread(agent_binary, "static")  # the first call compiles it, which takes longer than a check
     async with service(answer) as port, supervised(fake_host, clock):
-        # The machine is recorded before the server stands for it: its start checks that the port is free.
-        await boot(fake_host, "oak", start=False, network="user", publish=[Publish(host_port=port, guest_port=80)])
-        store = fake_host.local.rooms.store
-        store.save(msgspec.structs.replace(store.get("oak"), publish=()))
-        await fake_host.call(StartRequest(instance="oak"))
-        running = store.get("oak")
-        store.save(msgspec.structs.replace(running, publish=(Publish(host_port=port, guest_port=80),)))
-        once = msgspec.structs.replace(check, failures=1)
+        await boot(fake_host, "oak", network="none")
+        once = msgspec.structs.replace(check, port=check.port or port, failures=1)
         await fake_host.call(UpdateRequest(instance="oak", health_check=once))
         await health(fake_host, expected)
-
-
-async def test_a_port_that_nobody_answers(fake_host: AsyncHost, clock: FakeClock) -> None:
-    """The check has a deadline, and says why it failed."""
-
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    import msgspec
-
-    server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    async with server, supervised(fake_host, clock):
-        port = server.sockets[0].getsockname()[1]
-        await boot(fake_host, "oak", network="user")
-        store = fake_host.local.rooms.store
-        store.save(msgspec.structs.replace(store.get("oak"), publish=(Publish(host_port=port, guest_port=80),)))
-        check = HealthCheck(kind="http", port=80, failures=1, timeout_s=0.2)
-        await fake_host.call(UpdateRequest(instance="oak", health_check=check))
-        await health(fake_host, "unhealthy: no answer within 0.2 s")
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ async def test_an_operation_takes_few_hops_turns_and_statements(fake_host: Async
     assert costs["rm"].hops <= 6
     assert costs["fork"].turns <= 90
     assert costs["rm"].turns <= 40
-    assert costs["fork"].statements <= 34
+    assert costs["fork"].statements <= 36  # with the triggers of events
     assert costs["exec"].statements <= 1
-    assert costs["rm"].statements <= 21
+    assert costs["rm"].statements <= 22
 
 
 async def test_the_costs_do_not_grow_with_the_number_of_instances(fake_host: AsyncHost, counting: Counting) -> None:

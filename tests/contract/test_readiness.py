@@ -51,6 +51,14 @@ async def test_the_error_has_the_latest_failure(fake_host: AsyncHost) -> None:
     assert (await fake_host.get("oak")).state is State.RUNNING
 
 
+async def test_the_error_says_that_the_process_has_ended(fake_host: AsyncHost) -> None:
+    """Which explains most services that do not answer."""
+    await boot(fake_host, "oak", health_check=CHECK)
+    await fake_host.call(ExecRequest(instance="oak", argv=["remember", "exited", "1"]))
+    with pytest.raises(GuestTimeout, match="exit status 1; its process exited with status 1"):
+        await fake_host.call(ReadyRequest(instance="oak", deadline_s=1))
+
+
 async def test_the_end_of_the_machine_ends_the_wait(fake_host: AsyncHost) -> None:
     """At once, and not at the deadline."""
     await boot(fake_host, "oak", health_check=HealthCheck(kind="exec", command=("crash",)))

@@ -43,7 +43,7 @@ from fakes.rooms import DEADLINES, open_rooms
 _MOST_WAITS = 400
 
 
-def host_with(home: Path, driver: FakeDriver, spares: int = 1) -> AsyncHost:
+def host_with(home: Path, driver: FakeDriver, spares: int | None = 1) -> AsyncHost:
     return AsyncHost(home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=spares)
 
 
@@ -205,6 +205,30 @@ async def test_each_template_has_its_own_spares(
         assert len(host.local.group(Lifecycle)._spare()._ready) == 3
         report = await host.call(ForkRequest(instance="oak", count=3))
         assert sum(result.started_ahead for result in report.results) in (1, 2)
+
+
+async def test_the_number_of_spares_follows_the_rate_of_forks(fake_home: Path, driver: FakeDriver) -> None:
+    """By default, a host has as many spares ready as forks were requested within a second lately."""
+    async with host_with(fake_home, driver, spares=None) as host:
+        await make(host, State.TEMPLATE)
+        requests = [ForkRequest(instance="oak", names=[name], atomic=True) for name in ("elm", "fir", "ash", "yew")]
+        await asyncio.gather(*map(host.call, requests))
+        await fork(host, "box")
+        report = await host.call(ForkRequest(instance="oak", count=6, atomic=True))
+        assert 2 <= [result.started_ahead for result in report.results].count(True) <= 5
+
+
+def test_the_largest_burst_counts() -> None:
+    """Requests within a second count together, those of half a minute ago no longer, and the number is bounded."""
+    rate = policy._Rate()
+    for at in (100.0, 100.5, 100.9, 102.0):
+        rate.count(at)
+    assert rate.largest_burst == 3
+    rate.count(131.5)
+    assert rate.largest_burst == 1
+    for _ in range(3 * MAX_SPARES):
+        rate.count(132.0)
+    assert rate.largest_burst == MAX_SPARES
 
 
 async def test_spares_can_be_started_on_request(fake_home: Path, driver: FakeDriver) -> None:

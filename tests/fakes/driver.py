@@ -23,7 +23,7 @@ from coppice.completion import complete, in_thread
 from coppice.errors import VmmDied, VmmError
 from coppice.linux.remap import lay_over
 from coppice.machine.volumes import with_clones
-from coppice.model import MachineSpec, Manifest, Publish, Record, VmmProcess
+from coppice.model import MIB, MachineSpec, Manifest, Publish, Record, VmmProcess
 from coppice.model.network import Nic, NicBackend
 from coppice.vmm import driver as files
 from coppice.vmm import layers as memory_layers
@@ -122,6 +122,9 @@ class FakeDriver(VmmDriver):
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
+
+    def vmm_bytes(self, machine: MachineSpec) -> int:
+        return 32 * MIB
 
     async def manifest(self, machine: MachineSpec) -> Manifest:
         await self.faults.reach("manifest")

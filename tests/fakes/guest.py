@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coppice.agent.protocol import WINDOW_SIZE, Fields, Frame, FrameType, Value, encode_fields
+from coppice.commands import PROCESS
 from coppice.errors import CoppiceError
 from coppice.model import PAGE_SIZE, VmmProcess
 from coppice.vmm import driver as files
@@ -89,6 +90,7 @@ class FakeGuest:
         self._ram = Ram(process.pid)
         self._clock_set_ns = time.monotonic_ns()  # when the host last set the guest's clock
         self._commands = Commands()
+        self._ended = asyncio.Event()  # the image's process has
 
     async def live(self) -> None:
         """Serve all ports until the VMM ends."""
@@ -170,11 +172,12 @@ class FakeGuest:
                     (2, state.serial),
                     (3, "fake"),
                     (4, 2 if state.argv else 0),
-                    (5, self._exited()),
                     (6, 0),
+                    *self._process_end(),
                 ]
             case FrameType.IDENTITY:
                 reply = [(1, self._identify(fields)), (2, "clock=1"), (2, "entropy=2"), (3, self._now_ns())]
+                reply += self._process_end()
             case FrameType.CLOCK:
                 self._set_clock(fields.integer(1))
                 reply = [(1, self._now_ns())]
@@ -196,11 +199,31 @@ class FakeGuest:
                 raise Fault(errno.ENOSYS, "no control request")
         await peer.send(FrameType.OK, frame.stream, encode_fields(reply))
 
-    def _exited(self) -> int:
-        """Return the exit status of the image's process plus one; 0: it runs. `remember exited N`
-        ends it.
-        """
-        return int(self._ram.state.remembered.get("exited", -1)) + 1
+    def _process_end(self) -> list[tuple[int, Value | None]]:
+        """Return the fields about the end of the image's process. `remember exited N` ends it."""
+        remembered = self._ram.state.remembered
+        status = int(remembered.get("exited", -1))
+        signal_number = status - 128 if status > 128 else None
+        return [] if status < 0 else [(5, status + 1), (8, signal_number), (9, int(remembered["exited-at"]))]
+
+    async def _attach_process(self, stream: Stream) -> None:
+        """Send the end of the image's process when it comes."""
+        if not self._ram.state.argv:
+            raise Fault(errno.ESRCH, PROCESS)
+        await stream.send(FrameType.STARTED, encode_fields([(1, 2), (2, WINDOW_SIZE), (3, 0)]))
+        leaving = asyncio.create_task(stream.frames.get())
+        while not (end := dict(self._process_end())):
+            self._ended.clear()
+            ending = asyncio.create_task(self._ended.wait())
+            await asyncio.wait({leaving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            ending.cancel()
+            if leaving.done():
+                await stream.send(FrameType.OK)
+                return
+        leaving.cancel()
+        code = end[5]
+        assert isinstance(code, int)
+        await stream.send(FrameType.EXIT, encode_fields([(1, code - 1), (2, 0), (3, end[8])]))
 
     def _set_clock(self, now_ns: int) -> None:
         self._clock_set_ns = time.monotonic_ns()
@@ -243,6 +266,9 @@ class FakeGuest:
     async def _session(self, stream: Stream, frame: Frame) -> None:
         if frame.type in _RELAYED:
             await relay(stream, frame)
+            return
+        if frame.type == FrameType.ATTACH and Fields(frame.payload).text(1) == PROCESS:
+            await self._attach_process(stream)
             return
         if frame.type in (FrameType.ATTACH, FrameType.LIST):
             await self._commands.relay(stream, frame)
@@ -302,7 +328,12 @@ class FakeGuest:
     async def _remember(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
         """`remember KEY VALUE`: in RAM, so that forks inherit it and a stop forgets it."""
         key, value = arguments
-        self._ram.change(remembered={**self._ram.state.remembered, key: value})
+        more = {"exited-at": str(self._now_ns())} if key == "exited" else {}
+        self._ram.change(remembered={**self._ram.state.remembered, key: value, **more})
+        if key == "exited":
+            self._ended.set()
+            with (self.directory / files.CONSOLE_LOG).open("a") as console:
+                console.write(f"coppice-agent: the machine's process exited with status {value}\n")
         return 0
 
     async def _recall(self, stream: Stream, arguments: list[str], fields: Fields) -> int:

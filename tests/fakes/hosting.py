@@ -19,6 +19,7 @@ import pytest
 
 from coppice import completion
 from coppice.client import AsyncHost
+from coppice.host.process import SEEN
 from coppice.linux.files import is_temporary
 from coppice.machine import directory as directories
 from coppice.machine import disk
@@ -81,14 +82,15 @@ async def ask(host: AsyncHost, instance: Instance | str, *argv: str) -> str:
 def snapshot(host: AsyncHost) -> tuple[dict[str, tuple[int, ...]], list[Instance], list[str], list[int]]:
     """Return everything that an operation can change: files, records, journal, processes.
 
-    What a server records for itself is left out: it also records requests that it refuses.
+    What a server records for itself is left out: it also records requests that it refuses, and how much of
+    each console it has seen.
     """
     layout = host.local.rooms.layout
     found: dict[str, tuple[int, ...]] = {}
     for top, below, names in os.walk(layout.home):
         for name in (*below, *names):
             path = Path(top, name)
-            if not path.name.startswith(("coppice.db", DATABASE)):
+            if not path.name.startswith(("coppice.db", DATABASE, SEEN)):
                 status = path.lstat()
                 changes = () if path.is_dir() else (status.st_nlink, status.st_size, status.st_mtime_ns)
                 found[str(path)] = (status.st_ino, status.st_mode, *changes)

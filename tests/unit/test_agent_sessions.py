@@ -221,7 +221,7 @@ async def test_control_requests_are_answered_in_order() -> None:
         assert health.identity_serial == 0
         assert health.uptime_ms > 0
         assert health.process_pid is None
-        assert health.process_exit_code is None
+        assert health.process_end is None
 
 
 async def test_control_of_a_test_does_not_change_the_host() -> None:

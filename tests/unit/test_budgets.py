@@ -15,7 +15,8 @@ from coppice.model import GIB, MIB, Budgets
 from coppice.state.budgets import default_budgets, load_budgets, use_of, worst_case
 from coppice.state.database import Database
 from coppice.state.journal import JournalOperation
-from coppice.state.store import Load, Store
+from coppice.state.load import Load
+from coppice.state.store import Store
 from fakes.records import MEMORY_BYTES, make_instance
 
 BUDGETS = Budgets(max_instances=10, memory_bytes=GIB, memory_overcommit=16.0, disk_floor_bytes=GIB)
@@ -30,7 +31,7 @@ def test_defaults_fit_the_hosts_size(tmp_path: Path) -> None:
     assert 0 < found.memory_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < found.disk_floor_bytes <= GIB
     assert found.max_instances >= 1000
-    assert worst_case(found, 100, 100 * 512 * MIB) < 8 * GIB
+    assert worst_case(found, 100 * 512 * MIB, 100 * 32 * MIB) < 8 * GIB
 
 
 def test_the_file_wins_over_the_default_and_the_environment_over_the_file(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_any_text_in_a_variable_is_a_budget_or_a_usage_error(text: str) -> None:
 def test_the_worst_case_never_exceeds_all_ram_and_all_vmms(machines: int, ram_bytes: int, factor: float) -> None:
     """Over-commit can only lower the worst case, and each VMM counts, whatever its guest's size."""
     budgets = Budgets(max_instances=1, memory_bytes=1, memory_overcommit=factor, disk_floor_bytes=0)
-    found = worst_case(budgets, machines, ram_bytes)
+    found = worst_case(budgets, ram_bytes, machines * 32 * MIB)
     assert machines * 32 * MIB <= found <= machines * 32 * MIB + ram_bytes
 
 
@@ -97,17 +98,17 @@ def test_the_load_counts_running_and_starting_instances(tmp_path: Path) -> None:
     store.create([stopped, parked], JournalOperation.RUN)
     for instance in (stopped, parked):
         store.save(instance, done=True)
-    assert store.load() == Load(instances=2, running=0, ram_bytes=0)
+    assert store.load() == Load(instances=2, running=0)
     seen: list[Load] = []
     store.begin(stopped, JournalOperation.START, lambda: seen.append(store.load()))
-    assert seen == [Load(instances=2, running=0, ram_bytes=0)]
-    assert store.load() == Load(instances=2, running=1, ram_bytes=MEMORY_BYTES)
+    assert seen == [Load(instances=2, running=0)]
+    assert store.load() == Load(instances=2, running=1, ram_bytes=MEMORY_BYTES, vmm_bytes=stopped.vmm_bytes)
     store.close()
     Database(tmp_path / "db").close()
 
 
 def test_use_shows_the_load_and_the_budgets() -> None:
     """The figures shown are the ones that admission uses."""
-    use = use_of(BUDGETS, Load(instances=3, running=2, ram_bytes=2 * 512 * MIB), 5 * GIB)
-    assert (use.instances, use.running, use.memory_bytes) == (3, 2, 2 * (32 + 32) * MIB)
+    use = use_of(BUDGETS, Load(instances=3, running=2, ram_bytes=2 * 512 * MIB, vmm_bytes=2 * 96 * MIB), 5 * GIB)
+    assert (use.instances, use.running, use.memory_bytes) == (3, 2, 2 * (32 + 96) * MIB)
     assert (use.max_instances, use.memory_limit_bytes, use.disk_free_bytes) == (10, GIB, 5 * GIB)

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from click.shell_completion import ShellComplete
 
-from cli_host import FakeHost, LocalSession
+from cli_host import FakeHost, LocalSession, instance
 from cli_lines import document, output_of, run
 from coppice.cli import main
 from coppice.cli.app import app
 from coppice.errors import InUse, NotFound
+from coppice.model import ProcessEnd, State
 from coppice.model.guest import Exit, GuestCommand, StartedCommand
 from coppice.requests import CommandAttachRequest, CommandKillRequest, CommandLsRequest, OpenExecRequest
 
@@ -234,6 +235,41 @@ def test_wait_has_the_status_of_the_command(capsys: pytest.CaptureFixture[str], 
     assert run(FakeHost(command_wait=InUse("no", hint="no")), "wait", "vm", "a") == 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "status", "complaint"),
+    [
+        ({"process_end": ProcessEnd(exit_code=3, at=1.0)}, 3, ""),
+        ({"process_end": ProcessEnd(exit_code=137, signal=9, at=1.0), "state": State.STOPPED}, 137, ""),
+        ({"state": State.STOPPED, "ending": "failed", "exit_reason": "the VMM\x1b ended"}, 1, "vm has ended: the VMM"),
+        ({"state": State.STOPPED, "ending": "asked"}, 0, "vm has ended: it was stopped"),
+    ],
+)
+def test_wait_for_a_machine_prints_the_status_of_its_process(
+    capsys: pytest.CaptureFixture[str], fields: dict[str, Any], status: int, complaint: str
+) -> None:
+    """As `docker wait` does. A machine that ended without one is a success or a failure."""
+    host = FakeHost(wait_process=instance("vm", **fields))
+    assert run(host, "wait", "vm") == status
+    printed = capsys.readouterr()
+    assert printed.out == f"{status}\n"
+    assert complaint in printed.err
+    assert "\x1b" not in printed.err
+    assert host.asked("wait_process") == {"instance": "vm", "deadline_s": None}
+    assert document(capsys, host, "wait", "vm", status=status)["exit_code"] == status
+
+
+def test_forget(capsys: pytest.CaptureFixture[str]) -> None:
+    """By id, or all that have ended, but never the machine's process."""
+    found = [listed("a", exit_code=0), listed("b"), listed("main", exit_code=1), listed("c", exit_code=2)]
+    host = FakeHost(command_ls=found, command_forget=None)
+    assert document(capsys, host, "forget", "vm", "x", "y")["forgotten"] == ["x", "y"]
+    assert output_of(capsys, host, "forget", "vm", "--all") == "a\nc\n"
+    assert run(FakeHost(command_ls=[]), "forget", "vm", "--all") == 0
+    assert run(host, "forget", "vm") == 2
+    assert run(host, "forget", "vm", "a", "--all") == 2
+    assert run(FakeHost(command_forget=InUse("no", hint="no")), "forget", "vm", "a") == 4
+
+
 def _completed(host: FakeHost, *words: str) -> list[str]:
     """Return what a shell would offer for the last word."""
     found = ShellComplete(app, {"obj": host.factory}, "coppice", "_COPPICE_COMPLETE")
@@ -244,7 +280,7 @@ def test_ids_are_completed(tmp_path: Path) -> None:
     """The agent of a running machine is asked; a machine that does not run, and an error, offer nothing."""
     server = ("--host", "unix:/run/coppice.sock")
     host = FakeHost(command_ls=[listed("build"), listed("browser"), listed("other")])
-    for command in ("attach", "kill", "wait"):
+    for command in ("attach", "kill", "wait", "forget"):
         assert _completed(host, *server, command, "vm", "b") == ["build", "browser"]
     assert _completed(FakeHost(command_ls=NotFound("no", hint="no")), *server, "attach", "vm", "") == []
     assert _completed(host, "--home", str(tmp_path), "attach", "vm", "") == []

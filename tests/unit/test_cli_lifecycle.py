@@ -60,7 +60,8 @@ def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path
         "--publish", "8080:80", "-p", "[::1]:53:53/udp", "--network", "none", "--egress", "allow=192.0.2.0/24,Example.org.,*.example.net,2001:db8::1",
         "--volume", "data:/srv/data:ro", "--ca", str(authority), "--proxy", "http://p:1",
         "--kernel", KERNEL.key, "--pull", "never", "--ttl", "15m", "--on-expiry", "stop",
-        "--restart", "on-failure:5", "--health", "http:80/up", "--health-interval", "10s", "--restart-unhealthy", "--no-start", "--", "sleep", "--long",
+        "--restart", "on-failure:5", "--health", "http:80/up", "--health-interval", "10s", "--restart-unhealthy",
+        "--notify", "unix:/run/app.sock", "--no-start", "--", "sleep", "--long",
     ]  # fmt: skip
     assert output_of(capsys, host, *words) == "vm\n"
     asked = host.asked("run")
@@ -91,6 +92,7 @@ def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path
         "limits": None,
         "certificates": (authority.read_text(),),
         "proxy": "http://p:1",
+        "notify": "unix:/run/app.sock",
         "kernel": KERNEL.key,
         "start": False,
         "ttl_s": 900,

@@ -44,7 +44,7 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
     host = FakeHost(fork=_fork_report(_fork_result("a")))
     output_of(capsys, host, "fork", "vm", "--count", "2", "--name", "a", "--name", "b", "--target", "standby", "--atomic", "--from-running",
               "--tag", "k=v", "--publish", "own:1:2", "--egress", "none", "--pids-limit", "16", "--ttl", "8h",
-              "--volume-policy", "clone")  # fmt: skip
+              "--volume-policy", "clone", "--notify", "8000")  # fmt: skip
     asked = host.asked("fork")
     assert asked == {
         "instance": "vm",
@@ -56,6 +56,7 @@ def test_fork_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None
         "volume_policy": "clone",
         "payload": None,
         "payloads": (),
+        "notify": 8000,
         "tags": {"k": "v"},
         "vmm": None,
         "egress": Egress(mode="none"),
@@ -204,8 +205,11 @@ def test_tree_draws_the_lineage(capsys: pytest.CaptureFixture[str]) -> None:
         "vm",
     ]
     assert lines[3].startswith("│   └── warm-1-a")
-    assert lines[2].split()[2:] == ["Running", "1", "120.0", "MiB", "1.0", "MiB", "77", "3", "hardlink"]
-    assert lines[6] == "2 running machines see 1.0 GiB of RAM; 3.0 MiB is unique to one of them"
+    assert lines[2].split()[2:] == ["Running", "1", "120.0", "MiB", "1.0", "MiB", "28.0", "MiB", "77", "3", "hardlink"]
+    assert (
+        lines[6]
+        == "2 running machines see 1.0 GiB of RAM; 3.0 MiB is unique to one of them, and their VMMs take 56.0 MiB"
+    )
     assert [(each["depth"], each["instance"]["name"]) for each in document(capsys, host, "tree", "warm")][:3] == [
         (0, "warm"),
         (1, "warm-1"),

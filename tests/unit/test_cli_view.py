@@ -9,7 +9,19 @@ import pytest
 
 from cli_host import DIGEST, FakeHost, instance, memory
 from cli_lines import document, output_of, run
-from coppice.model import MIB, BudgetUse, GcReport, Image, ImageConfig, MemFile, Publish, Sharing, State, TreeNode
+from coppice.model import (
+    MIB,
+    BudgetUse,
+    GcReport,
+    Image,
+    ImageConfig,
+    MemFile,
+    ProcessEnd,
+    Publish,
+    Sharing,
+    State,
+    TreeNode,
+)
 from coppice.model.inspection import Inspection
 from coppice.requests import GcRequest, InspectRequest
 from fakes.records import make_capture
@@ -40,6 +52,21 @@ def test_ls_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> N
     host = FakeHost(ls=[])
     assert document(capsys, host, "ls", "--state", "running", "--tag", "a=b") == []
     assert host.asked("ls") == {"state": State.RUNNING, "tags": {"a": "b"}}
+
+
+def test_an_ended_process_is_shown_with_the_state(capsys: pytest.CaptureFixture[str]) -> None:
+    """In lists and in all fields; not of a machine that is stopped, whose process cannot run."""
+    exited, killed = ProcessEnd(exit_code=1, at=0.0), ProcessEnd(exit_code=137, signal=9, at=0.0)
+    machines = [
+        instance("a", process_end=exited),
+        instance("b", State.STANDBY, process_end=killed),
+        instance("c", State.STOPPED, process_end=exited),
+    ]
+    lines = output_of(capsys, FakeHost(ls=machines), "ls").splitlines()
+    assert ["Running (exited 1)" in lines[1], "Standby (killed by signal 9)" in lines[2]] == [True, True]
+    assert "Stopped  " in lines[3]
+    inspected = Inspection(instance=machines[1], fork_count=0, forks=(), directory="/d", disk_bytes=0, memory=None)
+    assert "it was ended by signal 9, at 1970-01-01" in output_of(capsys, FakeHost(inspect=inspected), "inspect", "b")
 
 
 def test_ls_with_several_states(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,6 +146,7 @@ def test_stats_prints_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
         max_instances=100,
         running=3,
         memory_bytes=192 * MIB,
+        measured_bytes=70 * MIB,
         memory_limit_bytes=4096 * MIB,
         memory_overcommit=16.0,
         disk_free_bytes=2048 * MIB,
@@ -126,7 +154,12 @@ def test_stats_prints_the_budgets(capsys: pytest.CaptureFixture[str]) -> None:
     )
     host = FakeHost(budget=use)
     shown = output_of(capsys, host, "stats", "--budget")
-    for words in ("5 of 100, 3 running", "192.0 MiB of 4.0 GiB, at 16 times over-commit", "2.0 GiB free, of which 1.0"):
+    for words in (
+        "5 of 100, 3 running",
+        "192.0 MiB of 4.0 GiB reserved, at 16",
+        "70.0 MiB in use",
+        "2.0 GiB free, of which 1.0",
+    ):
         assert words in shown
     assert document(capsys, host, "stats", "--budget")["memory_bytes"] == 192 * MIB
 

@@ -36,19 +36,25 @@ async def test_a_guest_that_never_answers_is_a_timeout() -> None:
                 await Control(channel).freeze(1)
 
 
-async def test_an_invalid_duration_is_ignored() -> None:
-    """The steps of an identity are only for reports: a nonsensical duration must not fail a fork or
-    its siblings.
+async def test_an_invalid_number_is_ignored() -> None:
+    """The steps of an identity and the end of the process are only for reports: a nonsensical number must
+    not fail a fork or its siblings.
     """
 
     async def boast(peer: Peer, frame: Frame) -> None:
         await peer.send(
-            FrameType.OK, frame.stream, encode_fields([(1, 7), (2, "clock=" + "9" * 900), (2, "entropy=1500")])
+            FrameType.OK,
+            frame.stream,
+            encode_fields(
+                [(1, 7), (2, "clock=" + "9" * 900), (2, "entropy=1500"), *((tag, 2**64 - 1) for tag in (5, 8, 9))]
+            ),
         )
 
     async with talking_to(boast, 10) as channel:
-        steps = await Control(channel).identity(Identity(serial=7, entropy=bytes(32)))
-    assert steps == {"entropy": 1.5}
+        taken = await Control(channel).identity(Identity(serial=7, entropy=bytes(32)))
+    assert taken.steps_ms == {"entropy": 1.5}
+    assert taken.process_end is not None
+    assert (taken.process_end.exit_code, taken.process_end.signal) == (255, None)
 
 
 def test_a_negative_size_does_not_raise_the_limit(tmp_path: Path) -> None:

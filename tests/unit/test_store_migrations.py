@@ -278,6 +278,8 @@ SHAPES = {
     15: "a950e88610c4bbd1",
     16: "37739f31a007bc5f",
     17: "2de743abdc7b7d2f",
+    18: "b14a7c55d7bb631e",
+    19: "ad66fc9d78dd0549",
 }  # by schema version
 
 

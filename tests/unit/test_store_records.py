@@ -18,7 +18,8 @@ import pytest
 from coppice.errors import InUse, NameTaken, NotFound
 from coppice.model import Instance, State
 from coppice.state.journal import JournalOperation
-from coppice.state.store import LOAD, Store
+from coppice.state.load import LOAD
+from coppice.state.store import Store
 from coppice.vmm.process import own_process
 from fakes.records import make_instance
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from coppice.client import AsyncHost, AsyncMachine
+from coppice.commands import PROCESS
 from coppice.errors import GuestTimeout
 from coppice.model import MIB, Instance
 from coppice.model.guest import ExecSession
@@ -35,6 +36,11 @@ PRODUCER = """
 } | tee /run/copy
 exit 6
 """
+
+
+async def running(machine: AsyncMachine) -> list[str]:
+    """Return the ids of the commands that run, without the machine's process."""
+    return [each.id for each in await machine.commands.ls() if each.exit_code is None and each.id != PROCESS]
 
 
 def coppice(home: Path, *words: str) -> list[str]:
@@ -79,7 +85,7 @@ async def test_killed_clients_lose_no_output(host: AsyncHost, vm: Instance) -> N
             words = ["exec", vm.name, "--", "sh", "-c", PRODUCER]
         client = await started(*coppice(host.home, *words))
         output += await taken_before_its_death(client, chance.randint(1, 3000))
-        command = next(each.id for each in await machine.commands.ls() if each.exit_code is None)
+        (command,) = await running(machine)
     await machine.exec(["touch", "/run/enough"])
     last = await started(*coppice(host.home, "attach", "--offset", str(len(output)), vm.name, command))
     async with asyncio.timeout(WAIT_S):
@@ -121,7 +127,7 @@ async def test_many_commands_lose_nothing_and_leave_nothing(host: AsyncHost, vm:
     async def release() -> None:
         for each in waiting:
             await each.wait()
-        assert len([each for each in await machine.commands.ls() if each.exit_code is None]) == AT_ONCE
+        assert len(await running(machine)) == AT_ONCE
         together.set()
 
     async with asyncio.timeout(WAIT_S + 5 * AT_ONCE + SHORT):
@@ -140,7 +146,7 @@ async def test_many_commands_lose_nothing_and_leave_nothing(host: AsyncHost, vm:
         f"agent {before >> 10} KiB before, {after >> 10} KiB after\n"
     )
     assert after - before < MIB
-    assert await machine.commands.ls() == []
+    assert [each.id for each in await machine.commands.ls()] == [PROCESS]
 
 
 async def _next_line(session: ExecSession) -> bytes:
@@ -175,8 +181,7 @@ async def test_a_detached_command_goes_on_in_standby_and_forks_and_ends_whole(ho
         offset = session.offset
         async with machine.fork_one(name=f"{vm.name}-child", from_running=True) as child:
             assert (await child.commands.wait(other.id, WAIT_S)).exit_code == 128 + signal.SIGHUP
-            running = [each.id for each in await child.commands.ls() if each.exit_code is None]
-            assert running == ["job"]
+            assert await running(child) == ["job"]
             await child.commands.kill("job")
             assert await _alive(child, pids) == 0
     await machine.standby()

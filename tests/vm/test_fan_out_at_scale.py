@@ -23,7 +23,6 @@ from machines import WARM_SERVER, ask, mem_file, warm_up
 
 BOOT_RATIO = 10  # a guard with a margin for a noisy machine: measured 13 to 17, see docs/benchmarks.md
 RAM_RATIO = 1.2
-OWN_LIMIT_BYTES = 72 * MIB  # 32 MiB of translated code for 256 MiB of RAM, and what QEMU itself needs
 
 
 async def fork_and_answer(host: AsyncHost, source: Instance) -> float:
@@ -89,7 +88,7 @@ async def test_a_fork_saves_the_boot_and_the_warm_up(host: AsyncHost, image: str
     await warm_up(host, source)
     cold_ms = (time.perf_counter() - begin) * 1000
     (memory,) = (await host.call(StatsRequest(instance=source.id))).values()
-    assert memory.vmm_overhead_bytes <= OWN_LIMIT_BYTES  # without a limit on translated code: 100 MiB and more
+    assert memory.vmm_overhead_bytes <= source.vmm_bytes  # without a limit on translated code: 100 MiB and more
     await template_of(host, source)
     forks: list[float] = []
     for number in range(9):

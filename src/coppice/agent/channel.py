@@ -42,11 +42,13 @@ class Channel:
 
     def __init__(
         self,
+        sock: socket.socket,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         patience_s: float,
         is_paused: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
+        self._socket = sock
         self._reader = reader
         self._writer = writer
         self._is_paused = is_paused
@@ -69,7 +71,7 @@ class Channel:
         """Return a channel over a connected stream socket. The channel owns the socket."""
         sock.setblocking(False)
         reader, writer = await asyncio.open_unix_connection(sock=sock, limit=_READ_SIZE)
-        return cls(reader, writer, patience_s, is_paused)
+        return cls(sock, reader, writer, patience_s, is_paused)
 
     # ---- requests ----
 
@@ -259,7 +261,7 @@ class Channel:
             with contextlib.suppress(OSError):
                 # Closing is not enough: a child process forked meanwhile would keep the port
                 # connected.
-                self._writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
             self._writer.transport.abort()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from coppice.agent.channel import Channel
-from coppice.agent.control import Control, Identity, Mount
+from coppice.agent.control import Acknowledged, Control, Identity, Mount
 from coppice.agent.pool import Pool
 from coppice.agent.process import ExecSession
 from coppice.agent.session import Session
@@ -24,6 +24,7 @@ from coppice.errors import Busy, GuestTimeout, HostCannot, VmmDied
 from coppice.state import locks
 
 __all__ = [
+    "Acknowledged",
     "AgentPorts",
     "Control",
     "ExecSession",
@@ -84,8 +85,8 @@ class AgentPorts:
 
     async def identify(
         self, identity: Callable[[], Identity], deadline_s: float, *, may_lose: bool = False
-    ) -> dict[str, float]:
-        """Give the machine its identity; return the milliseconds that each step took in the guest.
+    ) -> Acknowledged:
+        """Give the machine its identity.
 
         :param identity: makes the message, which has the time
         :param may_lose: the connection may break or stay silent (`VmmDriver.loses_connections`).
@@ -101,10 +102,10 @@ class AgentPorts:
                 return await self._identify(identity, min(patience_s, deadline_s), again=number > 0)
         return await self._identify(identity, deadline_s, again=may_lose)
 
-    async def _identify(self, identity: Callable[[], Identity], deadline_s: float, *, again: bool) -> dict[str, float]:
+    async def _identify(self, identity: Callable[[], Identity], deadline_s: float, *, again: bool) -> Acknowledged:
         async with self.control(deadline_s) as control:
-            if again and await control.has_taken(identity().serial):
-                return {}
+            if again and (taken := await control.acknowledged(identity().serial)):
+                return taken
             return await control.identity(identity())
 
     @contextlib.asynccontextmanager

@@ -9,7 +9,7 @@ from typing import Final
 from coppice.agent.channel import Channel
 from coppice.agent.protocol import Fields, FrameType, Value, encode_fields
 from coppice.errors import GuestProtocolError, UsageError
-from coppice.model import Record
+from coppice.model import ProcessEnd, Record
 from coppice.model.guest import Health
 
 CLOCK_ERROR_S: Final = 0.02
@@ -64,6 +64,13 @@ class Identity(Record, frozen=True, kw_only=True):
     certificates: tuple[str, ...] = ()  # PEM, one each; only after a boot
 
 
+class Acknowledged(Record, frozen=True, kw_only=True):
+    """The answer to an identity message."""
+
+    steps_ms: dict[str, float] = {}  # how long each step took in the guest
+    process_end: ProcessEnd | None  # of the machine's process, which may have ended before a capture
+
+
 class Control:
     """The requests about one machine. The agent answers them in order, one at a time."""
 
@@ -73,8 +80,8 @@ class Control:
     async def _request(self, frame_type: FrameType, fields: bytes = b"") -> Fields:
         return await self._channel.call(frame_type, fields)
 
-    async def identity(self, identity: Identity) -> dict[str, float]:
-        """Give the machine its identity; return the milliseconds that each step took in the guest.
+    async def identity(self, identity: Identity) -> Acknowledged:
+        """Give the machine its identity.
 
         The guest may read the message seconds after it was written, if the host is busy. So the
         acknowledgement carries the guest's time, and the time is sent again if that is late.
@@ -90,23 +97,26 @@ class Control:
         if identity.clock_ns is not None and (guest_ns := reply.integer(3, 0)):
             await self._correct_clock(guest_ns)
         steps = (line.partition("=") for line in reply.texts(2))
-        return {name: int(us) / 1000 for name, _, us in steps if _MICROSECONDS.fullmatch(us)}
+        return Acknowledged(
+            steps_ms={name: int(us) / 1000 for name, _, us in steps if _MICROSECONDS.fullmatch(us)},
+            process_end=_process_end(reply),
+        )
 
-    async def has_taken(self, serial: int) -> bool:
-        """Return whether the machine has taken the identity with this serial, whose answer was lost.
-        Then its clock is set again.
+    async def acknowledged(self, serial: int) -> Acknowledged | None:
+        """Return the answer to the identity with this serial again, and set the clock again. None:
+        the machine has not read the message.
 
         :raises GuestProtocolError: it has read the message, and is not known to have taken all steps
         """
         reply = await self._request(FrameType.HEALTH)
         if reply.integer(2) < serial:
-            return False
+            return None
         if reply.integer(2) > serial or not reply.integer(7, 0):  # older agents do not tell
             raise GuestProtocolError(
                 "a step of the guest's identity failed, and its answer was lost", hint="fork or restore it again"
             )
         await self._correct_clock(0)
-        return True
+        return Acknowledged(process_end=_process_end(reply))
 
     async def _correct_clock(self, guest_ns: int) -> None:
         """Set the guest's clock until it is known to be right. Unless the host is very busy, once
@@ -123,13 +133,12 @@ class Control:
     async def health(self) -> Health:
         """Return the agent's report on itself."""
         reply = await self._request(FrameType.HEALTH)
-        exit_code = reply.integer(5, 0)
         return Health(
             uptime_ms=reply.integer(1),
             identity_serial=reply.integer(2),
             agent_version=reply.text(3),
             process_pid=reply.integer(4, 0) or None,
-            process_exit_code=exit_code - 1 if exit_code else None,
+            process_end=_process_end(reply),
             load=reply.integer(6, 0) / 100,
         )
 
@@ -161,6 +170,16 @@ class Control:
         Returns when the agent has begun.
         """
         await self._request(FrameType.POWEROFF, encode_fields([(1, max(0, int(grace_s * 1000)))]))
+
+
+def _process_end(reply: Fields) -> ProcessEnd | None:
+    """Return the end of the machine's process, or None. A guest can send any numbers."""
+    status, signal = reply.integer(5, 0), reply.integer(8, 0)
+    if not status:
+        return None
+    return ProcessEnd(
+        exit_code=min(status - 1, 255), signal=signal if 0 < signal <= 64 else None, at=reply.integer(9, 0) / 1e9
+    )
 
 
 def encode_identity(identity: Identity) -> bytes:

@@ -146,6 +146,7 @@ class ExecSession(Collecting):
             exit_code=fields.integer(1),
             timed_out=bool(flags & _TIMED_OUT),
             out_of_memory=bool(flags & _OUT_OF_MEMORY),
+            signal=fields.integer(3, 0) or None,
         )
         return None
 

@@ -25,6 +25,7 @@ _PLACES = {
     "attach": f"{_CLI}.commands:attach",
     "kill": f"{_CLI}.commands:kill",
     "wait": f"{_CLI}.commands:wait",
+    "forget": f"{_CLI}.commands:forget",
     "cp": f"{_CLI}.guest:cp",
     "logs": f"{_CLI}.guest:logs",
     "port-forward": f"{_CLI}.reach:port_forward",

@@ -12,6 +12,7 @@ from coppice.cli import complete, format, guest, options, output, start
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Option, ProgramExit
 from coppice.cli.ending import Left
+from coppice.commands import PROCESS
 from coppice.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
@@ -165,21 +166,69 @@ def _signal(text: str) -> int:
         raise UsageError(f"there is no signal {text!r}", hint="write a name or a number, such as INT or 2") from None
 
 
+def forget(
+    ctx: click.Context,
+    name: options.Name,
+    ids: Annotated[
+        list[str] | None,
+        Argument(metavar="ID", help="Ids of commands, as `commands` prints them.", autocompletion=complete.commands),
+    ] = None,
+    everything: Annotated[bool, Option("--all", help="All commands that have ended.")] = False,
+) -> None:
+    """Forget commands of a Running guest that have ended, with their output.
+
+    A guest forgets the oldest of more than 64 by itself.
+    """
+    from coppice.cli import several
+    from coppice.requests import CommandForgetRequest, CommandLsRequest
+
+    if bool(ids) == everything:
+        raise UsageError("forget needs ids or --all", hint=f"`coppice commands {name}` lists commands")
+    cli = Cli.of(ctx)
+    if everything:
+        found = cli.request(CommandLsRequest(instance=name))
+        ids = [each.id for each in found if each.exit_code is not None and each.id != PROCESS]
+    several.remove(
+        cli,
+        ids or [],
+        lambda command: CommandForgetRequest(instance=name, command=command),
+        title="forgotten",
+    )
+
+
 def wait(
     ctx: click.Context,
     name: options.Name,
-    command: CommandId,
+    command: Annotated[
+        str | None,
+        Argument(
+            metavar="ID",
+            help="Id of a command, as `commands` prints it. Default: the machine's process.",
+            autocompletion=complete.commands,
+        ),
+    ] = None,
     timeout: Annotated[
-        float | None, Option("--timeout", metavar="SECONDS", help="Fail if the command still runs after this time.")
+        float | None, Option("--timeout", metavar="SECONDS", help="Fail if it still runs after this time.")
     ] = None,
 ) -> None:
-    """Wait for the end of a command in a Running guest. The exit status is that of the command, as
-    with `exec`.
+    """Wait for the end of the machine's process, or of a command in it.
+
+    Without ID, print the exit status of the machine's process, as `docker wait` does. If the
+    machine ends before its process tells one, that is 0, or 1 after a failure. The exit status
+    of `wait` is that of the process or command, as with `exec`.
     """
-    from coppice.requests import CommandWaitRequest
+    from coppice.requests import CommandWaitRequest, WaitProcessRequest
 
     cli = Cli.of(ctx)
-    ended = cli.request(CommandWaitRequest(instance=name, command=command, deadline_s=timeout))
-    if cli.json:
-        output.document(ended)
-    raise ProgramExit(guest.status_of(ended))
+    if command is not None:
+        ended = cli.request(CommandWaitRequest(instance=name, command=command, deadline_s=timeout))
+        if cli.json:
+            output.document(ended)
+        raise ProgramExit(guest.status_of(ended))
+    instance = cli.request(WaitProcessRequest(instance=name, deadline_s=timeout))
+    end = instance.process_end
+    status = int(instance.ending == "failed") if end is None else end.exit_code
+    if end is None and not cli.json:
+        output.complain(f"{instance.name} has ended: {output.printable(instance.exit_reason or 'it was stopped')}")
+    cli.show({"exit_code": status, "process_end": end, "state": instance.state}, lambda: output.line(str(status)))
+    raise ProgramExit(status)

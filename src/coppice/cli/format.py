@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from coppice.cli.output import printable
 
 if TYPE_CHECKING:
-    from coppice.model import Egress, Limits, Publish, Supervision
+    from coppice.model import Egress, Instance, Limits, Publish, Supervision
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_WITH_PROCESS = ("Running", "Paused", "Standby", "Template")  # the end of a stopped machine's process is no news
 _AGES = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -66,6 +67,14 @@ def policies(supervision: Supervision | None) -> str:
     if supervision.auto_standby_s:
         found.append(f"standby when idle for {supervision.auto_standby_s:g} s")
     return ", ".join(found)
+
+
+def state(instance: Instance) -> str:
+    """Format the state of a machine, with the end of its process: `Running (exited 1)`."""
+    end = instance.process_end
+    if end is None or instance.state not in _WITH_PROCESS:
+        return str(instance.state)
+    return f"{instance.state} ({f'exited {end.exit_code}' if end.signal is None else f'killed by signal {end.signal}'})"
 
 
 def moment(at: float) -> str:

@@ -97,6 +97,7 @@ def run(
             "docker.io/library/alpine.",
         ),
     ] = "missing",
+    notify: options.Notify = None,
     no_start: Annotated[bool, Option("--no-start", help="Make the instance, but do not boot it.")] = False,
     wait: Annotated[
         str | None,
@@ -149,6 +150,7 @@ def run(
             volumes=volumes,
             certificates=authorities,
             proxy=proxy,
+            notify=parse.endpoint(notify),
             kernel=kernel,
             start=not no_start,
             pull=pull,
@@ -276,6 +278,7 @@ def promote(
         bool | None,
         Option("--public/--private", help="Whether other owners may also fork it, and so share its memory."),
     ] = None,
+    notify: options.Notify = None,
 ) -> None:
     """Make Standby instances Templates, which can only be forked. `demote` reverses it.
 
@@ -283,11 +286,13 @@ def promote(
     """
     from coppice.requests import PromoteRequest
 
+    to = parse.endpoint(notify)
+
     def line(template: Instance) -> str:
         output.warn_of_shared_random(template.name, template.shared_random)
         return several.is_now(template)
 
-    several.change(Cli.of(ctx), names, lambda name: PromoteRequest(instance=name, public=public), line)
+    several.change(Cli.of(ctx), names, lambda name: PromoteRequest(instance=name, public=public, notify=to), line)
 
 
 def demote(

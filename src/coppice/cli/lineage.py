@@ -110,7 +110,7 @@ def _print_report(report: ForkReport) -> None:
 def _row(result: ForkResult, stages: Sequence[str], *, with_ports: bool) -> list[str]:
     return [
         result.name,
-        table.state(result.instance.state if result.instance else "Unknown"),
+        table.state(format.state(result.instance) if result.instance else "Unknown"),
         format.duration(result.total_ms),
         *(format.duration(result.stages[stage]) if stage in result.stages else "-" for stage in stages),
         str(result.sharing or "-"),
@@ -136,7 +136,7 @@ def tree(
     """Draw the lineage, and the memory that it shares.
 
     Each instance is followed by its forks. Instances with the same INODE share a memory file; LINKS
-    counts its holders. UNIQUE is the memory of this instance alone.
+    counts its holders. UNIQUE is the memory of this instance alone, and OVERHEAD that of its VMM process.
     """
     cli = Cli.of(ctx)
 
@@ -153,7 +153,7 @@ def tree(
         output.table(
             [
                 ("NAME", "left"), ("STATE", "left"), ("FORKS", "right"), ("SHARED", "right"), ("UNIQUE", "right"),
-                ("INODE", "right"), ("LINKS", "right"), ("SHARING", "left"),
+                ("OVERHEAD", "right"), ("INODE", "right"), ("LINKS", "right"), ("SHARING", "left"),
             ],
             rows,
         )  # fmt: skip
@@ -187,18 +187,19 @@ def _row_of(node: TreeNode, lead: str, reasons: Mapping[str, str]) -> list[str]:
     memory = node.memory
     return [
         lead + node.instance.name,
-        loadable.state(node.instance.state, node.instance, reasons),
+        loadable.state(format.state(node.instance), node.instance, reasons),
         str(node.fork_count) if node.fork_count else "-",
         *(
             [
                 format.size(memory.shared_bytes) if node.instance.vmm else "-",
                 format.size(memory.unique_bytes) if node.instance.vmm else "-",
+                format.size(memory.vmm_overhead_bytes) if node.instance.vmm else "-",
                 str(memory.inode or "-"),
                 str(memory.link_count),
                 str(memory.sharing or "-"),
             ]
             if memory
-            else ["-"] * 5
+            else ["-"] * 6
         ),
     ]
 
@@ -207,7 +208,11 @@ def _summary(nodes: Sequence[TreeNode]) -> None:
     """Print what sharing saves: the RAM that running machines see, and the memory that they use."""
     running = [node.memory for node in nodes if node.memory and node.instance.vmm]
     if len(running) > 1:
-        mapped, unique = sum(memory.mapped_bytes for memory in running), sum(memory.unique_bytes for memory in running)
+        mapped, unique, overhead = (
+            format.size(sum(getattr(memory, field) for memory in running))
+            for field in ("mapped_bytes", "unique_bytes", "vmm_overhead_bytes")
+        )
         output.line(
-            f"{len(running)} running machines see {format.size(mapped)} of RAM; {format.size(unique)} is unique to one of them"
+            f"{len(running)} running machines see {mapped} of RAM; {unique} is unique to one of them, "
+            f"and their VMMs take {overhead}"
         )

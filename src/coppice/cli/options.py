@@ -117,6 +117,17 @@ Payloads = Annotated[
 ]
 
 
+Notify = Annotated[
+    str | None,
+    Option(
+        "--notify",
+        metavar="PORT|unix:PATH|none",
+        help="Where a warm process takes the notice of a fork: POST /coppice/fork with the payload. Default of forks: "
+        "as their source.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class PolicyOptions:
     """The options of every command that sets policies."""
@@ -142,7 +153,7 @@ class PolicyOptions:
         Option(
             "--health",
             metavar="exec:COMMAND|tcp:PORT|http:PORT[/PATH]|none",
-            help="How a server checks its health. On the networks user and passt, PORT must be published.",
+            help="How a server, or `ready`, checks its health. PORT is of the guest's own loopback.",
         ),
     ] = None
     health_interval: Annotated[
@@ -199,6 +210,7 @@ class ForkOptions(PolicyOptions):
     atomic: Atomic = False
     payload: Payload = None
     payloads: Payloads = None
+    notify: Notify = None
     vmm: Vmm = None
     tag: Tags = None
     publish: Published = None
@@ -221,6 +233,7 @@ class ForkOptions(PolicyOptions):
             vmm=self.vmm,
             payload=shared,
             payloads=each,
+            notify=parse.endpoint(self.notify),
             tags=parse.pairs(self.tag or (), "tag"),
             publish=parse.publish(self.publish or ()),
             egress=parse.egress(self.egress),

@@ -295,6 +295,11 @@ def _content(path: str, most: int) -> bytes:
     return data
 
 
+def endpoint(text: str | None) -> int | str | None:
+    """Return where a process takes notices: `PORT`, `unix:PATH` or `none`."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
 def duration(word: str) -> float:
     """Return the seconds of a duration such as 90s, 15m, 8h or 30d.
 

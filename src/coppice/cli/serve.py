@@ -36,8 +36,15 @@ def serve(
     tls_cert: Annotated[Path | None, Option("--tls-cert", metavar="FILE", help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, Option("--tls-key", metavar="FILE", help="Its private key, PEM.")] = None,
     spares: Annotated[
-        int, Option("--spares", metavar="N", min=0, help="VMMs started ahead for each template that is forked often.")
-    ] = 1,
+        int | None,
+        Option(
+            "--spares",
+            metavar="N",
+            min=0,
+            help="VMMs started ahead for each template that is forked often. Default: as many as forks of it are "
+            "requested in a second, at most 16.",
+        ),
+    ] = None,
     rate_limit: Annotated[
         int | None,
         Option("--rate-limit", metavar="N", min=1, help="Requests a minute of each owner. Default: no limit."),

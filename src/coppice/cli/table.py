@@ -38,7 +38,7 @@ class Styled(str):
 
 def state(text: str) -> Styled:
     """Return a state in its colour."""
-    return Styled(text, _STATES.get(text, _OTHER))
+    return Styled(text, _STATES.get(text, _OTHER))  # also `Running (exited 1)`, which is worth a look
 
 
 def status(text: str) -> Styled:

@@ -63,7 +63,7 @@ def ls(
             [
                 [
                     instance.name,
-                    loadable.state(instance.state, instance, reasons),
+                    loadable.state(format.state(instance), instance, reasons),
                     instance.image_name,
                     str(instance.machine.cpus),
                     format.size(instance.machine.memory_bytes),
@@ -100,6 +100,7 @@ def inspect(ctx: click.Context, names: options.Names) -> None:
 def _details(found: Inspection) -> list[output.Field]:
     import shlex
 
+    from coppice.flow import named
     from coppice.model import Egress
 
     instance, memory = found.instance, found.memory
@@ -109,6 +110,7 @@ def _details(found: Inspection) -> list[output.Field]:
         ("Id", instance.id),
         ("State", table.state(instance.state)),
         ("Ended", output.printable(instance.exit_reason or "") or None),
+        ("Process ended", _process_end(instance)),
         ("Created", f"{format.moment(instance.created_at)} ({format.age(instance.created_at)} ago)"),
         ("Started", format.moment(instance.started_at) if instance.started_at else None),
         ("Policies", format.policies(instance.supervision) or None),
@@ -123,6 +125,7 @@ def _details(found: Inspection) -> list[output.Field]:
         ("Kernel", instance.machine.kernel),
         ("VMM", _vmm(instance)),
         ("Process", output.printable(shlex.join(process.argv)) or None),
+        ("Notice", f"of forks to {output.printable(named(process.notify))}" if process.notify is not None else None),
         ("User", output.printable(process.user) or None),
         ("Directory", output.printable(process.workdir)),
         ("Environment", output.printable(", ".join(f"{key}={value}" for key, value in process.env.items())) or None),
@@ -149,6 +152,13 @@ def _details(found: Inspection) -> list[output.Field]:
         ("Disk", f"{format.size(found.disk_bytes)} of {format.size(instance.machine.overlay_bytes)} allocated"),
         ("Files", found.directory),
     ]
+
+
+def _process_end(instance: Instance) -> str | None:
+    from coppice.model.instance import said
+
+    end = instance.process_end
+    return f"it {said(end)}, at {format.moment(end.at)}" if end else None
 
 
 def _health(instance: Instance) -> str | None:
@@ -273,7 +283,8 @@ def _budget(use: BudgetUse) -> list[tuple[str, str]]:
         ("Instances", f"{use.instances} of {use.max_instances}, {use.running} running"),
         (
             "Memory",
-            f"{format.size(use.memory_bytes)} of {format.size(use.memory_limit_bytes)}, at {use.memory_overcommit:g} times over-commit",
+            f"{format.size(use.memory_bytes)} of {format.size(use.memory_limit_bytes)} reserved, at "
+            f"{use.memory_overcommit:g} times over-commit; {format.size(use.measured_bytes or 0)} in use",
         ),
         ("Disk", f"{format.size(use.disk_free_bytes)} free, of which {format.size(use.disk_floor_bytes)} are kept"),
     ]

@@ -11,7 +11,7 @@ from coppice.errors import UsageError
 from coppice.model import GIB, Budgets, BudgetUse, Check
 from coppice.state.budgets import load_budgets, use_of
 from coppice.state.layout import Layout
-from coppice.state.store import LOAD, Load
+from coppice.state.load import Load, read_load
 
 _NAME = "budgets"
 _NEARLY = 0.9
@@ -30,14 +30,13 @@ def budgets(home: Path, where: Path) -> Check:
 
 
 def _use(home: Path, where: Path, found: Budgets) -> BudgetUse:
-    load = Load(instances=0, running=0, ram_bytes=0)
+    load = Load()
     database = f"{Layout(home.absolute()).database.as_uri()}?mode=ro"
     with (
         contextlib.suppress(sqlite3.Error),  # no database exists yet
         contextlib.closing(sqlite3.connect(database, uri=True, timeout=1.0)) as connection,
     ):
-        instances, running, ram_bytes = connection.execute(LOAD).fetchone()
-        load = Load(instances=instances, running=running, ram_bytes=ram_bytes)
+        load = read_load(connection)
     disk = os.statvfs(where)
     return use_of(found, load, disk.f_bavail * disk.f_frsize)
 

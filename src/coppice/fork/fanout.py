@@ -16,6 +16,7 @@ from coppice.errors import CoppiceError, HostCannot
 from coppice.fork.hardware import hardware
 from coppice.fork.place import place
 from coppice.fork.plan import grown_from, plan
+from coppice.fork.resting import Resting
 from coppice.fork.spare import Spare, adopt
 from coppice.linux.cgroups import usable_cpus
 from coppice.linux.files import untranslated
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 # More parallel starts would only take turns on the CPUs, and each guest would answer later.
 _PARALLEL_PER_CPU = 2
+_UNDER_WAY = 64  # each holds a lock file open, also those that wait for a slot or for the sync of their group
 
 
 @functools.cache
@@ -75,7 +77,10 @@ async def fan_out(
     if request.target is State.RUNNING and wanted != Limits():
         await in_thread(limits.check, wanted, rooms.layout.home)
     children = [
-        msgspec.structs.replace(child, driver=driver, machine=machine) for child in plan(source, request, named, owner)
+        msgspec.structs.replace(
+            child, driver=driver, machine=machine, vmm_bytes=rooms.drivers.named(driver).vmm_bytes(machine)
+        )
+        for child in plan(source, request, named, owner)
     ]
     if snapshot is not None:
         children = [grown_from(snapshot, child, parent) for child in children]
@@ -91,23 +96,21 @@ async def fan_out(
         raise
     together = request.atomic and len(children) > 1  # none remains if this process is killed before the last
     durable = request.target is not State.RUNNING  # one sync of the database serves all
-    slots = asyncio.Semaphore(_parallel())
+    slots, under_way = asyncio.Semaphore(_parallel()), asyncio.Semaphore(_UNDER_WAY)
+    resting = Resting(rooms, of_durable=source.stem_of is None, done=not together)
     settled = 0
 
     async def child(instance: Instance, payload: bytes | None) -> ForkResult | CoppiceError:
         nonlocal settled
-        async with slots:
-            try:
-                with untranslated(
-                    f"fork {instance.name}"
-                ):  # an expected failure of one child: do not cancel the others
-                    spare = started.get(instance.name)
-                    async with _hold(rooms, instance, spare):
-                        result: ForkResult | CoppiceError = await _grow(
-                            rooms, origin, source, instance, request, payload, spare, done=not together
-                        )
-            except CoppiceError as error:
-                result = error
+        try:
+            with untranslated(f"fork {instance.name}"):  # an expected failure of one child: do not cancel the others
+                spare = started.get(instance.name)
+                async with under_way, _hold(rooms, instance, spare):
+                    result: ForkResult | CoppiceError = await _grow(
+                        rooms, origin, source, instance, request, payload, spare, slots, resting, done=not together
+                    )
+        except CoppiceError as error:
+            result = error
         settled += 1
         fork = _failed(instance, result) if isinstance(result, CoppiceError) else result
         progress(Progress(stage="fork", done=settled, total=len(children), fork=fork))
@@ -170,46 +173,49 @@ async def _grow(
     request: FanOut,
     payload: bytes | None,
     spare: Spare | None,
+    slots: asyncio.Semaphore,
+    resting: Resting,
     *,
     done: bool,
 ) -> ForkResult:
     """Create one child: files; then, to Running, VMM, identity and checks. Undone on failure.
 
+    :param slots: bound the work at the same time
+    :param resting: records a child that is not started
     :param done: also end the child's operation in the journal
     """
     stages, target = Stages(), request.target
+    memory = None
     try:
-        with stages.stage("place"):
-            if spare is None:
-                placed = await in_thread(place, rooms, origin, source, child, target, recorded=True)
-            else:
-                placed = await in_thread(adopt, rooms, spare, source)
-                if placed.capture is not None and placed.capture.copied:
-                    # The spare's VMM has mapped the source's mem-file, and a capture needs the
-                    # child's own.
-                    await rooms.driver(child).quit(rooms.directory(child.id), spare.process)
-                    spare = None
-        child = msgspec.structs.replace(child, capture=placed.capture, disk_layers=placed.disk_layers)
-        copied = child.capture.copied if child.capture else None
-        if copied:
-            _log.warning("%s: the memory was copied, not linked: %s", child.name, copied.reason)
-        memory = None
-        sharing = directories.sharing_of(child.capture)
-        if target is State.RUNNING:
-            if child.capture is not None:
-                started = spare.process if spare else None
-                child = await activate.restore(rooms, child, stages, payload, done=done, started=started)
-            else:
-                child = await activate.boot(rooms, child, stages, payload, done=done)
-            with stages.stage("verify"):
-                memory = await activate.measure_memory(rooms, child) if request.measure else None
-                sharing = memory.sharing if memory else await activate.verify_sharing(rooms, child)
-        else:
-            with stages.stage("sync"):  # before the record, which `fan_out` makes durable
-                await in_thread(directories.make_durable, rooms.directory(child.id), child.machine)
+        async with slots:
+            with stages.stage("place"):
+                if spare is None:
+                    placed = await in_thread(place, rooms, origin, source, child, target, recorded=True)
+                else:
+                    placed = await in_thread(adopt, rooms, spare, source)
+                    if placed.capture is not None and placed.capture.copied:
+                        # The spare's VMM has mapped the source's mem-file, and a capture needs the
+                        # child's own.
+                        await rooms.driver(child).quit(rooms.directory(child.id), spare.process)
+                        spare = None
+            child = msgspec.structs.replace(child, capture=placed.capture, disk_layers=placed.disk_layers)
+            copied = child.capture.copied if child.capture else None
+            if copied:
+                _log.warning("%s: the memory was copied, not linked: %s", child.name, copied.reason)
+            sharing = directories.sharing_of(child.capture)
+            if target is State.RUNNING:
+                if child.capture is not None:
+                    started = spare.process if spare else None
+                    child = await activate.restore(rooms, child, stages, payload, done=done, started=started)
+                else:
+                    child = await activate.boot(rooms, child, stages, payload, done=done)
+                with stages.stage("verify"):
+                    memory = await activate.measure_memory(rooms, child) if request.measure else None
+                    sharing = memory.sharing if memory else await activate.verify_sharing(rooms, child)
+        if target is not State.RUNNING:
             child = msgspec.structs.replace(child, state=target)
             with stages.stage("record"):
-                await in_thread(rooms.store.save, child, done=done)
+                await resting.record(child)
     except BaseException:
         await complete(destroy.destroy(rooms, child))
         raise

@@ -6,6 +6,7 @@ import time
 
 import msgspec
 
+from coppice.addresses import told
 from coppice.errors import IllegalTransition
 from coppice.machine.volumes import with_clones
 from coppice.model import Instance, Snapshot, State
@@ -45,7 +46,7 @@ def plan(source: Instance, request: FanOut, parent: Instance, owner: str | None)
             image=source.image,
             image_name=source.image_name,
             machine=with_clones(source.machine),
-            process=source.process,
+            process=told(source.process, request.notify),
             hostname=name,
             tags=dict(request.tags),
             publish=tuple(request.publish),

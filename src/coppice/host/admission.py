@@ -3,8 +3,8 @@
 The counts are read in the transaction that records the new instance. Of two callers at once, only
 one gets the last place. Each estimate is an upper bound:
 
-* memory: for each running machine, its RAM divided by the over-commit factor, and 32 MiB for its
-  VMM;
+* memory: for each running machine, its RAM divided by the over-commit factor, and what its driver
+  says that its VMM may take;
 * disk: the bytes that the operation itself may write. A boot may fill the guest's RAM file. A
   capture of a fork may write all of its RAM. Without reflinks, a fork of a VMM that needs raw disks
   copies the allocated part of its source's overlay, a capture of its running machine too, and both
@@ -20,6 +20,8 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NoSpace
 from coppice.fork.plan import takes_memory
@@ -28,7 +30,7 @@ from coppice.host.base import UseCases
 from coppice.host.spares import Spares
 from coppice.machine import disk, volumes
 from coppice.machine.rooms import Rooms
-from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, Record, State, Volume
+from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, MachineSpec, Record, State, Volume
 from coppice.model.lifecycle import Operation
 from coppice.requests import BudgetRequest, FanOut, ForkRequest
 from coppice.state.budgets import use_of, worst_case
@@ -42,8 +44,8 @@ class Demand(Record, frozen=True, kw_only=True):
 
     what: str  # the subject of error messages
     instances: int = 0
-    machines: int = 0  # machines that the operation starts
-    ram_bytes: int = 0  # the total RAM of these machines
+    ram_bytes: int = 0  # the total RAM of the machines that it starts
+    vmm_bytes: int = 0  # what their VMMs may take
     disk_bytes: int = 0
     clone_bytes: int = 0  # written only if the file system has no reflinks
 
@@ -52,8 +54,17 @@ class Admission(UseCases):
     """The budget check before every operation that makes or starts something."""
 
     async def budget(self, _: BudgetRequest) -> BudgetUse:
-        """Compare the budgets with the recorded use."""
-        return await in_thread(_budget_use, self.rooms, self.budgets)
+        """Compare the budgets with the recorded use, and with the memory that the kernel accounts."""
+        return await in_thread(self._measured_use)
+
+    def _measured_use(self) -> BudgetUse:
+        from coppice.host.view import measured
+
+        use = _budget_use(self.rooms, self.budgets)
+        running = [instance for instance in self.rooms.store.instances() if instance.vmm is not None]
+        reports = measured(self.rooms, running).values()
+        own_bytes = sum(report.unique_bytes + report.vmm_overhead_bytes for report in reports)
+        return msgspec.structs.replace(use, measured_bytes=own_bytes)
 
     async def _admit(self, demand: Callable[[], Demand]) -> Callable[[], None]:
         """Check a demand against the budgets. Return the check, which the recording transaction
@@ -109,7 +120,7 @@ def _check(rooms: Rooms, budgets: Budgets, demand: Demand) -> None:
             f"(the limit is {use.max_instances})",
             hint=f"remove some with `coppice rm`, or raise max_instances in {where} or COPPICE_MAX_INSTANCES",
         )
-    more = worst_case(budgets, demand.machines, demand.ram_bytes)
+    more = worst_case(budgets, demand.ram_bytes, demand.vmm_bytes)
     if more and use.memory_bytes + more > use.memory_limit_bytes:
         raise NoSpace(
             f"{demand.what} may need {_size(more)} of memory; "
@@ -145,18 +156,28 @@ def _size(count: int) -> str:
     return f"{max(0, count) / GIB:.1f} GiB" if count >= GIB else f"{max(0, count) // MIB} MiB"
 
 
-def demand_of_run(driver: VmmDriver, memory_bytes: int, *, start: bool) -> Demand:
+def demand_of_run(driver: VmmDriver, machine: MachineSpec, *, start: bool) -> Demand:
     """Return the demand of a new instance of an image."""
-    ram_bytes = memory_bytes if start else 0
+    if not start:
+        return Demand(what="this instance", instances=1)
+    ram_bytes = machine.memory_bytes
     disk_bytes = ram_bytes if driver.capabilities.boots_in_file else 0
-    return Demand(what="this instance", instances=1, machines=int(start), ram_bytes=ram_bytes, disk_bytes=disk_bytes)
+    return Demand(
+        what="this instance",
+        instances=1,
+        ram_bytes=ram_bytes,
+        vmm_bytes=driver.vmm_bytes(machine),
+        disk_bytes=disk_bytes,
+    )
 
 
 def demand_of_activation(rooms: Rooms, instance: Instance, *, boot: bool) -> Demand:
     """Return the demand of starting or restoring an instance."""
     ram_bytes = instance.machine.memory_bytes
     in_file = boot and rooms.driver(instance).capabilities.boots_in_file
-    return Demand(what=instance.name, machines=1, ram_bytes=ram_bytes, disk_bytes=ram_bytes if in_file else 0)
+    return Demand(
+        what=instance.name, ram_bytes=ram_bytes, vmm_bytes=instance.vmm_bytes, disk_bytes=ram_bytes if in_file else 0
+    )
 
 
 def demand_of_capture(rooms: Rooms, instance: Instance) -> Demand:
@@ -236,8 +257,8 @@ def demand_of_forks(
     return Demand(
         what="this fork" if request.count == 1 else f"these {request.count} forks",
         instances=request.count + captured,
-        machines=running + captured,
         ram_bytes=(running + captured) * ram_bytes,
+        vmm_bytes=(running + captured) * own.vmm_bytes(source.machine),
         disk_bytes=booted * ram_bytes + (_captured_bytes(rooms, source) if captured else 0),
         clone_bytes=clone_bytes,
     )

@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import time
 from collections.abc import AsyncIterator
 
+import msgspec
+
 from coppice.agent.client import Session
-from coppice.commands import new_command_id
-from coppice.errors import CommandNotStarted, GuestTimeout, InUse, NameTaken, NotFound
+from coppice.commands import PROCESS, new_command_id
+from coppice.errors import CommandNotStarted, GuestTimeout, IllegalTransition, InUse, NameTaken, NotFound, VmmDied
+from coppice.host import process, recovery
 from coppice.host.guest import DEFAULT_SIZE, Guest
+from coppice.model import Instance, ProcessEnd, State
 from coppice.model.guest import ExecSession, Exit, GuestCommand, StartedCommand
+from coppice.model.lifecycle import Operation, require
 from coppice.requests import (
     CommandAttachRequest,
     CommandForgetRequest,
@@ -19,6 +25,7 @@ from coppice.requests import (
     CommandLsRequest,
     CommandStartRequest,
     CommandWaitRequest,
+    WaitProcessRequest,
 )
 
 
@@ -96,6 +103,42 @@ class Commands(Guest):
                     hint=f"wait longer, or end it with `coppice kill {request.instance} {request.command}`",
                 ) from error
 
+    async def wait_process(self, request: WaitProcessRequest) -> Instance:
+        """Attach to the machine's process as to a command, or wait for the end of a machine without one."""
+        instance = await self._current(request.instance)
+        if instance.process_end is None and instance.state is not State.STOPPED:
+            require(Operation.EXEC, instance)
+            try:
+                async with asyncio.timeout(request.deadline_s):
+                    instance = await self._process_ended(instance)
+            except TimeoutError as error:
+                raise GuestTimeout(
+                    f"the process of {instance.name} still runs after {request.deadline_s or 0:g} s",
+                    hint=f"wait longer, or end it with `coppice kill {instance.name} {PROCESS}`",
+                ) from error
+        return instance
+
+    async def _process_ended(self, instance: Instance) -> Instance:
+        try:
+            async with self._session(instance.id) as session, session.attach(PROCESS, output=False) as running:
+                ended = await running.wait()
+            instance = await process.learn(self.rooms, instance)
+            if instance.process_end is not None:
+                return instance
+            end = ProcessEnd(exit_code=ended.exit_code, signal=ended.signal, at=time.time())
+            return msgspec.structs.replace(instance, process_end=end)  # a later look records the agent's own word
+        except (NotFound, VmmDied):  # the machine has no process, or has ended
+            if instance.vmm is None:
+                raise AssertionError("a running instance has a VMM") from None
+            await self.rooms.driver(instance).wait_exit(self.rooms.directory(instance.id), instance.vmm)
+        instance = await recovery.look(self.rooms, await self._get(instance.id))
+        if instance.state is not State.STOPPED:
+            raise IllegalTransition(
+                f"{instance.name} was put into standby before its process ended",
+                hint=f"run `coppice restore {instance.name}`, then wait again",
+            )
+        return instance
+
     async def command_forget(self, request: CommandForgetRequest) -> None:
         """Have the agent forget it, and see whether it did: it keeps commands that are in use."""
         async with self._session(request.instance) as session:
@@ -104,6 +147,7 @@ class Commands(Guest):
             with contextlib.suppress(NotFound):
                 found = await _find(session, request.instance, request.command)
                 what = "runs" if found.exit_code is None else "is attached to a client"
+                what = "is the machine's process" if request.command == PROCESS else what
                 raise InUse(
                     f"command {request.command} {what}",
                     hint=f"end it with `coppice kill {request.instance} {request.command}`, or wait for its end",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Final
 
+from coppice.commands import PROCESS
 from coppice.completion import in_thread
-from coppice.errors import Busy
+from coppice.errors import Busy, CoppiceError
 from coppice.host.activity import activity_file, idle_s
 from coppice.host.checks import Checks
 from coppice.model import Instance, Observed, State
@@ -15,6 +17,9 @@ from coppice.state import locks
 
 _SAMPLES: Final = 10  # of connections, in the time until a machine is idle
 _SOONEST_S: Final = 1.0
+_ANSWER_S: Final = 10.0
+
+_log = logging.getLogger(__name__)
 
 
 class Idleness(Checks):
@@ -34,23 +39,41 @@ class Idleness(Checks):
         last = max(instance.started_at or 0.0, seen.active_at or 0.0, await in_thread(_changed_at, path))
         due = (now if used else last) + limit
         if now >= due:
-            await self._rest(instance)
+            if not await self._rest(instance):  # a command runs in it
+                return await self._observe(instance, seen, active_at=now), now + limit
             return seen, None
         sampled = any(port.protocol == "tcp" for port in instance.publish)
         return seen, min(due, now + max(limit / _SAMPLES, _SOONEST_S)) if sampled else due
 
-    async def _rest(self, instance: Instance) -> None:
-        """Capture an idle machine. A session that began meanwhile keeps it awake."""
+    async def _rest(self, instance: Instance) -> bool:
+        """Capture an idle machine. A session that began meanwhile keeps it awake, and so does a
+        command that runs without a client. Return whether none did.
+        """
         async with self._hold(instance.id, Operation.STANDBY) as (current, _):
             if current.state is not State.RUNNING or current.started_at != instance.started_at or not idle_s(current):
-                return
+                return True
             descriptor = locks.try_lock(activity_file(self.rooms, current))
             if descriptor is None:
                 raise Busy(f"{instance.name} is in use", hint="its next idle time counts")
             try:
+                if await self._runs_commands(current):
+                    return False
                 await self._capture(current)
             finally:
                 locks.release(descriptor)
+        return True
+
+    async def _runs_commands(self, instance: Instance) -> bool:
+        """Return whether a command runs in a machine, other than the machine's process. A guest that
+        does not answer is not known to run any.
+        """
+        try:
+            async with self.rooms.ports(instance).session(_ANSWER_S, patience_s=_ANSWER_S) as session:
+                commands = await session.commands()
+        except CoppiceError as error:
+            _log.info("%s does not tell its commands: %s", instance.name, error)
+            return False
+        return any(command.exit_code is None and command.id != PROCESS for command in commands)
 
 
 def _is_locked(path: Path) -> bool:

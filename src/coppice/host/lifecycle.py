@@ -9,6 +9,7 @@ from functools import partial
 
 import msgspec
 
+from coppice.addresses import NOBODY, told
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, Expired, NotFound
 from coppice.host import ports, settling
@@ -77,7 +78,7 @@ class Lifecycle(Volumes):
         if request.limits is not None and request.start:
             await in_thread(limits.check, request.limits, self.rooms.layout.home)
         disks = await self._disks(request.volumes)
-        admit = await self._admit(partial(demand_of_run, driver, request.memory_bytes, start=request.start))
+        admit = await self._admit(partial(demand_of_run, driver, machine, start=request.start))
         kernel = await self._kernel(request.kernel, progress)
         config = found.config
         certificates = certificates_in((*config.certificates, *request.certificates))
@@ -102,12 +103,14 @@ class Lifecycle(Volumes):
                 workdir=request.workdir or config.workdir,
                 user=request.user if request.user is not None else config.user,
                 certificates=certificates,
+                notify=None if request.notify == NOBODY else request.notify,
             ),
             hostname=request.hostname or name,
             tags=dict(request.tags),
             publish=tuple(request.publish),
             egress=request.egress or Egress(),
             limits=request.limits or Limits(),
+            vmm_bytes=driver.vmm_bytes(machine),
             owner=self.owner,
             supervision=with_policies(None, request, now),
         )
@@ -260,7 +263,7 @@ class Lifecycle(Volumes):
 
     async def promote(self, request: PromoteRequest) -> Instance:
         """Record the instance as a Template, public or not."""
-        return await self._change(request.instance, Operation.PROMOTE, request.public)
+        return await self._change(request.instance, Operation.PROMOTE, request.public, request.notify)
 
     async def demote(self, request: DemoteRequest) -> Instance:
         """Record the instance as Standby, and remove the VMMs that were started ahead for it."""
@@ -296,11 +299,16 @@ class Lifecycle(Volumes):
         await in_thread(self.rooms.store.save, changed)
         return changed
 
-    async def _change(self, key: str, operation: Operation, public: bool | None = None) -> Instance:
+    async def _change(
+        self, key: str, operation: Operation, public: bool | None = None, notify: int | str | None = None
+    ) -> Instance:
         async with self._hold(key, operation) as (instance, target):
-            if instance.state is target and public in (None, instance.public):
+            process = told(instance.process, notify)
+            if instance.state is target and public in (None, instance.public) and process == instance.process:
                 return instance
-            changed = await in_thread(self.rooms.store.promote, instance, target, public=bool(public))
+            instance = msgspec.structs.replace(instance, process=process)
+            public = instance.public if public is None else public  # one that is no template is not public
+            changed = await in_thread(self.rooms.store.promote, instance, target, public=public)
             self._hash().captured(changed)
             return changed
 

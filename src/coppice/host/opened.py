@@ -68,7 +68,7 @@ class OpenedHost:
         deadlines: Deadlines | None = None,
         budgets: Budgets | None = None,
         background: Background = "owned",
-        spares: int = 1,
+        spares: int | None = None,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
         """Prepare to use the data directory `home` (default: see `default_home`).
@@ -86,9 +86,10 @@ class OpenedHost:
         it ends, and the next host continues it. `detached`: it continues by itself. `off`: captures
         are not hashed. config.toml and the environment can also switch it off (see
         `coppice.state.settings`).
-        `spares` is the number of VMMs that are started ahead for each template. The host starts
-        them after it has forked the template twice within half a minute, and ends them when it is
-        closed (see `coppice.fork.spare`). Each takes about 20 MiB. 0: none.
+        `spares` is the number of VMMs that are started ahead for each template. Default: as many as
+        forks of it were requested within one second lately, at most 16. The host starts them after it has
+        forked the template twice within half a minute, and ends them when it is closed (see
+        `coppice.fork.spare`). Each takes about 20 MiB. 0: none.
 
         :raises InvalidName: the owner is not a valid name
         :raises UsageError: there is no such VMM, or the number of spares is out of range

@@ -7,9 +7,11 @@ from typing import Final
 
 from coppice.completion import beside
 from coppice.errors import GuestTimeout, UsageError, VmmDied
+from coppice.host import process
 from coppice.host.guest import Guest
 from coppice.host.probes import probe
 from coppice.model import HealthCheck, Instance
+from coppice.model.instance import said
 from coppice.requests import ReadyRequest
 
 _FIRST_PAUSE_S: Final = 0.02
@@ -33,8 +35,10 @@ class Readiness(Guest):
             async with asyncio.timeout(request.deadline_s):
                 await beside(self._no_end(instance), self._answered(instance, check, wrong))
         except TimeoutError as error:
+            end = (await process.learn(self.rooms, instance)).process_end
+            ended = f"; its process {said(end)}" if end else ""
             raise GuestTimeout(
-                f"the service of {instance.name} does not answer after {request.deadline_s:g} s: {wrong[0]}",
+                f"the service of {instance.name} does not answer after {request.deadline_s:g} s: {wrong[0]}{ended}",
                 hint=f"see `coppice logs {instance.name}`, or wait longer",
             ) from error
         return await self._get(instance.id)

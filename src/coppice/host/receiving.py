@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from coppice.addresses import check_notify
 from coppice.archive.format import CURE, ArchivedFile, Manifest, data_bytes
 from coppice.archive.reader import Receiver, Target, manifest_in
 from coppice.boot.kernel import digest_of
@@ -148,6 +149,7 @@ class Receiving(Admission):
             tags=template.tags,
             egress=template.egress,
             limits=template.limits,
+            vmm_bytes=driver.vmm_bytes(template.machine),
             identified=template.identified,
             owner=self.owner,
         )
@@ -308,6 +310,7 @@ def _require_valid(manifest: Manifest) -> None:
         )
         for each in (process, of_image):
             check_recorded(*check_argv(each.argv), *check_env(each.env).values(), each.workdir, each.user)
+            check_notify(each.notify)
             certificates_in(each.certificates)
         check_recorded(template.image_name, *config.labels, *config.labels.values())
         valid = digest_hex(template.image) is not None and not machine.volumes and template.image == image.digest

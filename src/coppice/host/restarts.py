@@ -12,13 +12,12 @@ from coppice.errors import CoppiceError
 from coppice.host.lifecycle import Lifecycle
 from coppice.model import Instance, Observed, RestartPolicy, State
 from coppice.model.events import Kind
+from coppice.model.instance import said
 from coppice.model.lifecycle import Operation
 from coppice.model.supervision import Ending
 from coppice.state.journal import JournalOperation
 
 _log = logging.getLogger(__name__)
-_PROCESS_S: Final = 2.0  # between two questions whether the process has ended: the agent has no event for it
-_ANSWER_S: Final = 10.0
 _LONGEST_BACKOFF_S: Final = 300.0
 
 
@@ -34,23 +33,15 @@ class Restarts(Lifecycle):
             return seen, None
         if seen.gave_up or seen.next_attempt_at is not None:  # a command has started it meanwhile
             seen = await self._observe(instance, seen, gave_up=False, next_attempt_at=None, attempts=0)
-        if seen.attempts and now >= (instance.started_at or 0.0) + policy.stable_after_s:
+        stable_at = (instance.started_at or 0.0) + policy.stable_after_s
+        if seen.attempts and now >= stable_at:
             seen = await self._observe(instance, seen, attempts=0)
-        code = await self._process_exit(instance)
-        if code is None:
-            return seen, now + _PROCESS_S
-        ending: Ending = "failed" if code else "clean"
-        if _wants(policy, ending):
-            await self._end(instance, f"its process exited with status {code}", ending)
-        return seen, None
-
-    async def _process_exit(self, instance: Instance) -> int | None:
-        """Return the exit status of the machine's process; None if it runs or the agent is busy."""
-        try:
-            async with self.rooms.ports(instance).control(_ANSWER_S) as control:
-                return (await control.health()).process_exit_code
-        except CoppiceError:
-            return None
+        if (end := instance.process_end) is not None:  # its event brought this look
+            ending: Ending = "failed" if end.exit_code else "clean"
+            if _wants(policy, ending):
+                await self._end(instance, f"its process {said(end)}", ending)
+                return seen, None
+        return seen, stable_at if seen.attempts else None
 
     async def _end(self, instance: Instance, why: str, ending: Ending) -> None:
         """Stop a machine that failed, unless a command has changed it since."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 
@@ -21,17 +22,45 @@ _log = logging.getLogger(__name__)
 
 IDLE_S = 30.0
 """Seconds for which a host expects another fork of a template, and keeps its spares."""
+_BURST_S = 1.0
 Holding = Callable[[str], AbstractAsyncContextManager[Instance]]
 
 
+class _Rate:
+    """How often forks of a template are requested, from the requests of the last `IDLE_S`.
+
+    A fan-out is one request: its own forks start side by side, and spares would only do that earlier.
+    """
+
+    def __init__(self) -> None:
+        self._requests: deque[float] = deque()  # times of the loop's clock
+
+    def count(self, now: float) -> None:
+        """Note a request."""
+        while self._requests and self._requests[0] < now - IDLE_S:
+            self._requests.popleft()
+        self._requests.append(now)
+
+    @property
+    def largest_burst(self) -> int:
+        """The most requests within `_BURST_S`, but no more than a host may have spares."""
+        times = list(self._requests)
+        first = largest = 0
+        for number, at in enumerate(times):
+            while times[first] < at - _BURST_S:
+                first += 1
+            largest = max(largest, number - first + 1)
+        return min(largest, MAX_SPARES)
+
+
 class Spares:
-    """The spares of one open host, at most `limit` per template.
+    """The spares of one open host, at most `limit` per template; None follows the rate of forks.
 
     If no spare can be started, no operation fails: forks start their VMMs themselves.
     """
 
     def __init__(
-        self, rooms: Rooms, limit: int, hold_template: Holding, require_budget: Callable[[Instance], None]
+        self, rooms: Rooms, limit: int | None, hold_template: Holding, require_budget: Callable[[Instance], None]
     ) -> None:
         """`require_budget` raises NoSpace if one more spare of a template exceeds a budget. It
         blocks.
@@ -41,6 +70,7 @@ class Spares:
         self._hold_template = hold_template
         self._require_budget = require_budget
         self._ready: list[Spare] = []
+        self._rates: dict[str, _Rate] = {}  # by template id, as long as forks are expected
         self._expected: dict[str, asyncio.TimerHandle] = {}  # by template id; the timer ends it
         self._filling: dict[str, asyncio.Task[None]] = {}
         self._removing: set[asyncio.Task[None]] = set()
@@ -76,7 +106,9 @@ class Spares:
         """
         if self._limit == 0 or not spares.serves(self._rooms, source, request):
             return
-        if self._expect(source.id) and source.id not in self._filling:
+        expected = self._expect(source.id)
+        self._rates.setdefault(source.id, _Rate()).count(asyncio.get_running_loop().time())
+        if expected and source.id not in self._filling:
             task = self._filling[source.id] = asyncio.create_task(self._fill(source.id))
             task.add_done_callback(lambda _: self._filling.pop(source.id))
 
@@ -88,10 +120,16 @@ class Spares:
             before.cancel()
         return before is not None
 
+    def _wanted(self, source_id: str) -> int:
+        if self._limit is not None:
+            return self._limit
+        rate = self._rates.get(source_id)
+        return rate.largest_burst if rate else 0
+
     async def _fill(self, source_id: str) -> None:
         try:
             async with self._hold_template(source_id) as source:
-                await self._start(source, self._limit)
+                await self._start(source, self._wanted(source_id))
         except (CoppiceError, OSError) as error:
             _log.info("cannot start a VMM ahead: %s", error)
 
@@ -118,6 +156,7 @@ class Spares:
 
     def _forget(self, source_id: str) -> None:
         del self._expected[source_id]
+        self._rates.pop(source_id, None)
         self._remove_soon(self._of(source_id))
 
     def _remove_soon(self, removed: list[Spare]) -> None:
@@ -137,6 +176,7 @@ class Spares:
 
     async def drop(self, source_id: str) -> None:
         """Remove the spares of an instance that is no longer a template."""
+        self._rates.pop(source_id, None)
         if (timer := self._expected.pop(source_id, None)) is not None:
             timer.cancel()
             self._remove_soon(self._of(source_id))  # `_start` removes a spare that is being started now

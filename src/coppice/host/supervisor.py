@@ -20,6 +20,7 @@ from coppice.completion import in_thread
 from coppice.errors import Busy, CoppiceError, NotFound
 from coppice.host import LocalBackend
 from coppice.host.activity import idle_s
+from coppice.host.endings import Endings
 from coppice.host.ports import Ports
 from coppice.host.upkeep import Next, Upkeep
 from coppice.linux.inotify import Inotify
@@ -69,6 +70,7 @@ class Supervisor:
         self._ports = Ports(self._wake)
         self._waking: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._endings = Endings(host.rooms, host.owner)
 
     async def run(self) -> None:
         """Supervise until this task is cancelled. Wait while another process does it."""
@@ -100,8 +102,9 @@ class Supervisor:
 
     async def _follow(self) -> None:
         store = self._host.rooms.store
-        with self._watching(store.path.with_name(f"{store.path.name}-wal")):
+        with self._watching(store.path.with_name(f"{store.path.name}-wal")), self._endings.watched():
             last = await in_thread(store.events.newest)
+            self._endings.follow(await in_thread(store.supervised.running))
             for key in await in_thread(store.supervised.ids):
                 self._attend(key)
             loop = asyncio.get_running_loop()
@@ -113,6 +116,9 @@ class Supervisor:
                     touched = changes.supervised | (changes.others & self._known())
                     if changes.lost:
                         touched |= await in_thread(store.supervised.ids) | self._known()
+                        self._endings.follow(await in_thread(store.supervised.running))
+                    self._endings.follow(changes.running)
+                    self._endings.drop((changes.supervised | changes.others) - changes.running)
                     for key in touched:
                         self._attend(key)
                     if changes.last == last:
@@ -260,6 +266,7 @@ class Supervisor:
 
     async def _end(self) -> None:
         """Cancel the work under way, and wait for its cleanup."""
+        await self._endings.close()
         self._again.clear()
         tasks = [*self._attending.values(), *self._waking.values(), *(task for _, task in self._ends.values())]
         self._ends.clear()

@@ -11,8 +11,9 @@ import msgspec
 from coppice import stopping
 from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NotFound
-from coppice.host import recovery
+from coppice.host import process, recovery
 from coppice.host.base import UseCases
+from coppice.machine.rooms import Rooms
 from coppice.model import Instance, MemoryReport, Snapshot, State, TreeNode
 from coppice.model.inspection import Inspection
 from coppice.model.ownership import owns
@@ -26,7 +27,14 @@ class View(UseCases):
 
     async def get(self, request: GetRequest) -> Instance:
         """Look up the instance, and check its VMM."""
-        return await self._with_observed(await self._current(request.instance))
+        return await self._with_observed(await self._seen(request.instance))
+
+    async def _seen(self, key: str) -> Instance:
+        """Return the instance in its true state, with the end of its process."""
+        instance = await self._current(key)
+        if process.may_end(instance) and await in_thread(process.has_news, self.rooms.directory(instance.id)):
+            return await process.learn(self.rooms, instance)
+        return instance
 
     async def _with_observed(self, instance: Instance) -> Instance:
         if instance.supervision is None:
@@ -51,6 +59,7 @@ class View(UseCases):
             wanted = request.tags.items() <= current.tags.items()
             if wanted and request.state in (None, current.state):
                 found.append(current)
+        found = await process.look(self.rooms, found)
         seen = await in_thread(self.rooms.store.supervised.observed)
         return [
             msgspec.structs.replace(each, observed=seen.get(each.id)) if each.supervision else each for each in found
@@ -74,7 +83,7 @@ class View(UseCases):
         from coppice.machine import directory as directories
         from coppice.machine import disk
 
-        instance = await self._current(request.instance)
+        instance = await self._seen(request.instance)
         forks = await in_thread(self.rooms.store.children, instance.id)
         directory = self.rooms.directory(instance.id)
         own = directories.own_disks(directory, instance.machine, instance.disk_layers)
@@ -123,20 +132,22 @@ class View(UseCases):
 
     async def _memories(self, instances: Sequence[Instance]) -> dict[str, MemoryReport]:
         """Report the memory of those instances that have any, by id: all in one call of a thread."""
-        return await in_thread(self._measured, instances)
+        return await in_thread(measured, self.rooms, instances)
 
-    def _measured(self, instances: Sequence[Instance]) -> dict[str, MemoryReport]:
-        from coppice.machine import activate, limits
 
-        reports: dict[str, MemoryReport] = {}
-        for instance in instances:
-            stopping.check()
-            if instance.mem_file is None and instance.vmm is None:
-                continue
-            with contextlib.suppress(CoppiceError):  # the VMM ended after the state was read
-                report = activate.memory_of(self.rooms, instance)
-                if instance.vmm is not None:
-                    used = limits.usage(self.rooms.directory(instance.id))
-                    report = msgspec.structs.replace(report, usage=used)
-                reports[instance.id] = report
-        return reports
+def measured(rooms: Rooms, instances: Sequence[Instance]) -> dict[str, MemoryReport]:
+    """Report the memory of those instances that have any, by id. Blocks."""
+    from coppice.machine import activate, limits
+
+    reports: dict[str, MemoryReport] = {}
+    for instance in instances:
+        stopping.check()
+        if instance.mem_file is None and instance.vmm is None:
+            continue
+        with contextlib.suppress(CoppiceError):  # the VMM ended after the state was read
+            report = activate.memory_of(rooms, instance)
+            if instance.vmm is not None:
+                used = limits.usage(rooms.directory(instance.id))
+                report = msgspec.structs.replace(report, usage=used)
+            reports[instance.id] = report
+    return reports

@@ -22,6 +22,7 @@ from coppice.linux.files import os_errors
 _HEADER = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) ([-rwxsp]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) ([0-9]+)", re.MULTILINE
 )
+_PIECE = 1 << 16  # more than the kernel returns at once
 _KILOBYTES = re.compile(rb" +([0-9]+) kB$", re.MULTILINE)
 
 
@@ -79,6 +80,27 @@ def maps_of(text: bytes, file: FileIdentity) -> list[Vma]:
     Other mappings are not parsed: a VMM has hundreds, and this runs after each restore.
     """
     return [_vma(header) for header in _headers_of(text, file)]
+
+
+def is_mapped_privately(pid: int, file: FileIdentity) -> bool:
+    """Return whether a process maps a file privately. Blocks.
+
+    Reads /proc/PID/maps only as far as needed: guest RAM comes before the VMM's libraries.
+
+    Raises what `read_text` raises.
+    """
+    text = b""
+    try:
+        with open(f"/proc/{pid}/maps", "rb", buffering=0) as maps:
+            while more := maps.read(_PIECE):
+                text += more
+                if any(vma.private for vma in maps_of(text, file)):
+                    return True
+    except OSError as error:
+        raise process_error(pid, f"read /proc/{pid}/maps", error) from error
+    if not text:
+        raise _ended(pid)
+    return False
 
 
 class Part(NamedTuple):
@@ -198,15 +220,20 @@ def read_text(pid: int, name: Literal["maps", "smaps", "smaps_rollup"]) -> bytes
         text = Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError as error:
         raise process_error(pid, f"read /proc/{pid}/{name}", error) from error
-    if not text:  # a zombie has no memory any more
-        raise VmmDied(f"Process {pid} has ended", hint="see its log with `coppice logs --vmm NAME`")
+    if not text:
+        raise _ended(pid)
     return text
+
+
+def _ended(pid: int) -> VmmDied:
+    """Return the error for a process without memory: one that is gone, or a zombie."""
+    return VmmDied(f"Process {pid} has ended", hint="see its log with `coppice logs --vmm NAME`")
 
 
 def process_error(pid: int, action: str, error: OSError) -> CoppiceError:
     """Return the error for a failed read of another process: it has ended, or access is denied."""
     if isinstance(error, FileNotFoundError | ProcessLookupError):
-        return VmmDied(f"Process {pid} has ended", hint="see its log with `coppice logs --vmm NAME`")
+        return _ended(pid)
     if isinstance(error, PermissionError):
         return HostCannot(
             f"Cannot {action}: {error.strerror}",

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
+from coppice.agent.control import Acknowledged
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, GuestTimeout, HostCannot, IntegrityError, Refused, VmmDied
 from coppice.linux.remap import Layer
@@ -108,7 +109,7 @@ async def boot(
         initrd = await in_thread(rooms.initrd, kernel, driver.capabilities.agent_device)
         await in_thread(directories.clear_runtime, directory)
         await in_thread(directories.place_kernel, directory, kernel.boot_image, initrd)
-    instance = msgspec.structs.replace(instance, manifest=manifest, capture=None)
+    instance = msgspec.structs.replace(instance, manifest=manifest, capture=None, process_end=None)
     return await _run(rooms, instance, stages, payload, booted=True, done=done)
 
 
@@ -229,13 +230,19 @@ async def _run(
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             introduction = _introduce(rooms, instance, known_as, deadline_s, payload, booted=booted)
-            await _unless_vmm_dies(rooms, instance, known_as, introduction)
+            taken = await _unless_vmm_dies(rooms, instance, known_as, introduction)
+        if instance.process.notify is not None and not booted and not instance.identified:
+            from coppice.machine.notice import deliver  # imported late: few forks have one
+
+            with stages.stage("notice"):
+                await _unless_vmm_dies(rooms, instance, known_as, deliver(rooms, instance, payload))
         instance = msgspec.structs.replace(
             instance,
             state=State.RUNNING,
             identity_serial=next_serial(instance),
             identified=True,
             ending=None,
+            process_end=taken.process_end,
         )
         with stages.stage("record"):
             await in_thread(rooms.store.save, instance, done=done)
@@ -249,8 +256,8 @@ async def _run(
 
 async def _introduce(
     rooms: Rooms, instance: Instance, known_as: Instance, deadline_s: float, payload: bytes | None, *, booted: bool
-) -> None:
-    """Send the identity message and wait for its acknowledgement."""
+) -> Acknowledged:
+    """Send the identity message, and return its acknowledgement."""
     try:
         async with asyncio.timeout(deadline_s):
             network = rooms.networks.of(instance.machine).guest(instance)
@@ -260,10 +267,10 @@ async def _introduce(
                 # end.
                 async with rooms.ports(instance).control(deadline_s) as control:
                     await control.health()
-                    await control.identity(message())
+                    taken = await control.identity(message())
             else:
                 may_lose = instance.manifest is not None and rooms.driver(instance).loses_connections(instance.manifest)
-                await rooms.ports(instance).identify(message, deadline_s, may_lose=may_lose)
+                taken = await rooms.ports(instance).identify(message, deadline_s, may_lose=may_lose)
         if instance.capture is not None:
             await rooms.ports(instance).hang_up(instance.capture.open_ports, deadline_s)
     except TimeoutError as error:
@@ -272,6 +279,7 @@ async def _introduce(
             _sentence(f"{instance.name} did not answer within {deadline_s:g} s", words),
             hint=cure(known_as, words),
         ) from error
+    return taken
 
 
 async def _unless_vmm_dies(rooms: Rooms, instance: Instance, known_as: Instance, work: Awaitable[T]) -> T:

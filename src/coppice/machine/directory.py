@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ from coppice.vmm import driver as files
 from coppice.vmm.driver import Capabilities, Disk, VmmDriver
 
 LAYERS = tuple(layers.path_of(Path(files.MEMORY), number).name for number in range(1, layers.MOST + 1))
-CAPTURED = (files.MEMORY, *LAYERS, files.VMSTATE, files.OVERLAY_DISK)
+_MEMORY = (files.MEMORY, *LAYERS, files.VMSTATE)
+CAPTURED = (*_MEMORY, files.OVERLAY_DISK)
 _LINKED = (files.MEMORY, *LAYERS, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *volumes.DISKS)
 _REMOVED = ".removed"
 _SEE_LOG = "see its log with `coppice logs --vmm NAME`"
@@ -152,7 +154,11 @@ def place_capture(
 
 def memory_paths(directory: Path, capture: Capture) -> list[Path]:
     """Return the paths of a captured memory: the base, and its layers from the lowest on."""
-    return [directory / name for name in (files.MEMORY, *LAYERS)[: 1 + len(capture.layers)]]
+    return [directory / name for name in _memory_names(capture)]
+
+
+def _memory_names(capture: Capture) -> tuple[str, ...]:
+    return (files.MEMORY, *LAYERS)[: 1 + len(capture.layers)]
 
 
 def check_memory(directory: Path, capture: Capture) -> None:
@@ -211,12 +217,22 @@ def captured_here(capture: Capture, directory: Path, disk_layers: disk.Layers) -
 
 
 def make_durable(directory: Path, machine: MachineSpec) -> None:
-    """Sync the placed files, so that they survive a power cut.
+    """Sync a directory with placed files, so that they survive a power cut.
 
     :raises NoSpace: the file system has no space for delayed allocations
     """
     with os_errors(f"make {directory} durable"):
         sync_captured(directory, machine)
+
+
+def make_contents_durable(directory: Path, machine: MachineSpec, *, of_durable: bool) -> None:
+    """Do as `make_durable` does, but leave the name of the directory itself to the caller.
+
+    :param of_durable: the source's memory and device state are durable, so links to them need no sync
+    :raises NoSpace: the file system has no space for delayed allocations
+    """
+    with os_errors(f"make {directory} durable"):
+        _sync_contents(directory, machine, but_links_to=_MEMORY if of_durable else ())
 
 
 def sync_captured(directory: Path, machine: MachineSpec) -> list[Path]:
@@ -225,13 +241,19 @@ def sync_captured(directory: Path, machine: MachineSpec) -> list[Path]:
     :return: the paths of these files
     :raises OSError: a sync failed
     """
-    names = dict.fromkeys((*CAPTURED, *disk.names_in(directory)))
-    present = [path for name in names if (path := directory / name).exists()]
-    present += volumes.private(directory, machine)
-    for path in present:
-        sync(path)
-    sync(directory)
+    present = _sync_contents(directory, machine)
     sync(directory.parent)
+    return present
+
+
+def _sync_contents(directory: Path, machine: MachineSpec, but_links_to: Collection[str] = ()) -> list[Path]:
+    names = set(os.listdir(directory))  # noqa: PTH208 - a fork does this many times
+    captured = dict.fromkeys((*CAPTURED, *disk.among(names)))
+    present = [*(directory / name for name in captured if name in names), *volumes.private(directory, machine)]
+    for path in present:
+        if path.name not in but_links_to or path.lstat().st_nlink == 1:
+            sync(path)
+    sync(directory)
     return present
 
 
@@ -342,16 +364,18 @@ def disk_stamp(directory: Path, disk_layers: disk.Layers) -> str:
 
     :param disk_layers: those of the overlay
     """
-    with os.scandir(directory) as entries:
-        present = {entry.name for entry in entries}
-    attached = (directory / name for name in volumes.DISKS if name in present)
-    return " ".join(file_stamp(path) for path in (*disk.paths(directory, disk_layers), *attached))
+    return _stamp(directory, disk_layers, os.listdir(directory))  # noqa: PTH208 - as above
+
+
+def _stamp(directory: Path, disk_layers: disk.Layers, present: Collection[str]) -> str:
+    attached = (name for name in volumes.DISKS if name in present)
+    return " ".join(file_stamp(f"{directory}/{name}") for name in (*disk.names(disk_layers), *attached))
 
 
 @os_errors("look at a disk")
-def file_stamp(path: Path) -> str:
+def file_stamp(path: Path | str) -> str:
     """Return a stamp of a file's content: it changes if the file is written to or replaced."""
-    status = path.stat()
+    status = os.stat(path)  # noqa: PTH116 - a fork does this many times
     return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
@@ -360,13 +384,13 @@ def capture_is_current(directory: Path, instance: Instance) -> bool:
     """Return whether there is a capture whose memory, vmstate and disks exist and are still from one instant."""
     if instance.capture is None:
         return False
-    present = (
-        *memory_paths(directory, instance.capture),
-        directory / files.VMSTATE,
-        *disk.paths(directory, instance.disk_layers),
-    )
-    stamp = instance.capture.disk_stamp
-    return all(path.exists() for path in present) and disk_stamp(directory, instance.disk_layers) == stamp
+    capture, layers = instance.capture, instance.disk_layers
+    needed = (*_memory_names(capture), files.VMSTATE, *disk.names(layers))
+    try:
+        present = set(os.listdir(directory))  # noqa: PTH208 - a fork does this many times
+    except FileNotFoundError:
+        return False
+    return present.issuperset(needed) and _stamp(directory, layers, present) == capture.disk_stamp
 
 
 def require_current(directory: Path, instance: Instance) -> None:

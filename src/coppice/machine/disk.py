@@ -9,6 +9,7 @@ source gets a new layer too, before it runs again.
 from __future__ import annotations
 
 import contextlib
+import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -41,15 +42,20 @@ class Placed(NamedTuple):
 
 def paths(directory: Path, layers: Layers) -> list[Path]:
     """Return the paths of a disk's files: the raw one, and its layers from the lowest on."""
-    return [directory / files.OVERLAY_DISK, *(directory / _LAYER.format(number) for number in layers)]
+    return [directory / name for name in names(layers)]
 
 
 def names_in(directory: Path) -> list[str]:
     """Return the names of all files of disks in a directory, recorded or not."""
     try:
-        return sorted(path.name for path in directory.iterdir() if path.name.startswith(_PREFIX))
+        return among(os.listdir(directory))  # noqa: PTH208 - a fork does this many times
     except FileNotFoundError:
         return []
+
+
+def among(names: Iterable[str]) -> list[str]:
+    """Return those names that are of a disk's files, in order."""
+    return sorted(name for name in names if name.startswith(_PREFIX))
 
 
 def frozen(path: Path) -> bool:
@@ -121,7 +127,7 @@ def copy_running(source: Path, directory: Path, layers: Layers) -> None:
 
 def names(layers: Layers) -> list[str]:
     """Return the names of a disk's files: the raw one, and its layers from the lowest on."""
-    return [path.name for path in paths(Path(), layers)]
+    return [files.OVERLAY_DISK, *(_LAYER.format(number) for number in layers)]
 
 
 def layers_of(names: Iterable[str]) -> Layers:

@@ -19,6 +19,7 @@ from coppice.linux.maps import (
     FileIdentity,
     VmaUsage,
     identify,
+    is_mapped_privately,
     likely_identity,
     maps_of,
     parse_smaps,
@@ -92,10 +93,9 @@ def maps_privately(pid: int, path: Path) -> bool:
 
     Raises VmmDied if the process is gone, IntegrityError if the file is missing, HostCannot.
     """
-    maps = read_text(pid, "maps")
     with os_errors(f"look at {path}"):
-        found = maps_of(maps, likely_identity(path.lstat()))
-    return any(vma.private for vma in found or maps_of(maps, identify(path)))
+        likely = likely_identity(path.lstat())
+    return is_mapped_privately(pid, likely) or is_mapped_privately(pid, identify(path))
 
 
 def memory_report(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from coppice.model.capture import Capture, Manifest, MemFile, MemLayer, Sharing
 from coppice.model.images import Image, ImageConfig
-from coppice.model.instance import Instance, State, VmmProcess
+from coppice.model.instance import Instance, ProcessEnd, State, VmmProcess
 from coppice.model.progress import Progress, ProgressSink, no_progress
 from coppice.model.record import GIB, MIB, PAGE_SIZE, Record, from_json, to_builtins, to_json
 from coppice.model.reports import (
@@ -76,6 +76,7 @@ __all__ = [
     "MemLayer",
     "MemoryReport",
     "Observed",
+    "ProcessEnd",
     "ProcessSpec",
     "Progress",
     "ProgressSink",

@@ -7,14 +7,15 @@ from typing import Literal
 from coppice.model.instance import State
 from coppice.model.record import Record
 
-Kind = Literal["made", "state", "policies", "restart", "health", "removed", "lost"]
+Kind = Literal["made", "state", "policies", "restart", "health", "exited", "removed", "lost"]
 
 
 class Event(Record, frozen=True, kw_only=True):
     """One change of one instance.
 
     `policies`: what the supervisor does with it was changed. `restart`: the supervisor starts it
-    again, or gave up. `health`: its health changed. `lost` concerns no instance: older events than
+    again, or gave up. `health`: its health changed. `exited`: its process has ended, as `detail`
+    says. `lost` concerns no instance: older events than
     this one are no longer kept, so list the instances again.
     """
 
@@ -26,4 +27,4 @@ class Event(Record, frozen=True, kw_only=True):
     owner: str | None = None
     state: State | None = None  # afterwards; before its removal, if it was removed
     parent: str | None = None  # id of the instance it was forked from
-    detail: str = ""  # of `restart` and `health`
+    detail: str = ""  # of `restart`, `health` and `exited`

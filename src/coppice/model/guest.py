@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Literal, Protocol
 
+from coppice.model.instance import ProcessEnd
 from coppice.model.record import MIB, Record
 from coppice.model.reports import ExecResult, FileStat
 
@@ -27,7 +28,7 @@ class Health(Record, frozen=True, kw_only=True):
     identity_serial: int  # 0: it has received no identity yet
     agent_version: str
     process_pid: int | None  # of the image's process; None if it was not started
-    process_exit_code: int | None  # None until it has ended
+    process_end: ProcessEnd | None  # None until it has ended
     load: float  # average of one minute
 
 
@@ -37,6 +38,7 @@ class Exit(Record, frozen=True, kw_only=True):
     exit_code: int
     timed_out: bool
     out_of_memory: bool = False  # its memory limit ended it
+    signal: int | None = None  # the one that ended it; None: it exited
 
 
 class StartedCommand(Record, frozen=True, kw_only=True):

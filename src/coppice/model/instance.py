@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from coppice.model.capture import Capture, Manifest, MemFile
-from coppice.model.record import Record
+from coppice.model.record import MIB, Record
 from coppice.model.specs import Egress, Limits, MachineSpec, ProcessSpec, Publish
 from coppice.model.supervision import Ending, HealthCheck, Observed, RestartPolicy, Supervision
 
@@ -32,6 +32,19 @@ class VmmProcess(Record, frozen=True, kw_only=True):
     executable: str
 
 
+class ProcessEnd(Record, frozen=True, kw_only=True):
+    """How a machine's process ended, as its guest says."""
+
+    exit_code: int  # 128+n if signal n ended it
+    signal: int | None = None  # None: it exited
+    at: float  # the guest's clock
+
+
+def said(end: ProcessEnd) -> str:
+    """Return how a process ended, in words."""
+    return f"exited with status {end.exit_code}" if end.signal is None else f"was ended by signal {end.signal}"
+
+
 class Instance(Record, frozen=True, kw_only=True):
     """One VM."""
 
@@ -56,10 +69,12 @@ class Instance(Record, frozen=True, kw_only=True):
     disk_layers: tuple[int, ...] = ()  # the numbers of the layers over the raw file of its disk, lowest first
     manifest: Manifest | None = None  # of the host and VMM at its last start
     vmm: VmmProcess | None = None
+    vmm_bytes: int = 32 * MIB  # that its VMM may take besides the guest's RAM
     vmm_user: int | None = None  # user id of its VMM if root starts it; unique in the data directory
     started_at: float | None = None
     exit_reason: str | None = None
     ending: Ending | None = None  # of its last run; None: it has not run, or runs
+    process_end: ProcessEnd | None = None  # of its last run; None: it runs, it has none, or nobody has looked since
     identity_serial: int = 0  # of the latest acknowledged identity message
     identified: bool = False  # whether it has its own machine-id, boot-id and host keys
     stem_of: str | None = None  # name of the machine that an operation captured in it; such a stem is internal

@@ -131,6 +131,7 @@ class BudgetUse(Record, frozen=True, kw_only=True):
     max_instances: int
     running: int
     memory_bytes: int  # of all running instances, counted as for the budget
+    measured_bytes: int | None = None  # that they and their VMMs have of their own at this moment; None: not measured
     memory_limit_bytes: int
     memory_overcommit: float
     disk_free_bytes: int

@@ -79,3 +79,4 @@ class ProcessSpec(Record, frozen=True, kw_only=True):
     workdir: str = "/"
     user: str = ""
     certificates: tuple[str, ...] = ()  # PEM; the agent adds them to the trusted ones at each boot
+    notify: int | str | None = None  # port, or `unix:PATH`, at which a running process takes the notice of a fork

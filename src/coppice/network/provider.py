@@ -155,15 +155,6 @@ class NetworkProvider(ABC):
         """
         return EgressReport(policy=instance.egress)
 
-    async def reach(self, instance: Instance, guest_port: int) -> tuple[str, int] | None:
-        """Return the address and port by which this host reaches a TCP port of a running guest, or
-        None if it cannot.
-        """
-        for port in instance.publish:
-            if port.guest_port == guest_port and port.protocol == "tcp":
-                return reachable(port.host_address), port.host_port
-        return None
-
     async def connections(self, instance: Instance) -> int:
         """Return how many TCP connections to published ports of a running machine are open now."""
         ports = [port for port in instance.publish if port.protocol == "tcp" and port.host_port != ANY_PORT]

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         ReadFileRequest,
         ReadyRequest,
         StatRequest,
+        WaitProcessRequest,
         WaitRequest,
         WriteFileRequest,
     )
@@ -169,6 +170,7 @@ __all__ = [
     "VolumeInspectRequest",
     "VolumeLsRequest",
     "VolumeRmRequest",
+    "WaitProcessRequest",
     "WaitRequest",
     "WriteFileRequest",
 ]
@@ -183,7 +185,8 @@ _MODULES: Final = {
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
         "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "
-        "OpenCopyRequest OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitRequest WriteFileRequest"
+        "OpenCopyRequest OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitProcessRequest WaitRequest "
+        "WriteFileRequest"
     ),
     "host": (
         "BudgetRequest DoctorRequest EventsRequest GcRequest GetRequest InspectRequest LsRequest "

@@ -24,6 +24,15 @@ PATH = {"path": True}
 """`extra` of a field that names a file of this machine. Methods also accept a `Path` for it."""
 
 InstanceKey = Annotated[str, msgspec.Meta(description="Name or id of the instance.")]
+Notify = Annotated[
+    int | str | None,
+    msgspec.Meta(
+        description="Where a process that is warm in the source takes the notice of a fork: a port of the guest's own "
+        "loopback, or `unix:` and the path of a socket. Each fork of captured memory sends it one HTTP request, "
+        "`POST /coppice/fork` with the payload as its body, and is Running only after an answer of 2xx. `none`: nobody "
+        "does. Default: nobody; of forks: as their source."
+    ),
+]
 Tags = Annotated[Mapping[str, str], msgspec.Meta(description="Tags of the new records.")]
 Certificates = Annotated[
     Sequence[str],

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from coppice.commands import check_command_id, check_kept, check_signal
+from coppice.commands import check_command_id, check_kept, check_new_id, check_signal
 from coppice.model.guest import KEPT_BYTES, ExecSession, Exit, GuestCommand, StartedCommand, TerminalSize
 from coppice.names import check_limit, check_terminal, check_timeout
 from coppice.requests.base import R, StreamRequest
@@ -55,14 +55,17 @@ class CommandStartRequest(CommandRequest[StartedCommand], frozen=True, kw_only=T
         """Also check the id, the size and the amount."""
         super().check()
         if self.command is not None:
-            check_command_id(self.command)
+            check_new_id(self.command)
         if self.size is not None:
             check_terminal(self.size)
         check_kept(self.keep_bytes)
 
 
 class CommandLsRequest(InstanceRequest[list[GuestCommand]], frozen=True, kw_only=True):
-    """Return the commands that run in the guest and the latest 64 that have ended, oldest first."""
+    """Return the commands that run in the guest and the latest 64 that have ended, oldest first.
+
+    The machine's process is one of them, with the id `main`. Its output is in the console's log.
+    """
 
 
 class CommandAttachRequest(OneCommandRequest[ExecSession], StreamRequest[ExecSession], frozen=True, kw_only=True):

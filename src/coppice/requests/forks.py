@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from coppice.addresses import check_egress, check_publish, check_publish_many
+from coppice.addresses import check_egress, check_notify, check_publish, check_publish_many
 from coppice.model import Egress, ForkReport, Limits, Publish, State
 from coppice.names import (
     check_children,
@@ -19,7 +19,7 @@ from coppice.names import (
     check_tags,
     check_target,
 )
-from coppice.requests.base import SECRET, InstanceKey, Request, Tags
+from coppice.requests.base import SECRET, InstanceKey, Notify, Request, Tags
 from coppice.requests.machines import InstanceRequest
 from coppice.requests.supervision import (
     AutoStandbyS,
@@ -84,6 +84,7 @@ class FanOut(Request[ForkReport], frozen=True, kw_only=True):
     payloads: Annotated[
         Sequence[bytes], Meta(description="A payload for each fork, instead of one for all.", extra=SECRET)
     ] = ()
+    notify: Notify = None
     ttl_s: TtlS = None
     expires_at: ExpiresAt = None
     on_expiry: OnExpiryOption = None
@@ -101,6 +102,7 @@ class FanOut(Request[ForkReport], frozen=True, kw_only=True):
         check_tags(self.tags)
         check_egress(self.egress)
         check_limits(self.limits)
+        check_notify(self.notify)
         check_policies(self)
 
     @property
@@ -120,7 +122,8 @@ class ForkRequest(FanOut, frozen=True, kw_only=True):
 
     A fork of captured memory shares the source's mem-file by hard link. It is Running when its
     agent has confirmed its new identity. A fork that fails is undone and does not affect the
-    others. A fork fails if its on-fork hook fails or takes longer than 30 s.
+    others. A fork fails if its on-fork hook fails or takes longer than 30 s, and so with the process
+    that `notify` names.
 
     :raises IllegalTransition: the source's state does not allow a fork
     :raises InUse: the source writes to a volume, and the policy is `refuse`

@@ -226,6 +226,26 @@ class WaitRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
         check_timeout(self.deadline_s)
 
 
+class WaitProcessRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
+    """Wait until the machine's process has ended, or the machine has.
+
+    The record has the end of the process as `process_end`. It has none if the machine ended first:
+    then see its `ending`. A machine that has ended already is returned at once.
+
+    :raises IllegalTransition: the machine was put into standby, so its process goes on later
+    :raises GuestTimeout: the process still runs at the deadline
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("deadline_s",)
+
+    deadline_s: Annotated[float | None, Meta(description="How many seconds to wait at most.")] = None
+
+    def check(self) -> None:
+        """Also check the deadline."""
+        super().check()
+        check_timeout(self.deadline_s)
+
+
 class ReadyRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
     """Wait until the machine's service answers its health check. A machine is Running when its
     guest has its identity; its service may need longer.

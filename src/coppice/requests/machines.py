@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from coppice.addresses import check_egress, check_publish
+from coppice.addresses import check_egress, check_notify, check_publish
 from coppice.model import GIB, MIB, Egress, EgressReport, Instance, Limits, Publish, VolumeMount
 from coppice.model.inspection import StandbyReport
 from coppice.names import (
@@ -22,7 +22,7 @@ from coppice.names import (
     check_reference,
     check_tags,
 )
-from coppice.requests.base import SECRET, Certificates, InstanceKey, R, Request, Tags
+from coppice.requests.base import SECRET, Certificates, InstanceKey, Notify, R, Request, Tags
 from coppice.requests.supervision import (
     AutoStandbyS,
     ExpiresAt,
@@ -126,6 +126,7 @@ class RunRequest(Request[Instance], frozen=True, kw_only=True):
             "in `docker.io/library/alpine`."
         ),
     ] = "missing"
+    notify: Notify = None
     ttl_s: TtlS = None
     expires_at: ExpiresAt = None
     on_expiry: OnExpiryOption = None
@@ -153,6 +154,7 @@ class RunRequest(Request[Instance], frozen=True, kw_only=True):
         check_limits(self.limits)
         certificates_in(self.certificates)
         check_guest_proxy(self.proxy)
+        check_notify(self.notify)
         check_policies(self)
 
 
@@ -220,6 +222,12 @@ class PromoteRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
             "forks are kept."
         ),
     ] = None
+    notify: Notify = None
+
+    def check(self) -> None:
+        """Also check the endpoint."""
+        super().check()
+        check_notify(self.notify)
 
 
 class DemoteRequest(InstanceRequest[Instance], frozen=True, kw_only=True):

@@ -37,8 +37,8 @@ HealthCheckOption = Annotated[
 AutoStandbyS = Annotated[
     float | None,
     Meta(
-        description="Put the machine into standby after so many seconds without a session or a connection to a "
-        "published TCP port, and wake it at the next connection; 0: never. Default: never; a fork: its source's."
+        description="Put the machine into standby after so many seconds without a session, a running command or a "
+        "connection to a published TCP port, and wake it at the next connection; 0: never. Default: never; a fork: its source's."
     ),
 ]
 

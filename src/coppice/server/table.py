@@ -12,7 +12,7 @@ _ABSTRACT: Final = {Request, StreamRequest, requests.FanOut}
 _READ: Final = frozenset(
     {
         *("get", "ls", "inspect", "stats", "tree", "unloadable", "health", "logs", "stat", "wait", "events"),
-        *("command_ls", "command_wait"),
+        *("command_ls", "command_wait", "wait_process"),
         *("image_ls", "image_inspect", "snapshot_ls", "snapshot_inspect", "volume_ls", "volume_inspect", "kernel_ls"),
     }
 )
@@ -37,7 +37,7 @@ CALLS: Final = {
 `open_import`."""
 
 
-WAITS: Final = frozenset({"wait", "command_wait"})
+WAITS: Final = frozenset({"wait", "wait_process", "command_wait"})
 """Those that may take long although they change nothing."""
 
 

@@ -16,17 +16,16 @@ from pathlib import Path
 
 from coppice.errors import CoppiceError, UsageError
 from coppice.linux.cgroups import pid_max, read_limits
-from coppice.model import GIB, MIB, Budgets, BudgetUse
+from coppice.model import GIB, Budgets, BudgetUse
 from coppice.names import parse_size
+from coppice.state.load import Load
 from coppice.state.settings import BUDGET_VARIABLES, config_file, read_table
-from coppice.state.store import Load
 
 _OVERCOMMIT = 16.0  # a fork of a warm 512 MiB guest has a few MiB of its own; this allows 32
 _MEMORY_SHARE = 0.9
 _DISK_SHARE = 0.05
 _MOST_DISK_FLOOR = 1 * GIB
 _TASKS_PER_VMM = 8  # threads, each of which takes a process id
-_VMM_OVERHEAD_BYTES = 32 * MIB  # private to each VMM, never shared
 
 
 def load_budgets(home: Path, disk: Path | None = None, environ: Mapping[str, str] = os.environ) -> Budgets:
@@ -68,9 +67,12 @@ def default_budgets(directory: Path) -> Budgets:
     )
 
 
-def worst_case(budgets: Budgets, machines: int, ram_bytes: int) -> int:
-    """Return the bytes of memory to reserve for machines with `ram_bytes` of RAM in total."""
-    return int(ram_bytes / budgets.memory_overcommit) + machines * _VMM_OVERHEAD_BYTES
+def worst_case(budgets: Budgets, ram_bytes: int, vmm_bytes: int) -> int:
+    """Return the bytes of memory to reserve for machines with so much RAM in total, and their VMMs.
+
+    Forks share most of their RAM, and nothing of their VMMs.
+    """
+    return int(ram_bytes / budgets.memory_overcommit) + vmm_bytes
 
 
 def use_of(budgets: Budgets, load: Load, disk_free_bytes: int) -> BudgetUse:
@@ -79,7 +81,7 @@ def use_of(budgets: Budgets, load: Load, disk_free_bytes: int) -> BudgetUse:
         instances=load.instances,
         max_instances=budgets.max_instances,
         running=load.running,
-        memory_bytes=worst_case(budgets, load.running, load.ram_bytes),
+        memory_bytes=worst_case(budgets, load.ram_bytes, load.vmm_bytes),
         memory_limit_bytes=budgets.memory_bytes,
         memory_overcommit=budgets.memory_overcommit,
         disk_free_bytes=disk_free_bytes,

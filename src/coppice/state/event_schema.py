@@ -42,6 +42,31 @@ _CHANGES = (
 )
 
 
+# The search for the text spares most changes of records the three extractions.
+_EXITED = """
+CREATE TRIGGER events_exited AFTER UPDATE OF record ON instances
+WHEN instr(CAST(NEW.record AS TEXT), '"process_end":{')
+    AND json_extract(CAST(NEW.record AS TEXT), '$.stem_of') IS NULL
+    AND json_extract(CAST(NEW.record AS TEXT), '$.process_end') IS NOT NULL
+    AND json_extract(CAST(NEW.record AS TEXT), '$.process_end')
+        IS NOT json_extract(CAST(OLD.record AS TEXT), '$.process_end')
+BEGIN
+    INSERT INTO events (at, kind, instance, name, owner, state, parent, detail)
+    VALUES (
+        (julianday('now') - 2440587.5) * 86400.0, 'exited', NEW.id, NEW.name,
+        json_extract(CAST(NEW.record AS TEXT), '$.owner'), NEW.state, NEW.parent,
+        'status ' || json_extract(CAST(NEW.record AS TEXT), '$.process_end.exit_code')
+            || coalesce(' (signal ' || json_extract(CAST(NEW.record AS TEXT), '$.process_end.signal') || ')', '')
+    );
+END
+"""
+
+
+def add_process_ends(connection: sqlite3.Connection) -> None:
+    """Make the trigger for the ends of machines' processes."""
+    connection.execute(_EXITED)
+
+
 def add_events(connection: sqlite3.Connection) -> None:
     """Make the table and its triggers."""
     connection.execute(_TABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +64,15 @@ class Layout:
     def overlays(self) -> Path:
         return self.home / "overlays"
 
-    @property
+    @functools.cached_property
     def instances(self) -> Path:
         return self.home / "instances"
 
-    @property
+    @functools.cached_property
     def snapshots(self) -> Path:
         return self.home / "snapshots"
 
-    @property
+    @functools.cached_property
     def volumes(self) -> Path:
         return self.home / "volumes"
 
@@ -80,27 +81,21 @@ class Layout:
         """Files that clients of a server send for a request, while it uses them."""
         return self.home / "uploads"
 
-    @property
+    @functools.cached_property
     def locks(self) -> Path:
         return self.home / "locks"
 
     def instance(self, instance_id: str) -> Path:
         """Return the directory of one instance."""
-        if not is_id(instance_id):
-            raise ValueError(f"not an id: {instance_id!r}")
-        return self.instances / instance_id
+        return _of_id(self.instances, instance_id)
 
     def snapshot(self, snapshot_id: str) -> Path:
         """Return the directory of one snapshot."""
-        if not is_id(snapshot_id):
-            raise ValueError(f"not an id: {snapshot_id!r}")
-        return self.snapshots / snapshot_id
+        return _of_id(self.snapshots, snapshot_id)
 
     def volume(self, volume_id: str) -> Path:
         """Return the directory of one volume."""
-        if not is_id(volume_id):
-            raise ValueError(f"not an id: {volume_id!r}")
-        return self.volumes / volume_id
+        return _of_id(self.volumes, volume_id)
 
     def volume_disk(self, volume_id: str) -> Path:
         """Return the disk file of one volume, to which instances have hard links."""
@@ -111,9 +106,7 @@ class Layout:
 
         It is outside the directory that is made and removed under the lock.
         """
-        if not is_id(instance_id):
-            raise ValueError(f"not an id: {instance_id!r}")
-        return self.locks / f"{instance_id}.lock"
+        return _of_id(self.locks, instance_id, ".lock")
 
     def create(self) -> None:
         """Make the directories, accessible to the owner only. Idempotent.
@@ -141,6 +134,13 @@ class Layout:
                 f"cannot use the data directory {self.home}: {error.strerror}",
                 hint="set COPPICE_HOME to a writable directory",
             ) from error
+
+
+@functools.lru_cache(maxsize=1024)  # each operation needs the same paths again and again
+def _of_id(directory: Path, object_id: str, suffix: str = "") -> Path:
+    if not is_id(object_id):
+        raise ValueError(f"not an id: {object_id!r}")
+    return directory / f"{object_id}{suffix}"
 
 
 def _make(path: Path) -> None:

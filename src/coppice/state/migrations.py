@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from coppice.state import users
-from coppice.state.event_schema import add_events
+from coppice.state.event_schema import add_events, add_process_ends
 from coppice.state.supervision_schema import add_supervision
 from coppice.state.takeover import take_over_images
 
@@ -129,4 +129,6 @@ MIGRATIONS: tuple[Migration, ...] = (
     add_supervision,
     _keep,  # instances and snapshots gain the layers of their disks
     _keep,  # disks of volumes may be private clones
+    _keep,  # instances gain the memory that their VMMs may take
+    add_process_ends,  # records of instances also gain the end of their process, and its endpoint for notices
 )

@@ -24,6 +24,7 @@ from coppice.state.database import Database
 from coppice.state.events import EventLog
 from coppice.state.images import ImageRecords
 from coppice.state.journal import COMMITS, JournalEntry, JournalOperation
+from coppice.state.load import Load, read_load
 from coppice.state.snapshots import SnapshotStore
 from coppice.state.supervised import Supervised
 from coppice.state.volumes import SHOWN_NAME, VolumeStore, require_attachable
@@ -32,31 +33,11 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Instance).decode
 
 
-class Load(Record, frozen=True, kw_only=True):
-    """Counts of the recorded instances."""
-
-    instances: int
-    running: int  # with a VMM, or being made or started
-    ram_bytes: int  # of the running ones
-
-
 class Census(Record, frozen=True, kw_only=True):
     """How many instances are in each state, and the process ids of their VMMs."""
 
     states: dict[str, int]
     pids: tuple[int, ...]
-
-
-_AT_REST = (State.STOPPED, State.STANDBY, State.TEMPLATE)
-_RUNS = ", ".join(f"'{state}'" for state in State if state not in _AT_REST)
-_STARTING = ", ".join(f"'{operation}'" for operation in (JournalOperation.START, JournalOperation.RESTORE))
-# A new record counts as running: most will run, and too high an estimate is safer than too low.
-LOAD = f"""
-    SELECT (SELECT count(*) FROM instances), count(*),
-           coalesce(sum(json_extract(CAST(record AS TEXT), '$.machine.memory_bytes')), 0)
-    FROM instances
-    WHERE state IN ({_RUNS}) OR id IN (SELECT instance FROM journal WHERE operation IN ({_STARTING}))
-"""  # noqa: S608 - constants
 
 
 _JOURNAL = "SELECT instance, operation, owner_pid, owner_ticks, started_at FROM journal"
@@ -152,8 +133,7 @@ class Store(QuickCalls):
     def load(self) -> Load:
         """Count recorded and running instances, as seen by the current transaction."""
         with self._db.read() as connection:
-            instances, running, ram_bytes = connection.execute(LOAD).fetchone()
-        return Load(instances=instances, running=running, ram_bytes=ram_bytes)
+            return read_load(connection)
 
     def census(self) -> Census:
         """Count the instances by state. Cheap: it decodes no record."""
@@ -264,16 +244,13 @@ class Store(QuickCalls):
         :raises NotFound: the instance is gone
         """
         with self._db.write(durable=durable) as connection:
-            cursor = connection.execute(
-                "UPDATE instances SET state = ?, record = ? WHERE id = ?",  # its name and parent never change
-                (instance.state, _encode(instance), instance.id),
-            )
-            if cursor.rowcount == 0:
-                raise NotFound(
-                    f"the instance {instance.name!r} is gone", hint="another process removed it: see `coppice ls`"
-                )
-            if done:
-                connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))
+            if not _update(connection, instance, done=done):
+                raise gone(instance)
+
+    def save_all(self, instances: Iterable[Instance], *, done: bool = False) -> set[str]:
+        """Do as `save` does, for several in one transaction; return the ids of those that are gone."""
+        with self._db.write() as connection:
+            return {each.id for each in instances if not _update(connection, each, done=done)}
 
     def record_sha256(self, instance_id: str, inode: int, sha256: str) -> bool:
         """Record the hash of a file of an instance's memory; return whether it was recorded.
@@ -416,6 +393,22 @@ def _entry(row: Sequence[Any]) -> JournalEntry:
         owner_ticks=ticks,
         started_at=started_at,
     )
+
+
+def _update(connection: sqlite3.Connection, instance: Instance, *, done: bool) -> bool:
+    """Write a changed record, and end its operation if that is done; return whether the instance exists."""
+    cursor = connection.execute(
+        "UPDATE instances SET state = ?, record = ? WHERE id = ?",  # its name and parent never change
+        (instance.state, _encode(instance), instance.id),
+    )
+    if done and cursor.rowcount:
+        connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))
+    return cursor.rowcount > 0
+
+
+def gone(instance: Instance) -> NotFound:
+    """Return the error for an instance that another process has removed."""
+    return NotFound(f"the instance {instance.name!r} is gone", hint="another process removed it: see `coppice ls`")
 
 
 def _taken(name: str) -> NameTaken:

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from coppice.completion import QuickCalls
-from coppice.model import Observed, Record
+from coppice.model import Observed, Record, State
 from coppice.model.events import Kind
 from coppice.state.database import Database
 
@@ -24,6 +24,7 @@ class Changes(Record, frozen=True, kw_only=True):
     lost: bool  # older events are no longer kept: look at all instances
     supervised: frozenset[str]  # ids of those with policies
     others: frozenset[str]  # ids of those without, and of removed ones
+    running: frozenset[str]  # ids of those that are Running now
 
 
 class Supervised(QuickCalls):
@@ -37,6 +38,12 @@ class Supervised(QuickCalls):
         with self._db.read() as connection:
             return {row[0] for row in connection.execute("SELECT id FROM instances WHERE supervised").fetchall()}
 
+    def running(self) -> set[str]:
+        """Return the ids of all Running instances."""
+        with self._db.read() as connection:
+            rows = connection.execute("SELECT id FROM instances WHERE state = ?", (State.RUNNING,)).fetchall()
+        return {row[0] for row in rows}
+
     def expired(self, now: float) -> list[str]:
         """Return the ids of the instances whose lifetime is over, the earliest first."""
         with self._db.read() as connection:
@@ -49,15 +56,16 @@ class Supervised(QuickCalls):
         """Return the instances that changed after an event, at most a page of events."""
         with self._db.read() as connection:
             rows = connection.execute(
-                "SELECT events.id, events.instance, coalesce(instances.supervised, 0) FROM events "
+                "SELECT events.id, events.instance, coalesce(instances.supervised, 0), instances.state FROM events "
                 "LEFT JOIN instances ON instances.id = events.instance WHERE events.id > ? ORDER BY events.id LIMIT ?",
                 (after, _PAGE),
             ).fetchall()
         return Changes(
             last=rows[-1][0] if rows else after,
             lost=bool(rows) and rows[0][0] > after + 1,
-            supervised=frozenset(instance for _, instance, supervised in rows if supervised),
-            others=frozenset(instance for _, instance, supervised in rows if not supervised),
+            supervised=frozenset(instance for _, instance, supervised, _ in rows if supervised),
+            others=frozenset(instance for _, instance, supervised, _ in rows if not supervised),
+            running=frozenset(instance for _, instance, _, state in rows if state == State.RUNNING),
         )
 
     def observed(self) -> dict[str, Observed]:

@@ -47,16 +47,17 @@ def rights(launch: Launch, program: str) -> Rights:
             launch.machine.memory_bytes, *(disk.largest_bytes for disk in launch.disks if not disk.readonly)
         ),
         most_files=_MOST_FILES,
-        readable=_readable(program, launch.directory),
+        readable=_readable(program, launch.directory.parent),
         writable=(".", *_DEVICES),
     )
 
 
-def _readable(program: str, directory: Path) -> tuple[str, ...]:
-    """Return the paths that a VMM may read, without trees that have instances in them."""
+@functools.lru_cache(maxsize=16)
+def _readable(program: str, instances: Path) -> tuple[str, ...]:
+    """Return the paths that a VMM may read, without trees that have the directory of instances in them."""
     executable = Path(program).resolve()
     beside = executable.parent.parent if executable.parent.name == "bin" else executable
-    own = directory.resolve()
+    own = instances.resolve()
     trees = [path for path in (*_PROGRAMS, str(beside)) if not own.is_relative_to(_resolved(path))]
     return (*dict.fromkeys((*trees, program, str(executable), *_TABLES)),)
 
@@ -75,12 +76,18 @@ def own_user(own: int | None) -> int | None:
     """
     if os.geteuid() != 0:
         return None
-    if not may_trace_any():
+    if not _traces():
         raise HostCannot(
             "root has no CAP_SYS_PTRACE here, and could not inspect a VMM that has dropped root",
             hint="add the capability to the container: `docker run --cap-add SYS_PTRACE`",
         )
     return NOBODY if own is None or _mapped_ids() < _IDS else own
+
+
+@functools.cache
+def _traces() -> bool:
+    """Return whether this process may inspect those of other users. No process gains a capability later."""
+    return may_trace_any()
 
 
 @functools.cache

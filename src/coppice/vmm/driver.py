@@ -130,6 +130,15 @@ class VmmDriver(ABC):
         """What this driver can do on this host."""
 
     @abstractmethod
+    def vmm_bytes(self, machine: MachineSpec) -> int:
+        """Return the most memory that the VMM of such a machine takes for itself, besides the guest's RAM.
+
+        It is counted for the budget of memory.
+
+        :raises HostCannot: this host lacks the requested accelerator
+        """
+
+    @abstractmethod
     async def manifest(self, machine: MachineSpec) -> Manifest:
         """Return what a host needs to restore a capture of this machine made now on this host.
 

@@ -28,7 +28,7 @@ def find(name: str, variable: str, hint: str, environ: Mapping[str, str] = os.en
         not find its VMMs
     """
     chosen = environ.get(variable)
-    path = shutil.which(chosen or name, path=environ.get("PATH"))
+    path = _which(chosen or name, environ.get("PATH"))
     if path is None and chosen:
         raise MissingTool(f"{variable} is {chosen}, which is not an executable file", hint=f"run `unset {variable}`")
     if path is None:
@@ -39,6 +39,20 @@ def find(name: str, variable: str, hint: str, environ: Mapping[str, str] = os.en
             hint=f"set {variable} to a file of that name, for example to a copy",
         )
     return str(Path(path).absolute())
+
+
+_found: dict[tuple[str, str | None], str] = {}
+
+
+def _which(name: str, search: str | None) -> str | None:
+    """Do as `shutil.which` does, and remember what it found as long as that can be executed: each fork asks."""
+    path = _found.get((name, search))
+    if path is None or not os.access(path, os.X_OK):
+        path = shutil.which(name, path=search)
+        if path is None:
+            return None
+        _found[name, search] = path
+    return path
 
 
 async def version(path: str, pattern: str) -> str:

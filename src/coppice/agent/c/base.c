@@ -25,6 +25,13 @@ int64_t now_ms(void)
     return now_us() / 1000;
 }
 
+uint64_t clock_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 int64_t deadline_in(uint64_t ms)
 {
     return now_ms() + (int64_t)(ms < INT64_MAX / 2 ? ms : INT64_MAX / 2);

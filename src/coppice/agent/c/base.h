@@ -11,6 +11,7 @@
 
 int64_t now_ms(void); /* CLOCK_MONOTONIC */
 int64_t now_us(void);
+uint64_t clock_now(void); /* CLOCK_REALTIME, in nanoseconds */
 int64_t deadline_in(uint64_t ms); /* in now_ms() time; a delay of any length */
 void pause_ms(int ms);
 void shut(int *fd); /* close it unless it is -1, which it is then */

@@ -20,14 +20,8 @@ static void reap(struct machine *m)
     }
     pid_t pid;
     int status;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
-        if (pid == m->process && !m->process_ended) {
-            m->process_ended = true;
-            m->process_status = exit_code_of(status);
-        } else {
-            jobs_reaped(pid, status);
-        }
-    }
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+        jobs_reaped(pid, status);
 }
 
 /* ---- requests about the machine ---- */
@@ -41,8 +35,7 @@ static void health(struct machine *m, struct reply *r)
     reply_int(r, 1, (uint64_t)up.tv_sec * 1000 + (uint64_t)up.tv_nsec / 1000000);
     reply_int(r, 2, m->serial);
     reply_text(r, 3, AGENT_VERSION);
-    reply_int(r, 4, m->process > 0 ? (uint64_t)m->process : 0);
-    reply_int(r, 5, m->process_ended ? (uint64_t)m->process_status + 1 : 0);
+    process_report(r);
     reply_int(r, 6, (uint64_t)info.loads[0] * 100 >> SI_LOAD_SHIFT);
     reply_int(r, 7, m->identified);
 }

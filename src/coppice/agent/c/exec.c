@@ -17,9 +17,8 @@
 #include <unistd.h>
 
 #define KEPT_MAX (64u << 20)
-#define LISTED_ARGV 1024 /* bytes of arguments in a list */
 
-enum { WITH_TTY = 1, WITH_STDIN = 2, DETACHED = 4, TIMED_OUT = 1, OUT_OF_MEMORY = 2, WITHOUT_OUTPUT = 1, WITH_INPUT = 2 };
+enum { WITH_TTY = 1, WITH_STDIN = 2, TIMED_OUT = 1, OUT_OF_MEMORY = 2, WITHOUT_OUTPUT = 1, WITH_INPUT = 2 };
 
 struct request {
     const char *id;
@@ -30,13 +29,6 @@ struct request {
     struct strings defaults;
     char who[300];
 };
-
-static uint64_t wall_clock(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* ---- the request ---- */
 
@@ -71,7 +63,7 @@ static int read_request(struct request *r, const struct frame *f, const struct i
     }
     if (!fits || t.bad || r->argv.count == 0 || !r->id || !is_id(r->id) || r->kept > KEPT_MAX)
         return EINVAL;
-    return job_find(r->id) ? EEXIST : 0;
+    return job_find(r->id) || strcmp(r->id, PROCESS_ID) == 0 ? EEXIST : 0;
 }
 
 /* ---- starting ---- */
@@ -156,22 +148,6 @@ static int start(struct request *r, struct job *j, const struct image *image, co
     return error;
 }
 
-/* What LIST says of a command from its beginning to its end. */
-static struct payload *describe(const struct request *r, const struct job *j)
-{
-    struct reply about = {0};
-    reply_text(&about, 1, j->id);
-    reply_int(&about, 2, (uint64_t)j->pid);
-    reply_int(&about, 3, r->flags);
-    reply_int(&about, 4, wall_clock());
-    reply_text(&about, 5, r->user ? r->user : "");
-    for (size_t i = 0; i < r->argv.count && about.size < LISTED_ARGV; i++) {
-        size_t size = strlen(r->argv.items[i]);
-        reply_bytes(&about, 10, r->argv.items[i], size < LISTED_ARGV ? size : LISTED_ARGV);
-    }
-    return payload_of(&about);
-}
-
 static void started(struct stream *s)
 {
     const struct job *j = s->job;
@@ -191,7 +167,7 @@ void exec_run(struct wire *w, const struct frame *f, const struct image *image)
     struct stream *s = j ? job_stream(j, w, f->stream) : NULL;
     if (!error)
         error = s ? start(&r, j, image, &failed) : EAGAIN;
-    if (!error && !(j->about = (strcpy(j->id, r.id), describe(&r, j))))
+    if (!error && !job_describe(j, r.id, r.flags, r.user ? r.user : "", r.argv.items))
         error = ENOMEM;
     if (error) {
         if (j)
@@ -219,8 +195,12 @@ void exec_finish(struct job *j)
         group_kill(j, SIGKILL);
     reply_int(&r, 1, (uint64_t)exit_code_of(j->status));
     reply_int(&r, 2, (j->timed_out ? TIMED_OUT : 0) | (group_was_short(j) ? OUT_OF_MEMORY : 0));
-    j->ended_ns = wall_clock();
+    reply_int(&r, 3, WIFSIGNALED(j->status) ? (uint64_t)WTERMSIG(j->status) : 0);
+    j->ended_ns = clock_now();
     job_finish(j, EXIT, &r);
+    if (j->lasting)
+        say(WIFSIGNALED(j->status) ? "the machine's process was ended by signal %d" : "the machine's process exited with status %d",
+            WIFSIGNALED(j->status) ? WTERMSIG(j->status) : WEXITSTATUS(j->status));
 }
 
 /* ---- later ---- */
@@ -298,6 +278,6 @@ void exec_forget(const struct frame *f)
     uint64_t ignored = 0;
     const char *id = id_of(f, &ignored, &ignored);
     struct job *j = id ? job_find(id) : NULL;
-    if (j && j->final && !j->streams)
+    if (j && j->final && !j->streams && !j->lasting)
         job_free(j);
 }

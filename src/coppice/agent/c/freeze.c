@@ -26,13 +26,6 @@ int thaw(struct machine *m)
     return m->overlay >= 0 && ioctl(m->overlay, FITHAW, 0) < 0 && errno != EINVAL ? errno : 0; /* EINVAL: not frozen */
 }
 
-uint64_t clock_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    return (uint64_t)t.tv_sec * NS_PER_S + (uint64_t)t.tv_nsec;
-}
-
 int clock_set(uint64_t ns)
 {
     struct timespec t = {.tv_sec = (time_t)(ns / NS_PER_S), .tv_nsec = (long)(ns % NS_PER_S)};

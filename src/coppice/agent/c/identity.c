@@ -328,26 +328,15 @@ static int start_process(struct machine *m, struct identity *i, const struct acc
 {
     if (fchown(STDERR_FILENO, account->uid, (gid_t)-1) < 0) /* for a process that reopens /dev/stdout */
         say("the console keeps its owner: %s", strerror(errno));
-    int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    struct spawn s = {
-        .argv = i->argv.items, .env = i->env.items, .cwd = *m->image.cwd ? m->image.cwd : "/", .account = account,
-        .in = null, .out = STDERR_FILENO, .err = STDERR_FILENO,
-    };
-    pid_t pid = spawn(&s);
-    close(null);
-    if (pid < 0)
-        return explain(i, s.failed, s.error);
-    m->process = pid;
-    m->process_ended = false;
-    return 0;
+    struct spawn s = {.argv = i->argv.items, .env = i->env.items, .cwd = *m->image.cwd ? m->image.cwd : "/", .account = account};
+    int error = process_start(&s, m->image.user);
+    return error && s.failed ? explain(i, s.failed, error) : error;
 }
 
 static int step_process(struct machine *m, struct identity *i)
 {
     if (!(i->flags & START_PROCESS) || i->argv.count == 0)
         return NOTHING_TO_DO;
-    if (m->process > 0 && !m->process_ended)
-        return EBUSY;
     struct account account;
     struct strings defaults = {0};
     int error = account_find(m->image.user, &account);
@@ -417,6 +406,8 @@ int identity(struct machine *m, const struct frame *f, struct reply *r)
     if (error)
         reply_error(r, error, "%s: %s", failed, i.said[0] ? i.said : strerror(error));
     else
+        process_report(r);
+    if (!error)
         reply_int(r, 3, clock_now()); /* last, since the host measures the clock's delay by it */
     return error;
 }

@@ -147,7 +147,7 @@ static void forget(void)
     size_t count = 0, bytes = 0;
     for (struct job *j = job_first(), *next; j; j = next) {
         next = j->next;
-        bool over = j->final && !j->streams;
+        bool over = j->final && !j->streams && !j->lasting;
         if (over && (j->kind != COMMAND || j->forgotten)) {
             job_free(j);
         } else if (over) {
@@ -158,7 +158,7 @@ static void forget(void)
     while (count > FINISHED_MAX || (bytes > FINISHED_BYTES && count > 1)) {
         struct job *oldest = NULL;
         for (struct job *j = job_first(); j; j = j->next) {
-            if (j->final && !j->streams && (!oldest || j->ended_ns < oldest->ended_ns))
+            if (j->final && !j->streams && !j->lasting && (!oldest || j->ended_ns < oldest->ended_ns))
                 oldest = j;
         }
         count--;
@@ -218,8 +218,8 @@ void jobs_poll(struct polls *p)
         j->slot = p->count;
         if (j->in < 0 && j->out < 0 && j->err < 0)
             continue;
-        polls_add(p, j->start < j->end ? j->in : -1, POLLOUT);
-        polls_add(p, wanted ? j->out : -1, POLLIN);
+        polls_add(p, j->dialed || j->start < j->end ? j->in : -1, POLLOUT);
+        polls_add(p, wanted && !j->dialed ? j->out : -1, POLLIN);
         polls_add(p, wanted ? j->err : -1, POLLIN);
     }
 }
@@ -229,6 +229,8 @@ void jobs_ready(const struct polls *p)
     for (struct job *j = job_first(); j; j = j->next) {
         if (j->slot + 3 > p->count || (j->in < 0 && j->out < 0 && j->err < 0))
             continue;
+        if (j->dialed && p->fds[j->slot].revents)
+            socket_connected(j);
         if (p->fds[j->slot + 1].revents)
             collect(j, &j->out, j->kind == COMMAND ? STDOUT : DATA);
         if (p->fds[j->slot + 2].revents && j->kind == HELPER)

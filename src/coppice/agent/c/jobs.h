@@ -10,6 +10,8 @@
 #define KEPT_SIZE 262144     /* default bytes of output that a command keeps */
 #define ID_SIZE 65           /* of a command, with its end */
 #define JOBS_MAX 1024
+#define DETACHED 4 /* flag of EXEC */
+#define PROCESS_ID "main"    /* id of the machine's process, as a command */
 
 enum job_kind {
     COMMAND,    /* EXEC: it goes on without a stream */
@@ -50,6 +52,7 @@ struct job {
     int terminal;     /* open to the end: closing it would hang up a command that has closed its side and is about to end */
     bool exited, ending;
     bool forgotten; /* nobody will ask for its end */
+    bool lasting;   /* it is never forgotten: the machine's process */
     int status, error;
     int64_t quiet_at, timeout_at, kill_at; /* 0: never */
     size_t slot;                           /* of its three descriptors among those that are polled */
@@ -62,6 +65,7 @@ struct job {
     uint8_t *input;
     size_t start, end;
     uint32_t window, owed;
+    uint16_t dialed;        /* the port of a connection that is not made; 0: it is made */
     bool in_eof, end_given; /* the host's input has ended; the end was passed on to the command */
     bool fed;               /* the command has got input; `last_byte` was its end */
     uint8_t last_byte;
@@ -83,6 +87,7 @@ void job_free(struct job *j);
 void job_finish(struct job *j, uint8_t final, const struct reply *last);
 void job_end(struct job *j, int signal); /* this signal to all of its processes, SIGKILL soon after */
 struct job *job_find(const char *id);    /* a command */
+bool job_describe(struct job *j, const char *id, uint64_t flags, const char *user, char **argv); /* for LIST; false: no memory */
 struct job *job_first(void);
 void jobs_rotate(void);
 void stream_open(struct stream *s, const struct reply *started); /* STARTED is sent before all else */
@@ -148,6 +153,7 @@ void exec_list(struct wire *w, const struct frame *f);
 void exec_forget(const struct frame *f);
 void exec_finish(struct job *j);
 void socket_connect(struct wire *w, const struct frame *f);
+void socket_connected(struct job *j); /* or refused */
 bool request_start(struct wire *w, const struct frame *f); /* false: no helper does this */
 
 #endif

@@ -20,9 +20,6 @@ struct machine {
     bool identified; /* all steps of the identity with this serial succeeded */
     char *mounted[VOLUMES_MAX]; /* paths of volumes, in the order in which they were mounted */
     size_t mounted_count;
-    pid_t process; /* the image's */
-    bool process_ended;
-    int process_status;
 };
 
 void serve(struct machine *m) __attribute__((noreturn));
@@ -31,7 +28,6 @@ void serve(struct machine *m) __attribute__((noreturn));
 
 int freeze(struct machine *m, uint64_t timeout_ms);
 int thaw(struct machine *m);
-uint64_t clock_now(void); /* CLOCK_REALTIME, in nanoseconds */
 int clock_set(uint64_t ns);
 
 /* ---- identity.c, power.c ---- */

@@ -51,6 +51,12 @@ int pidfd_of(pid_t pid);
 extern rlim_t spawn_files; /* soft limit on the descriptors of a process; 0: the agent's own */
 int exit_code_of(int status); /* 128+n for signal n */
 
+/* ---- process.c: the machine's process, the image's, as the command PROCESS_ID ---- */
+
+struct reply;
+int process_start(struct spawn *s, const char *user); /* with its output on the console; 0 or an errno, with `s->failed` if a step has a name */
+void process_report(struct reply *r);                 /* its pid, and its end if it has ended */
+
 /* ---- program.c ---- */
 
 /* Run a program as root. 0 or an errno; then `said` has what failed, with the end of its output. */

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define KILL_AFTER_MS 500 /* from the first signal to SIGKILL */
+#define LISTED_ARGV 1024  /* bytes of a command's arguments in a list */
 #define HELPER_MS 10000   /* the same for a helper, which has temporary files to remove */
 
 static struct job *jobs; /* in the order in which they began */
@@ -87,6 +88,23 @@ void job_free(struct job *j)
     free(j->last);
     free(j->about);
     free(j);
+}
+
+bool job_describe(struct job *j, const char *id, uint64_t flags, const char *user, char **argv)
+{
+    struct reply about = {0};
+    strcpy(j->id, id);
+    reply_text(&about, 1, id);
+    reply_int(&about, 2, (uint64_t)j->pid);
+    reply_int(&about, 3, flags);
+    reply_int(&about, 4, clock_now());
+    reply_text(&about, 5, user);
+    for (; *argv && about.size < LISTED_ARGV; argv++) {
+        size_t size = strlen(*argv);
+        reply_bytes(&about, 10, *argv, size < LISTED_ARGV ? size : LISTED_ARGV);
+    }
+    j->about = payload_of(&about);
+    return j->about;
 }
 
 struct payload *payload_of(const struct reply *r)

@@ -91,7 +91,11 @@ class AsyncCommands(Bound):
         )
 
     async def ls(self) -> list[GuestCommand]:
-        """Return the commands that run in the guest and the latest 64 that have ended, oldest first."""
+        """Return the commands that run in the guest and the latest 64 that have ended, oldest first.
+
+        The machine's process is one of them, with the id `main`. Its output is in the console's
+        log.
+        """
         return await self._backend.call(CommandLsRequest(instance=self._machine_id))
 
     def attach(self, command: str, offset: int = 0, *, stdin: bool = False) -> AbstractAsyncContextManager[ExecSession]:

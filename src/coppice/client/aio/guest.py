@@ -31,6 +31,7 @@ from coppice.requests import (
     ReadFileRequest,
     ReadyRequest,
     StatRequest,
+    WaitProcessRequest,
     WaitRequest,
     WriteFileRequest,
 )
@@ -235,6 +236,18 @@ class MachineGuest(MachineBase):
         :raises GuestTimeout: the machine still runs at the deadline
         """
         return self._became(await self._backend.call(WaitRequest(instance=self.id, deadline_s=deadline_s)))
+
+    async def wait_process(self, deadline_s: float | None = None) -> Self:
+        """Wait until the machine's process has ended, or the machine has.
+
+        The record has the end of the process as `process_end`. It has none if the machine ended
+        first: then see its `ending`. A machine that has ended already is returned at once.
+
+        :param deadline_s: How many seconds to wait at most.
+        :raises IllegalTransition: the machine was put into standby, so its process goes on later
+        :raises GuestTimeout: the process still runs at the deadline
+        """
+        return self._became(await self._backend.call(WaitProcessRequest(instance=self.id, deadline_s=deadline_s)))
 
     async def ready(self, *, deadline_s: float = 60.0) -> Self:
         """Wait until the machine's service answers its health check. A machine is Running when its

@@ -102,15 +102,20 @@ class MachineLifecycle(MachineBase):
         self._became(report.instance)
         return report.capture
 
-    async def promote(self, *, public: bool | None = None) -> Self:
+    async def promote(self, *, public: bool | None = None, notify: int | str | None = None) -> Self:
         """Make a Standby instance a Template, which can only be forked. `demote` reverses it.
 
         A Template stays a Template.
 
         :param public: True: other owners may also fork it, and so share its memory. False: they may
             not; existing forks are kept.
+        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
+            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
+            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
+            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
+            as their source.
         """
-        return self._became(await self._backend.call(PromoteRequest(instance=self.id, public=public)))
+        return self._became(await self._backend.call(PromoteRequest(instance=self.id, public=public, notify=notify)))
 
     async def demote(self) -> Self:
         """Make a Template a Standby instance again.
@@ -154,9 +159,9 @@ class MachineLifecycle(MachineBase):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :raises Expired: the instance has expired already
         """
         return self._became(
@@ -197,6 +202,7 @@ class MachineLifecycle(MachineBase):
         measure: bool = False,
         payload: bytes | None = None,
         payloads: Sequence[bytes] = (),
+        notify: int | str | None = None,
         ttl_s: float | None = None,
         expires_at: float | None = None,
         on_expiry: Literal["remove", "standby", "stop"] | None = None,
@@ -212,7 +218,8 @@ class MachineLifecycle(MachineBase):
 
         A fork of captured memory shares the source's mem-file by hard link. It is Running when its
         agent has confirmed its new identity. A fork that fails is undone and does not affect the
-        others. A fork fails if its on-fork hook fails or takes longer than 30 s.
+        others. A fork fails if its on-fork hook fails or takes longer than 30 s, and so with the
+        process that `notify` names.
 
         :param count: How many forks to grow, in parallel.
         :param names: One name per fork, or one name that gets numbered. Default: generated.
@@ -231,6 +238,11 @@ class MachineLifecycle(MachineBase):
         :param payload: At most 1 MiB, written to /run/coppice/payload in each fork before the
             image's /etc/coppice/on-fork runs. It is stored nowhere else.
         :param payloads: A payload for each fork, instead of one for all.
+        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
+            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
+            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
+            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
+            as their source.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead
@@ -241,9 +253,9 @@ class MachineLifecycle(MachineBase):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param from_running: Fork a Running instance. It is paused, and then continues; the report
             has the time.
         :param volume_policy: What happens to volumes that the source writes to. `refuse`: such a
@@ -269,6 +281,7 @@ class MachineLifecycle(MachineBase):
                 measure=measure,
                 payload=payload,
                 payloads=payloads,
+                notify=notify,
                 ttl_s=ttl_s,
                 expires_at=expires_at,
                 on_expiry=on_expiry,
@@ -293,6 +306,7 @@ class MachineLifecycle(MachineBase):
         limits: Limits | None = None,
         measure: bool = False,
         payload: bytes | None = None,
+        notify: int | str | None = None,
         ttl_s: float | None = None,
         expires_at: float | None = None,
         on_expiry: Literal["remove", "standby", "stop"] | None = None,
@@ -321,6 +335,11 @@ class MachineLifecycle(MachineBase):
         :param measure: Also report each fork's memory, as `stats` does later.
         :param payload: At most 1 MiB, written to /run/coppice/payload in each fork before the
             image's /etc/coppice/on-fork runs. It is stored nowhere else.
+        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
+            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
+            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
+            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
+            as their source.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead
@@ -331,9 +350,9 @@ class MachineLifecycle(MachineBase):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param from_running: Fork a Running instance. It is paused, and then continues; the report
             has the time.
         :param volume_policy: What happens to volumes that the source writes to. `refuse`: such a
@@ -358,6 +377,7 @@ class MachineLifecycle(MachineBase):
                 limits=limits,
                 measure=measure,
                 payload=payload,
+                notify=notify,
                 ttl_s=ttl_s,
                 expires_at=expires_at,
                 on_expiry=on_expiry,

@@ -41,15 +41,16 @@ class AsyncMachine(MachineLifecycle, MachineGuest):
         """
         return self._became(await self._backend.call(GetRequest(instance=self.id)))
 
-    async def freeze(self, *, public: bool | None = None) -> Self:
+    async def freeze(self, *, public: bool | None = None, notify: int | str | None = None) -> Self:
         """Make a Running or Standby machine a template: `standby`, then `promote`. A Template stays
         one.
 
         :param public: As for `promote`.
+        :param notify: As for `promote`.
         """
         if (await self.refresh()).state is not State.TEMPLATE:
             await self.standby()
-        return await self.promote(public=public)
+        return await self.promote(public=public, notify=notify)
 
     async def stats(self) -> MemoryReport | None:
         """Return the machine's memory as the kernel accounts it, or None if it holds no memory."""

@@ -65,7 +65,7 @@ class HostOperations(Bound):
         deadlines: Deadlines | None = None,
         budgets: Budgets | None = None,
         background: Background = "owned",
-        spares: int = 1,
+        spares: int | None = None,
         open_rooms: RoomsOpener | None = None,
         backend: Backend | None = None,
     ) -> None:
@@ -84,9 +84,10 @@ class HostOperations(Bound):
         it ends, and the next host continues it. `detached`: it continues by itself. `off`: captures
         are not hashed. config.toml and the environment can also switch it off (see
         `coppice.state.settings`).
-        `spares` is the number of VMMs that are started ahead for each template. The host starts
-        them after it has forked the template twice within half a minute, and ends them when it is
-        closed (see `coppice.fork.spare`). Each takes about 20 MiB. 0: none.
+        `spares` is the number of VMMs that are started ahead for each template. Default: as many as
+        forks of it were requested within one second lately, at most 16. The host starts them after it has
+        forked the template twice within half a minute, and ends them when it is closed (see
+        `coppice.fork.spare`). Each takes about 20 MiB. 0: none.
 
         `backend` carries out the requests instead of this machine.
 
@@ -136,6 +137,7 @@ class HostOperations(Bound):
         kernel: str | None = None,
         start: bool = True,
         pull: Literal["missing", "always", "never"] = "missing",
+        notify: int | str | None = None,
         ttl_s: float | None = None,
         expires_at: float | None = None,
         on_expiry: Literal["remove", "standby", "stop"] | None = None,
@@ -178,6 +180,11 @@ class HostOperations(Bound):
         :param start: False: do not boot the instance; it is Stopped.
         :param pull: When to pull the image. `missing`: if it is missing and its name begins with a
             registry, as in `docker.io/library/alpine`.
+        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
+            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
+            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
+            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
+            as their source.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead
@@ -188,9 +195,9 @@ class HostOperations(Bound):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param progress: Called with each step of the work.
         :raises NotFound: there is no such image, volume or kernel
         :raises NameTaken: the name is in use
@@ -225,6 +232,7 @@ class HostOperations(Bound):
                 kernel=kernel,
                 start=start,
                 pull=pull,
+                notify=notify,
                 ttl_s=ttl_s,
                 expires_at=expires_at,
                 on_expiry=on_expiry,

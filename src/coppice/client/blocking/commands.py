@@ -79,7 +79,11 @@ class Commands(Twin[AsyncCommands]):
         )
 
     def ls(self) -> list[GuestCommand]:
-        """Return the commands that run in the guest and the latest 64 that have ended, oldest first."""
+        """Return the commands that run in the guest and the latest 64 that have ended, oldest first.
+
+        The machine's process is one of them, with the id `main`. Its output is in the console's
+        log.
+        """
         return self._portal.call(self._twin.ls())
 
     @contextlib.contextmanager

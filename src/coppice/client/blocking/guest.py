@@ -212,6 +212,19 @@ class MachineGuest(MachineBase):
         self._portal.call(self._twin.wait(deadline_s))
         return self
 
+    def wait_process(self, deadline_s: float | None = None) -> Self:
+        """Wait until the machine's process has ended, or the machine has.
+
+        The record has the end of the process as `process_end`. It has none if the machine ended
+        first: then see its `ending`. A machine that has ended already is returned at once.
+
+        :param deadline_s: How many seconds to wait at most.
+        :raises IllegalTransition: the machine was put into standby, so its process goes on later
+        :raises GuestTimeout: the process still runs at the deadline
+        """
+        self._portal.call(self._twin.wait_process(deadline_s))
+        return self
+
     def ready(self, *, deadline_s: float = 60.0) -> Self:
         """Wait until the machine's service answers its health check. A machine is Running when its
         guest has its identity; its service may need longer.

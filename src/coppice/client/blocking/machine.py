@@ -38,13 +38,14 @@ class Machine(MachineLifecycle, MachineGuest):
         self._portal.call(self._twin.refresh())
         return self
 
-    def freeze(self, *, public: bool | None = None) -> Self:
+    def freeze(self, *, public: bool | None = None, notify: int | str | None = None) -> Self:
         """Make a Running or Standby machine a template: `standby`, then `promote`. A Template stays
         one.
 
         :param public: As for `promote`.
+        :param notify: As for `promote`.
         """
-        self._portal.call(self._twin.freeze(public=public))
+        self._portal.call(self._twin.freeze(public=public, notify=notify))
         return self
 
     def stats(self) -> MemoryReport | None:

@@ -145,6 +145,7 @@ class Snapshots(Twin[AsyncSnapshots]):
         measure: bool = False,
         payload: bytes | None = None,
         payloads: Sequence[bytes] = (),
+        notify: int | str | None = None,
         ttl_s: float | None = None,
         expires_at: float | None = None,
         on_expiry: Literal["remove", "standby", "stop"] | None = None,
@@ -175,6 +176,11 @@ class Snapshots(Twin[AsyncSnapshots]):
         :param payload: At most 1 MiB, written to /run/coppice/payload in each fork before the
             image's /etc/coppice/on-fork runs. It is stored nowhere else.
         :param payloads: A payload for each fork, instead of one for all.
+        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
+            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
+            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
+            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
+            as their source.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead
@@ -185,9 +191,9 @@ class Snapshots(Twin[AsyncSnapshots]):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param progress: Called with each step of the work.
         :raises NotFound: there is no such snapshot
         :raises IllegalTransition: the target is Standby and the snapshot has no memory
@@ -209,6 +215,7 @@ class Snapshots(Twin[AsyncSnapshots]):
                     measure=measure,
                     payload=payload,
                     payloads=payloads,
+                    notify=notify,
                     ttl_s=ttl_s,
                     expires_at=expires_at,
                     on_expiry=on_expiry,
@@ -233,6 +240,7 @@ class Snapshots(Twin[AsyncSnapshots]):
         limits: Limits | None = None,
         measure: bool = False,
         payload: bytes | None = None,
+        notify: int | str | None = None,
         ttl_s: float | None = None,
         expires_at: float | None = None,
         on_expiry: Literal["remove", "standby", "stop"] | None = None,
@@ -260,6 +268,11 @@ class Snapshots(Twin[AsyncSnapshots]):
         :param measure: Also report each fork's memory, as `stats` does later.
         :param payload: At most 1 MiB, written to /run/coppice/payload in each fork before the
             image's /etc/coppice/on-fork runs. It is stored nowhere else.
+        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
+            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
+            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
+            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
+            as their source.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead
@@ -270,9 +283,9 @@ class Snapshots(Twin[AsyncSnapshots]):
             fork: its source's.
         :param health_check: How to find out whether its service works. Default: no check; a fork:
             its source's.
-        :param auto_standby_s: Put the machine into standby after so many seconds without a session
-            or a connection to a published TCP port, and wake it at the next connection; 0: never.
-            Default: never; a fork: its source's.
+        :param auto_standby_s: Put the machine into standby after so many seconds without a session,
+            a running command or a connection to a published TCP port, and wake it at the next
+            connection; 0: never. Default: never; a fork: its source's.
         :param progress: Called with each step of the work.
         :raises NotFound: there is no such snapshot
         :raises IllegalTransition: the target is Standby and the snapshot has no memory
@@ -291,6 +304,7 @@ class Snapshots(Twin[AsyncSnapshots]):
                     limits=limits,
                     measure=measure,
                     payload=payload,
+                    notify=notify,
                     ttl_s=ttl_s,
                     expires_at=expires_at,
                     on_expiry=on_expiry,

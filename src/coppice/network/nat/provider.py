@@ -109,12 +109,6 @@ class NatNetwork(NetworkProvider):
             return instance.publish
         return await in_thread(self.slots.pick_ports, instance)
 
-    async def reach(self, instance: Instance, guest_port: int) -> tuple[str, int] | None:
-        """Every port is reached, published or not."""
-        if self._is_used() and (slot := await in_thread(self.slots.pool.find, instance.id)) is not None:
-            return str(slot.address4), guest_port
-        return None
-
     async def connections(self, instance: Instance) -> int:
         """Every connection that the guest has accepted counts."""
         return await in_thread(self.slots.connections, instance) if self._is_used() else 0

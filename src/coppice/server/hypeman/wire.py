@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from coppice import model
 from coppice.model import GIB, Record, State
+from coppice.model.instance import said
 from coppice.server.hypeman.policies import (
     AutoStandby,
     HealthCheck,
@@ -67,6 +68,7 @@ class Instance(Record, frozen=True, kw_only=True):
     network: Network
     volumes: list[VolumeMount]
     started_at: datetime | UnsetType = UNSET
+    exit_code: int | UnsetType = UNSET
     exit_message: str | UnsetType = UNSET
     restart_policy: RestartPolicy | UnsetType = UNSET
     restart_status: RestartStatus | UnsetType = UNSET
@@ -79,7 +81,7 @@ class Instance(Record, frozen=True, kw_only=True):
 
 def instance_of(record: model.Instance) -> Instance:
     """Return an instance for a client."""
-    machine = record.machine
+    machine, end = record.machine, record.process_end
     return Instance(
         id=record.id,
         name=record.name,
@@ -101,7 +103,8 @@ def instance_of(record: model.Instance) -> Instance:
             if not each.private
         ],
         started_at=UNSET if record.started_at is None else moment(record.started_at),
-        exit_message=record.exit_reason or UNSET,
+        exit_code=UNSET if end is None else end.exit_code,
+        exit_message=record.exit_reason or (UNSET if end is None else f"its process {said(end)}"),
         restart_policy=restart_policy_of(record),
         restart_status=restart_status_of(record),
         health_check=health_check_of(record),

@@ -185,6 +185,7 @@ export class Details {
       ["Created", `${moment(node.createdAt)} (${age(Date.now() / 1000 - node.createdAt)} ago)`],
       ["Started", instance?.started_at && runs(node.state) && moment(instance.started_at)],
       ["Ended", !runs(node.state) && instance?.exit_reason],
+      ["Process ended", instance?.process_end && ended(instance.process_end)],
       ["Ports", ports(node.publish)],
       ["Network", machine && machine.network],
       ["Command", instance?.process?.argv?.length > 0 && el("code", {}, instance.process.argv.join(" "))],
@@ -235,6 +236,11 @@ export class Details {
   link(node) {
     return el("button", { type: "button", class: "link", onclick: () => this.does.select(node.id) }, node.name);
   }
+}
+
+/** @param {{exit_code: number, signal: number | null, at: number}} end @returns {string} */
+function ended(end) {
+  return `${end.signal ? `by signal ${end.signal}` : `with status ${end.exit_code}`}, ${moment(end.at)}`;
 }
 
 /** @param {string} kind @param {string} name @param {number} size @returns {HTMLElement} */

@@ -29,7 +29,7 @@ from coppice.errors import UsageError, VmmDied, VmmError, VmmTimeout
 from coppice.linux.files import os_errors
 from coppice.linux.kvm import read_cpu
 from coppice.linux.remap import lay_over_when_mapped
-from coppice.model import MachineSpec, Manifest, Record, VmmProcess
+from coppice.model import MIB, MachineSpec, Manifest, Record, VmmProcess
 from coppice.model.network import NicBackend
 from coppice.vmm import confinement, layers, sockets, starting
 from coppice.vmm import driver as files
@@ -42,6 +42,7 @@ from coppice.vmm.firecracker.metrics import METRICS, fatal
 from coppice.vmm.starting import Rights
 
 _LISTEN_S = 20.0
+_OWN_BYTES = 16 * MIB  # of its heap and stacks
 _LOAD_S = 60.0
 _SAVE_S = 900.0  # a Full snapshot writes all RAM
 _LOG_TAIL = 16 << 10
@@ -96,6 +97,9 @@ class FirecrackerDriver(VmmDriver):
             agent_device=AgentDevice.VSOCK,
             state_names_files=True,
         )
+
+    def vmm_bytes(self, machine: MachineSpec) -> int:  # noqa: ARG002 - the same for all
+        return _OWN_BYTES
 
     async def manifest(self, machine: MachineSpec) -> Manifest:
         version = await host.version(self._program())

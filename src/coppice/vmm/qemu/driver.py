@@ -29,7 +29,7 @@ from coppice.completion import complete, in_thread
 from coppice.errors import NoSpace, UsageError, VmmDied, VmmError, VmmTimeout
 from coppice.linux.files import os_errors
 from coppice.linux.kvm import read_cpu
-from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
+from coppice.model import MIB, MachineSpec, Manifest, Publish, VmmProcess
 from coppice.model.network import NicBackend
 from coppice.vmm import confinement, layers, sockets, starting, taps
 from coppice.vmm import driver as files
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from coppice.vmm.qemu.monitor import Monitor
 
 _LOG_TAIL = 2000
+_OWN_BYTES = 40 * MIB  # of its heap and stacks, without translated code
 _PIPE_BYTES = 1 << 16
 _FEED_S = 60.0  # without a byte read
 # QEMU starts as root, opens its files, and drops root: no user but root can open its files, or the
@@ -86,6 +87,10 @@ class QemuDriver(VmmDriver):
             switches_layers=True,
         )
 
+    def vmm_bytes(self, machine: MachineSpec) -> int:
+        accel = host.choose_accel(self._wanted_accel, read_cpu())
+        return _OWN_BYTES + (command.translation_bytes(machine) if accel == "tcg" else 0)
+
     async def manifest(self, machine: MachineSpec) -> Manifest:
         cpu = read_cpu()
         accel = host.choose_accel(self._wanted_accel, cpu)
@@ -99,12 +104,12 @@ class QemuDriver(VmmDriver):
             kernel=machine.kernel,
             memory_bytes=machine.memory_bytes,
             cpus=machine.cpus,
-            tsc_khz=await asyncio.to_thread(host.tsc_khz, host.QUICK_S) if accel == "tcg" else 0,
+            tsc_khz=await host.tsc_khz(host.QUICK_S) if accel == "tcg" else 0,
         )
 
     async def boot(self, launch: Launch) -> VmmProcess:
         command.require_buses(launch.machine, len(launch.disks) + len(launch.nics))
-        tsc_khz = await asyncio.to_thread(host.tsc_khz, host.EXACT_S)
+        tsc_khz = await host.tsc_khz(host.EXACT_S)
         line = command.kernel_command_line(launch.manifest.accel, tsc_khz)
         process = await starting.start_in_thread(self._start, launch, command.boot_arguments(launch.machine, line))
         return await self._settle(launch.directory, process)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
-import functools
 import mmap
 import os
 import re
@@ -27,6 +27,9 @@ _NO_KVM: dict[KvmDevice, tuple[str, str]] = {
     "denied": ("this user may not open /dev/kvm", "use --accel tcg, or run `usermod -aG kvm $USER` and log in again"),
     "broken": ("/dev/kvm does not work as KVM", "use --accel tcg, or see `dmesg | grep -i kvm`"),
 }
+
+
+_measured: dict[float, int] = {}
 
 
 def choose_accel(wanted: str, cpu: CpuFacts, kvm: Path = KVM) -> str:
@@ -53,12 +56,19 @@ def kvm_cpu_model(cpu: CpuFacts) -> str:
     return "host" if cpu.vendor == "GenuineIntel" else "host,arch-capabilities=off"
 
 
-@functools.cache
-def tsc_khz(sample_s: float) -> int:
-    """Return the frequency of the host's time-stamp counter in kHz.
+async def tsc_khz(sample_s: float) -> int:
+    """Return the frequency of the host's time-stamp counter in kHz, from a sample of this length. It is
+    measured once per process.
+    """
+    if sample_s not in _measured:
+        _measured[sample_s] = await asyncio.to_thread(_measure_tsc_khz, sample_s)
+    return _measured[sample_s]
 
-    Measured against the monotonic clock, once per process. Blocks for `sample_s`. `cpu MHz` in
-    /proc/cpuinfo is no substitute: on bare metal it is the current frequency of a core.
+
+def _measure_tsc_khz(sample_s: float) -> int:
+    """Measure against the monotonic clock. Blocks for `sample_s`.
+
+    `cpu MHz` in /proc/cpuinfo is no substitute: on bare metal it is the current frequency of a core.
     """
     # rdtsc; shl rdx, 32; or rax, rdx; ret
     with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +28,14 @@ T = TypeVar("T")
 class Monitor:
     """An open conversation."""
 
-    def __init__(self, client: QMPClient) -> None:
+    def __init__(self, client: QMPClient, connection: socket.socket) -> None:
         self._client = client
+        self._connection = connection
 
     def send_file(self, descriptor: int) -> None:
         """Pass an open file to QEMU. The next command must be `add-fd`, which takes it."""
-        self._client.send_fd_scm(descriptor)
+        # The client's own method works in no other event loop than asyncio's.
+        socket.send_fds(self._connection, [b" "], [descriptor])
 
     async def execute(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """Run one command and return its result.
@@ -107,7 +110,7 @@ async def monitor(directory: Path, socket_name: str, *, deadline_s: float = 15.0
                 connection.close()
                 raise
             try:
-                yield Monitor(client)
+                yield Monitor(client, connection)
             finally:
                 with contextlib.suppress(QMPError, OSError, EOFError):
                     await client.disconnect()
