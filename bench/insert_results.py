@@ -1,4 +1,4 @@
-"""Insert the committed benchmark results into README.md and docs/benchmarks.md.
+"""Insert the committed benchmark results into README.md, docs/benchmarks.md and the recipes.
 
 python -m bench.insert_results           write the pages
 python -m bench.insert_results --check   only list outdated pages; exit status 1 if any is
@@ -11,16 +11,20 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from bench.cookbook import PAGES as RECIPES
+from bench.cookbook import CookbookReport
 from bench.records import Cache, CaptureBenchReport, FanOutReport, FanOutSummary, Method, TreeReport
 from bench.report import describe_host, ratio_to_shared, size_text
 from coppice.model import GIB, MIB
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", *(f"docs/cookbook/{page}.md" for page in RECIPES))
+LONGEST = 80  # characters of a command in a table
 _REGION = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -159,6 +163,17 @@ def tree_table(report: TreeReport) -> str:
     return f"{describe_host(report.host)}.\n\n{markdown(headings, rows, text_columns=3)}"
 
 
+def recipe_table(report: CookbookReport, page: str) -> str:
+    """Return the times of a recipe's commands, and the tree of its forks."""
+    (cost,) = (cost for cost in report.costs if cost.page == page)
+    rows = [
+        (f"`{step.command if len(step.command) <= LONGEST else step.command[:LONGEST] + '...'}`", f"{step.seconds:.1f}")
+        for step in cost.steps
+        if not step.command.startswith("coppice rm")
+    ]
+    return f"{describe_host(cost.host)}.\n\n{markdown(('command', 's'), rows, text_columns=1)}\n```text\n{cost.tree}\n```\n"
+
+
 def _ratio(summary: Sequence[FanOutSummary], row: FanOutSummary) -> str:
     ratio = ratio_to_shared(summary, row)
     return "1" if ratio is None else f"{ratio:.1f}"
@@ -170,7 +185,9 @@ def filled(page: str) -> str:
     capture = msgspec.json.decode((ROOT / "benchmarks/capture.json").read_bytes(), type=CaptureBenchReport)
     firecracker = msgspec.json.decode((ROOT / "benchmarks/firecracker.json").read_bytes(), type=FanOutReport)
     tree = msgspec.json.decode((ROOT / "benchmarks/tree.json").read_bytes(), type=TreeReport)
+    recipes = msgspec.json.decode((ROOT / "benchmarks/cookbook.json").read_bytes(), type=CookbookReport)
     tables: dict[str, Callable[[], str]] = {
+        **{f"cookbook-{name}": partial(recipe_table, recipes, name) for name in RECIPES},
         "short": lambda: short_table(fan_out),
         "fan-out": lambda: fan_out_table(fan_out),
         "firecracker": lambda: fan_out_table(firecracker),

@@ -116,7 +116,9 @@ async def image(host: AsyncHost) -> str:
 
 @pytest.fixture(scope="session")
 async def runtimes(common_home: Path, home: Path, host: AsyncHost) -> str:
-    """An image with Node.js, Python, nginx and OpenSSL, made for the first test that wants it."""
+    """An image with Node.js, Python, nginx, OpenSSL, PostgreSQL and Chromium, made for the first test that
+    wants it.
+    """
     await _ensure_image(common_home, RUNTIMES, RUNTIME_PACKAGES)
     await asyncio.to_thread(link_image, common_home, home, RUNTIMES)
     return (await host.images.inspect(RUNTIMES)).name

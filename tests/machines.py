@@ -21,8 +21,11 @@ from coppice.vmm.process import own_process
 
 IMAGE = "debian-python"
 PACKAGES = ("python3", "python3-numpy")
-RUNTIMES = "debian-runtimes"
-RUNTIME_PACKAGES = ("nodejs", "python3", "python3-numpy", "python3-pip", "nginx-light", "openssl")
+RUNTIMES = "debian-programs"
+RUNTIME_PACKAGES = (
+    "nodejs", "python3", "python3-numpy", "python3-pip", "nginx-light", "openssl", "postgresql",
+    "chromium-headless-shell",
+)  # fmt: skip
 GUEST_MEMORY = 512 * MIB
 
 # A resident process with state, which every fork finds warm. It evaluates expressions from named

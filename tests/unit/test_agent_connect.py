@@ -162,3 +162,32 @@ async def test_nothing_listens(build: str, tmp_path: Path) -> None:
             await channel.call(FrameType.CONNECT, encode_fields([(1, 1)]))
         with pytest.raises(GuestRefused, match="No such file"):
             await channel.call(FrameType.CONNECT, encode_fields([(2, str(tmp_path / "none"))]))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("end", ["accepted", "refused"])
+async def test_a_connection_that_the_kernel_delays(build: str, end: str) -> None:
+    """It is open when the server's kernel has taken it, and not before: until then it may be refused.
+
+    The kernel drops connections to a full queue; the client's repeats its own a second later.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as stack:
+        port = listener.getsockname()[1]
+        stack.enter_context(socket.create_connection(("127.0.0.1", port)))  # fills the queue
+        async with channel_to(build) as channel:
+            stream = await channel.open(FrameType.CONNECT, encode_fields([(1, port)]))
+            await stream.send_data(FrameType.DATA, b"early")
+            await stream.send(FrameType.DATA_EOF)
+            await channel.call(FrameType.FILE_STAT, encode_fields([(1, "/")]))
+            assert not stream._frames
+            listener.setblocking(False)
+            if end == "refused":
+                listener.close()
+                with pytest.raises(GuestRefused, match="refused"):
+                    stream.final(await stream.receive())
+                return
+            loop = asyncio.get_running_loop()
+            stack.enter_context((await loop.sock_accept(listener))[0])
+            accepted = stack.enter_context((await loop.sock_accept(listener))[0])
+            assert (await stream.receive()).type == FrameType.STARTED
+            assert [await loop.sock_recv(accepted, 100) for _ in range(2)] == [b"early", b""]

@@ -18,7 +18,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
-    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "cli.md"),
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if path.name != "cli.md"),
 ]
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), ROOT / "demo" / "demo.py"]
 _SHOWN = re.compile(r"`(coppice [^`]+)`")

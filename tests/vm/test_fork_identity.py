@@ -36,6 +36,14 @@ async def test_random_numbers_differ(host: AsyncHost, template: Instance) -> Non
     assert {len(word) for word in words} == {64}
 
 
+async def test_no_page_is_wiped_by_fork(host: AsyncHost, vm: Instance) -> None:
+    """BoringSSL then asks the kernel for each number. All other advice is taken."""
+    program = "import mmap; page = mmap.mmap(-1, 4096); page.madvise(mmap.MADV_DONTFORK); page.madvise(18)"
+    wiped = await host.call(ExecRequest(instance=vm.id, argv=["python3", "-c", program], timeout_s=60))
+    assert wiped.exit_code == 1
+    assert wiped.stderr.decode().endswith("OSError: [Errno 22] Invalid argument\n")
+
+
 async def test_names_and_ids_differ(host: AsyncHost, template: Instance) -> None:
     """8 forks have their names as hostnames, and different machine-ids and boot_ids."""
     script = "cat /proc/sys/kernel/hostname /etc/machine-id /proc/sys/kernel/random/boot_id"

@@ -1,7 +1,7 @@
 """One HTTP request to a server in a guest, over a connection through the agent.
 
-The request is of HTTP/1.0, so the answer has no chunks, no interim answers, and ends with the
-connection. Only its status and its beginning are read: a guest can send anything.
+The request is of HTTP/1.1, because some servers (Chromium's DevTools) do not answer older ones. Only
+the answer's status and its beginning are read: a guest can send anything.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def ask(
 
     :raises GuestError: the answer is not one of HTTP
     """
-    lines = [f"{method} {path} HTTP/1.0", "Host: localhost", "User-Agent: coppice"]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "User-Agent: coppice", "Connection: close"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     lines += [f"Content-Length: {len(body)}"] if body or method == "POST" else []
     await connection.send("\r\n".join([*lines, "", ""]).encode() + body)

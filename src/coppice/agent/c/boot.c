@@ -209,5 +209,6 @@ int boot(void)
     switch_root();
     furnish();
     place_guest_files(guest_files);
+    refuse_wiped_pages();
     return overlay;
 }

@@ -10,34 +10,40 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
-static int dial(const void *address, socklen_t size, int family)
+/* The loopback answers at once, but not on a busy machine, and not while the server's queue is full. */
+static int dial(const void *address, socklen_t size, int family, bool *pending)
 {
     int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    *pending = false;
     if (fd < 0 || connect(fd, address, size) == 0)
         return fd;
     int error = errno;
-    socklen_t length = sizeof error;
-    /* A port of this machine without a server has refused already. */
-    if (error == EINPROGRESS && getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &length) == 0 && error == 0)
+    *pending = error == EINPROGRESS;
+    if (*pending)
         return fd;
     shut(&fd);
     errno = error;
     return -1;
 }
 
-static int dial_port(uint16_t port)
+static int dial_six(uint16_t port, bool *pending)
+{
+    struct sockaddr_in6 six = {.sin6_family = AF_INET6, .sin6_port = htons(port), .sin6_addr = IN6ADDR_LOOPBACK_INIT};
+    return dial(&six, sizeof six, AF_INET6, pending);
+}
+
+static int dial_port(uint16_t port, bool *pending)
 {
     struct sockaddr_in four = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    struct sockaddr_in6 six = {.sin6_family = AF_INET6, .sin6_port = htons(port), .sin6_addr = IN6ADDR_LOOPBACK_INIT};
-    int fd = dial(&four, sizeof four, AF_INET);
+    int fd = dial(&four, sizeof four, AF_INET, pending);
     int error = errno;
     if (fd < 0 && error == ECONNREFUSED)
-        fd = dial(&six, sizeof six, AF_INET6);
+        fd = dial_six(port, pending);
     errno = error;
     return fd;
 }
 
-static int dial_path(const char *path)
+static int dial_path(const char *path, bool *pending)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof address.sun_path) {
@@ -50,7 +56,32 @@ static int dial_path(const char *path)
         *address.sun_path = 0;
         size--;
     }
-    return dial(&address, size, AF_UNIX);
+    return dial(&address, size, AF_UNIX, pending);
+}
+
+static void take_socket(struct job *j, int fd)
+{
+    j->in = fd;
+    j->out = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+}
+
+void socket_connected(struct job *j)
+{
+    int family = 0;
+    bool pending = false;
+    socklen_t length = sizeof j->error, size = sizeof family;
+    getsockopt(j->in, SOL_SOCKET, SO_ERROR, &j->error, &length);
+    getsockopt(j->in, SOL_SOCKET, SO_DOMAIN, &family, &size);
+    if (j->error) {
+        shut(&j->in);
+        shut(&j->out);
+    }
+    if (j->error == ECONNREFUSED && family == AF_INET) {
+        take_socket(j, dial_six(j->dialed, &pending));
+        j->error = j->in < 0 ? ECONNREFUSED : 0;
+    }
+    if (!pending && !j->error)
+        j->dialed = 0;
 }
 
 void socket_connect(struct wire *w, const struct frame *f)
@@ -73,7 +104,8 @@ void socket_connect(struct wire *w, const struct frame *f)
         snprintf(what, sizeof what, "%.120s", path);
     else
         snprintf(what, sizeof what, "port %u", (unsigned)port);
-    int fd = path ? dial_path(path) : dial_port((uint16_t)port);
+    bool pending;
+    int fd = path ? dial_path(path, &pending) : dial_port((uint16_t)port, &pending);
     if (fd < 0) {
         answer_error(w, f->stream, errno, what);
         return;
@@ -88,7 +120,7 @@ void socket_connect(struct wire *w, const struct frame *f)
         return;
     }
     s->input = true;
-    j->in = fd;
-    j->out = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    take_socket(j, fd);
+    j->dialed = pending ? (uint16_t)port : 0;
     stream_open(s, NULL);
 }

@@ -137,6 +137,8 @@ static void feed_waiting(struct job *j)
 
 void input_feed(struct job *j)
 {
+    if (j->dialed)
+        return;
     if (j->start < j->end)
         feed_waiting(j);
     if (j->in_eof && !j->end_given && j->end == 0) {

@@ -218,8 +218,8 @@ void jobs_poll(struct polls *p)
         j->slot = p->count;
         if (j->in < 0 && j->out < 0 && j->err < 0)
             continue;
-        polls_add(p, j->start < j->end ? j->in : -1, POLLOUT);
-        polls_add(p, wanted ? j->out : -1, POLLIN);
+        polls_add(p, j->dialed || j->start < j->end ? j->in : -1, POLLOUT);
+        polls_add(p, wanted && !j->dialed ? j->out : -1, POLLIN);
         polls_add(p, wanted ? j->err : -1, POLLIN);
     }
 }
@@ -229,6 +229,8 @@ void jobs_ready(const struct polls *p)
     for (struct job *j = job_first(); j; j = j->next) {
         if (j->slot + 3 > p->count || (j->in < 0 && j->out < 0 && j->err < 0))
             continue;
+        if (j->dialed && p->fds[j->slot].revents)
+            socket_connected(j);
         if (p->fds[j->slot + 1].revents)
             collect(j, &j->out, j->kind == COMMAND ? STDOUT : DATA);
         if (p->fds[j->slot + 2].revents && j->kind == HELPER)

@@ -65,6 +65,7 @@ struct job {
     uint8_t *input;
     size_t start, end;
     uint32_t window, owed;
+    uint16_t dialed;        /* the port of a connection that is not made; 0: it is made */
     bool in_eof, end_given; /* the host's input has ended; the end was passed on to the command */
     bool fed;               /* the command has got input; `last_byte` was its end */
     uint8_t last_byte;
@@ -152,6 +153,7 @@ void exec_list(struct wire *w, const struct frame *f);
 void exec_forget(const struct frame *f);
 void exec_finish(struct job *j);
 void socket_connect(struct wire *w, const struct frame *f);
+void socket_connected(struct job *j); /* or refused */
 bool request_start(struct wire *w, const struct frame *f); /* false: no helper does this */
 
 #endif

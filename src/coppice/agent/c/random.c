@@ -8,17 +8,23 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define PLACE "/run/coppice/"
 #define PAGE 4096
 #define PROCESSES_MAX 64 /* in a report */
+#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 /* ---- files for libraries and runtimes ---- */
 
@@ -93,6 +99,29 @@ void next_generation(void)
         atomic_fetch_add(generation, 1);
 }
 
+/* ---- libraries that would keep random state ---- */
+
+/* BoringSSL (Chromium, gRPC, Envoy) keeps a generator in the process if the kernel wipes a page of it in
+ * each child, which tells it of fork(). No page tells it of the fork of a machine. Refused that page, as
+ * by older kernels, it asks the kernel for every number. */
+void refuse_wiped_pages(void)
+{
+    struct sock_filter steps[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 0, 5),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_madvise, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2])),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, MADV_WIPEONFORK, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EINVAL),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {.len = COUNT(steps), .filter = steps};
+    /* Without the flag, kernels before 5.16 would slow down all programs. One without seccomp has no such filter. */
+    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_SPEC_ALLOW, &program) < 0)
+        say("random numbers of BoringSSL: %s", strerror(errno));
+}
+
 /* ---- processes whose generators the forks of this machine would share ---- */
 
 enum { OPENSSL = 1, SAFE_OPENSSL = 2, GNUTLS = 4, NSS = 8, V8 = 16, JAVA = 32, NUMPY = 64, PYTHON = 128, RUBY = 256, PHP = 512, GO = 1024, NODE = 2048 };
@@ -117,8 +146,6 @@ static const struct {
     {OPENSSL, "openssl"}, {GNUTLS, "gnutls"}, {NSS, "nss"}, {NODE, "crypto.randomUUID"}, {V8, "Math.random"}, {JAVA, "java.util.Random"}, {NUMPY, "numpy.random"},
     {PYTHON, "random of Python"}, {RUBY, "rand of Ruby"}, {PHP, "mt_rand"}, {GO, "math/rand of Go"},
 };
-
-#define COUNT(array) (sizeof(array) / sizeof *(array))
 
 static bool begins(const char *text, const char *prefix)
 {

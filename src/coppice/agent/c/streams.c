@@ -82,7 +82,9 @@ static bool send_one(struct stream *s)
     struct piece p;
     if (s->wire->over || wire_room(s->wire) < RESERVE + PIECE_MAX)
         return false;
-    if (s->first) {
+    if (j->dialed && !j->final)
+        return false;
+    if (s->first && !j->dialed) {
         wire_put(s->wire, STARTED, s->id, s->first->data, s->first->size);
         free(s->first);
         s->first = NULL;
