@@ -169,7 +169,7 @@ def recipe_table(report: CookbookReport, page: str) -> str:
     rows = [
         (f"`{step.command if len(step.command) <= LONGEST else step.command[:LONGEST] + '...'}`", f"{step.seconds:.1f}")
         for step in cost.steps
-        if not step.command.startswith("coppice rm")
+        if step.seconds >= 0.05 and not step.command.startswith("coppice rm")  # shorter ones begin a pipeline
     ]
     return f"{describe_host(cost.host)}.\n\n{markdown(('command', 's'), rows, text_columns=1)}\n```text\n{cost.tree}\n```\n"
 
