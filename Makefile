@@ -2,6 +2,7 @@
 # make test    all tests, with real virtual machines; two at a time, timing tests alone
 # make check   lint, types and fast tests, without virtual machines
 # make crash   kill hundreds of host processes over QEMU and over the tests' fake VMMs; write docs/crash-run.md
+# make fuzz    a million inputs for the agent's decoders and loop, and hostile guests for the host; hours
 # make bench   benchmarks on this machine, into benchmarks/
 # make docs    write the generated pages
 # make dist    build the sdist and the wheel, into dist/
@@ -13,9 +14,10 @@ BIN := .venv/bin
 # If this is set, each of the thousand commands that the tests run compiles all of Coppice.
 unexport PYTHONDONTWRITEBYTECODE
 DEMO_HOME ?= $(CURDIR)/.demo-home
+FUZZ_INPUTS ?= 1000000
 BENCH_HOME ?= $(CURDIR)/.bench-home
 
-.PHONY: demo test check crash bench docs dist clean setup-demo setup-dev lint
+.PHONY: demo test check crash fuzz bench docs dist clean setup-demo setup-dev lint
 
 demo: setup-demo
 	COPPICE_HOME=$(DEMO_HOME) $(BIN)/python demo/demo.py
@@ -29,6 +31,11 @@ check: setup-dev lint
 crash: setup-dev
 	COPPICE_CRASH_KILLS=200 COPPICE_CRASH_REPORT=benchmarks/crash.json:docs/crash-run.md $(BIN)/python -m pytest tests/crash
 
+fuzz: setup-dev
+	$(BIN)/python tests/fuzz.py agent --inputs $(FUZZ_INPUTS)
+	$(BIN)/python tests/fuzz.py decoder --inputs $(FUZZ_INPUTS)
+	$(BIN)/python tests/fuzz.py host --inputs $$(( $(FUZZ_INPUTS) / 20 ))
+
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +47,7 @@ bench: setup-dev
 	$(BIN)/python -m bench capture --home $(BENCH_HOME) --output benchmarks/capture.json --plot benchmarks/capture.png
 	$(BIN)/python -m bench tree --home $(BENCH_HOME) --output benchmarks/tree.json
 	$(BIN)/python -m bench.client_cpu --home $(BENCH_HOME) --image debian --output benchmarks/client-cpu.json
+	$(BIN)/python -m bench.many --output benchmarks/many.json
 	[ "$$(id -u)" != 0 ] || $(BIN)/python -m bench.network --home $(BENCH_HOME) --output benchmarks/network.json
 
 docs: setup-dev

@@ -1,10 +1,11 @@
 """CPU time of the client process of `coppice ls`, `fork`, `exec` and `rm`, compared with an empty
 program.
 
-    python -m bench.client_cpu [--home DIR --image IMAGE] --output benchmarks/client-cpu.json
+    python -m bench.client_cpu [--home DIR --image IMAGE] [--before DIR] --output benchmarks/client-cpu.json
 
-With an image, a machine of it is captured and forked. Compare figures within one run only: the
-speed of a shared host changes.
+With an image, a machine of it is captured and forked. `--before` names another checkout, whose
+`--version` and `ls` take turns with those of this one. Compare figures within one run only: the speed of
+a shared host changes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from bench.records import write_report
 from coppice.model import Record
 
 EMPTY = "python -c pass"
+BEFORE = "before: "
 _BASELINES = {
     EMPTY: [sys.executable, "-c", "pass"],
     "python -c 'import asyncio'": [sys.executable, "-c", "import asyncio"],
@@ -61,12 +64,24 @@ def cpu_ms(argv: Sequence[str], env: Mapping[str, str]) -> float:
     return (usage.ru_utime + usage.ru_stime) * 1000
 
 
-def measure(lines: Mapping[str, Sequence[str]], samples: int, env: Mapping[str, str]) -> ClientCpuReport:
-    """Run each command line `samples` times, in turns, after one round to fill caches."""
+def measure(
+    lines: Mapping[str, Sequence[str]],
+    samples: int,
+    env: Mapping[str, str],
+    *,
+    variables: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    prepare: Callable[[str], None] = lambda _: None,
+) -> ClientCpuReport:
+    """Run each command line `samples` times, in turns, after one round to fill caches.
+
+    :param variables: more variables of the environment, by the name of a line
+    :param prepare: called with the name of each line before that line runs
+    """
     taken: dict[str, list[float]] = {name: [] for name in lines}
     for number in range(samples + 1):
         for name, argv in lines.items():
-            spent = cpu_ms(argv, env)
+            prepare(name)
+            spent = cpu_ms(argv, {**env, **variables.get(name, {})})
             if number:
                 taken[name].append(round(spent, 1))
     empty = statistics.median(taken[EMPTY])
@@ -99,11 +114,19 @@ def coppice(*words: str) -> list[str]:
     return [sys.executable, "-m", "coppice", *words]
 
 
+def show(report: ClientCpuReport) -> None:
+    """Print the figures."""
+    for name, cost in report.costs.items():
+        figures = f"{cost.median_ms:7.1f} ms, least {cost.least_ms:7.1f} ms, {cost.ratio:4.1f} times `{EMPTY}`"
+        sys.stdout.write(f"{name:40} {figures}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, help="data directory with the image")
     parser.add_argument("--image", help="fork a machine of this image too")
+    parser.add_argument("--before", type=Path, help="another checkout of Coppice")
     parser.add_argument("--samples", type=int, default=15)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
@@ -113,6 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         env = {**os.environ, "COPPICE_HOME": str(home)}
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         lines = {**baselines(), "coppice --version": coppice("--version"), "coppice ls": coppice("ls")}
+        variables = {}
+        if options.before:
+            source = {"PYTHONPATH": str(options.before / "src"), "COPPICE_HOME": str(Path(temporary) / "before")}
+            for word in ("--version", "ls"):
+                lines[f"{BEFORE}coppice {word}"] = coppice(word)
+                variables[f"{BEFORE}coppice {word}"] = source
         if options.image:
             for words in (("run", options.image, "--name", _TEMPLATE), ("standby", _TEMPLATE), ("promote", _TEMPLATE)):
                 subprocess.run(coppice(*words), env=env, check=True)
@@ -120,12 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines["coppice exec"] = coppice("exec", _FORK, "true")
             lines["coppice rm"] = coppice("rm", _FORK)
         try:
-            report = measure(lines, options.samples, env)
+            report = measure(lines, options.samples, env, variables=variables)
         finally:
             if options.image:
                 subprocess.run(coppice("rm", "-f", _FORK, _TEMPLATE), env=env, check=False)
-    for name, cost in report.costs.items():
-        sys.stdout.write(f"{name:40} {cost.median_ms:7.1f} ms, {cost.ratio:4.1f} times `{EMPTY}`\n")
+    show(report)
     if options.output:
         write_report(report, options.output)
     return 0

@@ -20,7 +20,7 @@ import msgspec
 from coppice.fork import fanout
 from coppice.linux.clone import write_all
 from coppice.linux.extents import data_ranges
-from coppice.model import MachineSpec, Manifest, Publish, VmmProcess
+from coppice.model import MachineSpec, Manifest, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Capabilities, Launch, Saved, VmmDriver
 
@@ -62,9 +62,6 @@ class CopyingDriver(VmmDriver):
             filled = await asyncio.to_thread(fill_holes, launch.directory / files.MEMORY)
             self.filled_bytes[launch.directory.name] = filled
         return await self._inner.restore(launch, paused=paused)
-
-    async def forwards(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
-        return await self._inner.forwards(directory, asked)
 
     async def pause(self, directory: Path) -> None:
         await self._inner.pause(directory)

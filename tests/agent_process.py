@@ -48,14 +48,21 @@ def _compiled(build: str) -> Path:
     return compile_agent(build, SOURCE / "main.c", _STATIC if build == "static" else _SANITIZED)
 
 
-def compile_agent(name: str, main: Path, flags: tuple[str, ...] = _SANITIZED) -> Path:
-    """Compile the agent's sources with the given main program."""
+def compile_agent(
+    name: str,
+    main: Path,
+    flags: tuple[str, ...] = _SANITIZED,
+    *,
+    without: tuple[str, ...] = (),
+    sources: Path = SOURCE,
+) -> Path:
+    """Compile the agent's sources with the given main program, and without the files that it includes."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     assert compiler, "the agent's tests need a C compiler"
     binary = _directory() / f"coppice-agent-{name}"
-    sources = sorted(str(path) for path in SOURCE.glob("*.c") if path.name != "main.c")
+    files = sorted(str(path) for path in sources.glob("*.c") if path.name not in ("main.c", *without))
     warnings = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
-    subprocess.run([compiler, *flags, *warnings, f"-I{SOURCE}", "-o", str(binary), str(main), *sources], check=True)
+    subprocess.run([compiler, *flags, *warnings, f"-I{sources}", "-o", str(binary), str(main), *files], check=True)
     return binary
 
 

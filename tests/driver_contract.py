@@ -18,8 +18,7 @@ import pytest
 from coppice.errors import GuestTimeout, VmmDied, VmmError
 from coppice.machine import directory as directories
 from coppice.memory import memfile
-from coppice.model import MemLayer, Publish, VmmProcess
-from coppice.model.network import Nic, NicBackend
+from coppice.model import MemLayer, VmmProcess
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Saved, VmmDriver
 from driver_bench import Bench
@@ -274,23 +273,6 @@ class DriverContract:
         else:
             assert await asyncio.wait_for(driver.wait_exit(fork.directory, restored), bench.patience_s)
         assert driver.find_orphans(bench.instances) == {}
-
-    async def test_picked_ports_are_reported(self, bench: Bench, driver: VmmDriver) -> None:
-        """Each requested port is reported to any caller while there is a VMM; its other fields are
-        as requested.
-        """
-        if NicBackend.USER_MODE not in driver.capabilities.nic_backends:
-            return
-        asked = (Publish(host_port=0, guest_port=80), Publish(host_port=0, guest_port=80, protocol="udp"))
-        nic = Nic(backend=NicBackend.USER_MODE, mac="02:00:00:00:00:01", forwards=asked)
-        launch = msgspec.structs.replace(await bench.launch(driver), nics=(nic,))
-        process = await driver.boot(launch)
-        told = await bench.make_driver().forwards(launch.directory, asked)
-        assert all(port.host_port for port in told)
-        assert tuple(msgspec.structs.replace(port, host_port=0) for port in told) == asked
-        await driver.quit(launch.directory, process)
-        with pytest.raises(VmmDied):
-            await asyncio.wait_for(driver.forwards(launch.directory, asked), 20)
 
     async def test_any_process_may_make_the_next_call(self, bench: Bench, driver: VmmDriver) -> None:
         """A driver keeps no state between calls: another one finds, pauses, resumes and ends the

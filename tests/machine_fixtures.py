@@ -23,6 +23,7 @@ from coppice.errors import NotFound
 from coppice.network import PREFERRED
 from machines import IMAGE, PACKAGES, RUNTIME_PACKAGES, RUNTIMES, link_caches, link_image, remove_all
 from platforms import EMULATED, Platform, platforms
+from remains import machines_ended
 
 KEPT = "COPPICE_TEST_HOME"
 _made = pytest.StashKey[Path]()
@@ -97,11 +98,12 @@ async def host(home: Path, platform: Platform) -> AsyncIterator[AsyncHost]:
     """Return one host for the session. It removes the instances of a killed run first, and its own
     at the end.
     """
-    async with platform.host(home) as opened:
-        await remove_all(opened)
-        rooms = opened.local.rooms
-        yield opened
-        await remove_all(opened)
+    with machines_ended(home):
+        async with platform.host(home) as opened:
+            await remove_all(opened)
+            rooms = opened.local.rooms
+            yield opened
+            await remove_all(opened)
     assert not rooms.drivers.chosen.find_orphans(rooms.layout.instances)
     assert list(rooms.layout.instances.iterdir()) == []
 

@@ -6,6 +6,8 @@ passt_user.py HOME IMAGE MEMORY HOST6 WORLD4 WORLD6 PORT; prints what was seen, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from pathlib import Path
 from coppice.client import AsyncHost, AsyncMachine
 from coppice.model import Publish
 
+_PR_SET_CHILD_SUBREAPER = 36
 # The client speaks first: the passt of Debian 12 acknowledges a connection only then.
 SERVE = """
 import socket
@@ -38,14 +41,20 @@ RESOLVE = "import socket; print(socket.gethostbyname('in.example'))"
 MTU = "import glob; print(*(open(each).read().strip() for each in glob.glob('/sys/class/net/e*/mtu')))"
 
 
+def adopt() -> None:
+    """Become the parent of every process that a process started by this one leaves."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
 def passts() -> int:
-    """How many passt processes this user has."""
+    """How many passt processes are children of this process: those of its own machines."""
     found = 0
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            found += process.stat().st_uid == os.getuid() and (process / "cmdline").read_bytes().startswith(b"passt\0")
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):
+            name, _, rest = (process / "stat").read_text().partition("(")[2].rpartition(")")
+            state, parent, *_ = rest.split()
+            found += name.startswith("passt") and state != "Z" and int(parent) == os.getpid()
     return found
 
 
@@ -76,6 +85,7 @@ async def python(machine: AsyncMachine, code: str, *words: str) -> str:
 
 async def main(home: str, image: str, memory: str, host6: str, world4: str, world6: str, port: str) -> None:
     """Do it."""
+    adopt()
     published = [
         Publish(host_port=0, guest_port=8000),
         Publish(host_port=8080, guest_port=8000, host_address="own"),

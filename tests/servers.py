@@ -27,6 +27,7 @@ from fakes.rooms import DEADLINES, open_rooms
 
 KEY = b"a key of the tests, which has 32 bytes or more"
 START_S = 20.0
+SILENT = "COPPICE_TEST_SILENT"
 SERVER_START_S = 60.0
 """Longest start of a server process."""
 

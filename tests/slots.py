@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import dns.message
 import dns.query
 import dns.rcode
 
+from coppice.host.opened import RoomsOpener, default_rooms
 from coppice.linux import netns, nft
+from coppice.machine.rooms import Deadlines, Rooms
+from coppice.network import Networks
+from coppice.network.nat import key_of
 from coppice.network.nat.addresses import GATEWAY4, prefix
+from coppice.network.nat.pool import Pool
 from coppice.network.nat.provider import NatNetwork
+from coppice.network.unconnected import Unconnected
+from coppice.state.layout import Layout
+from coppice.vmm.registry import Drivers
 from worlds import Namespace, World
+
+
+def rooms_with_slots(home: Path, namespace: Path | None, runtime: Path) -> RoomsOpener:
+    """Return an opener of a data directory whose slots are on a test's host. `runtime` has its pool
+    and a resolv.conf.
+    """
+
+    def open_rooms(layout: Layout, drivers: Drivers, deadlines: Deadlines) -> Rooms:
+        slots = NatNetwork(home, Pool(key_of(home), namespace, runtime, runtime / "resolv.conf"))
+        rooms = default_rooms(layout, drivers, deadlines)
+        return dataclasses.replace(rooms, networks=Networks([slots, Unconnected()]))
+
+    return open_rooms
 
 
 def leftovers(key: str, world: World) -> list[str]:

@@ -20,6 +20,7 @@ from pyroute2 import IPRoute
 
 from coppice.linux import netns, tap
 from coppice.model.network import GuestNetwork, Nic
+from remains import end, in_network
 
 T = TypeVar("T")
 HOST4, WORLD4 = "203.0.113.1", "203.0.113.2"
@@ -41,8 +42,9 @@ class Namespace:
         return netns.apart(self.path, work)
 
     def close(self) -> None:
-        """End the namespace's servers, and remove it."""
+        """End the namespace's servers and all processes in it, which a failed test left, and remove it."""
         self._stack.close()
+        end(in_network(self.path))
         netns.remove(self.path)
 
     def serve(self, address: str, port: int) -> int:

@@ -18,6 +18,7 @@ import pytest
 from conftest import HostFactory
 from coppice.client import AsyncHost, AsyncMachine
 from coppice.client.connecting import connect_async
+from coppice.client.remote import patience
 from coppice.errors import (
     Busy,
     CommandNotFound,
@@ -256,9 +257,10 @@ async def test_a_lost_client_leaves_its_command_and_one_that_closes_ends_it(
 
 
 async def test_the_end_of_a_server_leaves_commands_running(
-    fake_home: Path, driver: FakeDriver, make_host: HostFactory, tmp_path: Path
+    fake_home: Path, driver: FakeDriver, make_host: HostFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its clients learn how to go on."""
+    monkeypatch.setattr(patience, "PERSIST_S", 0.2)
     async with AsyncExitStack() as clients:
         async with served(fake_hosts(fake_home, driver), Listening(socket=tmp_path / "a.sock"), None) as address:
             vm = await oak(await clients.enter_async_context(connect_async(address)))
@@ -266,7 +268,7 @@ async def test_the_end_of_a_server_leaves_commands_running(
             assert await anext(aiter(session)) == ("stdout", b"up\n")
         with pytest.raises(HostCannot) as caught:
             await session.wait()
-        assert caught.value.hint == f"the command goes on: `coppice attach NAME {session.id}` shows its output"
+        assert caught.value.hint == f"the command goes on: `coppice attach {vm.id} {session.id}` shows its output"
     async with make_host() as host:
         vm = await host.get("oak")
         assert [(each.id, each.exit_code) for each in await vm.commands.ls()] == [(session.id, None)]

@@ -20,6 +20,7 @@ from websockets.frames import CloseCode
 
 from conftest import HostFactory
 from coppice.client.connecting import connect_async
+from coppice.client.remote import patience
 from coppice.errors import HostCannot
 from coppice.model import State
 from coppice.requests import EventsRequest, LogsRequest, OpenCopyRequest, OpenExecRequest, StandbyRequest, StreamRequest
@@ -98,9 +99,10 @@ async def test_followers_do_not_delay_the_end(servers: Servers, make_host: HostF
     "request_", [LogsRequest(instance="oak", follow=True), OpenExecRequest(instance="oak", argv=["cat"])]
 )
 async def test_a_client_says_that_the_server_has_ended(
-    servers: Servers, make_host: HostFactory, request_: StreamRequest[Any]
+    servers: Servers, make_host: HostFactory, request_: StreamRequest[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log and the command have not ended, so the stream ends with an error."""
+    monkeypatch.setattr(patience, "PERSIST_S", 0.2)
     async with AsyncExitStack() as stack, asyncio.timeout(DEADLINE_S):
         local = await stack.enter_async_context(make_host())
         await boot(local)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from coppice.requests import (
     StartRequest,
     StopRequest,
 )
-from fakes.driver import FakeDriver
-from fakes.faults import Faults
 from fakes.hosting import assert_tidy, boot, make
 from fakes.records import make_instance
 
@@ -124,18 +121,6 @@ async def test_an_address_of_another_host_is_named(fake_host: AsyncHost) -> None
     with pytest.raises(HostCannot, match=r"192\.0\.2\.1"):
         await boot(fake_host, publish=[Publish(host_port=8080, guest_port=80, host_address="192.0.2.1")])
     await assert_tidy(fake_host)
-
-
-@pytest.mark.parametrize("fault", [Faults.fail_at, Faults.die_at], ids=["fails", "dies"])
-async def test_a_vmm_that_does_not_report_its_port_is_removed(
-    fake_host: AsyncHost, driver: FakeDriver, fault: Callable[[Faults, str], None]
-) -> None:
-    """It is cleaned up like any failed start."""
-    await make(fake_host, State.TEMPLATE)
-    fault(driver.faults, "forwards")
-    report = await fake_host.call(ForkRequest(instance="oak", count=2, publish=[ANY]))
-    assert report.succeeded == 1
-    await assert_tidy(fake_host, "oak", *(fork.name for fork in report.instances))
 
 
 def test_addresses_of_two_data_directories_seldom_collide(tmp_path: Path) -> None:

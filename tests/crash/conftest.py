@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -26,11 +25,11 @@ from crash.kinds import RealKind
 from crash.plan import SEED
 from crash.report import Runs, write
 from crash.served import ServedGround, ServerProcesses
-from crash.survey import working_below
 from fakes.driver import FakeDriver
 from fakes.keeping import keeping
 from fakes.rooms import plant
 from machines import link_caches
+from remains import machines_ended
 
 
 @pytest.fixture(scope="session")
@@ -52,15 +51,12 @@ async def real_ground(common_home: Path, runs: Runs) -> AsyncIterator[HostGround
     link_caches(common_home, layout.home)
     kind = RealKind()
     try:
-        async with HostGround.at(layout.home, kind, runs.kills, HostProcesses) as ground:
-            async with kind.host(layout.home) as host:
-                runs.host = await host_facts(host)
-            yield ground
+        with machines_ended(layout.home):
+            async with HostGround.at(layout.home, kind, runs.kills, HostProcesses) as ground:
+                async with kind.host(layout.home) as host:
+                    runs.host = await host_facts(host)
+                yield ground
     finally:
-        for pids in working_below(layout.instances).values():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
         shutil.rmtree(directory)
 
 

@@ -24,8 +24,9 @@ from crash.kinds import Kind
 from crash.operation import SEED, STUMP, Operation
 from crash.states import boot
 from crash.steps import Measured
-from crash.survey import Mark, mark_of, survey, working_below
+from crash.survey import Mark, mark_of, survey
 from fakes.hosting import assert_tidy, memory_of
+from remains import working_below
 
 _DEADLINE_S = 90.0
 

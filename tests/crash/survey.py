@@ -18,22 +18,9 @@ from coppice.requests import RestoreRequest
 from crash.kinds import Kind
 from crash.operation import SEED, STUMP, Operation
 from fakes.hosting import assert_tidy, memory_of
+from remains import working_below
 
 _ZEROS = bytes(PAGE_SIZE)
-
-
-def working_below(instances: Path) -> dict[str, set[int]]:
-    """Return every process whose working directory is below `instances`, by the instance's id."""
-    found: dict[str, set[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                directory = (entry / "cwd").readlink()
-            except OSError:
-                continue
-            if directory.is_relative_to(instances):
-                found.setdefault(directory.relative_to(instances).parts[0], set()).add(int(entry.name))
-    return found
 
 
 def assert_links(host: AsyncHost) -> None:

@@ -26,7 +26,7 @@ from coppice.vmm import sockets
 from coppice.vmm.driver import Launch, Saved
 from coppice.vmm.firecracker.driver import FirecrackerDriver
 from fakes import disk
-from fakes.driver import PID_FILE, FakeDriver, Started, last_line, picked
+from fakes.driver import PID_FILE, FakeDriver, Started, last_line
 from fakes.driver import PROGRAM as FAKE_PROGRAM
 from fakes.guest import FakeGuest
 from fakes.ram import Ram, make_ram, write_first
@@ -73,7 +73,7 @@ class DoubledDriver(FakeDriver):
             try:
                 if first:
                     await in_thread(write_first, Ram(process.pid))
-                started = Started(process=process, machine=launch.machine, nics=picked(launch))
+                started = Started(process=process, machine=launch.machine, nics=launch.nics)
                 await in_thread((launch.directory / PID_FILE).write_bytes, msgspec.json.encode(started))
                 await in_thread(disk.launch, launch)
                 guest = HandedOver(launch.directory, process, [listener], self.faults)

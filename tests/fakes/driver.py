@@ -9,7 +9,6 @@ process that started it.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from coppice.completion import complete, in_thread
 from coppice.errors import VmmDied, VmmError
 from coppice.linux.remap import lay_over
 from coppice.machine.volumes import with_clones
-from coppice.model import MIB, MachineSpec, Manifest, Publish, Record, VmmProcess
+from coppice.model import MIB, MachineSpec, Manifest, Record, VmmProcess
 from coppice.model.network import Nic, NicBackend
 from coppice.vmm import driver as files
 from coppice.vmm import layers as memory_layers
@@ -214,16 +213,10 @@ class FakeDriver(VmmDriver):
                 raise VmmDied(f"the fake VMM ended at once: {last_line(log)}", hint="read fake_vmm.c")
         finally:
             os.close(ready)
-        started = Started(process=process, machine=launch.machine, nics=picked(launch))
+        started = Started(process=process, machine=launch.machine, nics=launch.nics)
         (launch.directory / PID_FILE).write_bytes(msgspec.json.encode(started))
         disk.launch(launch)
         return process
-
-    async def forwards(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
-        # Like a real VMM it knows its own rules, in its own order, and matches them with the
-        # requested ones.
-        picked = [rule for nic in (await self._reach("forwards", directory)).nics for rule in nic.forwards]
-        return tuple(_take(picked, port) for port in asked)
 
     def make_layer(self, path: Path, size_bytes: int) -> None:
         disk.make(path, size_bytes)
@@ -378,31 +371,6 @@ async def _load_devices(launch: Launch, process: VmmProcess) -> None:
             log.write(f"cannot load the vmstate: it is of {saved}, the memory is of generation {instant}\n")
         os.kill(process.pid, signal.SIGKILL)
         await ended(process)  # before its guest could answer
-
-
-def picked(launch: Launch) -> tuple[Nic, ...]:
-    """Return the NICs with a number for each port 0. Nothing listens on it."""
-    free = itertools.count(10000 + int.from_bytes(launch.directory.name.encode()[-2:]))
-    return tuple(
-        msgspec.structs.replace(
-            nic,
-            forwards=tuple(
-                msgspec.structs.replace(port, host_port=port.host_port or next(free)) for port in nic.forwards
-            ),
-        )
-        for nic in launch.nics
-    )
-
-
-def _take(picked: list[Publish], asked: Publish) -> Publish:
-    """Remove the rule made for `asked` from the list, and return it."""
-    wanted = asked if asked.host_port else None
-    at = next(
-        number
-        for number, rule in enumerate(picked)
-        if rule == (wanted or msgspec.structs.replace(asked, host_port=rule.host_port))
-    )
-    return picked.pop(at)
 
 
 def last_line(log: Path) -> str:

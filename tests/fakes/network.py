@@ -20,6 +20,7 @@ class SlotNetwork(UserNetwork):
     """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self._directory = directory
 
     @property
@@ -33,6 +34,7 @@ class SlotNetwork(UserNetwork):
         return nics
 
     async def detach(self, instance_id: str) -> None:
+        await super().detach(instance_id)
         (self._directory / instance_id).unlink(missing_ok=True)
 
     def leftovers(self, known: Callable[[], set[str]]) -> set[str]:

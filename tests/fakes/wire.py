@@ -8,11 +8,13 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
+from coppice.agent.channel import Channel
 from coppice.agent.protocol import (
     END_BYTE,
     HOST_PAYLOAD_MAX,
+    LIMITS,
     MAGIC,
     NONCE_SIZE,
     VERSION,
@@ -39,6 +41,7 @@ class Peer:
         self._writer = writer
         self._buffer = b""
         self._open = False
+        self.features: tuple[str, ...] = (LIMITS,)
         self.takes_all = False  # whether to return WINDOW and FORGET frames too
 
     @classmethod
@@ -61,7 +64,7 @@ class Peer:
         parts = b""
         while (frame := await self._frame()) is not None:
             if frame.type == FrameType.HELLO:
-                await self.send(FrameType.HELLO_ACK, 0, frame.payload[: len(MAGIC) + NONCE_SIZE] + _ABOUT)
+                await self.send(FrameType.HELLO_ACK, 0, frame.payload[: len(MAGIC) + NONCE_SIZE] + self._about())
                 parts = b""
             elif frame.type == FrameType.PING:
                 await self.send(FrameType.PONG, 0)
@@ -105,9 +108,35 @@ class Peer:
         self._writer.write(_HEADER.pack(frame_type, stream, len(payload)) + payload + bytes((END_BYTE,)))
         await self._writer.drain()
 
+    def _about(self) -> bytes:
+        return encode_fields([(1, "fake"), (2, VERSION), *((3, feature) for feature in self.features)])
+
     async def open_window(self, stream: int, size: int) -> None:
         """Let the host send this many more bytes."""
         await self.send(FrameType.WINDOW, stream, pack32(size))
 
 
-_ABOUT = encode_fields([(1, "fake"), (2, VERSION)])
+Answer = Callable[[Peer, Frame], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def talking_to(
+    answer: Answer, patience_s: float, *, features: tuple[str, ...] = (LIMITS,)
+) -> AsyncIterator[Channel]:
+    """Open a channel to a guest with custom answers."""
+    ours, theirs = socket.socketpair()
+
+    async def serve() -> None:
+        async with Peer.over(theirs) as peer:
+            peer.features = features
+            while (frame := await peer.receive()) is not None:
+                await answer(peer, frame)
+
+    guest = asyncio.create_task(serve())
+    channel = await Channel.over(ours, patience_s)
+    try:
+        yield channel
+    finally:
+        await channel.close()
+        guest.cancel()
+        await asyncio.gather(guest, return_exceptions=True)

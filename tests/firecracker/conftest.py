@@ -18,6 +18,7 @@ from coppice.model import Instance
 from coppice.model.kernel import Kernel
 from coppice.requests import PromoteRequest, RunRequest, StandbyRequest
 from machines import GUEST_MEMORY, IMAGE, WARM_SERVER, link_caches, remove_all, warm_up
+from remains import machines_ended
 
 VARIABLES = ("COPPICE_FIRECRACKER", "COPPICE_TEST_KERNEL")
 
@@ -47,11 +48,12 @@ async def host(home: Path) -> AsyncIterator[AsyncHost]:
 
     At the end no instance and no VMM is left.
     """
-    async with AsyncHost(home, vmm="firecracker") as opened:
-        await remove_all(opened)
-        rooms = opened.local.rooms
-        yield opened
-        await remove_all(opened)
+    with machines_ended(home):
+        async with AsyncHost(home, vmm="firecracker") as opened:
+            await remove_all(opened)
+            rooms = opened.local.rooms
+            yield opened
+            await remove_all(opened)
     for driver in rooms.drivers:
         assert not driver.find_orphans(rooms.layout.instances)
     assert list(rooms.layout.instances.iterdir()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -10,20 +9,15 @@ from pathlib import Path
 import pytest
 
 from coppice.client import AsyncHost
-from coppice.host.opened import default_rooms
-from coppice.machine.rooms import Deadlines, Rooms
 from coppice.model import Instance
-from coppice.network import Networks
 from coppice.network.nat import key_of
 from coppice.network.nat.pool import Pool
 from coppice.network.nat.provider import NatNetwork
-from coppice.network.unconnected import Unconnected
 from coppice.requests import ExecRequest, PromoteRequest, RunRequest, StandbyRequest
-from coppice.state.layout import Layout
-from coppice.vmm.registry import Drivers
 from machines import GUEST_MEMORY, IMAGE, link_caches, remove_all
 from name_server import answering
-from slots import leftovers
+from remains import machines_ended
+from slots import leftovers, rooms_with_slots
 from worlds import WORLD4, World
 
 
@@ -78,21 +72,14 @@ async def nat_host(
     """A host with real machines whose slots are in the tests' world; it leaves nothing there."""
     home = common_home / "workers" / f"nat-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
     link_caches(common_home, home)
-    key = key_of(home)
     runtime = tmp_path_factory.mktemp("slots")
     (runtime / "resolv.conf").write_text(f"nameserver {WORLD4}\n")
-    slots = NatNetwork(home, Pool(key, open_world.host.path, runtime, runtime / "resolv.conf"))
-
-    def open_rooms(layout: Layout, drivers: Drivers, deadlines: Deadlines) -> Rooms:
-        rooms = default_rooms(layout, drivers, deadlines)
-        networks = Networks([slots, Unconnected()])
-        return dataclasses.replace(rooms, networks=networks)
-
-    async with AsyncHost(home, open_rooms=open_rooms) as opened:
-        await remove_all(opened)
-        yield opened
-        await remove_all(opened)
-    assert leftovers(key, open_world) == []
+    with machines_ended(home):
+        async with AsyncHost(home, open_rooms=rooms_with_slots(home, open_world.host.path, runtime)) as opened:
+            await remove_all(opened)
+            yield opened
+            await remove_all(opened)
+    assert leftovers(key_of(home), open_world) == []
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from coppice.model.network import Nic, NicBackend
 from coppice.network.passt import PasstNetwork
 from coppice.vmm import helpers
 from machines import GUEST_MEMORY, IMAGE, link_caches
+from remains import machines_ended
 from worlds import HOST4, HOST6, WORLD4, WORLD6, World
 
 USER = 54321
@@ -47,7 +48,8 @@ def home_of_user(common_home: Path) -> Iterator[Path]:
         shutil.copytree(Path(made) / "linked", Path(made) / "home")
         for path in (Path(made), *(Path(made) / "home").rglob("*"), Path(made) / "home"):
             os.chown(path, USER, USER)
-        yield Path(made) / "home"
+        with machines_ended(Path(made) / "home"):
+            yield Path(made) / "home"
 
 
 @pytest.mark.quiet  # other tests' connections could take its picked ports while its machine is at rest

@@ -154,6 +154,7 @@ def test_options_reach_the_host() -> None:
         "timeout_s": 5.0,
         "memory_limit_bytes": 64 << 20,
         "pids_limit": 9,
+        "command": None,
     }
 
 

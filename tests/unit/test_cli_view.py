@@ -191,6 +191,9 @@ def test_unloadable_captures_are_marked(capsys: pytest.CaptureFixture[str]) -> N
     assert shown.err.count("vmm version was 1, is 2") == 1
     assert "can no longer be loaded here: warm (" in shown.err
     assert [each["unloadable"] for each in document(capsys, host, "ls")] == ["vmm version was 1, is 2", None]
+    many = [instance(f"fork-{number:02}", State.STANDBY) for number in range(20)]
+    assert run(FakeHost(ls=many, unloadable={each.id: "vmm version was 1, is 2" for each in many}), "ls") == 0
+    assert "fork-06, fork-07 and 12 more (vmm version" in capsys.readouterr().err
     tree = [
         TreeNode(instance=useless, depth=0, fork_count=1, memory=None),
         TreeNode(instance=good, depth=1, fork_count=0, memory=None),

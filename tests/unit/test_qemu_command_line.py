@@ -9,13 +9,11 @@ import re
 import msgspec
 import pytest
 
-from coppice.errors import VmmError
 from coppice.machine import directory as directories
 from coppice.model import GIB, MIB, MachineSpec, Publish, VolumeDisk
 from coppice.model.network import Nic, NicBackend
 from coppice.vmm import driver as files
 from coppice.vmm.qemu import command, releases
-from coppice.vmm.qemu.ports import with_picked
 
 MACHINE = MachineSpec(cpus=2, memory_bytes=256 * MIB, overlay_bytes=64 * MIB, kernel="k")
 SOCKETS = {command.QMP_SOCKET: 10, **{command.PORT_SOCKET.format(port): 11 + port for port in range(files.PORTS)}}
@@ -100,17 +98,13 @@ def test_every_agent_port_has_its_socket_and_its_number() -> None:
 
 
 def test_ports_are_published_as_requested() -> None:
-    """Each rule appears once, on the requested address or on loopback. Rules with a picked port
-    come first, because QEMU applies the last rule first.
-    """
+    """Each rule appears once, on the requested address or on loopback."""
     rules = (
         Publish(host_port=8080, guest_port=80),
         Publish(host_port=53, guest_port=5353, protocol="udp", host_address="192.0.2.1"),
-        Publish(host_port=0, guest_port=22),
     )
     (network,) = option(machine(nics=(msgspec.structs.replace(NIC, forwards=rules),)), "-netdev")
     assert re.findall(r"hostfwd=([^,]+)", network) == [
-        "tcp:127.0.0.1:0-:22",
         "tcp:127.0.0.1:8080-:80",
         "udp:192.0.2.1:53-:5353",
     ]
@@ -144,37 +138,6 @@ def test_the_socket_of_a_helper_is_inherited() -> None:
     line = machine(nics=(nic,), nic_fds={nic: 17})
     assert option(line, "-netdev") == ["stream,server=off,addr.type=fd,addr.str=17,id=net0"]
     assert "passt" not in " ".join(line)
-
-
-def test_picked_ports_are_read_from_qemus_answer() -> None:
-    """Only QEMU's own forwards count, whatever connections the guest has open; a requested port
-    never counts as a picked one.
-    """
-    said = (
-        "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n"
-        "  TCP[ESTABLISHED]   14       10.0.2.15 40000       127.0.0.1    80     0     0\r\n"
-        "  TCP[HOST_FORWARD]  11      127.66.7.8 42485       10.0.2.15    80     0     0\r\n"
-        "  TCP[HOST_FORWARD]   9       127.0.0.1 33897       10.0.2.15    80     0     0\r\n"
-        "  TCP[HOST_FORWARD]   3       127.0.0.1  8080       10.0.2.15    80     0     0\r\n"
-        "  UDP[HOST_FORWARD]   8               * 37444       10.0.2.15    53     0     0\r\n"
-    )
-    asked = (
-        Publish(host_port=8080, guest_port=80),
-        Publish(host_port=0, guest_port=80),
-        Publish(host_port=0, guest_port=80, host_address="127.66.7.8"),
-        Publish(host_port=0, guest_port=53, protocol="udp", host_address="0.0.0.0"),
-    )
-    assert [port.host_port for port in with_picked(asked, said)] == [8080, 33897, 42485, 37444]
-    with pytest.raises(VmmError):
-        with_picked((*asked, Publish(host_port=0, guest_port=99)), said)
-
-
-@pytest.mark.parametrize("port", [22, 0, 65536, 99999, 1023, 10**30])
-def test_a_port_that_the_kernel_would_not_pick_is_refused(port: int) -> None:
-    """A compromised VMM may report any port, and root would bind it at the next start."""
-    said = f"  TCP[HOST_FORWARD]  11      127.0.0.1 {port}       10.0.2.15    80     0     0\n"
-    with pytest.raises(VmmError):
-        with_picked((Publish(host_port=0, guest_port=80),), said)
 
 
 @pytest.mark.parametrize("run_as", [None, 1000])

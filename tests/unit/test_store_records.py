@@ -47,6 +47,25 @@ def test_a_record_is_read_back_unchanged(store: Store) -> None:
     assert store.instances() == [instance]
 
 
+def test_a_list_is_read_again_when_any_process_has_written(store: Store) -> None:
+    """By this store or another one, also by a raw connection. Until then the records are the same objects."""
+    with contextlib.closing(Store(store.path, own_process())) as other:
+        recorded(store)
+        (oak,) = store.instances()
+        assert store.instances()[0] is oak
+        store.instances().clear()
+        assert len(store.instances()) == 1
+        for writer in (store, other):
+            changed = msgspec.structs.replace(oak, tags={"by": str(id(writer))})
+            writer.save(changed)
+            assert store.instances() == other.instances() == [changed]
+        recorded(other, "elm")
+        assert [each.name for each in store.instances()] == ["oak", "elm"]
+        with contextlib.closing(sqlite3.connect(store.path)) as connection, connection:
+            connection.execute("DELETE FROM instances WHERE name = 'elm'")
+        assert [each.name for each in store.instances()] == ["oak"]
+
+
 def test_an_id_takes_precedence_over_a_name(store: Store) -> None:
     """An instance whose name is another's id cannot stand in for it."""
     victim = recorded(store, "victim")

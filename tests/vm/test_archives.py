@@ -16,6 +16,7 @@ from coppice.model import Instance, State
 from coppice.requests import ForkRequest, PromoteRequest, RmRequest, StandbyRequest
 from machines import ask
 from platforms import Platform
+from remains import machines_ended
 from template_archives import fingerprints
 
 ROOM = "os.__dict__.setdefault('held', {number}) + 1"
@@ -26,8 +27,9 @@ async def elsewhere(home: Path, platform: Platform) -> AsyncIterator[AsyncHost]:
     """Return a host over an empty data directory: it has neither the image nor the kernel."""
     other = Path(tempfile.mkdtemp(prefix="elsewhere-", dir=home.parent))
     try:
-        async with platform.host(other) as host:
-            yield host
+        with machines_ended(other):
+            async with platform.host(other) as host:
+                yield host
     finally:
         shutil.rmtree(other)
 

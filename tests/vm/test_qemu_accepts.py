@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import socket
 import sqlite3
@@ -22,7 +23,9 @@ from coppice.model.kernel import Kernel
 from coppice.names import MAX_CPUS, MAX_VOLUMES, MIN_MEMORY, check_machine, new_id
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
+from coppice.vmm.qemu.command import QMP_SOCKET
 from coppice.vmm.qemu.driver import QemuDriver
+from coppice.vmm.qemu.monitor import monitor
 from fakes.records import make_instance
 
 SMALL = MachineSpec(memory_bytes=128 * MIB, overlay_bytes=64 * MIB)
@@ -65,7 +68,8 @@ class Workshop:
         for number in range(len(instance.machine.volumes)):
             shutil.copy(directory / files.OVERLAY_DISK, directory / files.VOLUME_DISK.format(number))
         able = self._driver.capabilities.nic_backends
-        nics = await network.standard(Path("unused")).attach(instance, able)
+        networks = network.standard(Path("unused"))
+        nics = await networks.attach(instance, able)
         manifest = await self._driver.manifest(instance.machine)
         launch = Launch(
             directory=directory,
@@ -79,7 +83,19 @@ class Workshop:
             await self._driver.is_paused(directory)
             if not instance.publish:
                 return ()
-            return await self._driver.forwards(directory, instance.publish)
+            async with monitor(directory, QMP_SOCKET) as qmp:
+                said = str(await qmp.execute("human-monitor-command", {"command-line": "info usernet"}))
+            published = await networks.of(instance.machine).published(instance)
+            listening = re.findall(r"(TCP|UDP)\[HOST_FORWARD\] +\d+ +(\S+) +(\d+) ", said)
+            assert sorted(listening) == sorted(
+                (
+                    port.protocol.upper(),
+                    "*" if port.host_address == "0.0.0.0" else port.host_address,
+                    str(port.host_port),
+                )
+                for port in published
+            )
+            return published
         finally:
             await self._driver.quit(directory, process)
 

@@ -12,9 +12,11 @@ import pytest
 from coppice.client import AsyncHost
 from coppice.errors import CoppiceError
 from coppice.host.lifecycle import Lifecycle
+from coppice.machine import disk
 from coppice.model import MIB, Instance, Sharing
 from coppice.requests import (
     ForkRequest,
+    GetRequest,
     InspectRequest,
     PromoteRequest,
     ReadFileRequest,
@@ -52,7 +54,7 @@ async def booted(host: AsyncHost, image: str, release: str) -> AsyncIterator[Ins
 
 
 async def checked(host: AsyncHost, vm: Instance) -> None:
-    """Check the memory of the source, a VMM without root, and an empty log of QEMU."""
+    """Check the memory of the source, a VMM without root, an empty log of QEMU, and its disk."""
     assert await host.call(ReadFileRequest(instance=vm.id, path="/run/state")) == b"expensive"
     assert vm.vmm is not None
     log = host.local.rooms.directory(vm.id) / files.VMM_LOG
@@ -60,6 +62,9 @@ async def checked(host: AsyncHost, vm: Instance) -> None:
     status = await asyncio.to_thread(Path(f"/proc/{vm.vmm.pid}/status").read_text)
     (users,) = (line.split()[1:] for line in status.splitlines() if line.startswith("Uid:"))
     assert "0" not in users
+    vm = await host.call(GetRequest(instance=vm.id))
+    rooms = host.local.rooms
+    assert await rooms.driver(vm).disk_in_use(rooms.directory(vm.id)) == tuple(disk.names(vm.disk_layers))
 
 
 @pytest.mark.timeout(180)
@@ -77,6 +82,8 @@ async def test_a_machine_is_captured_forked_and_restored(host: AsyncHost, booted
     forks = await host.call(ForkRequest(instance=template.id, count=2, atomic=True))
     again = await host.call(ForkRequest(instance=live.instances[0].id, from_running=True, atomic=True))
     try:
+        (twice,) = live.instances
+        assert len((await host.call(GetRequest(instance=twice.id))).disk_layers) > len(twice.disk_layers)
         for result in (*live.results, *forks.results, *again.results):
             assert result.sharing is Sharing.HARDLINK
             assert result.instance is not None

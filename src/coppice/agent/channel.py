@@ -16,6 +16,7 @@ from typing import Final
 from coppice.agent.protocol import (
     MAGIC,
     NONCE_SIZE,
+    OLDER_HINT,
     STREAMS_MAX,
     Fields,
     Frame,
@@ -26,7 +27,7 @@ from coppice.agent.protocol import (
     encode_request,
 )
 from coppice.agent.stream import RemoteStream, deadline, refusal, unexpected
-from coppice.errors import Busy, CoppiceError, GuestProtocolError, GuestTimeout, VmmDied
+from coppice.errors import Busy, CoppiceError, GuestProtocolError, GuestTimeout, NotSupported, VmmDied
 
 PING_AFTER_S: Final = 5.0  # of silence while a stream is open
 _READ_SIZE = 65536
@@ -58,8 +59,10 @@ class Channel:
         self._heard = 0.0  # loop time of the last bytes from the guest
         self.failure: CoppiceError | None = None  # the connection is of no more use
         self.patience_s = patience_s
-        self.agent_version = ""  # known after the answer to HELLO
+        self._answered = asyncio.Event()  # HELLO was answered, or the connection has failed
+        self.agent_version = ""  # known after the answer to HELLO, as the next two
         self.protocol = 0
+        self.features: frozenset[str] = frozenset()
 
     @classmethod
     async def over(
@@ -81,12 +84,7 @@ class Channel:
         """
         stream = RemoteStream(self, self._free_id(), kind)
         request = encode_request(kind, stream.id, payload)
-        if not self._tasks:
-            nonce = secrets.token_bytes(NONCE_SIZE)
-            self._decoder = FrameDecoder(nonce)
-            request = encode_hello(nonce) + request
-            self._heard = asyncio.get_running_loop().time()
-            self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_alive())]
+        request = self._opening() + request
         self._streams[stream.id] = stream
         try:
             await self.send(request)
@@ -94,6 +92,32 @@ class Channel:
             stream.abandon()
             raise
         return stream
+
+    def _opening(self) -> bytes:
+        """Return the handshake, and begin to listen; nothing if that was done before."""
+        if self._tasks:
+            return b""
+        nonce = secrets.token_bytes(NONCE_SIZE)
+        self._decoder = FrameDecoder(nonce)
+        self._heard = asyncio.get_running_loop().time()
+        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_alive())]
+        return encode_hello(nonce)
+
+    async def require(self, feature: str, what: str) -> None:
+        """Refuse an operation that the agent would not carry out, because it is older than this host.
+
+        :param what: the name of the feature in a sentence
+        :raises NotSupported: the agent does not have the feature
+        :raises GuestTimeout: the agent does not answer the handshake in time
+        :raises VmmDied: the port is closed
+        """
+        await self.send(self._opening())
+        async with deadline(self.patience_s, "no answer to the handshake"):
+            await self._answered.wait()
+        if self.failure:
+            raise self.failure
+        if feature not in self.features:
+            raise NotSupported(f"the machine was captured with an older agent, which has no {what}", hint=OLDER_HINT)
 
     def _free_id(self) -> int:
         for _ in range(STREAMS_MAX):
@@ -168,6 +192,8 @@ class Channel:
         if frame.type == FrameType.HELLO_ACK:
             fields = Fields(frame.payload[len(MAGIC) + NONCE_SIZE :])
             self.agent_version, self.protocol = fields.text(1), fields.integer(2, 0)
+            self.features = frozenset(fields.texts(3))
+            self._answered.set()
         elif stream := self._streams.get(frame.stream):
             stream.take(frame)
         elif frame.stream == 0 and frame.type == FrameType.ERROR:
@@ -181,6 +207,7 @@ class Channel:
 
     def _fail(self, error: CoppiceError) -> None:
         self.failure = self.failure or error
+        self._answered.set()
         for stream in list(self._streams.values()):
             stream.fail(self.failure)
         self._streams.clear()

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 from coppice.agent.pack import content_bytes, pack
 from coppice.agent.place import place
 from coppice.agent.unpack import unpack
+from coppice.completion import complete
 from coppice.errors import CoppiceError, GuestRefused, HostCannot, NoSpace, NotFound
 from coppice.model import ProgressSink, no_progress
 from coppice.model.guest import CopySession, Unpacked
@@ -193,8 +194,10 @@ async def with_thread(
     except BaseException as error:
         first = failed[0] if failed and isinstance(error, Exception) else error
         writer.transport.abort()
-        await asyncio.wait({thread})
-        thread.exception()  # retrieved: otherwise the loop would log it
+        try:
+            await complete(asyncio.wait({thread}))  # also if this task is cancelled once more
+        finally:
+            thread.exception()  # retrieved: otherwise the loop would log it
         if isinstance(first, OSError):
             raise _host_error(first) from error
         raise first from None

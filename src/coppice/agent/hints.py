@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-from coppice.agent.protocol import FrameType
+from coppice.agent.protocol import OLDER_HINT, FrameType
 
 _CONSOLE: Final = "see the guest's console with `coppice logs NAME`"
-_OLD_AGENT: Final = "the machine was started with an older Coppice: `coppice stop NAME`, then `coppice start NAME`"
+_OLD_AGENT: Final = f"the machine was captured with an older agent: {OLDER_HINT}"
 _READ_ONLY: Final = (
     "its file system is read-only: run `coppice exec NAME -- mount -o remount,rw /`, or use a path on another one"
 )

@@ -15,8 +15,8 @@ import msgspec
 
 from coppice.agent.channel import Channel
 from coppice.agent.collecting import Collecting
-from coppice.agent.protocol import Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
-from coppice.agent.stream import REFUSED, RemoteStream, unexpected
+from coppice.agent.protocol import LIMITS, Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
+from coppice.agent.stream import REFUSED, RemoteStream, deadline, unexpected
 from coppice.commands import check_signal, new_command_id
 from coppice.errors import (
     Busy,
@@ -36,6 +36,7 @@ from coppice.model.guest import Exit, GuestCommand, Stream, TerminalSize
 _TTY, _STDIN, _DETACHED = 1, 2, 4
 _TIMED_OUT, _OUT_OF_MEMORY = 1, 2
 _WITHOUT_OUTPUT, _WITH_INPUT = 1, 2
+_LIST_MAX = 4 << 20  # an agent knows 1024 commands at most, and lists about 2 KiB of each
 _TIMEOUT_GRACE_S = 10.0  # added to the guest's own timeout, in case the guest does not keep it
 _STREAMS: dict[int, Stream] = {FrameType.STDOUT: "stdout", FrameType.STDERR: "stderr"}
 
@@ -219,9 +220,12 @@ async def start(channel: Channel, command: Command) -> AsyncIterator[ExecSession
 
     :raises UsageError: the command is empty
     :raises CommandNotStarted: the guest cannot start it; `errno` is that of the guest's kernel
+    :raises NotSupported: the command has limits, and the agent is too old to keep them
     """
     if not command.argv:
         raise UsageError("no command given", hint="give a program and its arguments")
+    if command.memory_bytes is not None or command.processes is not None:
+        await channel.require(LIMITS, "limits of commands")
     name, command_id = command.argv[0], command.id or new_command_id()
     payload = encode_command(msgspec.structs.replace(command, id=command_id))
     stream = await channel.open(FrameType.EXEC, payload)
@@ -280,11 +284,24 @@ def forget(channel: Channel, command_id: str) -> None:
 
 
 async def commands(channel: Channel) -> list[GuestCommand]:
-    """Return the commands that the agent knows, the oldest first."""
+    """Return the commands that the agent knows, the oldest first.
+
+    :raises GuestTimeout: the list did not come in time
+    :raises GuestProtocolError: the list is malformed or too long
+    """
     stream = await channel.open(FrameType.LIST)
     payload = bytearray()
-    async for chunk in stream.data():
-        payload += chunk
+    try:
+        async with deadline(channel.patience_s, "no complete list"):
+            async for chunk in stream.data():
+                payload += chunk
+                if len(payload) > _LIST_MAX:
+                    raise GuestProtocolError(
+                        f"the guest's list of commands is longer than {_LIST_MAX} bytes",
+                        hint="run `coppice stop NAME`, then `coppice start NAME`",
+                    )
+    finally:
+        stream.abandon()
     found = [_listed(Fields(entry)) for entry in Fields(bytes(payload)).raws(1)]
     return sorted(found, key=lambda command: command.started_at)
 

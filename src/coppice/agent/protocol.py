@@ -38,10 +38,12 @@ _HINT = (
     "run `coppice stop NAME`, then `coppice start NAME`: "
     "another program in the guest may have written to the agent's port"
 )
-_OLD_HINT = (
-    "its memory was captured with an older Coppice: `coppice stop NAME`, then `coppice start NAME` boots it "
-    "with the new agent; make templates and snapshots again from it"
+OLDER_HINT: Final = (
+    "`coppice stop NAME`, then `coppice start NAME` boots it with the new agent (fork a template with "
+    "`--target stopped`, and start the fork); make templates and snapshots again from it"
 )
+LIMITS: Final = "limits"
+"""The feature of agents that know the limits of an EXEC."""
 
 
 class FrameType(IntEnum):
@@ -267,7 +269,9 @@ class FrameDecoder:
 
     def _seek(self) -> bool:
         if self._buffer.find(self._old_mark) >= 0:
-            raise GuestProtocolError("the machine's agent speaks protocol 1 only", hint=_OLD_HINT)
+            raise GuestProtocolError(
+                "the machine was captured with an older agent, which speaks protocol 1 only", hint=OLDER_HINT
+            )
         at = self._buffer.find(self._mark)
         while 0 <= at < _HEADER.size:  # no space for a header before it, so no frame begins there
             at = self._buffer.find(self._mark, at + 1)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from coppice.agent.channel import Channel
 
 REFUSED: Final = "the guest refused: "
-_OTHER_FRAMES: Final = 64  # frames without output that a stream can have, each counted as a byte
+_OTHER_FRAMES: Final = 64  # frames without output that a stream can have
+_PIECE: Final = 512  # smaller pieces of output are joined, since each takes more memory than its bytes
 _LAST = frozenset({FrameType.OK, FrameType.ERROR, FrameType.EXIT})
 _OUTPUT = frozenset({FrameType.STDOUT, FrameType.STDERR, FrameType.DATA})
 
@@ -61,8 +62,9 @@ class RemoteStream:
         self._changed = asyncio.Event()
         self._failure: CoppiceError | None = None
         self._abandoned = False
-        self._credit = CREDIT_SIZE + _OTHER_FRAMES  # bytes that the guest may send
-        self._taken = 0  # bytes that were consumed since the guest last got credit
+        self._credit = CREDIT_SIZE  # bytes of output that the guest may send
+        self._others = _OTHER_FRAMES  # other frames that it may send
+        self._taken = 0  # bytes that were taken since the guest last got credit
 
     # ---- for the channel ----
 
@@ -78,15 +80,25 @@ class RemoteStream:
             self._channel.forget(self.id)
             self._frames.append(frame)
         else:
-            self._credit -= len(frame.payload) if frame.type in _OUTPUT else 1
-            if self._credit < 0:
+            if frame.type in _OUTPUT and frame.payload:
+                self._credit -= len(frame.payload)
+            else:
+                self._others -= 1
+            if not self._abandoned and min(self._credit, self._others) < 0:
                 raise GuestProtocolError(
                     "the guest sent more than it may",
                     hint="run `coppice stop NAME`, then `coppice start NAME`",
                 )
             if not self._abandoned:
-                self._frames.append(frame)
+                self._keep(frame)
         self._changed.set()
+
+    def _keep(self, frame: Frame) -> None:
+        last = self._frames[-1] if self._frames else None
+        if frame.type not in _OUTPUT or last is None or last.type != frame.type or len(last.payload) >= _PIECE:
+            self._frames.append(frame)
+        else:
+            self._frames[-1] = Frame(frame.type, frame.stream, last.payload + frame.payload)
 
     def fail(self, error: CoppiceError) -> None:
         """End the stream with an error, after the frames that have come."""
@@ -101,24 +113,32 @@ class RemoteStream:
 
         :raises VmmDied: the machine ended
         :raises GuestTimeout: the guest is silent
-        :raises GuestProtocolError: the guest broke the protocol
+        :raises GuestProtocolError: the guest broke the protocol, or the stream's last frame was taken
         """
+        if self._taken >= CREDIT_SIZE // 4 and not self.ended:
+            await self._grant()
         while not self._frames:
             if self._failure:
                 raise self._failure
+            if self.ended:
+                raise _over()
             self._changed.clear()
             await self._changed.wait()
         frame = self._frames.popleft()
         if frame.type in _OUTPUT:
-            self._consumed(len(frame.payload))
+            self._taken += len(frame.payload)
         return frame
 
-    def _consumed(self, size: int) -> None:
-        self._taken += size
-        if self._taken >= CREDIT_SIZE // 4 and not self.ended:
-            self._channel.post(encode_frame(FrameType.WINDOW, self.id, pack32(self._taken)))
-            self._credit += self._taken
-            self._taken = 0
+    async def _grant(self) -> None:
+        """Let the guest send as much as was taken. Waits while the guest does not read: otherwise a
+        guest that only sends would fill this end's buffer."""
+        taken, self._taken = self._taken, 0
+        self._credit += taken
+        try:
+            await self._channel.send(encode_frame(FrameType.WINDOW, self.id, pack32(taken)))
+        except CoppiceError:
+            if self._failure is None:  # otherwise it is raised after the frames that have come
+                raise
 
     async def reply(self) -> Fields:
         """Return the fields of the last frame, an OK.
@@ -188,7 +208,6 @@ class RemoteStream:
         if not self.ended and not self._abandoned:
             self._abandoned = True
             self._frames.clear()
-            self._credit = 1 << 62
             if self._channel.failure is None:
                 self._channel.post(encode_frame(kind, self.id, payload))
 
@@ -198,6 +217,10 @@ def refusal(frame: Frame, kind: FrameType | None) -> GuestRefused:
     fields = Fields(frame.payload)
     number, reason = fields.integer(1, 0), fields.text(2, "no reason given")
     return GuestRefused(REFUSED + reason, errno=number, hint=hint_for(kind, number, reason))
+
+
+def _over() -> GuestProtocolError:
+    return GuestProtocolError("the request has ended already", hint="report it with the output of `coppice doctor`")
 
 
 def unexpected(frame: Frame) -> GuestProtocolError:

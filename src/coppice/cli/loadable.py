@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from coppice.cli import output, table
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from coppice.model import Instance, Snapshot
 
 MARK = "!"
+_MOST_NAMED: Final = 8
 
 
 def state(text: str, holder: Instance | Snapshot, reasons: Mapping[str, str]) -> str:
@@ -29,7 +30,9 @@ def marked(holder: Instance | Snapshot, reasons: Mapping[str, str]) -> dict[str,
 def explain(holders: Mapping[str, str], reasons: Mapping[str, str]) -> None:
     """Print the reasons of the marks below a list. `holders` has the names by id."""
     for reason in dict.fromkeys(reasons.values()):
-        names = ", ".join(holders[each] for each in holders if reasons.get(each) == reason)
+        names = [holders[each] for each in holders if reasons.get(each) == reason]
+        more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
         output.complain(
-            f"{MARK} can no longer be loaded here: {names} ({reason}); `coppice fork NAME --target stopped` keeps the disk"
+            f"{MARK} can no longer be loaded here: {', '.join(names[:_MOST_NAMED])}{more} ({reason}); "
+            "`coppice fork NAME --target stopped` keeps the disk"
         )

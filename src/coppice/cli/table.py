@@ -5,6 +5,7 @@ Importing a library for tables would take longer than `coppice ls`.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ class Styled(str):
     style: str
 
 
+@functools.cache
 def state(text: str) -> Styled:
     """Return a state in its colour."""
     return Styled(text, _STATES.get(text, _OTHER))  # also `Running (exited 1)`, which is worth a look
@@ -57,8 +59,15 @@ def lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], available: i
         [[Styled(heading, BOLD) for heading, _ in columns], *rows] if any(heading for heading, _ in columns) else rows
     )
     widths = [max((len(row[place]) for row in table), default=0) for place in range(len(columns))]
-    if available is not None:
-        _narrow(widths, available)
+    if available is None:
+        pattern = _GAP.join(
+            f"{{:{'>' if side == 'right' else '<'}{width or ''}}}"
+            for (_, side), width in zip(columns, widths, strict=True)
+        )
+        for row in table:
+            yield pattern.format(*row).rstrip()
+        return
+    _narrow(widths, available)
     for row in table:
         for line in zip_longest(*map(_folded, row, widths), fillvalue=""):
             cells = map(_cell, line, row, widths, (side for _, side in columns), [styled] * len(columns))

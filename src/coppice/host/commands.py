@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import time
 from collections.abc import AsyncIterator
 
@@ -12,9 +11,9 @@ import msgspec
 
 from coppice.agent.client import Session
 from coppice.commands import PROCESS, new_command_id
-from coppice.errors import CommandNotStarted, GuestTimeout, IllegalTransition, InUse, NameTaken, NotFound, VmmDied
+from coppice.errors import GuestTimeout, IllegalTransition, InUse, NotFound, VmmDied
 from coppice.host import process, recovery
-from coppice.host.guest import DEFAULT_SIZE, Guest
+from coppice.host.guest import Guest, started
 from coppice.model import Instance, ProcessEnd, State
 from coppice.model.guest import ExecSession, Exit, GuestCommand, StartedCommand
 from coppice.model.lifecycle import Operation, require
@@ -36,31 +35,9 @@ class Commands(Guest):
         """Start the command detached. The agent answers when it runs."""
         command = request.command or new_command_id()
         async with self._session(request.instance) as session:
-            try:
-                async with session.exec_stream(
-                    request.argv,
-                    env=request.env,
-                    cwd=request.workdir,
-                    user=request.user,
-                    tty=request.tty,
-                    size=request.size or DEFAULT_SIZE,
-                    term=request.term,
-                    has_stdin=request.stdin,
-                    timeout_s=request.timeout_s,
-                    command_id=command,
-                    detached=True,
-                    keep_bytes=request.keep_bytes,
-                    memory_bytes=request.memory_limit_bytes,
-                    processes=request.pids_limit,
-                ) as running:
-                    return StartedCommand(id=command, pid=running.pid)
-            except CommandNotStarted as error:
-                if error.errno == errno.EEXIST:
-                    raise NameTaken(
-                        f"{request.instance} has a command {command}",
-                        hint=f"`coppice commands {request.instance}` lists them; choose another id",
-                    ) from error
-                raise
+            starting = started(session, request, command=command, detached=True, keep_bytes=request.keep_bytes)
+            async with starting as running:
+                return StartedCommand(id=command, pid=running.pid)
 
     async def command_ls(self, request: CommandLsRequest) -> list[GuestCommand]:
         """Ask the agent on a session port."""

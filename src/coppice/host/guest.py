@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import AsyncIterator
 
 from coppice.agent.client import Session
+from coppice.commands import new_command_id
 from coppice.completion import in_thread
-from coppice.errors import CoppiceError, GuestError, GuestTimeout, NotFound
+from coppice.errors import CommandNotStarted, CoppiceError, GuestError, GuestTimeout, NameTaken, NotFound
 from coppice.host import recovery
 from coppice.host.activity import active, idle_s
 from coppice.host.base import UseCases
@@ -18,6 +20,7 @@ from coppice.model import ExecResult, FileStat, Instance, ProgressSink
 from coppice.model.guest import Connection, CopySession, ExecSession, Health
 from coppice.model.lifecycle import Operation, require
 from coppice.requests import (
+    CommandStartRequest,
     ConnectRequest,
     CpInRequest,
     CpOutRequest,
@@ -35,10 +38,53 @@ from coppice.requests import (
 from coppice.vmm import driver as files
 
 _LOG_FILES: dict[LogSource, str] = {"console": files.CONSOLE_LOG, "vmm": files.VMM_LOG}
-DEFAULT_SIZE = (24, 80)
+_DEFAULT_SIZE = (24, 80)
 _PORT_DEADLINE_S = 60.0
 _LOOK_S = 1.0
 _SILENT_S = 5.0
+
+
+@contextlib.asynccontextmanager
+async def started(
+    session: Session,
+    request: OpenExecRequest | CommandStartRequest,
+    *,
+    command: str,
+    detached: bool = False,
+    keep_bytes: int | None = None,
+) -> AsyncIterator[ExecSession]:
+    """Start a command with an id. Leaving the block ends it, unless it is detached.
+
+    :raises NameTaken: the machine has a command with this id
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            running = await stack.enter_async_context(
+                session.exec_stream(
+                    request.argv,
+                    env=request.env,
+                    cwd=request.workdir,
+                    user=request.user,
+                    tty=request.tty,
+                    size=request.size or _DEFAULT_SIZE,
+                    term=request.term,
+                    has_stdin=request.stdin,
+                    timeout_s=request.timeout_s,
+                    command_id=command,
+                    detached=detached,
+                    keep_bytes=keep_bytes,
+                    memory_bytes=request.memory_limit_bytes,
+                    processes=request.pids_limit,
+                )
+            )
+        except CommandNotStarted as error:
+            if error.errno != errno.EEXIST:
+                raise
+            raise NameTaken(
+                f"{request.instance} has a command {command}",
+                hint=f"`coppice commands {request.instance}` lists them; choose another id",
+            ) from error
+        yield running
 
 
 class Guest(UseCases):
@@ -64,19 +110,7 @@ class Guest(UseCases):
         """Start the command, and end it when the block ends."""
         async with (
             self._session(request.instance) as session,
-            session.exec_stream(
-                request.argv,
-                env=request.env,
-                cwd=request.workdir,
-                user=request.user,
-                tty=request.tty,
-                size=request.size or DEFAULT_SIZE,
-                term=request.term,
-                has_stdin=request.stdin,
-                timeout_s=request.timeout_s,
-                memory_bytes=request.memory_limit_bytes,
-                processes=request.pids_limit,
-            ) as running,
+            started(session, request, command=request.command or new_command_id()) as running,
         ):
             yield running
 

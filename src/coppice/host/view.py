@@ -50,7 +50,7 @@ class View(UseCases):
         found: list[Instance] = []
         for instance in recorded:
             try:
-                current = await recovery.look(self.rooms, instance)
+                current = await recovery.look(self.rooms, instance) if instance.vmm is not None else instance
             except NotFound:
                 continue  # removed since the list was read
             except CoppiceError as error:

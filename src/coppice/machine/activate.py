@@ -27,7 +27,7 @@ from coppice.machine.last_words import cure, of_start
 from coppice.machine.loadable import differences
 from coppice.machine.rooms import Rooms
 from coppice.memory.layers import ranges_over
-from coppice.memory.report import maps_privately, memory_report
+from coppice.memory.report import maps_privately, memory_at_rest, memory_report
 from coppice.model import Capture, Instance, Manifest, MemoryReport, Sharing, State, VmmProcess
 from coppice.timing import Stages
 from coppice.vmm import driver as files
@@ -223,10 +223,8 @@ async def _run(
             await in_thread(rooms.store.save, instance)
         if instance.publish:
             with stages.stage("publish"):
-                published = rooms.networks.of(instance.machine).published(instance, partial(driver.forwards, directory))
-                instance = msgspec.structs.replace(
-                    instance, publish=await _unless_vmm_dies(rooms, instance, known_as, published)
-                )
+                published = await rooms.networks.of(instance.machine).published(instance)
+                instance = msgspec.structs.replace(instance, publish=published)
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
             introduction = _introduce(rooms, instance, known_as, deadline_s, payload, booted=booted)
@@ -333,10 +331,13 @@ async def measure_memory(rooms: Rooms, instance: Instance) -> MemoryReport:
 def memory_of(rooms: Rooms, instance: Instance) -> MemoryReport:
     """Report the memory that the VMM really shares: an undeclared copy shows as `copy`. Blocks."""
     pid = instance.vmm.pid if instance.vmm else None
-    directory = rooms.directory(instance.id)
     capture = instance.capture
+    if pid is None and capture is not None:
+        path = f"{rooms.layout.instances}/{instance.id}/{files.MEMORY}"
+        return memory_at_rest(capture.copied or capture.mem_file, path, len(capture.layers))
+    directory = rooms.directory(instance.id)
     file = (capture.copied or capture.mem_file) if capture else None
-    path, *layers = directories.memory_paths(directory, capture) if capture else [directory / files.LIVE_MEMORY]
+    base, *layers = directories.memory_paths(directory, capture) if capture else [directory / files.LIVE_MEMORY]
     # A first boot on anonymous memory has no file.
     in_file = capture is not None or rooms.driver(instance).capabilities.boots_in_file
-    return memory_report(pid, file, path, layers, memory_bytes=None if in_file else instance.machine.memory_bytes)
+    return memory_report(pid, file, base, layers, memory_bytes=None if in_file else instance.machine.memory_bytes)

@@ -40,22 +40,26 @@ def manifest_of(holder: Instance | Snapshot) -> Manifest | None:
 async def unloadable(drivers: Drivers, holders: Iterable[Instance | Snapshot]) -> dict[str, str]:
     """Return the reasons why captures cannot be loaded on this host, by the id of their holder.
 
-    Each VMM with captures is asked once.
+    Each VMM with captures is asked once, and each manifest is compared once: forks have the same.
     """
     reasons: dict[str, str] = {}
     here: dict[str, Manifest | CoppiceError] = {}
+    compared: dict[tuple[str, Manifest, str, int, int], str] = {}
     for holder in holders:
         then = manifest_of(holder)
         if then is None:
             continue
-        if holder.driver not in here:
+        driver, machine = holder.driver, holder.machine
+        if driver not in here:
             try:
-                here[holder.driver] = await drivers.named(holder.driver).manifest(holder.machine)
+                here[driver] = await drivers.named(driver).manifest(machine)
             except CoppiceError as error:
-                here[holder.driver] = error
-        now = here[holder.driver]
-        reason = now.message if isinstance(now, CoppiceError) else differences(then, _for(now, holder.machine))
-        if reason:
+                here[driver] = error
+        key = (driver, then, machine.kernel, machine.memory_bytes, machine.cpus)
+        if key not in compared:
+            now = here[driver]
+            compared[key] = now.message if isinstance(now, CoppiceError) else differences(then, _for(now, machine))
+        if reason := compared[key]:
             reasons[holder.id] = reason
     return reasons
 

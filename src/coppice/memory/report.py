@@ -98,6 +98,32 @@ def maps_privately(pid: int, path: Path) -> bool:
     return is_mapped_privately(pid, likely) or is_mapped_privately(pid, identify(path))
 
 
+def memory_at_rest(mem: MemFile, path: str, layers: int) -> MemoryReport:
+    """Do as `memory_report` does for an instance that does not run: one look at one file.
+
+    Raises IntegrityError if the file is missing, HostCannot.
+    """
+    try:
+        info = os.lstat(path)
+    except OSError:
+        with os_errors(f"look at {path}"):
+            raise
+    return _of_file(info.st_size, info, mem.sharing, layers)
+
+
+def _of_file(size: int, info: os.stat_result | None, sharing: Sharing, layers: int) -> MemoryReport:
+    return MemoryReport(
+        mapped_bytes=size,
+        shared_bytes=0,
+        unique_bytes=0,
+        vmm_overhead_bytes=0,
+        inode=None if info is None else info.st_ino,
+        link_count=0 if info is None else info.st_nlink,
+        layers=layers,
+        sharing=sharing,
+    )
+
+
 def memory_report(
     pid: int | None, mem: MemFile | None, path: Path, layers: Sequence[Path] = (), *, memory_bytes: int | None = None
 ) -> MemoryReport:
@@ -126,16 +152,7 @@ def memory_report(
     inode, links = (info.st_ino, info.st_nlink) if info is not None else (None, 0)
     sharing = mem.sharing if mem is not None else Sharing.OWN
     if pid is None:
-        return MemoryReport(
-            mapped_bytes=size,
-            shared_bytes=0,
-            unique_bytes=0,
-            vmm_overhead_bytes=0,
-            inode=inode,
-            link_count=links,
-            layers=len(layers),
-            sharing=sharing,
-        )
+        return _of_file(size, info, sharing, len(layers))
     found, all_anonymous = _account(pid, () if info is None else (path, *layers), size)
     rss, anonymous, swap = (
         sum(usage.rss_bytes for usage in found.ram),

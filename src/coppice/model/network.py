@@ -20,7 +20,7 @@ class Nic(Record, frozen=True, kw_only=True):
 
     backend: NicBackend
     mac: str  # "02:00:00:00:00:01"
-    forwards: tuple[Publish, ...] = ()  # USER_MODE only; a host port 0 is picked by the VMM
+    forwards: tuple[Publish, ...] = ()  # USER_MODE only: host ports that the VMM listens on
     tap: str = ""  # TAP only: the name of the device
     namespace: str = ""  # TAP only: the path of the network namespace that the device is in
     helper: tuple[str, ...] = ()  # STREAM only: the command; the descriptor of its socket is the last word

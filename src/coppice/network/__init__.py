@@ -20,4 +20,6 @@ PREFERRED: Final = "COPPICE_NETWORK"  # an environment variable: the network of 
 
 def standard(home: Path) -> Networks:
     """Return the providers of a data directory, the best one first."""
-    return Networks([NatNetwork(home), UserNetwork(), PasstNetwork(), Unconnected()], os.environ.get(PREFERRED))
+    database = home / "coppice.db"
+    providers = [NatNetwork(home), UserNetwork(database), PasstNetwork(database), Unconnected()]
+    return Networks(providers, os.environ.get(PREFERRED))

@@ -14,15 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from coppice.completion import in_thread
 from coppice.errors import UsageError
 from coppice.model import ANY_PORT, OWN_ADDRESS, Instance, Publish
 from coppice.model.network import GuestNetwork, Nic, NicBackend
 from coppice.network.mac import mac_address
-from coppice.network.ports import pick_port, require_free
-from coppice.network.provider import AskForwards, NetworkProvider
+from coppice.network.ports import Picks, require_free
+from coppice.network.provider import NetworkProvider
 from coppice.network.user import loopback_in_use, with_own_address
 
 _ADDRESS: Final = "10.0.2.15"
@@ -41,8 +39,9 @@ _ROUTES6: Final = Path("/proc/net/ipv6_route")
 class PasstNetwork(NetworkProvider):
     """The provider `passt`."""
 
-    def __init__(self) -> None:
-        self._picked: dict[str, tuple[Publish, ...]] = {}  # from `attach` until `published`, in this process
+    def __init__(self, database: Path | None = None) -> None:
+        """`database` is as for `Picks`."""
+        self._picks = Picks(database)
 
     @property
     def name(self) -> str:
@@ -74,11 +73,10 @@ class PasstNetwork(NetworkProvider):
         return [with_own_address(instance, taken) for instance in instances]
 
     async def attach(self, instance: Instance) -> tuple[Nic, ...]:
+        forwards: tuple[Publish, ...] = ()
         if instance.publish:
             await in_thread(require_free, instance)
-            if instance.id not in self._picked:
-                self._picked[instance.id] = await in_thread(_with_picked, instance.publish)
-        forwards = self._picked.get(instance.id, ())
+            forwards = await in_thread(self._picks.hold, instance)
         mac = mac_address(instance.id)
         return (Nic(backend=self.backend, mac=mac, helper=_command(forwards), greeting=_greeting(mac)),)
 
@@ -94,11 +92,11 @@ class PasstNetwork(NetworkProvider):
             gateway6=_GATEWAY6 if routed6 else None,
         )
 
-    async def published(self, instance: Instance, ask: AskForwards) -> tuple[Publish, ...]:  # noqa: ARG002
-        return self._picked.pop(instance.id, instance.publish)
+    async def published(self, instance: Instance) -> tuple[Publish, ...]:
+        return self._picks.release(instance.id) or instance.publish
 
     async def detach(self, instance_id: str) -> None:
-        self._picked.pop(instance_id, None)
+        self._picks.release(instance_id)
 
     def leftovers(self, known: Callable[[], set[str]]) -> set[str]:  # noqa: ARG002
         return set()
@@ -132,20 +130,6 @@ def _greeting(mac: str) -> bytes:
     may wait for connections and send nothing. The frame has a protocol that passt ignores.
     """
     return b"\xff" * 6 + bytes.fromhex(mac.replace(":", "")) + _RARP + bytes(46)
-
-
-def _with_picked(ports: tuple[Publish, ...]) -> tuple[Publish, ...]:
-    taken = {port.host_port for port in ports}
-    picked = []
-    for port in ports:
-        if port.host_port == ANY_PORT:
-            while (number := pick_port(port)) in taken:
-                pass
-            taken.add(number)
-            picked.append(msgspec.structs.replace(port, host_port=number))
-        else:
-            picked.append(port)
-    return tuple(picked)
 
 
 def _has_route6() -> bool:

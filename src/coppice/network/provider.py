@@ -27,18 +27,13 @@ from __future__ import annotations
 
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from coppice.completion import in_thread
 from coppice.errors import HostCannot, NotSupported, UsageError
 from coppice.linux.tcp import count_connections
 from coppice.model import ANY_PORT, Egress, EgressReport, Instance, MachineSpec, Publish
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
-
-AskForwards = Callable[[tuple[Publish, ...]], Awaitable[tuple[Publish, ...]]]
-"""Ask the VMM of a machine which host ports it listens on: `VmmDriver.forwards` of its
-directory.
-"""
 
 
 class NetworkProvider(ABC):
@@ -117,16 +112,15 @@ class NetworkProvider(ABC):
         """
 
     @abstractmethod
-    async def published(self, instance: Instance, ask: AskForwards) -> tuple[Publish, ...]:
+    async def published(self, instance: Instance) -> tuple[Publish, ...]:
         """Return the instance's published ports, with the picked host port in place of each 0.
 
         They are recorded.
 
-        Prerequisite: its VMM runs with the NICs of `attach`. `ask` queries that VMM, for networks
-        whose ports the VMM picks.
+        Prerequisite: its VMM runs with the NICs of `attach`, and this process attached them or the
+        network publishes ports only now.
 
-        :raises VmmDied: the VMM ended before it answered
-        :raises VmmError: the VMM's answer is not understood
+        :raises HostCannot: no port is free
         """
 
     def check_egress(self, policy: Egress) -> None:

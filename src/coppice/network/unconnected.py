@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from coppice.errors import UsageError
 from coppice.model import Egress, Instance, Publish
 from coppice.model.network import GuestNetwork, Nic
-from coppice.network.provider import AskForwards, NetworkProvider
+from coppice.network.provider import NetworkProvider
 
 
 class Unconnected(NetworkProvider):
@@ -42,7 +42,7 @@ class Unconnected(NetworkProvider):
     def guest(self, instance: Instance) -> GuestNetwork | None:  # noqa: ARG002
         return None
 
-    async def published(self, instance: Instance, ask: AskForwards) -> tuple[Publish, ...]:  # noqa: ARG002
+    async def published(self, instance: Instance) -> tuple[Publish, ...]:
         return instance.publish
 
     async def detach(self, instance_id: str) -> None:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Network
+from pathlib import Path
 
 import msgspec
 
 from coppice.completion import in_thread
 from coppice.errors import NoSpace, UsageError
-from coppice.model import ANY_PORT, OWN_ADDRESS, Instance, Publish
+from coppice.model import OWN_ADDRESS, Instance, Publish
 from coppice.model.network import GuestNetwork, Nic, NicBackend
 from coppice.network.mac import mac_address
-from coppice.network.ports import require_free
-from coppice.network.provider import AskForwards, NetworkProvider
+from coppice.network.ports import Picks, require_free
+from coppice.network.provider import NetworkProvider
 
 _ADDRESS = "10.0.2.15/24"
 _GATEWAY = "10.0.2.2"
@@ -37,6 +38,10 @@ _IN_USE = """
 
 class UserNetwork(NetworkProvider):
     """The provider `user`."""
+
+    def __init__(self, database: Path | None = None) -> None:
+        """`database` is as for `Picks`."""
+        self._picks = Picks(database)
 
     @property
     def name(self) -> str:
@@ -61,20 +66,21 @@ class UserNetwork(NetworkProvider):
         return [with_own_address(instance, taken) for instance in instances]
 
     async def attach(self, instance: Instance) -> tuple[Nic, ...]:
+        forwards: tuple[Publish, ...] = ()
         if instance.publish:
             await in_thread(require_free, instance)
-        return (Nic(backend=self.backend, mac=mac_address(instance.id), forwards=instance.publish),)
+            forwards = await in_thread(self._picks.hold, instance)
+        return (Nic(backend=self.backend, mac=mac_address(instance.id), forwards=forwards),)
 
     def guest(self, instance: Instance) -> GuestNetwork:
         return GuestNetwork(mac=mac_address(instance.id), address=_ADDRESS, gateway=_GATEWAY, dns=_DNS)
 
-    async def published(self, instance: Instance, ask: AskForwards) -> tuple[Publish, ...]:
-        if all(port.host_port != ANY_PORT for port in instance.publish):
-            return instance.publish
-        return await ask(instance.publish)
+    async def published(self, instance: Instance) -> tuple[Publish, ...]:
+        return self._picks.release(instance.id) or instance.publish
 
     async def detach(self, instance_id: str) -> None:
-        """Do nothing: the network ended with its VMM."""
+        """Hold no ports any more. The network ended with its VMM."""
+        self._picks.release(instance_id)
 
     def leftovers(self, known: Callable[[], set[str]]) -> set[str]:  # noqa: ARG002
         return set()

@@ -93,8 +93,12 @@ class Once:
                 await complete(in_thread(self._keys.failed, host.owner, key, failure_of(error)[1]))
             raise
         self._made(result)
-        await complete(in_thread(self._keys.succeeded, host.owner, key, result))
+        await self._record(host.owner, key, result)
         return result
+
+    async def _record(self, owner: str | None, key: str, result: Any) -> None:
+        """Record a result."""
+        await complete(in_thread(self._keys.succeeded, owner, key, result))
 
     async def _claim(self, owner: str | None, key: str, request: Request[Any], names: dict[str, Any]) -> Claim:
         """Record the key. If another server carries out its operation, wait for the end."""

@@ -67,6 +67,8 @@ class Store(QuickCalls):
         self._db = Database(path)
         self._owner = owner
         self._allocate = allocate
+        self._listed: list[Instance] = []
+        self._listed_at: tuple[int, int] | None = None  # versions of the database, see `instances`
         self.images = ImageRecords(self._db)
         self.events = EventLog(self._db)
         self.supervised = Supervised(self._db)
@@ -107,11 +109,16 @@ class Store(QuickCalls):
     def instances(self) -> list[Instance]:
         """Return all instances, oldest first, without stems: a stem is internal to one
         operation.
+
+        Nothing is read if no process has written since the last call: a list and its marks need two.
         """
         with self._db.read() as connection:
-            rows = connection.execute("SELECT record FROM instances ORDER BY created_at, rowid").fetchall()
-        found = [_decode(row[0]) for row in rows]
-        return [instance for instance in found if instance.stem_of is None]
+            version = (connection.execute("PRAGMA data_version").fetchone()[0], connection.total_changes)
+            if version != self._listed_at:
+                rows = connection.execute("SELECT record FROM instances ORDER BY created_at, rowid").fetchall()
+                self._listed = [found for row in rows if (found := _decode(row[0])).stem_of is None]
+                self._listed_at = version
+            return list(self._listed)
 
     def ids(self) -> set[str]:
         """Return the ids of all instances."""

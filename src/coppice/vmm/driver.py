@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from coppice.errors import NotSupported
-from coppice.model import MachineSpec, Manifest, Publish, Record, VmmProcess
+from coppice.model import MachineSpec, Manifest, Record, VmmProcess
 from coppice.model.network import Nic, NicBackend
 
 if TYPE_CHECKING:
@@ -181,19 +181,6 @@ class VmmDriver(ABC):
         :raises VmmDied: the VMM ended at once; the message has the end of its log
         :raises HostCannot: the VMM cannot be traced here, so that no layers can be mapped
         """
-
-    async def forwards(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:  # noqa: ARG002
-        """Return the forwards of a user-mode NIC, in the order of `asked`, each 0 replaced by the
-        picked port.
-
-        Prerequisite: `nic_backends` has USER_MODE, and the machine was launched with a NIC that has
-        the forwards `asked`.
-
-        :raises NotSupported: the driver has no user-mode NICs
-        :raises VmmDied: no VMM runs
-        :raises VmmError: the VMM's answer is not understood
-        """
-        raise NotSupported(f"{self.name} forwards no ports", hint="use another network")
 
     def make_layer(self, path: Path, size_bytes: int) -> None:  # noqa: ARG002
         """Make an empty layer of a disk at a new path. Blocks.

@@ -165,6 +165,7 @@ static void open_session(struct wire *w, const struct frame *f)
     struct reply r = {0};
     reply_text(&r, 1, AGENT_VERSION);
     reply_int(&r, 2, PROTOCOL);
+    reply_text(&r, 3, "limits");
     memcpy(payload + sizeof magic + NONCE_SIZE, r.data, r.size);
     wire_put(w, HELLO_ACK, 0, payload, sizeof magic + NONCE_SIZE + r.size);
 }

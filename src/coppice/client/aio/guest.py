@@ -101,12 +101,16 @@ class MachineGuest(MachineBase):
         timeout_s: float | None = None,
         memory_limit_bytes: int | None = None,
         pids_limit: int | None = None,
+        command: str | None = None,
         tty: bool = False,
         size: tuple[int, int] | None = None,
         term: str | None = None,
         stdin: bool = True,
     ) -> AbstractAsyncContextManager[ExecSession]:
         """Start a command and open a session with it. Closing the session ends the command (SIGHUP).
+
+        A session through a server that is restarted goes on with the next server, without loss of
+        output, unless some of its input may be lost.
 
         :param argv: A list of words: the program and its arguments.
         :param env: Variables, added to the image's.
@@ -115,10 +119,12 @@ class MachineGuest(MachineBase):
         :param timeout_s: Seconds after which the command is killed.
         :param memory_limit_bytes: The most memory of all its processes together; more kills them.
         :param pids_limit: The most processes and threads that it may have.
+        :param command: Its id: letters, digits, `_`, `.` and `-`. Default: generated.
         :param tty: Give the command a terminal.
         :param size: (rows, columns) of the terminal. Default: (24, 80).
         :param term: Type of the terminal, as in TERM.
         :param stdin: False: the command has no standard input.
+        :raises NameTaken: the machine has a command with this id
         """
         return self._backend.stream(
             OpenExecRequest(
@@ -130,6 +136,7 @@ class MachineGuest(MachineBase):
                 timeout_s=timeout_s,
                 memory_limit_bytes=memory_limit_bytes,
                 pids_limit=pids_limit,
+                command=command,
                 tty=tty,
                 size=size,
                 term=term,

@@ -18,12 +18,13 @@ from httpx_sse import EventSource
 
 from coppice.agent.copy import copy_in, copy_out
 from coppice.archive.files import content_of, save
-from coppice.client.remote import archives, connections, copies, streams, uploads
+from coppice.client.remote import archives, commands, connections, copies, patience, streams, uploads
 from coppice.client.remote.address import Address, parse_address
 from coppice.client.remote.failures import encoded, error_from, unreachable
+from coppice.client.remote.patience import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from coppice.client.remote.tracing import trace_headers
 from coppice.completion import complete
-from coppice.errors import CoppiceError, HostCannot, NotSupported
+from coppice.errors import CoppiceError, HostCannot, NotSupported, Overloaded
 from coppice.model import Instance, Progress, ProgressSink, from_json, no_progress
 from coppice.model.events import Event
 from coppice.requests import (
@@ -50,10 +51,6 @@ _EVENTS: Final = "text/event-stream"
 _OPERATION: Final = "coppice-operation"
 # A server that works on a request sends a byte every 15 s.
 _TIMEOUTS: Final = httpx.Timeout(10.0, read=60.0)
-PERSIST_S: Final = 30.0
-"""Seconds for which a request is repeated if the server does not answer: enough to restart it."""
-_FIRST_PAUSE_S: Final = 0.1
-_LONGEST_PAUSE_S: Final = 5.0
 
 
 class RemoteBackend:
@@ -132,7 +129,7 @@ class RemoteBackend:
 
         The key of the request makes repetitions harmless: the server carries it out once.
 
-        :raises HostCannot: the server has not answered for `PERSIST_S`
+        :raises HostCannot: the server has not answered for `patience.PERSIST_S`
         """
         headers = {
             "content-type": "application/json",
@@ -142,18 +139,18 @@ class RemoteBackend:
         }
         client = self._connected()
         failing_since: float | None = None
-        pause_s = _FIRST_PAUSE_S
+        pause_s = FIRST_PAUSE_S
         while True:
             try:
                 return await self._send(client, path, content, headers, progress)
             except _Repeat as error:
                 now = time.monotonic()
                 if failing_since is None or error.worked:
-                    failing_since, pause_s = now, _FIRST_PAUSE_S
-                if now - failing_since >= PERSIST_S:
+                    failing_since, pause_s = now, FIRST_PAUSE_S
+                if now - failing_since >= patience.PERSIST_S:
                     raise error.reason from error.__cause__
                 await asyncio.sleep(max(error.after_s, pause_s * random.uniform(0.5, 1)))  # noqa: S311 - no secret
-                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
     async def _send(
         self, client: httpx.AsyncClient, path: str, content: bytes, headers: Mapping[str, str], progress: ProgressSink
@@ -184,9 +181,9 @@ class RemoteBackend:
         """Open a running command or a log on the server."""
         opened: AbstractAsyncContextManager[Any]
         if isinstance(request, OpenExecRequest):
-            opened = streams.open_exec(self._address, self._headers, request)
+            opened = commands.open_exec(self._address, self._headers, request, self.call)
         elif isinstance(request, CommandAttachRequest):
-            opened = streams.attach(self._address, self._headers, request)
+            opened = commands.attach(self._address, self._headers, request)
         elif isinstance(request, LogsRequest):
             opened = streams.open_logs(self._address, self._headers, request)
         elif isinstance(request, OpenCopyRequest):
@@ -230,9 +227,9 @@ class RemoteBackend:
             except httpx.TransportError as error:
                 lost = unreachable(self._address, error)
             failing_since = failing_since or time.monotonic()
-            if time.monotonic() - failing_since >= PERSIST_S:
+            if time.monotonic() - failing_since >= patience.PERSIST_S:
                 raise lost
-            await asyncio.sleep(_FIRST_PAUSE_S)
+            await asyncio.sleep(FIRST_PAUSE_S)
 
     def _connected(self) -> httpx.AsyncClient:
         if self._client is None:
@@ -268,7 +265,9 @@ async def _result_of_events(response: httpx.Response, progress: ProgressSink) ->
         if event.event == "progress":
             progress(msgspec.json.decode(event.data, type=Progress))
         elif event.event == "error":
-            raise error_from(event.data.encode())
+            error = error_from(event.data.encode())
+            # A server that ends says so to those who wait, and its successor answers.
+            raise _Repeat(error, worked=True) if isinstance(error, Overloaded) else error
         elif event.event == "result":
             result = event.data.encode()
     if result is not None:

@@ -1,4 +1,4 @@
-"""Commands and logs of a server, over WebSockets. `coppice.server.streams` describes the frames."""
+"""WebSockets of a server, and its logs. `coppice.server.streams` describes the frames."""
 
 from __future__ import annotations
 
@@ -12,22 +12,17 @@ from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
 
-from coppice.agent.collecting import Collecting
 from coppice.client.remote.address import Address
 from coppice.client.remote.failures import encoded, error_from, refusal, unreachable
 from coppice.client.remote.patience import received
 from coppice.client.remote.tracing import trace_headers
 from coppice.errors import GuestRefused, HostCannot
-from coppice.flow import CHUNK
 from coppice.model import FileStat, Instance, Record
-from coppice.model.guest import Exit, Stream, Unpacked
-from coppice.requests import CommandAttachRequest, LogsRequest, OpenExecRequest
+from coppice.model.guest import Exit, Unpacked
+from coppice.requests import LogsRequest
 
 _OPEN_S: Final = 10.0
 _CLOSE_S: Final = 5.0
-_STREAMS: Final[dict[int, Stream]] = {1: "stdout", 2: "stderr"}
-_LOST: Final = "the connection to the server was lost"
-_ENDED: Final = "the server has ended"
 
 
 class Message(Record, frozen=True, kw_only=True):
@@ -96,7 +91,8 @@ async def next_frame(connection: ClientConnection) -> bytes | Message:
     except ConnectionClosed as error:
         ended = error.rcvd is not None and error.rcvd.code == CloseCode.SERVICE_RESTART
         raise HostCannot(
-            _ENDED if ended else _LOST, hint="the command or copy may have run; `coppice ls` shows the machine"
+            "the server has ended" if ended else "the connection to the server was lost",
+            hint="the command or copy may have run; `coppice ls` shows the machine",
         ) from error
     if isinstance(frame, bytes):
         return frame
@@ -107,6 +103,16 @@ async def next_frame(connection: ClientConnection) -> bytes | Message:
             reported.errno = message.errno
         raise reported
     return message
+
+
+def is_lost(error: HostCannot) -> bool:
+    """Return whether an error of `opened` or `next_frame` says that there is no connection any more."""
+    return isinstance(error.__cause__, OSError | TimeoutError | WebSocketException)
+
+
+def may_have_arrived(error: HostCannot) -> bool:
+    """Return whether what was sent before an error may have arrived."""
+    return isinstance(error.__cause__, ConnectionClosed)
 
 
 async def message_of(connection: ClientConnection) -> Message:
@@ -123,84 +129,6 @@ async def message_of(connection: ClientConnection) -> Message:
 def not_coppice() -> HostCannot:
     """Return the error for an unexpected answer."""
     return HostCannot("the server's answer is not that of Coppice", hint="check the address and the server's version")
-
-
-class RemoteExecSession(Collecting):
-    """A command that runs in a guest of a server."""
-
-    def __init__(self, connection: ClientConnection, name: str, timeout_s: float | None, first: Message) -> None:
-        super().__init__(name, timeout_s)
-        if first.pid is None:
-            raise not_coppice()
-        self.id = first.command
-        self.pid = first.pid
-        self.offset = first.offset
-        self.dropped_bytes = 0
-        self._connection = connection
-
-    async def __aiter__(self) -> AsyncIterator[tuple[Stream, bytes]]:
-        """Yield the command's output as it arrives, until the command has ended."""
-        while self._exit is None:
-            try:
-                frame = await next_frame(self._connection)
-            except HostCannot as error:
-                if error.message in (_LOST, _ENDED):
-                    error.hint = f"the command goes on: `coppice attach NAME {self.id}` shows its output"
-                raise
-            if isinstance(frame, bytes):
-                self.offset += len(frame) - 1
-                yield _STREAMS[frame[0]], frame[1:]
-            elif frame.exit is not None:
-                self._exit = frame.exit
-            else:
-                self.offset += frame.dropped
-                self.dropped_bytes += frame.dropped
-
-    async def send_stdin(self, data: bytes) -> None:
-        """Send data to the command's standard input."""
-        for at in range(0, len(data), CHUNK):  # a server refuses large frames
-            await self._send(data[at : at + CHUNK])
-
-    async def eof(self) -> None:
-        """Close the command's standard input."""
-        await self._control(eof=True)
-
-    async def signal(self, number: int) -> None:
-        """Send a signal to the command's process group."""
-        await self._control(signal=number)
-
-    async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the command's terminal."""
-        await self._control(resize=(rows, columns))
-
-    async def leave(self) -> None:
-        """Let the command run on when the session is closed."""
-        await self._control(leave=True)
-
-    async def _control(self, **message: object) -> None:
-        await self._send(msgspec.json.encode(message).decode())
-
-    async def _send(self, data: bytes | str) -> None:
-        with contextlib.suppress(ConnectionClosed):  # the reader reports the lost connection
-            await self._connection.send(data)
-
-
-@contextlib.asynccontextmanager
-async def open_exec(
-    address: Address, headers: Mapping[str, str], request: OpenExecRequest
-) -> AsyncIterator[RemoteExecSession]:
-    """Start a command on the server. Leaving the block ends the command."""
-    async with opened(address, headers, "/stream/exec", request) as connection:
-        yield RemoteExecSession(connection, request.argv[0], request.timeout_s, await message_of(connection))
-
-
-@contextlib.asynccontextmanager
-async def attach(
-    address: Address, headers: Mapping[str, str], request: CommandAttachRequest
-) -> AsyncIterator[RemoteExecSession]:
-    """Attach to a command on the server. Leaving the block lets it run on."""
-    async with opened(address, headers, "/stream/attach", request) as connection:
-        yield RemoteExecSession(connection, f"command {request.command}", None, await message_of(connection))
 
 
 @contextlib.asynccontextmanager

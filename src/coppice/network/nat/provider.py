@@ -20,7 +20,7 @@ from coppice.model import ANY_PORT, OWN_ADDRESS, Egress, EgressReport, Instance,
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
 from coppice.network.mac import mac_address
 from coppice.network.nat import RUNTIME, key_of
-from coppice.network.provider import AskForwards, NetworkProvider
+from coppice.network.provider import NetworkProvider
 from coppice.network.user import loopback_in_use, with_own_address
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class NatNetwork(NetworkProvider):
             gateway6=str(addresses.GATEWAY6),
         )
 
-    async def published(self, instance: Instance, ask: AskForwards) -> tuple[Publish, ...]:  # noqa: ARG002
+    async def published(self, instance: Instance) -> tuple[Publish, ...]:
         if all(port.host_port != ANY_PORT for port in instance.publish):
             return instance.publish
         return await in_thread(self.slots.pick_ports, instance)

@@ -35,10 +35,14 @@ def host(key: str) -> str:
     A slot reaches the outside world, but no address of this host and no other slot. Only
     connections to published ports reach a slot. Forwarding a port of 127.0.0.1 needs
     `route_localnet` on the links; the drop of 127.0.0.0/8 makes up for that setting.
+
+    Only a connection's first packet leads it to a slot. The kernel may begin to track connections
+    with this table, and then takes the next packet of an older one for its first. Such a connection
+    may be one that woke the machine.
     """
     links = f'"{addresses.prefix(key)}*"'
     name = f"inet {table(key)}"
-    forward = "\n".join(
+    forward = "    tcp flags & (syn | ack) != syn return\n" + "\n".join(
         f"    meta l4proto {{ tcp, udp }} fib daddr type local dnat {family} to {lookup}"
         for family, proto, version in (("ip", "ip", 4), ("ip6", "ip6", 6))
         for lookup in (

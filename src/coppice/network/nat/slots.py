@@ -22,7 +22,7 @@ from coppice.network.nat.conntrack import count_inbound
 from coppice.network.nat.pool import Pool
 from coppice.network.nat.refill import Refill
 from coppice.network.nat.rights import require_rights
-from coppice.network.ports import pick_port, require_free
+from coppice.network.ports import pick, require_free
 
 _log = logging.getLogger(__name__)
 _PICKS: Final = 64
@@ -69,7 +69,8 @@ class Slots:
 
     def _publish_any(self, instance: Instance, slot: Slot, port: Publish) -> Publish:
         for _ in range(_PICKS):
-            picked = msgspec.structs.replace(port, host_port=netns.inside(self.pool.host, lambda: pick_port(port)))
+            with netns.inside(self.pool.host, lambda: pick(port, self._database)) as held:
+                picked = msgspec.structs.replace(port, host_port=held.getsockname()[1])
             with contextlib.suppress(InUse):
                 self._publish(instance, slot, [picked])
                 return picked

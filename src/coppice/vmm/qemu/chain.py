@@ -26,23 +26,24 @@ _PREFIX: Final = Path(files.OVERLAY_DISK).stem + "."
 
 async def written(qmp: Monitor) -> str:
     """Return the name of the file of the overlay disk that QEMU writes to."""
-    for each in await qmp.execute("query-block"):
-        name = str(each.get("inserted", {}).get("node-name", ""))
-        if name.startswith(_PREFIX):
-            return name
-    raise VmmError("QEMU has no overlay disk", hint="see its log with `coppice logs --vmm NAME`")
+    return (await in_use(qmp))[-1]
 
 
 async def in_use(qmp: Monitor) -> tuple[str, ...]:
-    """Return the names of the files of the overlay disk, from the raw one on."""
-    names = [await written(qmp)]
-    graph = await qmp.execute("x-debug-query-block-graph")
-    ids = {node["name"]: node["id"] for node in graph["nodes"] if node["type"] == "block-driver"}
-    by_id = {number: name for name, number in ids.items()}
-    below = {edge["parent"]: edge["child"] for edge in graph["edges"] if edge["name"] == "backing"}
-    while (number := below.get(ids[names[0]])) is not None:
-        names.insert(0, by_id[number])
-    return tuple(names)
+    """Return the names of the files of the overlay disk, from the raw one on.
+
+    Only `query-blockstats` tells the nodes of a chain by name: other commands tell files, which are
+    descriptors after a switch.
+    """
+    for disk in await qmp.execute("query-blockstats"):
+        names: list[str] = []
+        node: dict[str, Any] | None = disk
+        while node is not None:
+            names.insert(0, str(node.get("node-name", "")))
+            node = node.get("backing")
+        if names[-1].startswith(_PREFIX):
+            return tuple(names)
+    raise VmmError("QEMU has no overlay disk", hint="see its log with `coppice logs --vmm NAME`")
 
 
 async def flush(qmp: Monitor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from coppice.errors import NotSupported
-from coppice.model import ANY_PORT, MIB, MachineSpec
+from coppice.model import MIB, MachineSpec
 from coppice.model.network import Nic, NicBackend
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Disk
@@ -141,11 +141,8 @@ def _nic(number: int, nic: Nic, descriptor: int) -> list[str]:
 
 
 def _user_mode(nic: Nic) -> str:
-    # QEMU binds the last rule first. Fixed ports come last, so that the kernel cannot pick one of
-    # them for another rule.
-    rules = sorted(nic.forwards, key=lambda rule: rule.host_port != ANY_PORT)
     return "user" + "".join(
-        f",hostfwd={rule.protocol}:{rule.host_address}:{rule.host_port}-:{rule.guest_port}" for rule in rules
+        f",hostfwd={rule.protocol}:{rule.host_address}:{rule.host_port}-:{rule.guest_port}" for rule in nic.forwards
     )
 
 

@@ -29,13 +29,13 @@ from coppice.completion import complete, in_thread
 from coppice.errors import NoSpace, UsageError, VmmDied, VmmError, VmmTimeout
 from coppice.linux.files import os_errors
 from coppice.linux.kvm import read_cpu
-from coppice.model import MIB, MachineSpec, Manifest, Publish, VmmProcess
+from coppice.model import MIB, MachineSpec, Manifest, VmmProcess
 from coppice.model.network import NicBackend
 from coppice.vmm import confinement, layers, sockets, starting, taps
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
 from coppice.vmm.driver import Capabilities, Launch, Saved, VmmDriver
-from coppice.vmm.qemu import chain, command, host, images, ports, qcow2, releases
+from coppice.vmm.qemu import chain, command, host, images, qcow2, releases
 from coppice.vmm.starting import Rights
 
 if TYPE_CHECKING:
@@ -195,11 +195,6 @@ class QemuDriver(VmmDriver):
         if not process.start_ticks:
             raise _ended_at_once(await self.wait_exit(directory, process))
         return process
-
-    async def forwards(self, directory: Path, asked: tuple[Publish, ...]) -> tuple[Publish, ...]:
-        async with monitor(directory, command.QMP_SOCKET) as qmp:
-            said = await qmp.execute("human-monitor-command", {"command-line": "info usernet"})
-        return ports.with_picked(asked, str(said))
 
     def make_layer(self, path: Path, size_bytes: int) -> None:
         images.create(path, size_bytes)
