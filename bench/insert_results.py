@@ -24,7 +24,6 @@ from coppice.model import GIB, MIB
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/benchmarks.md", *(f"docs/cookbook/{page}.md" for page in RECIPES))
-LONGEST = 80  # characters of a command in a table
 _REGION = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -167,9 +166,9 @@ def recipe_table(report: CookbookReport, page: str) -> str:
     """Return the times of a recipe's commands, and the tree of its forks."""
     (cost,) = (cost for cost in report.costs if cost.page == page)
     rows = [
-        (f"`{step.command if len(step.command) <= LONGEST else step.command[:LONGEST] + '...'}`", f"{step.seconds:.1f}")
+        (f"`{step.command}`", f"{step.seconds:.1f}")
         for step in cost.steps
-        if not step.command.startswith("coppice rm")
+        if step.seconds >= 0.05 and not step.command.startswith("coppice rm")  # shorter ones begin a pipeline
     ]
     return f"{describe_host(cost.host)}.\n\n{markdown(('command', 's'), rows, text_columns=1)}\n```text\n{cost.tree}\n```\n"
 
