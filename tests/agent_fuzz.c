@@ -95,23 +95,13 @@ bool checked_reaped(pid_t pid, int status)
     return jobs_reaped(pid, status);
 }
 
-static void ended(pid_t pid, int status)
-{
-    if (pid == machine.process && !machine.process_ended) {
-        machine.process_ended = true;
-        machine.process_status = exit_code_of(status);
-    } else {
-        checked_reaped(pid, status);
-    }
-}
-
 static void reap_fakes(void)
 {
     for (struct fake *f = fakes; f < fakes + FAKES_MAX; f++) {
         if (f->pid && f->ended) {
             pid_t pid = f->pid;
             f->pid = 0;
-            ended(pid, f->status);
+            checked_reaped(pid, f->status);
         }
     }
 }
@@ -197,7 +187,6 @@ static void play(void)
     uint64_t quick = one_in(8);
     machine.mounted_count = 0;
     machine.serial = 0;
-    machine.process = 0;
     machine.thaw_at = 0;
     machine.image.env_size = 0;
     *machine.image.cwd = *machine.image.user = 0;
