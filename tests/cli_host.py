@@ -29,6 +29,7 @@ from coppice.model.guest import Exit, Stream
 from coppice.requests import (
     ConnectRequest,
     LogsRequest,
+    OpenCopyRequest,
     OpenExecRequest,
     OpenExportRequest,
     Request,
@@ -130,9 +131,9 @@ class FakeHost:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, request: LogsRequest | OpenExecRequest | ConnectRequest | OpenExportRequest
+        self, request: LogsRequest | OpenExecRequest | ConnectRequest | OpenExportRequest | OpenCopyRequest
     ) -> AsyncIterator[Any]:
-        """Return a log, an archive, a local command, or a connection to a local server.
+        """Return a log, an archive, a copy session, a local command, or a connection to a local server.
 
         An instance called `nobody` does not exist.
         """
@@ -141,6 +142,9 @@ class FakeHost:
             raise NotFound("there is no instance 'nobody'", hint="`coppice ls` lists the existing ones")
         if isinstance(request, OpenExportRequest):
             yield self._pieces()
+            return
+        if isinstance(request, OpenCopyRequest):
+            yield self.answers["open_copy"]
             return
         if isinstance(request, LogsRequest):
             yield self._log(request)

@@ -37,8 +37,8 @@ _RELAYED = frozenset(
         FrameType.FILE_READ,
         FrameType.FILE_WRITE,
         FrameType.FILE_STAT,
-        FrameType.TAR_OUT,
-        FrameType.TAR_IN,
+        FrameType.TREE_OUT,
+        FrameType.TREE_IN,
         FrameType.CONNECT,
     }
 )

@@ -28,9 +28,9 @@ _BY_REQUEST: Final[dict[FrameType, dict[int, str]]] = {
         _ANY: "see what is there with `coppice exec NAME -- ls -la DIRECTORY`",
     },
     FrameType.FILE_STAT: {_ANY: "see what is there with `coppice exec NAME -- ls -la DIRECTORY`"},
-    FrameType.TAR_OUT: {_ANY: "see what is there with `coppice exec NAME -- ls -la DIRECTORY`"},
+    FrameType.TREE_OUT: {_ANY: "see what is there with `coppice exec NAME -- ls -la DIRECTORY`"},
     FrameType.FILE_WRITE: {**_WRITES, _ANY: "see what is at the path with `coppice exec NAME -- ls -la DIRECTORY`"},
-    FrameType.TAR_IN: {**_WRITES, _ANY: "see what is at the path with `coppice exec NAME -- ls -la DIRECTORY`"},
+    FrameType.TREE_IN: {**_WRITES, _ANY: "see what is at the path with `coppice exec NAME -- ls -la DIRECTORY`"},
     FrameType.CONNECT: {
         errno.ECONNREFUSED: "nothing listens there: `coppice exec NAME -- ss -ltnx` lists what does, if the image has ss",
         errno.ENOENT: "there is no such socket: see what is there with `coppice exec NAME -- ls -la DIRECTORY`",

@@ -81,8 +81,8 @@ class FrameType(IntEnum):
     FILE_READ = 64
     FILE_WRITE = 65
     FILE_STAT = 66
-    TAR_OUT = 67
-    TAR_IN = 68
+    TREE_OUT = 67
+    TREE_IN = 68
     CONNECT = 69
     DATA = 80
     DATA_EOF = 81

@@ -20,7 +20,7 @@ from coppice.model.guest import MAX_COLLECTED, GuestCommand, OutputSink, Source,
 
 _APPEND, _MAKE_PARENTS = 1, 2
 _FOLLOW_LINKS = 1
-_CONTENTS, _HOLES = 1, 2
+_CONTENTS = 1
 _MAKE_DIRECTORY = 1
 
 
@@ -219,24 +219,23 @@ class Session:
 
     # ---- trees ----
 
-    def tar_out(self, path: str, *, contents: bool = False, holes: bool = False) -> AsyncIterator[bytes]:
-        """Yield a tar stream of a file or tree. The guest packs it, so it is not trustworthy.
+    def tree_out(self, path: str, *, contents: bool = False) -> AsyncIterator[bytes]:
+        """Yield the records of a file or tree. The guest packs it, so it is not trustworthy.
 
-        :param contents: pack the members of the directory instead of the directory itself
-        :param holes: leave out the holes of files (GNU tar's sparse format 0.1)
+        :param contents: pack the entries of the directory instead of the directory itself
         :raises GuestRefused: the path cannot be read
         """
-        fields = encode_fields([(1, path), (2, (_CONTENTS if contents else 0) | (_HOLES if holes else 0))])
-        return self._download(FrameType.TAR_OUT, fields)
+        fields = encode_fields([(1, path), (2, _CONTENTS if contents else 0)])
+        return self._download(FrameType.TREE_OUT, fields)
 
-    async def tar_in(self, directory: str, archive: Source, *, make: bool = False) -> Unpacked:
-        """Unpack a tar stream below a directory. No member can leave the directory.
+    async def tree_in(self, directory: str, records: Source, *, make: bool = False) -> Unpacked:
+        """Make a tree below a directory. No entry can leave the directory.
 
         :param make: make the directory (not its parents) if it does not exist
-        :raises GuestRefused: a member cannot be unpacked; the members before it remain
+        :raises GuestRefused: an entry cannot be made; the entries before it remain
         """
         fields = encode_fields([(1, directory), (2, _MAKE_DIRECTORY if make else 0)])
-        reply = await self._upload(FrameType.TAR_IN, fields, archive)
+        reply = await self._upload(FrameType.TREE_IN, fields, records)
         return Unpacked(members=reply.integer(1), content_bytes=reply.integer(2))
 
     # ---- transfers ----

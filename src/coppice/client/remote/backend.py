@@ -112,7 +112,9 @@ class RemoteBackend:
         """Copy as an embedded host does, through a session that the server holds."""
         async with self.stream(OpenCopyRequest(instance=request.instance)) as session:
             if isinstance(request, CpInRequest):
-                unpacked = await copy_in(session, request.host_path, request.guest_path, progress=progress)
+                unpacked = await copy_in(
+                    session, request.host_path, request.guest_path, keep_owners=request.keep_owners, progress=progress
+                )
                 return unpacked.content_bytes
             return await copy_out(session, request.guest_path, request.host_path, progress=progress)
 
