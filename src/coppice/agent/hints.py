@@ -31,6 +31,32 @@ _BY_REQUEST: Final[dict[FrameType, dict[int, str]]] = {
     FrameType.TREE_OUT: {_ANY: "see what is there with `coppice exec NAME -- ls -la DIRECTORY`"},
     FrameType.FILE_WRITE: {**_WRITES, _ANY: "see what is at the path with `coppice exec NAME -- ls -la DIRECTORY`"},
     FrameType.TREE_IN: {**_WRITES, _ANY: "see what is at the path with `coppice exec NAME -- ls -la DIRECTORY`"},
+    FrameType.FILE_LIST: {_ANY: "see what is there with `coppice files ls NAME:DIRECTORY`"},
+    FrameType.FILE_MKDIR: {
+        **_WRITES,
+        errno.ENOENT: "make its parents too: `coppice files mkdir -p NAME:PATH`",
+        errno.EEXIST: "accept an existing directory with `coppice files mkdir -p NAME:PATH`",
+        _ANY: "see what is there with `coppice files ls NAME:DIRECTORY`",
+    },
+    FrameType.FILE_MOVE: {
+        **_WRITES,
+        errno.ENOENT: "see what is there with `coppice files ls NAME:DIRECTORY`",
+        errno.EXDEV: "they are on different file systems: `coppice exec NAME -- mv PATH DESTINATION` copies",
+        errno.EEXIST: "replace it by leaving out --no-clobber, or give another name",
+        errno.ENOTEMPTY: "remove what is there with `coppice files rm -r NAME:PATH`, or give another name",
+        _ANY: "see what is there with `coppice files ls NAME:DIRECTORY`",
+    },
+    FrameType.FILE_REMOVE: {
+        errno.EROFS: _READ_ONLY,
+        errno.ENOTEMPTY: "remove its content too: `coppice files rm -r NAME:PATH`",
+        errno.EBUSY: "a file system is mounted there: give paths in it, or `coppice exec NAME -- umount PATH`",
+        _ANY: "see what is there with `coppice files ls NAME:DIRECTORY`",
+    },
+    FrameType.FILE_WATCH: {
+        errno.ENOSPC: "watch a smaller directory; `coppice exec NAME -- sysctl fs.inotify` shows the kernel's limits",
+        errno.ELOOP: "watch a directory further down: it is too deep",
+        _ANY: "see what is there with `coppice files ls NAME:DIRECTORY`",
+    },
     FrameType.CONNECT: {
         errno.ECONNREFUSED: "nothing listens there: `coppice exec NAME -- ss -ltnx` lists what does, if the image has ss",
         errno.ENOENT: "there is no such socket: see what is there with `coppice exec NAME -- ls -la DIRECTORY`",

@@ -84,6 +84,11 @@ class FrameType(IntEnum):
     TREE_OUT = 67
     TREE_IN = 68
     CONNECT = 69
+    FILE_LIST = 70
+    FILE_MKDIR = 71
+    FILE_MOVE = 72
+    FILE_REMOVE = 73
+    FILE_WATCH = 74
     DATA = 80
     DATA_EOF = 81
 

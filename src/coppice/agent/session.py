@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
-import msgspec
-
-from coppice.agent import connection, process
+from coppice.agent import connection, paths, process
 from coppice.agent.channel import Channel
 from coppice.agent.collecting import chunks_of
 from coppice.agent.connection import GuestConnection
 from coppice.agent.process import Command, ExecSession
 from coppice.agent.protocol import Fields, FrameType, encode_fields
-from coppice.errors import CoppiceError, GuestError, GuestProtocolError
-from coppice.model import ExecResult, FileStat
+from coppice.errors import CoppiceError, GuestError
+from coppice.model import ExecResult, FileEvent, FileStat
 from coppice.model.guest import MAX_COLLECTED, GuestCommand, OutputSink, Source, TerminalSize, Unpacked
 
 _APPEND, _MAKE_PARENTS = 1, 2
@@ -194,28 +191,27 @@ class Session:
         :raises GuestRefused: the path does not exist (`errno` ENOENT)
         """
         fields = encode_fields([(1, path), (2, _FOLLOW_LINKS if follow else 0)])
-        reply = await self._channel.call(FrameType.FILE_STAT, fields)
-        mtime_ns = reply.integer(6)
-        target = reply.raw(7)
-        try:
-            return msgspec.convert(
-                {
-                    "path": path,
-                    "kind": reply.text(1),
-                    "size_bytes": reply.integer(2),
-                    "mode": reply.integer(3) & 0o7777,
-                    "uid": reply.integer(4),
-                    "gid": reply.integer(5),
-                    "mtime": (mtime_ns - (1 << 64) if mtime_ns >> 63 else mtime_ns) / 1e9,
-                    "link_target": None if target is None else os.fsdecode(target),
-                },
-                FileStat,
-            )
-        except msgspec.ValidationError as error:
-            raise GuestProtocolError(
-                f"the guest's status of {path} is malformed: {error}",
-                hint="run `coppice stop NAME`, then `coppice start NAME`",
-            ) from error
+        return paths.stat_of(path, await self._channel.call(FrameType.FILE_STAT, fields))
+
+    def listing(self, path: str) -> AsyncGenerator[FileStat, None]:
+        """Yield the entries of a directory, as `coppice.agent.paths.listing`."""
+        return paths.listing(self._channel, path)
+
+    def watching(self, path: str, *, recursive: bool = False) -> AsyncGenerator[FileEvent, None]:
+        """Yield the changes of a path, as `coppice.agent.paths.watching`."""
+        return paths.watching(self._channel, path, recursive=recursive)
+
+    async def make_directory(self, path: str, *, mode: int = 0o755, parents: bool = False) -> None:
+        """Make a directory, as `coppice.agent.paths.make_directory`."""
+        await paths.make_directory(self._channel, path, mode=mode, parents=parents)
+
+    async def move(self, path: str, destination: str, *, keep_existing: bool = False) -> None:
+        """Rename a path, as `coppice.agent.paths.move`."""
+        await paths.move(self._channel, path, destination, keep_existing=keep_existing)
+
+    async def remove(self, path: str, *, recursive: bool = False, missing_ok: bool = False) -> None:
+        """Remove a path, as `coppice.agent.paths.remove`."""
+        await paths.remove(self._channel, path, recursive=recursive, missing_ok=missing_ok)
 
     # ---- trees ----
 

@@ -26,6 +26,7 @@ _PLACES = {
     "kill": f"{_CLI}.commands:kill",
     "wait": f"{_CLI}.commands:wait",
     "cp": f"{_CLI}.guest:cp",
+    "files": f"{_CLI}.files:files_app",
     "logs": f"{_CLI}.guest:logs",
     "port-forward": f"{_CLI}.reach:port_forward",
     "connect": f"{_CLI}.reach:connect",

@@ -21,6 +21,11 @@ static request request_of(uint8_t type)
     case FILE_READ: return file_read;
     case FILE_WRITE: return file_write;
     case FILE_STAT: return file_stat;
+    case FILE_LIST: return file_list;
+    case FILE_MKDIR: return file_mkdir;
+    case FILE_MOVE: return file_move;
+    case FILE_REMOVE: return file_remove;
+    case FILE_WATCH: return file_watch;
     case TREE_OUT: return tree_out;
     case TREE_IN: return tree_in;
     case SYNC: return sync_disks;

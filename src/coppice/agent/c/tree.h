@@ -11,6 +11,7 @@ enum record {
     CONTENT = 2,  /* u64 offset, then bytes of the file that the last ENTRY began, in order */
     END_FILE = 3, /* u64 true length of that file */
     END_TREE = 4,
+    EVENT = 5, /* TLV PATH, the mask and the cookie of inotify; mask 0: the watch has begun */
 };
 
 enum status_tag { KIND = 1, SIZE, MODE, UID, GID, MTIME, LINK, PATH, MAJOR, MINOR };
@@ -23,6 +24,13 @@ enum status_tag { KIND = 1, SIZE, MODE, UID, GID, MTIME, LINK, PATH, MAJOR, MINO
 
 char status_kind(const struct stat *s);
 void status_put(struct reply *r, char kind, const struct stat *s); /* all but SIZE, LINK and PATH */
+
+/* ---- records.c: to the host. If it is gone, the process ends. ---- */
+
+uint8_t *record_space(size_t least, size_t *size); /* for a payload of at least this size */
+void record_commit(enum record kind, size_t size); /* the payload has been written there */
+void record_put(enum record kind, const struct reply *payload);
+void record_flush(void);
 
 /* ---- below.c: paths below a directory, which is resolved as if it were the root ---- */
 

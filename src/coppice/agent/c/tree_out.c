@@ -17,8 +17,7 @@
 #define DEPTH_MAX 128
 #define UNSIZED_MAX (64u << 20) /* content of a file without a true size, such as those of /proc */
 #define LINKS_MAX 65536 /* remembered files with several names; beyond that, each name becomes a separate file */
-#define CONTENT_HEADER (RECORD_HEADER + 8)
-#define PIECE_MIN 8192 /* a chunk with less space is sent before content is read into it */
+#define PIECE_MIN 8192 /* read at once, at least */
 
 enum { CONTENTS = 1 };
 
@@ -28,37 +27,10 @@ struct link {
     char *name;
 };
 
-struct tree {
-    size_t used;
+struct names { /* of files with several, in the order in which they were sent */
     struct link *links;
     size_t link_count, link_capacity; /* a power of two; open addressing */
-    uint8_t chunk[65536];
 };
-
-/* ---- records ---- */
-
-static void flush(struct tree *a)
-{
-    if (!helper_put(a->chunk, a->used))
-        _exit(0); /* the host is gone */
-    a->used = 0;
-}
-
-static void put_header(struct tree *a, enum record kind, size_t size)
-{
-    a->chunk[a->used] = kind;
-    store_u32(a->chunk + a->used + 1, (uint32_t)size);
-    a->used += RECORD_HEADER;
-}
-
-static void put_record(struct tree *a, enum record kind, const void *payload, size_t size)
-{
-    if (sizeof a->chunk - a->used < RECORD_HEADER + size)
-        flush(a);
-    put_header(a, kind, size);
-    memcpy(a->chunk + a->used, payload, size);
-    a->used += size;
-}
 
 static void put_number(uint8_t *to, uint64_t value)
 {
@@ -66,51 +38,50 @@ static void put_number(uint8_t *to, uint64_t value)
     store_u32(to + 4, (uint32_t)(value >> 32));
 }
 
-static void put_entry(struct tree *a, const char *name, char kind, const struct stat *s, const char *link)
+static void put_entry(const char *name, char kind, const struct stat *s, const char *link)
 {
-    struct reply r = {0};
+    struct reply r;
+    r.size = 0;
     reply_text(&r, PATH, name);
     status_put(&r, kind, s);
     if (link)
         reply_text(&r, LINK, link);
     if (kind == 'f' && s->st_size > 0)
         reply_int(&r, SIZE, (uint64_t)s->st_size);
-    put_record(a, ENTRY, r.data, r.size);
+    record_put(ENTRY, &r);
 }
 
 /* ---- content ---- */
 
 /* Send at most `size` bytes from `at` on. Return how many there were. */
-static uint64_t put_content(struct tree *a, int fd, uint64_t at, uint64_t size, const char *name)
+static uint64_t put_content(int fd, uint64_t at, uint64_t size, const char *name)
 {
     uint64_t begin = at, end = at + size;
     while (at < end) {
-        if (sizeof a->chunk - a->used < CONTENT_HEADER + PIECE_MIN)
-            flush(a);
-        size_t room = sizeof a->chunk - a->used - CONTENT_HEADER;
-        ssize_t n = pread(fd, a->chunk + a->used + CONTENT_HEADER, end - at < room ? (size_t)(end - at) : room, (off_t)at);
+        size_t room;
+        uint8_t *space = record_space(8 + PIECE_MIN, &room);
+        ssize_t n = pread(fd, space + 8, end - at < room - 8 ? (size_t)(end - at) : room - 8, (off_t)at);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
             helper_fail(errno, "%.300s: %s", name, strerror(errno));
         if (n == 0)
             break;
-        put_header(a, CONTENT, 8 + (size_t)n);
-        put_number(a->chunk + a->used, at);
-        a->used += 8 + (size_t)n;
+        put_number(space, at);
+        record_commit(CONTENT, 8 + (size_t)n);
         at += (uint64_t)n;
     }
     return at - begin;
 }
 
-static void put_end(struct tree *a, uint64_t size)
+static void put_end(uint64_t size)
 {
-    uint8_t number[8];
-    put_number(number, size);
-    put_record(a, END_FILE, number, sizeof number);
+    struct reply r = {.size = 8};
+    put_number(r.data, size);
+    record_put(END_FILE, &r);
 }
 
-static void put_sized(struct tree *a, int fd, uint64_t size, const char *name)
+static void put_sized(int fd, uint64_t size, const char *name)
 {
     struct stat now;
     bool whole = true;
@@ -119,12 +90,12 @@ static void put_sized(struct tree *a, int fd, uint64_t size, const char *name)
         if (data < 0 && errno == ENXIO) /* a hole up to the end, or the file has shrunk */
             break;
         uint64_t begin = data < 0 ? at : (uint64_t)data, end = hole < 0 || (uint64_t)hole > size ? size : (uint64_t)hole;
-        whole = begin >= size || put_content(a, fd, begin, end - begin, name) == end - begin;
+        whole = begin >= size || put_content(fd, begin, end - begin, name) == end - begin;
         at = end;
     }
     if (!whole || fstat(fd, &now) < 0 || (uint64_t)now.st_size < size)
         helper_fail(EIO, "%.300s: the file has become shorter while it was read", name);
-    put_end(a, size);
+    put_end(size);
 }
 
 /* Whether the file system only makes up the size. */
@@ -133,7 +104,7 @@ static bool has_no_size(int fd, const struct stat *s)
     return s->st_size == 0 || (s->st_blocks == 0 && lseek(fd, 0, SEEK_DATA) == 0);
 }
 
-static int put_regular(struct tree *a, int directory, const char *base, const char *name)
+static int put_regular(int directory, const char *base, const char *name)
 {
     struct stat s;
     int fd = openat(directory, base, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK | O_NOATIME);
@@ -143,14 +114,14 @@ static int put_regular(struct tree *a, int directory, const char *base, const ch
         return errno;
     if (has_no_size(fd, &s))
         s.st_size = 0;
-    put_entry(a, name, 'f', &s, NULL);
+    put_entry(name, 'f', &s, NULL);
     if (s.st_size == 0) {
-        uint64_t size = put_content(a, fd, 0, UNSIZED_MAX + 1, name);
+        uint64_t size = put_content(fd, 0, UNSIZED_MAX + 1, name);
         if (size > UNSIZED_MAX)
             helper_fail(EFBIG, "%.300s: its size is unknown, and it has more than %u MiB", name, UNSIZED_MAX >> 20);
-        put_end(a, size);
+        put_end(size);
     } else {
-        put_sized(a, fd, (uint64_t)s.st_size, name);
+        put_sized(fd, (uint64_t)s.st_size, name);
     }
     close(fd);
     return 0;
@@ -160,7 +131,7 @@ static int put_regular(struct tree *a, int directory, const char *base, const ch
 
 /* ---- hard links ---- */
 
-static bool grow_links(struct tree *a)
+static bool grow_links(struct names *a)
 {
     size_t capacity = a->link_capacity ? a->link_capacity * 2 : 64;
     struct link *grown = calloc(capacity, sizeof *grown);
@@ -182,7 +153,7 @@ static bool grow_links(struct tree *a)
 
 /* Return the name under which this file was sent already; or remember this name and return
  * NULL. */
-static const char *earlier_name(struct tree *a, const struct stat *s, const char *name)
+static const char *earlier_name(struct names *a, const struct stat *s, const char *name)
 {
     if (a->link_count * 2 >= a->link_capacity && (a->link_count >= LINKS_MAX || !grow_links(a)))
         return NULL;
@@ -200,19 +171,19 @@ static const char *earlier_name(struct tree *a, const struct stat *s, const char
 }
 
 /* Send an entry that is not a directory. */
-static int put_leaf(struct tree *a, int directory, const char *base, const char *name, const struct stat *s)
+static int put_leaf(struct names *a, int directory, const char *base, const char *name, const struct stat *s)
 {
     if (S_ISSOCK(s->st_mode))
         return 0; /* a socket is useless without the process that made it */
     const char *first = s->st_nlink > 1 ? earlier_name(a, s, name) : NULL;
     if (!first && S_ISREG(s->st_mode))
-        return put_regular(a, directory, base, name);
+        return put_regular(directory, base, name);
     char target[PATH_MAX];
     ssize_t size = !first && S_ISLNK(s->st_mode) ? readlinkat(directory, base, target, sizeof target - 1) : 0;
     if (size < 0)
         return errno;
     target[size] = 0;
-    put_entry(a, name, first ? HARD_LINK : status_kind(s), s, first ? first : size > 0 ? target : NULL);
+    put_entry(name, first ? HARD_LINK : status_kind(s), s, first ? first : size > 0 ? target : NULL);
     return 0;
 }
 
@@ -244,7 +215,7 @@ static int descend(struct walk *k, int directory, const char *base, int flags)
     return 0;
 }
 
-static int visit(struct tree *a, struct walk *k, int directory, const char *base)
+static int visit(struct names *a, struct walk *k, int directory, const char *base)
 {
     if (fstatat(directory, base, &k->status, AT_SYMLINK_NOFOLLOW) < 0)
         return errno == ENOENT && k->depth > 0 ? 0 : errno; /* removed during the walk */
@@ -253,12 +224,12 @@ static int visit(struct tree *a, struct walk *k, int directory, const char *base
     size_t size = strlen(k->name);
     if (size + 2 > sizeof k->name)
         return ENAMETOOLONG;
-    put_entry(a, k->name, 'd', &k->status, NULL);
+    put_entry(k->name, 'd', &k->status, NULL);
     strcpy(k->name + size, "/");
     return descend(k, directory, base, O_NOFOLLOW);
 }
 
-static int walk(struct tree *a, struct walk *k)
+static int walk(struct names *a, struct walk *k)
 {
     int error = 0;
     while (k->depth > 0 && !error) {
@@ -284,7 +255,7 @@ static int walk(struct tree *a, struct walk *k)
     return error;
 }
 
-static int begin(struct tree *a, struct walk *k, char *path, bool contents)
+static int begin(struct names *a, struct walk *k, char *path, bool contents)
 {
     if (contents)
         return descend(k, AT_FDCWD, path, 0);
@@ -314,14 +285,14 @@ void tree_out(const struct frame *request)
     }
     if (t.bad || !path || !*path || strlen(path) >= PATH_MAX)
         helper_fail(EINVAL, "request: %s", strerror(EINVAL));
-    static struct tree a;
+    static struct names a;
     static struct walk k;
     int error = begin(&a, &k, path, flags & CONTENTS);
     if (!error)
         error = walk(&a, &k);
     if (error)
         helper_fail(error, "%.300s: %s", k.name[0] ? k.name : path, strerror(error));
-    put_record(&a, END_TREE, "", 0);
-    flush(&a);
+    record_put(END_TREE, &(struct reply){0});
+    record_flush();
     helper_ok(NULL);
 }

@@ -33,6 +33,8 @@ from coppice.requests import (
     CpOutRequest,
     EventsRequest,
     ExportRequest,
+    FileLsRequest,
+    FileWatchRequest,
     ImportTemplateRequest,
     LogsRequest,
     OpenCopyRequest,
@@ -191,6 +193,10 @@ class RemoteBackend:
             opened = streams.attach(self._address, self._headers, request)
         elif isinstance(request, LogsRequest):
             opened = streams.open_logs(self._address, self._headers, request)
+        elif isinstance(request, FileLsRequest):
+            opened = streams.list_files(self._address, self._headers, request)
+        elif isinstance(request, FileWatchRequest):
+            opened = streams.watch_files(self._address, self._headers, request)
         elif isinstance(request, OpenCopyRequest):
             opened = copies.open_copy(self._address, self._headers, request)
         elif isinstance(request, OpenExportRequest):
