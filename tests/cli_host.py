@@ -28,6 +28,8 @@ from coppice.model import Instance, MachineSpec, MemoryReport, ProcessSpec, Prog
 from coppice.model.guest import Exit, Stream
 from coppice.requests import (
     ConnectRequest,
+    FileLsRequest,
+    FileWatchRequest,
     LogsRequest,
     OpenCopyRequest,
     OpenExecRequest,
@@ -131,7 +133,14 @@ class FakeHost:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, request: LogsRequest | OpenExecRequest | ConnectRequest | OpenExportRequest | OpenCopyRequest
+        self,
+        request: LogsRequest
+        | OpenExecRequest
+        | ConnectRequest
+        | OpenExportRequest
+        | OpenCopyRequest
+        | FileLsRequest
+        | FileWatchRequest,
     ) -> AsyncIterator[Any]:
         """Return a log, an archive, a copy session, a local command, or a connection to a local server.
 
@@ -146,6 +155,9 @@ class FakeHost:
         if isinstance(request, OpenCopyRequest):
             yield self.answers["open_copy"]
             return
+        if isinstance(request, FileLsRequest | FileWatchRequest):
+            yield self._items(request.operation)
+            return
         if isinstance(request, LogsRequest):
             yield self._log(request)
             return
@@ -158,6 +170,10 @@ class FakeHost:
             yield session
         finally:
             await session.close()
+
+    async def _items(self, operation: str) -> AsyncIterator[Any]:
+        for item in self.answers[operation]:
+            yield item
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         for piece in self.answers["open_export"]:
