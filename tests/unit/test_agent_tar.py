@@ -215,10 +215,14 @@ async def test_a_file_without_a_size_is_whole_in_an_archive(session: Session) ->
         [Entry("f", "f", size=3), Content(0, b"four"), End(4)],
         [Entry("f", "f", size=3), Content(0, b"fou")],
         [End(3)],
+        [Entry("f", "f"), End(1 << 40)],
+        [Entry("f", "f"), *(Content(at, bytes(65528)) for at in range(0, 65 << 20, 65528)), End(65 << 20)],
     ],
 )
 def test_a_guest_cannot_break_an_archive(items: list[records.Item]) -> None:
-    """A file of another size than its entry says is an error: what follows would be read as a header."""
+    """A file of another size than its entry says is an error: what follows would be read as a header. A file
+    without a size has a bound, since its size comes first in an archive.
+    """
     with pytest.raises(GuestProtocolError):
         to_tar(items, io.BytesIO())
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from coppice.agent.records import CONTENT_MAX, Content, End, Entry, Item, Kind
+from coppice.agent.records import CONTENT_MAX, UNSIZED_MAX, Content, End, Entry, Item, Kind
 from coppice.linux.extents import data_ranges
 
 _KINDS: Final[dict[int, Kind]] = {
@@ -23,7 +23,6 @@ _KINDS: Final[dict[int, Kind]] = {
     stat.S_IFIFO: "p",
 }
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-_UNSIZED_MAX: Final = 64 << 20  # content of a file without a true size, such as those of /proc
 
 
 def content_bytes(source: Path) -> int:
@@ -104,9 +103,9 @@ def _file(path: str, entry: Entry, moved: Callable[[int], None]) -> Iterator[Ite
         if _has_no_size(fd, status):
             yield entry
             end = 0
-            for content in _contents(fd, 0, _UNSIZED_MAX + 1):
+            for content in _contents(fd, 0, UNSIZED_MAX + 1):
                 end = content.offset + len(content.data)
-                if end > _UNSIZED_MAX:
+                if end > UNSIZED_MAX:
                     raise OSError(errno.EFBIG, "its size is unknown, and it has more than 64 MiB", path)
                 yield content
             moved(end)

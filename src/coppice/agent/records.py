@@ -19,6 +19,8 @@ Kind = Literal["f", "d", "l", "c", "b", "p", "h"]
 
 PAYLOAD_MAX: Final = 65536
 CONTENT_MAX: Final = PAYLOAD_MAX - 8
+UNSIZED_MAX: Final = 64 << 20
+"""Bytes of a file without a true size, such as those of /proc."""
 _ENTRY, _CONTENT, _END_FILE, _END_TREE = 1, 2, 3, 4
 _HEADER = struct.Struct("<BI")
 _CONTENT_HEADER = struct.Struct("<BIQ")

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, Final
 
-from coppice.agent.records import CONTENT_MAX, Content, End, Entry, Item, Kind
+from coppice.agent.records import CONTENT_MAX, UNSIZED_MAX, Content, End, Entry, Item, Kind
 from coppice.agent.unpack import parts_of
 from coppice.errors import GuestProtocolError, UsageError
 
@@ -57,12 +57,12 @@ def to_tar(items: Iterable[Item], stream: BinaryIO) -> None:
             stream.write(_header(entry, 0))
         elif entry.size is not None:
             stream.write(_header(entry, entry.size))
-            if _write_content(items, stream) != entry.size:
+            if _write_content(items, stream, entry.size) != entry.size:
                 raise GuestProtocolError("the guest sent a file of another size than it promised", hint="try again")
             stream.write(bytes(-entry.size % _BLOCK))
         else:
             with tempfile.SpooledTemporaryFile(_SPOOLED) as spool:
-                size = _write_content(items, spool)  # type: ignore[arg-type]  # a BinaryIO in all but its stub
+                size = _write_content(items, spool, UNSIZED_MAX)  # type: ignore[arg-type]  # a BinaryIO in all but its stub
                 stream.write(_header(entry, size))
                 spool.seek(0)
                 while data := spool.read(CONTENT_MAX):
@@ -71,12 +71,18 @@ def to_tar(items: Iterable[Item], stream: BinaryIO) -> None:
     stream.write(bytes(2 * _BLOCK))
 
 
-def _write_content(items: Iterator[Item], stream: BinaryIO) -> int:
+def _write_content(items: Iterator[Item], stream: BinaryIO, most: int) -> int:
+    """Write the content of a file, and return its size.
+
+    :raises GuestProtocolError: it has more than `most` bytes, or no end
+    """
     end = 0
     for item in items:
         if isinstance(item, Entry):
             break
         start = item.offset if isinstance(item, Content) else item.size
+        if start + (len(item.data) if isinstance(item, Content) else 0) > most:
+            raise GuestProtocolError("the guest sent a file of another size than it promised", hint="try again")
         while end < start:
             hole = min(CONTENT_MAX, start - end)
             stream.write(bytes(hole))

@@ -6,7 +6,6 @@ import stat as modes
 from typing import TYPE_CHECKING, Annotated
 
 import click
-import msgspec
 
 from coppice.cli import complete, format, output, start
 from coppice.cli.context import Cli
@@ -72,6 +71,8 @@ def ls(
 
 
 def _shown(found: FileStat) -> FileStat:
+    import msgspec
+
     from coppice.model import as_utf8
 
     link = found.link_target
@@ -199,6 +200,8 @@ def watch(
 
 
 def _line(event: FileEvent, *, as_json: bool) -> bytes:
+    import msgspec
+
     from coppice.model import as_utf8, to_json
 
     path = as_utf8(event.path)
