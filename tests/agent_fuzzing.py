@@ -118,8 +118,15 @@ async def _trees(channel: Channel, directory: Path) -> None:
     (directory / "tree/deeper").mkdir(parents=True)
     (directory / "tree/deeper/file").write_bytes(b"contents" * 1000)
     (directory / "tree/link").symlink_to("deeper/file")
-    await copy_in(session, directory / "tree", str(directory / "copied"), uid=os.getuid(), gid=os.getgid())
+    await copy_in(session, directory / "tree", str(directory / "copied"), keep_owners=True)
     await copy_out(session, str(directory / "copied"), directory / "back")
+    await session.make_directory(f"{directory}/made/deeper", parents=True)
+    async with contextlib.aclosing(session.watching(str(directory / "made"), recursive=True)) as events:
+        await anext(events)
+        await session.move(f"{directory}/made/deeper", f"{directory}/made/moved", keep_existing=True)
+        await anext(events)
+    assert [Path(found.path).name async for found in session.listing(str(directory / "made"))] == ["moved"]
+    await session.remove(str(directory / "made"), recursive=True)
 
 
 async def _connections(channel: Channel, directory: Path) -> None:

@@ -28,7 +28,10 @@ from coppice.model import Instance, MachineSpec, MemoryReport, ProcessSpec, Prog
 from coppice.model.guest import Exit, Stream
 from coppice.requests import (
     ConnectRequest,
+    FileLsRequest,
+    FileWatchRequest,
     LogsRequest,
+    OpenCopyRequest,
     OpenExecRequest,
     OpenExportRequest,
     Request,
@@ -130,9 +133,16 @@ class FakeHost:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, request: LogsRequest | OpenExecRequest | ConnectRequest | OpenExportRequest
+        self,
+        request: LogsRequest
+        | OpenExecRequest
+        | ConnectRequest
+        | OpenExportRequest
+        | OpenCopyRequest
+        | FileLsRequest
+        | FileWatchRequest,
     ) -> AsyncIterator[Any]:
-        """Return a log, an archive, a local command, or a connection to a local server.
+        """Return a log, an archive, a copy session, a local command, or a connection to a local server.
 
         An instance called `nobody` does not exist.
         """
@@ -141,6 +151,12 @@ class FakeHost:
             raise NotFound("there is no instance 'nobody'", hint="`coppice ls` lists the existing ones")
         if isinstance(request, OpenExportRequest):
             yield self._pieces()
+            return
+        if isinstance(request, OpenCopyRequest):
+            yield self.answers["open_copy"]
+            return
+        if isinstance(request, FileLsRequest | FileWatchRequest):
+            yield self._items(request.operation)
             return
         if isinstance(request, LogsRequest):
             yield self._log(request)
@@ -154,6 +170,10 @@ class FakeHost:
             yield session
         finally:
             await session.close()
+
+    async def _items(self, operation: str) -> AsyncIterator[Any]:
+        for item in self.answers[operation]:
+            yield item
 
     async def _pieces(self) -> AsyncIterator[bytes]:
         for piece in self.answers["open_export"]:

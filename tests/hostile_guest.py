@@ -12,7 +12,6 @@ import contextlib
 import io
 import socket
 import struct
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -37,6 +36,7 @@ from coppice.agent.protocol import (
     encode_fields,
     pack32,
 )
+from coppice.agent.records import Content, End, Entry, Item, write
 from coppice.agent.session import Session
 from coppice.errors import CoppiceError
 
@@ -120,6 +120,16 @@ async def _copy_in(channel: Channel, choices: Choices, directory: Path) -> objec
     return await copy_in(Session(channel), directory / "given", "/srv/")
 
 
+async def _list(channel: Channel, choices: Choices, _: Path) -> None:
+    async for _entry in Session(channel).listing("/etc"):
+        pass
+
+
+async def _changes(channel: Channel, choices: Choices, _: Path) -> None:
+    async for _event in Session(channel).watching("/etc", recursive=True):
+        pass
+
+
 def _identity(channel: Channel, choices: Choices, _: Path) -> Awaitable[object]:
     clock_ns = 1 if choices.below(2) else None
     return Control(channel).identity(Identity(serial=7, entropy=bytes(32), clock_ns=clock_ns))
@@ -148,36 +158,48 @@ OPERATIONS: Final[dict[FrameType, Operation]] = {
     FrameType.FILE_READ: _session(lambda session: session.read_file("/f", max_bytes=COLLECTED_MAX)),
     FrameType.FILE_WRITE: _write,
     FrameType.FILE_STAT: _session(lambda session: session.stat("/f")),
-    FrameType.TAR_OUT: _copy_out,
-    FrameType.TAR_IN: _copy_in,
+    FrameType.FILE_LIST: _list,
+    FrameType.FILE_MKDIR: _session(lambda session: session.make_directory("/d", parents=True)),
+    FrameType.FILE_MOVE: _session(lambda session: session.move("/d", "/e")),
+    FrameType.FILE_REMOVE: _session(lambda session: session.remove("/e", recursive=True)),
+    FrameType.FILE_WATCH: _changes,
+    FrameType.TREE_OUT: _copy_out,
+    FrameType.TREE_IN: _copy_in,
     FrameType.CONNECT: _connect,
 }
 """What a host asks, by its request."""
 
 FOREVER: Final = frozenset({FrameType.EXEC, FrameType.ATTACH, FrameType.CONNECT, FrameType.FILE_READ,
-                            FrameType.FILE_WRITE, FrameType.TAR_OUT, FrameType.TAR_IN})  # fmt: skip
+                            FrameType.FILE_WRITE, FrameType.FILE_LIST, FrameType.FILE_WATCH, FrameType.TREE_OUT, FrameType.TREE_IN})  # fmt: skip
 """Requests that last as long as the guest goes on with them: their caller limits them."""
 
 
 # ---- what an honest agent answers ----
 
 
-def _archive() -> bytes:
+def _records() -> bytes:
     made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for name, kind, size, link in [
-            ("etc", tarfile.DIRTYPE, 0, ""),
-            ("etc/file", tarfile.REGTYPE, 700, ""),
-            ("etc/" + "long" * 30, tarfile.SYMTYPE, 0, "file"),
-            ("etc/hard", tarfile.LNKTYPE, 0, "etc/file"),
-        ]:
-            member = tarfile.TarInfo(name)
-            member.type, member.size, member.linkname = kind, size, link
-            archive.addfile(member, io.BytesIO(bytes(size)))
+    items: list[Item] = [
+        Entry("etc", "d", 0o755),
+        Entry("etc/file", "f", size=700),
+        Content(0, bytes(300)),
+        Content(600, bytes(100)),
+        End(700),
+        Entry("etc/" + "long" * 30, "l", link="file"),
+        Entry("etc/hard", "h", link="etc/file"),
+    ]
+    write(items, made)
     return made.getvalue()
 
 
-_ARCHIVE: Final = _archive()
+def _record(kind: int, fields: Iterable[tuple[int, Value]]) -> bytes:
+    payload = encode_fields(fields)
+    return struct.pack("<BI", kind, len(payload)) + payload
+
+
+_RECORDS: Final = _records()
+_STATUS: Final[list[tuple[int, Value]]] = [(1, "d"), *((tag, 3) for tag in range(2, 7))]
+_LISTED: Final = _record(1, [(8, "name"), *_STATUS]) * 3 + _record(4, [])
 _COMMAND: Final[list[tuple[int, Value]]] = [
     (1, "some"),
     *((tag, 5) for tag in (2, 3, 4, 6, 7, 8)),
@@ -185,7 +207,6 @@ _COMMAND: Final[list[tuple[int, Value]]] = [
     (9, encode_fields([(1, 0)])),
     (11, 9),
 ]
-_STATUS: Final[list[tuple[int, Value]]] = [(1, "d"), *((tag, 3) for tag in range(2, 7))]
 
 
 def legal(request: FrameType, choices: Choices) -> list[tuple[FrameType, bytes]]:
@@ -215,9 +236,17 @@ def legal(request: FrameType, choices: Choices) -> list[tuple[FrameType, bytes]]
             return [data, data, (FrameType.OK, encode_fields([(1, 2 * len(data[1]))]))]
         case FrameType.FILE_STAT:
             return [(FrameType.OK, encode_fields(_STATUS))]
-        case FrameType.TAR_OUT:
-            return [(FrameType.DATA, _ARCHIVE[:5000]), (FrameType.DATA, _ARCHIVE[5000:]), ok]
-        case FrameType.TAR_IN:
+        case FrameType.TREE_OUT:
+            return [(FrameType.DATA, _RECORDS[:200]), (FrameType.DATA, _RECORDS[200:]), ok]
+        case FrameType.FILE_LIST:
+            return [(FrameType.DATA, _LISTED[:9]), (FrameType.DATA, _LISTED[9:]), ok]
+        case FrameType.FILE_WATCH:
+            return [
+                (FrameType.DATA, _record(5, [(11, 0)])),
+                (FrameType.DATA, _record(5, [(11, 0x100), (8, "name")])),
+                ok,
+            ]
+        case FrameType.TREE_IN:
             return [(FrameType.WINDOW, pack32(WINDOW_SIZE)), (FrameType.OK, encode_fields([(1, 3), (2, 9)]))]
         case FrameType.CONNECT:
             return [(FrameType.STARTED, b""), data, (FrameType.DATA_EOF, b""), ok]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from coppice.client.aio.host import AsyncHost
 from coppice.client.aio.machine import AsyncMachine
 from coppice.client.aio.commands import AsyncCommands
+from coppice.client.aio.files import AsyncFiles
 from coppice.client.aio.images import AsyncImages, AsyncKernels
 from coppice.client.aio.managers import AsyncSnapshots, AsyncVolumes
 from coppice.client.backend import Backend, R
@@ -88,6 +89,8 @@ def blocking_module(source: str) -> str:
         handles += "\nfrom coppice.client.blocking.managers import Snapshots, Volumes"
     if "AsyncCommands" not in {node.name for node in classes}:
         handles += "\nfrom coppice.client.blocking.commands import Commands"
+    if "AsyncFiles" not in {node.name for node in classes}:
+        handles += "\nfrom coppice.client.blocking.files import Files"
     doc = _blocking(ast.get_docstring(tree) or "")
     late = [line for line in handles.splitlines() if line.endswith((" Forks", " Machine"))]
     now = [line for line in handles.splitlines() if line not in late]

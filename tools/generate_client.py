@@ -30,7 +30,7 @@ from coppice.host.opened import OpenedHost
 from coppice.model import ForkReport, Instance
 from coppice.model.guest import Connection
 from coppice.model.inspection import StandbyReport
-from coppice.requests import archives, commands, forks, guest, host, images, machines, snapshots, volumes
+from coppice.requests import archives, commands, files, forks, guest, host, images, machines, snapshots, volumes
 from coppice.requests.base import Request, StreamRequest, description_of, extra_of, fields_of, result_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +88,10 @@ def _modules() -> dict[str, tuple[str, list[tuple[str, str, str, Operations]]]]:
                     manager("command", commands),
                 )
             ],
+        ),
+        "files": (
+            "The manager of a machine's files.",
+            [("AsyncFiles", "Bound", "The files and directories of one machine.", manager("file", files))],
         ),
         "operations": (
             "Operations of a host, except those of its managers and machines.",
@@ -314,7 +318,7 @@ from coppice.client.aio.base import Bound, MachineBase, key_of, text_of
 from coppice.client.backend import Backend, Opening
 from coppice.client.joining import Connecting
 from coppice.model import (
-    BudgetUse, Budgets, CaptureReport, Check, ExecResult, FileStat, GcReport, Image, MemoryReport, ProgressSink, Publish, Snapshot,
+    BudgetUse, Budgets, CaptureReport, Check, ExecResult, FileEvent, FileStat, GcReport, Image, MemoryReport, ProgressSink, Publish, Snapshot,
     Egress, EgressReport, HealthCheck, Limits, RestartPolicy, SnapshotKind, State, TreeNode, VerifyReport, Volume, VolumeMount, no_progress,
 )
 from coppice.model.events import Event
@@ -335,7 +339,8 @@ if TYPE_CHECKING:
 """
 
 
-_COMMANDS_INIT = """    def __init__(self, backend: Backend, machine_id: str) -> None:
+_OF_ONE_MACHINE = ("AsyncCommands", "AsyncFiles")
+_OF_ONE_INIT = """    def __init__(self, backend: Backend, machine_id: str) -> None:
         super().__init__(backend)
         self._machine_id = machine_id
 """
@@ -369,9 +374,9 @@ def _aio_module(doc: str, classes: list[tuple[str, str, str, Operations]]) -> st
         prefix = (
             "" if base == "MachineBase" or name == "HostOperations" else _name(operations[0]).partition("_")[0] + "_"
         )
-        methods = {"HostOperations": [_host_init()], "AsyncCommands": [_COMMANDS_INIT]}.get(name, [])
+        methods = {"HostOperations": [_host_init()], **{each: [_OF_ONE_INIT] for each in _OF_ONE_MACHINE}}.get(name, [])
         fixed = {"MachineBase": {"instance": "self.id"}}.get(base, {})
-        if name == "AsyncCommands":
+        if name in _OF_ONE_MACHINE:
             fixed = {"instance": "self._machine_id"}
         for kind in operations:
             methods.append(_method(kind, fixed=fixed, prefix=prefix))
@@ -404,7 +409,18 @@ def modules() -> dict[Path, Callable[[], str]]:
     for name, (doc, classes) in _modules().items():
         path = CLIENT / "aio" / f"{name}.py"
         found[path] = lambda path=path, doc=doc, classes=classes: _tidy(_aio_module(doc, classes), path)  # type: ignore[misc]
-    for name in ("base", "lifecycle", "guest", "machine", "operations", "images", "managers", "commands", "host"):
+    for name in (
+        "base",
+        "lifecycle",
+        "guest",
+        "machine",
+        "operations",
+        "images",
+        "managers",
+        "commands",
+        "files",
+        "host",
+    ):
         source, path = CLIENT / "aio" / f"{name}.py", CLIENT / "blocking" / f"{name}.py"
         found[path] = lambda source=source, path=path: _tidy(blocking_module(source.read_text()), path)  # type: ignore[misc]
     return found

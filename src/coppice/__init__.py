@@ -79,6 +79,7 @@ if TYPE_CHECKING:
         Check,
         Difference,
         ExecResult,
+        FileEvent,
         FileStat,
         ForkReport,
         ForkResult,
@@ -126,7 +127,8 @@ _ERRORS = (
     "VmmTimeout",
 )  # fmt: skip
 _MODEL = (
-    "Attachment", "BudgetUse", "Budgets", "Capture", "CaptureReport", "Check", "Difference", "ExecResult", "FileStat", "ForkReport", "ForkResult", "GcReport",
+    "Attachment", "BudgetUse", "Budgets", "Capture", "CaptureReport", "Check", "Difference", "ExecResult",
+    "FileEvent", "FileStat", "ForkReport", "ForkResult", "GcReport",
     "HealthCheck", "Image", "ImageConfig", "Instance",
     "Limits", "MachineSpec", "Manifest", "MemFile", "MemLayer", "MemoryReport", "Observed", "ProcessSpec", "Progress", "ProgressSink", "Publish",
     "RestartPolicy", "Sharing", "Snapshot", "SnapshotKind", "State", "Supervision", "TreeNode", "VerifyReport", "VmmProcess",
@@ -176,6 +178,7 @@ __all__ = [
     "ExecSession",
     "Exit",
     "Expired",
+    "FileEvent",
     "FileStat",
     "Forbidden",
     "ForkReport",

@@ -315,6 +315,30 @@ async def connection(socket_address: str) -> AsyncIterator[ClientConnection]:
         yield opened
 
 
+async def test_a_client_without_coppice_copies_archives(socket_address: str, fake_home: Path, tmp_path: Path) -> None:
+    """`tar_in` and `tar_out` of `/stream/copy` take and give tar archives."""
+    async with client_of(socket_address) as client:
+        body = {"operation": "run", "image": IMAGE, "name": "oak", **SMALL}
+        assert (await client.post("/call/run", json=body)).status_code == 200
+    (tmp_path / "guest").mkdir()
+    socket = socket_address.removeprefix("unix:")
+    async with unix_connect(socket, "ws://coppice/stream/copy") as opened:
+        await opened.send(json.dumps({"instance": "oak"}))
+        assert json.loads(await opened.recv()) == {}
+        await opened.send(json.dumps({"tar_in": f"{tmp_path}/guest"}))
+        await opened.send(archive(tmp_path / "rootfs.tar").read_bytes())
+        await opened.send('{"eof": true}')
+        assert json.loads(await opened.recv()) == {"unpacked": {"members": 1, "content_bytes": 5}}
+        assert (tmp_path / "guest/etc/greeting").read_bytes() == b"hello"
+        await opened.send(json.dumps({"tar_out": f"{tmp_path}/guest/etc"}))
+        received = b""
+        while isinstance(frame := await opened.recv(), bytes):
+            received += frame
+        assert json.loads(frame) == {"end": True}
+    with tarfile.open(fileobj=io.BytesIO(received)) as tar:
+        assert tar.getnames() == ["etc", "etc/greeting"]
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "../../coppice.db", "a\0b", "x" * 256])
 async def test_names_of_uploads_are_not_paths(connection: ClientConnection, name: str) -> None:
     """The name of an upload is the last part of a path."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import sqlite3
 from pathlib import Path
@@ -70,6 +71,10 @@ async def test_a_final_error_is_repeated(socket_address: str) -> None:
         again = await client.post("/call/stop", json={"instance": "oak"}, headers=keyed("one"))
         assert first.status_code == again.status_code == 404
         assert first.json() == again.json()
+        body = {"instance": "oak", "argv": ["no-such-program"]}
+        refused, again = [await client.post("/call/exec", json=body, headers=keyed("two")) for _ in range(2)]
+        assert refused.json() == again.json()
+        assert refused.json()["errno"] == errno.ENOENT
 
 
 async def test_a_key_belongs_to_an_owner(tcp_address: str, make_host: HostFactory) -> None:

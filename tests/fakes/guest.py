@@ -38,8 +38,13 @@ _RELAYED = frozenset(
         FrameType.FILE_READ,
         FrameType.FILE_WRITE,
         FrameType.FILE_STAT,
-        FrameType.TAR_OUT,
-        FrameType.TAR_IN,
+        FrameType.FILE_LIST,
+        FrameType.FILE_MKDIR,
+        FrameType.FILE_MOVE,
+        FrameType.FILE_REMOVE,
+        FrameType.FILE_WATCH,
+        FrameType.TREE_OUT,
+        FrameType.TREE_IN,
         FrameType.CONNECT,
     }
 )

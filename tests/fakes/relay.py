@@ -66,7 +66,7 @@ def _require_inside(frame: Frame) -> None:
         if port not in _ports:
             raise Fault(errno.ECONNREFUSED, f"port {port}: Connection refused")
         return
-    path = os.path.normpath(fields.text(2 if connects else 1))
+    path = os.path.normpath(fields.text(2 if connects else 3 if frame.type == FrameType.FILE_MOVE else 1))
     if not any(path == str(root) or path.startswith(f"{root}/") for root in _roots):
         raise Fault(errno.ENOSYS, "a fake guest has no files")
 

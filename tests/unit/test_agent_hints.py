@@ -71,7 +71,7 @@ OPERATIONS: dict[str, tuple[Callable[[Session, Path], Awaitable[object]], str]] 
     "read a directory": (lambda session, path: session.read_file(str(path)), "coppice cp"),
     "stat": (lambda session, path: session.stat(str(path / "none")), "ls -la"),
     "write": (lambda session, path: session.write_file(str(path / "none/file"), b"", make_parents=False), "mkdir -p"),
-    "unpack": (lambda session, path: session.tar_in(str(path / "none"), b""), "mkdir -p"),
+    "unpack": (lambda session, path: session.tree_in(str(path / "none"), b""), "mkdir -p"),
 }
 
 

@@ -105,13 +105,6 @@ def test_a_misspelt_command_is_answered_with_the_nearest(word: str, capsys: pyte
     assert "did you mean '" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "hint"), [(["-", "vm:/x"], "tar x"), (["vm:/x", "-"], "tar c")])
-def test_cp_of_an_archive_is_explained(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`docker cp -` copies tar archives; the error gives the equivalent commands."""
-    assert run(FakeHost(), "cp", *words) == 2
-    assert hint in capsys.readouterr().err
-
-
 def test_each_shell_has_a_completion_script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Each shell gets its script. In bash and zsh no space follows `NAME:`, and without an offered
     path local paths are completed.

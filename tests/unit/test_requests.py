@@ -146,6 +146,7 @@ def test_a_reference_is_a_name_or_an_id(kind: type[Request[Any]]) -> None:
     fillers = {
         "argv": ["ls"],
         "path": "/x",
+        "destination": "/y",
         "data": b"",
         "host_path": "x",
         "guest_path": "/x",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
+import tarfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from coppice.agent.copy import archive_in, archive_out
 from coppice.client import AsyncHost
 from coppice.errors import GuestRefused, GuestTimeout
 from coppice.model import Instance
@@ -17,6 +21,7 @@ from coppice.requests import (
     CpOutRequest,
     ExecRequest,
     ForkRequest,
+    OpenCopyRequest,
     OpenExecRequest,
     RmRequest,
     StandbyRequest,
@@ -83,6 +88,49 @@ async def test_copy_both_ways(host: AsyncHost, vm: Instance, tmp_path: Path) -> 
     assert (tmp_path / "back" / "link").readlink() == Path("data")
     seen = await host.call(StatRequest(instance=vm.id, path="/root/tree/sub/run.sh"))
     assert (seen.kind, seen.mode & 0o777) == ("f", 0o755)
+
+
+async def test_files_are_watched_moved_and_removed(host: AsyncHost, vm: Instance) -> None:
+    """The guest's kernel reports the changes of its overlay, made by its programs and by the host."""
+    files = (await host.get(vm.id)).files
+    await files.mkdir("/root/watched/sub", parents=True)
+    seen: list[tuple[str, str]] = []
+    async with asyncio.timeout(60):
+        async for event in files.watch("/root/watched", recursive=True):
+            seen.append((event.kind, event.path))
+            if event.kind == "watching":
+                await host.call(ExecRequest(instance=vm.id, argv=["touch", "/root/watched/sub/file"]))
+            elif seen[-1] == ("closed", "/root/watched/sub/file"):
+                await files.mv("/root/watched/sub/file", "/root/watched")
+            elif seen[-1] == ("moved_to", "/root/watched/file"):
+                assert [each.path async for each in files.ls("/root/watched")].count("/root/watched/file") == 1
+                await files.rm("/root/watched", recursive=True)
+    assert ("created", "/root/watched/sub/file") in seen
+    assert seen[-1] == ("gone", "/root/watched")
+
+
+async def test_an_archive_goes_in_and_comes_back(host: AsyncHost, vm: Instance) -> None:
+    """A tar archive of the host is unpacked with its owners, and the guest's own tar agrees on the way back."""
+    packed, received = io.BytesIO(), bytearray()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        member = tarfile.TarInfo("dir/file")
+        member.size, member.uid, member.gid, member.mtime = 4, 1234, 5678, 1_700_000_000
+        tar.addfile(member, io.BytesIO(b"data"))
+
+    async def source() -> AsyncIterator[bytes]:
+        yield packed.getvalue()
+
+    async def take(chunk: bytes) -> None:
+        received.extend(chunk)
+
+    async with host.stream(OpenCopyRequest(instance=vm.id)) as session:
+        await archive_in(session, source(), "/root")
+        await archive_out(session, "/root/dir", take)
+    with tarfile.open(fileobj=io.BytesIO(received)) as tar:
+        back = tar.getmember("dir/file")
+        assert (back.size, back.uid, back.gid, back.mtime) == (4, 1234, 5678, 1_700_000_000)
+    inside = await host.call(ExecRequest(instance=vm.id, argv=["stat", "-c", "%u:%g %Y", "/root/dir/file"]))
+    assert inside.stdout == b"1234:5678 1700000000\n"
 
 
 async def test_a_sparse_file_stays_sparse_when_copied(host: AsyncHost, vm: Instance, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
+from coppice.agent import records, tar
 from coppice.agent.pack import content_bytes, pack
-from coppice.agent.place import place
+from coppice.agent.place import is_contents, place
 from coppice.agent.unpack import unpack
-from coppice.completion import complete
+from coppice.completion import beside, both, complete
 from coppice.errors import CoppiceError, GuestRefused, HostCannot, NoSpace, NotFound
 from coppice.model import ProgressSink, no_progress
 from coppice.model.guest import CopySession, Unpacked
@@ -27,6 +28,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 _CHUNK = 1 << 16
+_BUFFER = 1 << 18  # of the thread's end of a socket pair
 _LINKS_MAX = 40
 _NOTHING = (errno.ENOENT, errno.ENOTDIR)
 _KINDS = {"d": stat.S_ISDIR, "l": stat.S_ISLNK, "f": stat.S_ISREG}
@@ -37,11 +39,11 @@ async def copy_in(
     source: Path | str,
     destination: str,
     *,
-    uid: int = 0,
-    gid: int = 0,
+    keep_owners: bool = False,
     progress: ProgressSink = no_progress,
 ) -> Unpacked:
-    """Copy a file or tree of the host into the guest, owned by `uid` and `gid`. Links stay links.
+    """Copy a file or tree of the host into the guest. It belongs to root unless `keep_owners`. Links
+    stay links.
 
     :param source: a path. As text, `DIR/.` names the contents of a directory, and `LINK/` the
         directory that a link leads to
@@ -61,10 +63,10 @@ async def copy_in(
 
     def work(stream: BinaryIO) -> None:
         meter = Meter(progress, content_bytes(path))
-        pack(stream, path, name, uid=uid, gid=gid, moved=meter.moved)
+        records.write(pack(path, name, owner=None if keep_owners else (0, 0), moved=meter.moved), stream)
 
     async def send(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> Unpacked:
-        return await session.tar_in(directory, read_chunks(reader))
+        return await session.tree_in(directory, read_chunks(reader))
 
     unpacked, _ = await with_thread(send, work)
     return unpacked
@@ -101,17 +103,52 @@ async def copy_out(
 
     def receive(stream: BinaryIO) -> int:
         meter = Meter(progress, found.size_bytes if found.kind == "f" else None)
-        return unpack(stream, Path(parent), name, max_bytes=max_bytes, moved=meter.moved)
+        return unpack(records.read(stream), Path(parent), name, max_bytes=max_bytes, moved=meter.moved)
 
     async def fetch(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inside = f"{source}." if source.endswith("/") else source  # LINK/ names the link's directory
-        async for chunk in session.tar_out(inside, holes=True):
-            writer.write(chunk)
-            await writer.drain()
-        writer.write_eof()
+        await _write_chunks(writer, session.tree_out(inside))
 
     _, written = await with_thread(fetch, receive)
     return written
+
+
+async def archive_in(session: CopySession, archive: AsyncIterator[bytes], directory: str) -> Unpacked:
+    """Unpack a tar archive below a directory of the guest, with the owners, modes and times of its members.
+
+    :raises UsageError: it is no archive, or is cut off; the members before that remain
+    :raises GuestRefused: the guest cannot make a member; the members before it remain
+    """
+
+    def convert(stream: BinaryIO) -> None:
+        records.write(tar.from_tar(stream), stream)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Unpacked:
+        return await beside(_write_chunks(writer, archive), session.tree_in(directory, read_chunks(reader)))
+
+    unpacked, _ = await with_thread(talk, convert)
+    return unpacked
+
+
+async def archive_out(session: CopySession, source: str, sink: Callable[[bytes], Awaitable[None]]) -> None:
+    """Send a file or tree of the guest as a tar archive to `sink`. `DIR/.` names the contents of a directory.
+
+    :raises GuestRefused: the source does not exist or cannot be read
+    """
+
+    def convert(stream: BinaryIO) -> None:
+        tar.to_tar(records.read(stream), stream)
+
+    contents = is_contents(source) and (await session.stat(source, follow=True)).kind == "d"
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def pass_on() -> None:
+            async for chunk in read_chunks(reader):
+                await sink(chunk)
+
+        await both(_write_chunks(writer, session.tree_out(source, contents=contents)), pass_on())
+
+    await with_thread(talk, convert)
 
 
 class _Guest(NamedTuple):
@@ -163,6 +200,13 @@ async def read_chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         yield chunk
 
 
+async def _write_chunks(writer: asyncio.StreamWriter, chunks: AsyncIterator[bytes]) -> None:
+    async for chunk in chunks:
+        writer.write(chunk)
+        await writer.drain()
+    writer.write_eof()
+
+
 async def with_thread(
     talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[A]], work: Callable[[BinaryIO], B]
 ) -> tuple[A, B]:
@@ -177,7 +221,7 @@ async def with_thread(
     def run() -> B:
         with theirs:
             try:
-                with theirs.makefile("rwb") as stream:
+                with theirs.makefile("rwb", buffering=_BUFFER) as stream:
                     return work(stream)  # type: ignore[arg-type]  # a BufferedRWPair is a BinaryIO in all but its stub
             except Exception as error:
                 failed.append(error)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import errno
 import itertools
 import os
 import stat
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import Final
 
+from coppice.agent.records import CONTENT_MAX, UNSIZED_MAX, Content, End, Entry, Item, Kind
 from coppice.linux.extents import data_ranges
 
-if TYPE_CHECKING:
-    from _typeshed import SupportsRead
-
-RANGES_MAX = 1024  # data ranges per file that the agent and unpack.py accept
-_CHUNK = 1 << 16
-_HOLE_MIN = 1 << 16  # smaller holes are sent as zeros
+_KINDS: Final[dict[int, Kind]] = {
+    stat.S_IFREG: "f",
+    stat.S_IFDIR: "d",
+    stat.S_IFLNK: "l",
+    stat.S_IFCHR: "c",
+    stat.S_IFBLK: "b",
+    stat.S_IFIFO: "p",
+}
+_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def content_bytes(source: Path) -> int:
@@ -36,90 +39,114 @@ def content_bytes(source: Path) -> int:
 
 
 def pack(
-    stream: BinaryIO,
     source: Path,
     name: str | None,
     *,
-    uid: int = 0,
-    gid: int = 0,
-    holes: bool = True,
+    owner: tuple[int, int] | None = (0, 0),
     moved: Callable[[int], None] = lambda _: None,
-    wanted: Callable[[tarfile.TarInfo], bool] = lambda _: True,
-) -> None:
-    """Write a file or tree to `stream` as an archive whose members all lie below `name`, owned by
-    `uid` and `gid`.
+    wanted: Callable[[Entry], bool] = lambda _: True,
+) -> Iterator[Item]:
+    """Yield a file or tree, whose entries all lie below `name`.
 
-    :param name: None writes the contents of the directory without the directory itself
-    :param holes: leave out the holes of files (GNU tar's sparse format 0.1); otherwise send zeros
-    :param moved: called with each number of content bytes written
-    :param wanted: returns whether to write a member
+    The content of a file is what can be read. A file that grows is read up to the size that it had;
+    one that shrinks is an error.
+
+    :param name: None yields the contents of the directory without the directory itself
+    :param owner: UID and GID of all entries; None keeps those that the files have here
+    :param moved: called with each number of content bytes yielded
+    :param wanted: returns whether to yield an entry; without a directory's, its contents are left out
+    :raises OSError: a file cannot be read
     """
+    first: dict[tuple[int, int], str] = {}
+    waiting = [(os.fspath(source), name)] if name is not None else _below(os.fspath(source), "")
+    while waiting:
+        path, inside = waiting.pop()
+        status = os.lstat(path)
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode))
+        if kind is None:  # a socket is useless without the process that made it
+            continue
+        link = str(Path(path).readlink()) if kind == "l" else ""
+        if kind != "d" and (known := first.get((status.st_dev, status.st_ino))) is not None:
+            link, kind = known, "h"
+        entry = Entry(
+            inside,
+            kind,
+            stat.S_IMODE(status.st_mode),
+            *(owner or (status.st_uid, status.st_gid)),
+            status.st_mtime_ns,
+            link,
+            (os.major(status.st_rdev), os.minor(status.st_rdev)),
+        )
+        if not wanted(entry):
+            continue
+        if kind not in ("d", "h") and status.st_nlink > 1:
+            first[status.st_dev, status.st_ino] = inside
+        if kind == "f":
+            yield from _file(path, entry, moved)
+            continue
+        yield entry
+        if kind == "d":
+            waiting += _below(path, f"{inside}/")
 
-    def owned(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        if not wanted(member):
-            return None
-        member.uid, member.gid = uid, gid
-        member.uname = member.gname = ""
-        member.mtime = int(member.mtime)  # a fraction would need an extended header in each member
-        return member
 
-    with _Archive.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=_CHUNK) as archive:
-        archive.holes, archive.moved = holes, moved
-        for path, member in [(source, name)] if name is not None else [(path, path.name) for path in source.iterdir()]:
-            archive.add(path, arcname=member, filter=owned)
+def _below(directory: str, prefix: str) -> list[tuple[str, str]]:
+    with os.scandir(directory) as entries:
+        names = sorted((entry.name for entry in entries), reverse=True)
+    return [(f"{directory}/{name}", prefix + name) for name in names]
 
 
-class _Archive(tarfile.TarFile):
-    holes: bool
-    moved: Callable[[int], None]
-
-    def addfile(self, tarinfo: tarfile.TarInfo, fileobj: SupportsRead[bytes] | None = None) -> None:
-        if not isinstance(fileobj, io.BufferedReader):
-            super().addfile(tarinfo)
+def _file(path: str, entry: Entry, moved: Callable[[int], None]) -> Iterator[Item]:
+    fd = os.open(path, _FLAGS)
+    try:
+        status = os.fstat(fd)
+        size = status.st_size
+        if _has_no_size(fd, status):
+            yield entry
+            end = 0
+            for content in _contents(fd, 0, UNSIZED_MAX + 1):
+                end = content.offset + len(content.data)
+                if end > UNSIZED_MAX:
+                    raise OSError(errno.EFBIG, "its size is unknown, and it has more than 64 MiB", path)
+                yield content
+            moved(end)
+            yield End(end)
             return
-        size = tarinfo.size
-        ranges = _ranges(fileobj.fileno(), size) if self.holes else [(0, size)]
-        tarinfo.size = sum(length for _, length in ranges)
-        if tarinfo.size < size:
-            # An empty last range marks the end of the file.
-            numbers = [number for each in (*ranges, (size, 0)) for number in each]
-            tarinfo.pax_headers = {"GNU.sparse.size": str(size), "GNU.sparse.map": ",".join(map(str, numbers))}
-        super().addfile(tarinfo, _Contents(fileobj, ranges, self.moved))
-        self.moved(size - tarinfo.size)
-
-
-def _ranges(fd: int, size: int) -> list[tuple[int, int]]:
-    """Return offset and length of a file's data ranges.
-
-    If there are too many holes, small ones count as data.
-    """
-    least = _HOLE_MIN
-    while True:
-        ranges: list[tuple[int, int]] = []
+        yield entry._replace(size=size)
+        done = 0
         for offset, length in data_ranges(fd, size):
-            if ranges and offset - sum(ranges[-1]) < least:
-                ranges[-1] = ranges[-1][0], offset + length - ranges[-1][0]
-            else:
-                ranges.append((offset, length))
-        if len(ranges) < RANGES_MAX:
-            return ranges
-        least *= 4
+            moved(offset - done)
+            done = offset
+            for content in _contents(fd, offset, length):
+                yield content
+                moved(len(content.data))
+                done += len(content.data)
+            if done < offset + length:
+                raise _shorter(path)
+        if os.fstat(fd).st_size < size:  # a hole up to the end looks alike
+            raise _shorter(path)
+        moved(size - done)
+        yield End(size)
+    finally:
+        os.close(fd)
 
 
-class _Contents:
-    """The data of a file, range after range. Reports how much has been read."""
+def _has_no_size(fd: int, status: os.stat_result) -> bool:
+    """Return whether the file system only makes up the size."""
+    if status.st_size == 0 or status.st_blocks:
+        return status.st_size == 0
+    try:
+        return os.lseek(fd, 0, os.SEEK_DATA) == 0
+    except OSError:
+        return False
 
-    def __init__(self, file: io.BufferedReader, ranges: list[tuple[int, int]], moved: Callable[[int], None]) -> None:
-        self._file = file
-        self._ranges = ranges
-        self._moved = moved
 
-    def read(self, size: int = -1, /) -> bytes:
-        data = bytearray()
-        while len(data) < size and self._ranges:
-            offset, left = self._ranges[0]
-            got = os.pread(self._file.fileno(), min(size - len(data), left), offset)
-            data += got
-            self._ranges[:1] = [(offset + len(got), left - len(got))] if 0 < len(got) < left else []
-        self._moved(len(data))
-        return bytes(data)
+def _contents(fd: int, offset: int, length: int) -> Iterator[Content]:
+    """Yield what can be read of a range; less than the range at the end of the file."""
+    end = offset + length
+    while offset < end and (data := os.pread(fd, min(CONTENT_MAX, end - offset), offset)):
+        yield Content(offset, data)
+        offset += len(data)
+
+
+def _shorter(path: str) -> OSError:
+    return OSError(errno.EIO, "the file has become shorter while it was read", path)

@@ -83,9 +83,14 @@ class FrameType(IntEnum):
     FILE_READ = 64
     FILE_WRITE = 65
     FILE_STAT = 66
-    TAR_OUT = 67
-    TAR_IN = 68
+    TREE_OUT = 67
+    TREE_IN = 68
     CONNECT = 69
+    FILE_LIST = 70
+    FILE_MKDIR = 71
+    FILE_MOVE = 72
+    FILE_REMOVE = 73
+    FILE_WATCH = 74
     DATA = 80
     DATA_EOF = 81
 

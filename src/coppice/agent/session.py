@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
-import msgspec
-
-from coppice.agent import connection, process
+from coppice.agent import connection, paths, process
 from coppice.agent.channel import Channel
 from coppice.agent.collecting import chunks_of
 from coppice.agent.connection import GuestConnection
 from coppice.agent.process import Command, ExecSession
 from coppice.agent.protocol import Fields, FrameType, encode_fields
-from coppice.errors import CoppiceError, GuestError, GuestProtocolError
-from coppice.model import ExecResult, FileStat
+from coppice.errors import CoppiceError, GuestError
+from coppice.model import ExecResult, FileEvent, FileStat
 from coppice.model.guest import MAX_COLLECTED, GuestCommand, OutputSink, Source, TerminalSize, Unpacked
 
 _APPEND, _MAKE_PARENTS = 1, 2
 _FOLLOW_LINKS = 1
-_CONTENTS, _HOLES = 1, 2
+_CONTENTS = 1
 _MAKE_DIRECTORY = 1
 
 
@@ -194,49 +191,47 @@ class Session:
         :raises GuestRefused: the path does not exist (`errno` ENOENT)
         """
         fields = encode_fields([(1, path), (2, _FOLLOW_LINKS if follow else 0)])
-        reply = await self._channel.call(FrameType.FILE_STAT, fields)
-        mtime_ns = reply.integer(6)
-        target = reply.raw(7)
-        try:
-            return msgspec.convert(
-                {
-                    "path": path,
-                    "kind": reply.text(1),
-                    "size_bytes": reply.integer(2),
-                    "mode": reply.integer(3) & 0o7777,
-                    "uid": reply.integer(4),
-                    "gid": reply.integer(5),
-                    "mtime": (mtime_ns - (1 << 64) if mtime_ns >> 63 else mtime_ns) / 1e9,
-                    "link_target": None if target is None else os.fsdecode(target),
-                },
-                FileStat,
-            )
-        except msgspec.ValidationError as error:
-            raise GuestProtocolError(
-                f"the guest's status of {path} is malformed: {error}",
-                hint="run `coppice stop NAME`, then `coppice start NAME`",
-            ) from error
+        return paths.stat_of(path, await self._channel.call(FrameType.FILE_STAT, fields))
+
+    def listing(self, path: str) -> AsyncGenerator[FileStat, None]:
+        """Yield the entries of a directory, as `coppice.agent.paths.listing`."""
+        return paths.listing(self._channel, path)
+
+    def watching(self, path: str, *, recursive: bool = False) -> AsyncGenerator[FileEvent, None]:
+        """Yield the changes of a path, as `coppice.agent.paths.watching`."""
+        return paths.watching(self._channel, path, recursive=recursive)
+
+    async def make_directory(self, path: str, *, mode: int = 0o755, parents: bool = False) -> None:
+        """Make a directory, as `coppice.agent.paths.make_directory`."""
+        await paths.make_directory(self._channel, path, mode=mode, parents=parents)
+
+    async def move(self, path: str, destination: str, *, keep_existing: bool = False) -> None:
+        """Rename a path, as `coppice.agent.paths.move`."""
+        await paths.move(self._channel, path, destination, keep_existing=keep_existing)
+
+    async def remove(self, path: str, *, recursive: bool = False, missing_ok: bool = False) -> None:
+        """Remove a path, as `coppice.agent.paths.remove`."""
+        await paths.remove(self._channel, path, recursive=recursive, missing_ok=missing_ok)
 
     # ---- trees ----
 
-    def tar_out(self, path: str, *, contents: bool = False, holes: bool = False) -> AsyncIterator[bytes]:
-        """Yield a tar stream of a file or tree. The guest packs it, so it is not trustworthy.
+    def tree_out(self, path: str, *, contents: bool = False) -> AsyncIterator[bytes]:
+        """Yield the records of a file or tree. The guest packs it, so it is not trustworthy.
 
-        :param contents: pack the members of the directory instead of the directory itself
-        :param holes: leave out the holes of files (GNU tar's sparse format 0.1)
+        :param contents: pack the entries of the directory instead of the directory itself
         :raises GuestRefused: the path cannot be read
         """
-        fields = encode_fields([(1, path), (2, (_CONTENTS if contents else 0) | (_HOLES if holes else 0))])
-        return self._download(FrameType.TAR_OUT, fields)
+        fields = encode_fields([(1, path), (2, _CONTENTS if contents else 0)])
+        return self._download(FrameType.TREE_OUT, fields)
 
-    async def tar_in(self, directory: str, archive: Source, *, make: bool = False) -> Unpacked:
-        """Unpack a tar stream below a directory. No member can leave the directory.
+    async def tree_in(self, directory: str, records: Source, *, make: bool = False) -> Unpacked:
+        """Make a tree below a directory. No entry can leave the directory.
 
         :param make: make the directory (not its parents) if it does not exist
-        :raises GuestRefused: a member cannot be unpacked; the members before it remain
+        :raises GuestRefused: an entry cannot be made; the entries before it remain
         """
         fields = encode_fields([(1, directory), (2, _MAKE_DIRECTORY if make else 0)])
-        reply = await self._upload(FrameType.TAR_IN, fields, archive)
+        reply = await self._upload(FrameType.TREE_IN, fields, records)
         return Unpacked(members=reply.integer(1), content_bytes=reply.integer(2))
 
     # ---- transfers ----

@@ -27,6 +27,7 @@ _PLACES = {
     "wait": f"{_CLI}.commands:wait",
     "forget": f"{_CLI}.commands:forget",
     "cp": f"{_CLI}.guest:cp",
+    "files": f"{_CLI}.files:files_app",
     "logs": f"{_CLI}.guest:logs",
     "port-forward": f"{_CLI}.reach:port_forward",
     "connect": f"{_CLI}.reach:connect",

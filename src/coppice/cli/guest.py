@@ -16,11 +16,14 @@ from coppice.cli.ending import Interrupted, OutputClosed
 from coppice.errors import CoppiceError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from coppice.cli.session import Captured
     from coppice.client import AsyncHost
     from coppice.model.guest import Exit
 
-_STDOUT = 1
+_STDIN, _STDOUT = 0, 1
+_STREAM = "-"
 _TIMED_OUT = 124  # the same as timeout(1)
 
 
@@ -181,8 +184,15 @@ def is_open(descriptor: int) -> bool:
 
 def cp(
     ctx: click.Context,
-    source: Annotated[str, Argument(metavar="SRC", help="PATH or NAME:PATH.", autocompletion=complete.paths)],
-    target: Annotated[str, Argument(metavar="DST", help="PATH or NAME:PATH.", autocompletion=complete.paths)],
+    source: Annotated[
+        str, Argument(metavar="SRC", help="PATH, NAME:PATH, or `-`: a tar archive.", autocompletion=complete.paths)
+    ],
+    target: Annotated[
+        str, Argument(metavar="DST", help="PATH, NAME:PATH, or `-`: a tar archive.", autocompletion=complete.paths)
+    ],
+    archive: Annotated[
+        bool, Option("--archive", "-a", help="Into a guest: keep the numeric owners, instead of root.")
+    ] = False,
     recursive: options.Recursive = False,
 ) -> None:
     """Copy files into or out of a Running guest, as `cp -r` does: into an existing directory, or to
@@ -191,19 +201,57 @@ def cp(
     NAME:PATH goes on exactly one side. A DST that ends with a slash is a directory; DIR/. is a
     directory's content. Links stay links. Modes and times are kept, except unsafe ones. The copy
     belongs to root in the guest, and to you on the host.
+
+    `coppice cp - NAME:DIR` unpacks a tar archive from standard input into a directory, with its owners.
+    `coppice cp NAME:PATH -` writes one to standard output.
     """
     from coppice.requests import CpInRequest, CpOutRequest
 
     del recursive
     cli = Cli.of(ctx)
     name, path, into = parse.copy_ends(source, target)
-
+    if _STREAM in (source, target):
+        _stream(cli, name, path, into=into)
+        return
     copied = cli.request(
-        CpInRequest(instance=name, host_path=source, guest_path=path)
+        CpInRequest(instance=name, host_path=source, guest_path=path, keep_owners=archive)
         if into
         else CpOutRequest(instance=name, guest_path=path, host_path=target)
     )
     cli.show({"bytes": copied}, lambda: output.line(f"{format.size(copied)} copied"))
+
+
+def _stream(cli: Cli, name: str, path: str, *, into: bool) -> None:
+    """Unpack an archive from standard input, or write one to standard output."""
+    start.import_asyncio()
+    from coppice.agent.copy import archive_in, archive_out
+    from coppice.cli import terminal
+    from coppice.requests import OpenCopyRequest
+
+    if into and sys.stdin.isatty():
+        raise UsageError("an archive cannot be read from a terminal", hint="use a pipe, or `< FILE`")
+    if not into and (cli.json or sys.stdout.isatty()):
+        where = "JSON" if cli.json else "a terminal"
+        raise UsageError(f"an archive cannot be written to {where}", hint="use a pipe, or `> FILE`")
+    request = OpenCopyRequest(instance=name)
+
+    async def read() -> AsyncIterator[bytes]:
+        while data := await terminal.read(_STDIN):
+            yield data
+
+    async def receive(host: AsyncHost) -> int:
+        async with host.stream(request) as session:
+            return (await archive_in(session, read(), path)).content_bytes
+
+    async def send(host: AsyncHost) -> None:
+        async with host.stream(request) as session:
+            await archive_out(session, path, lambda data: terminal.write(_STDOUT, data))
+
+    if into:
+        copied = cli.call(receive)
+        cli.show({"bytes": copied}, lambda: output.line(f"{format.size(copied)} copied"))
+    else:
+        cli.call(lambda host: terminal.while_read(_STDOUT, send(host)))
 
 
 def logs(

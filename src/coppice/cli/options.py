@@ -280,6 +280,4 @@ Force = Annotated[bool, Option("--force", "-f", help="A missing name is no error
 # anyway.
 Detach = Annotated[bool, Option("--detach", "-d", hidden=True, help="Machines always run in the background.")]
 AllStates = Annotated[bool, Option("--all", "-a", hidden=True, help="All states are listed anyway.")]
-Recursive = Annotated[
-    bool, Option("--recursive", "-r", "-R", "--archive", "-a", hidden=True, help="Directories are copied anyway.")
-]
+Recursive = Annotated[bool, Option("--recursive", "-r", "-R", hidden=True, help="Directories are copied anyway.")]

@@ -392,14 +392,10 @@ def copy_ends(source: str, target: str) -> tuple[str, str, bool]:
     """Parse the two ends of `cp`.
 
     Return the instance's name, its path, and whether the copy goes into it. `NAME:PATH` is in an
-    instance; `./NAME:PATH` and `/NAME:PATH` are not.
+    instance; `./NAME:PATH` and `/NAME:PATH` are not, nor is `-`.
 
     :raises UsageError: not exactly one end is in an instance, or its path is empty
     """
-    if source == "-":
-        raise UsageError("cp does not read archives", hint="write `coppice exec NAME -- tar x -C DIR < FILE`")
-    if target == "-":
-        raise UsageError("cp does not write archives", hint="write `coppice exec NAME -- tar c PATH > FILE`")
     remote_source, remote_target = _REMOTE.fullmatch(source), _REMOTE.fullmatch(target)
     if bool(remote_source) is bool(remote_target):
         both = "both ends are" if remote_source else "neither end is"

@@ -31,6 +31,7 @@ _GROUPS: Final = {
     "removal.Removal": "rm",
     "guest.Guest": "exec open_exec connect open_copy cp_in cp_out read_file write_file stat health logs wait",
     "commands.Commands": "command_start command_ls command_attach command_kill command_wait command_forget wait_process",
+    "files.Files": "file_ls file_mkdir file_mv file_rm file_watch",
     "readiness.Readiness": "ready",
     "snapshots.Snapshots": "snapshot snapshot_ls snapshot_inspect snapshot_restore snapshot_fork snapshot_rm verify",
     "volumes.Volumes": "volume_create volume_ls volume_inspect volume_rm",

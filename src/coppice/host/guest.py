@@ -131,7 +131,9 @@ class Guest(UseCases):
         from coppice.agent.copy import copy_in  # imports tarfile, which few commands need
 
         async with self._session(request.instance) as session:
-            copied = await copy_in(session, request.host_path, request.guest_path, progress=progress)
+            copied = await copy_in(
+                session, request.host_path, request.guest_path, keep_owners=request.keep_owners, progress=progress
+            )
             return copied.content_bytes
 
     async def cp_out(self, request: CpOutRequest, progress: ProgressSink) -> int:

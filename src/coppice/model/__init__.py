@@ -20,6 +20,8 @@ from coppice.model.reports import (
     EgressRefusal,
     EgressReport,
     ExecResult,
+    FileEvent,
+    FileEventKind,
     FileStat,
     ForkReport,
     ForkResult,
@@ -28,6 +30,7 @@ from coppice.model.reports import (
     TreeNode,
     Usage,
     VerifyReport,
+    as_utf8,
 )
 from coppice.model.snapshot import Snapshot, SnapshotKind
 from coppice.model.specs import (
@@ -61,6 +64,8 @@ __all__ = [
     "EgressRefusal",
     "EgressReport",
     "ExecResult",
+    "FileEvent",
+    "FileEventKind",
     "FileStat",
     "ForkReport",
     "ForkResult",
@@ -95,6 +100,7 @@ __all__ = [
     "Volume",
     "VolumeDisk",
     "VolumeMount",
+    "as_utf8",
     "from_json",
     "no_progress",
     "to_builtins",

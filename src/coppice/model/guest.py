@@ -83,16 +83,16 @@ class CopySession(Protocol):
         :raises GuestRefused: the path does not exist (`errno` ENOENT)
         """
 
-    async def tar_in(self, directory: str, archive: Source) -> Unpacked:
-        """Unpack a tar stream below a directory. No member can leave the directory.
+    async def tree_in(self, directory: str, records: Source) -> Unpacked:
+        """Make a tree below a directory. No entry can leave the directory.
 
-        :raises GuestRefused: a member cannot be unpacked; the members before it remain
+        :raises GuestRefused: an entry cannot be made; the entries before it remain
         """
 
-    def tar_out(self, path: str, *, holes: bool = False) -> AsyncIterator[bytes]:
-        """Yield a tar stream of a file or tree. The guest packs it, so it is not trustworthy.
+    def tree_out(self, path: str, *, contents: bool = False) -> AsyncIterator[bytes]:
+        """Yield the records of a file or tree. The guest packs it, so it is not trustworthy.
 
-        :param holes: leave out the holes of files
+        :param contents: pack the entries of the directory instead of the directory itself
         :raises GuestRefused: the path cannot be read
         """
 

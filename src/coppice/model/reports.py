@@ -101,6 +101,31 @@ class FileStat(Record, frozen=True, kw_only=True):
     link_target: str | None = None
 
 
+FileEventKind = Literal[
+    "watching", "created", "modified", "closed", "attributes", "moved_from", "moved_to", "deleted", "overflow", "gone"
+]
+
+
+class FileEvent(Record, frozen=True, kw_only=True):
+    """A change of a watched path of the guest.
+
+    `watching` comes first: all later changes are reported. `created`, `deleted` and `moved_from` and
+    `moved_to` (with the same `cookie`) are about names; `modified`, `closed` (by a writer) and
+    `attributes` about files. `overflow`: the guest's kernel has dropped events, so look again. `gone`:
+    the watched path itself is no longer there, and this is the last event.
+    """
+
+    kind: FileEventKind
+    path: str
+    is_directory: bool = False
+    cookie: int = 0  # joins the two events of a move; 0: none
+
+
+def as_utf8(text: str) -> str:
+    """Return a path for JSON and terminals: bytes that are not UTF-8 are replaced."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 class TreeNode(Record, frozen=True, kw_only=True):
     """One instance in the lineage, with its memory. Its forks follow it in the list, one level
     deeper.

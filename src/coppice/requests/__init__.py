@@ -30,6 +30,13 @@ if TYPE_CHECKING:
         CommandStartRequest,
         CommandWaitRequest,
     )
+    from coppice.requests.files import (
+        FileLsRequest,
+        FileMkdirRequest,
+        FileMvRequest,
+        FileRmRequest,
+        FileWatchRequest,
+    )
     from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
     from coppice.requests.guest import (
         ConnectRequest,
@@ -118,6 +125,11 @@ __all__ = [
     "ExecRequest",
     "ExportRequest",
     "FanOut",
+    "FileLsRequest",
+    "FileMkdirRequest",
+    "FileMvRequest",
+    "FileRmRequest",
+    "FileWatchRequest",
     "ForkRequest",
     "GcRequest",
     "GetRequest",
@@ -182,6 +194,7 @@ _MODULES: Final = {
         "CommandAttachRequest CommandForgetRequest CommandKillRequest "
         "CommandLsRequest CommandStartRequest CommandWaitRequest"
     ),
+    "files": "FileLsRequest FileMkdirRequest FileMvRequest FileRmRequest FileWatchRequest",
     "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
     "guest": (
         "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "

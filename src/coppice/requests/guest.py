@@ -141,6 +141,7 @@ class CpInRequest(InstanceRequest[int], frozen=True, kw_only=True):
 
     host_path: Annotated[str, Meta(description="A path on this machine.", extra=PATH)]
     guest_path: GuestPath
+    keep_owners: Annotated[bool, Meta(description="Keep the numeric owners of the files. Default: root.")] = False
 
     def check(self) -> None:
         """Check the path too."""

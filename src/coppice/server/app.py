@@ -15,7 +15,19 @@ from litestar.types import ASGIApp, Middleware
 
 from coppice.host.supervisor import Clock, Supervisor
 from coppice.model import Record
-from coppice.server import archives, calls, connections, console, copies, document, events, observing, page, streams
+from coppice.server import (
+    archives,
+    calls,
+    connections,
+    console,
+    copies,
+    document,
+    events,
+    files,
+    observing,
+    page,
+    streams,
+)
 from coppice.server.audit import Audit
 from coppice.server.auth import Caller
 from coppice.server.bodies import JsonRequest
@@ -123,6 +135,8 @@ def make_app(
                 connections.stream_connect,
                 copies.stream_copy,
                 copies.stream_upload,
+                files.stream_file_ls,
+                files.stream_file_watch,
                 archives.instance_export,
                 archives.template_import,
                 archives.stream_import,

@@ -3,13 +3,15 @@
 `/stream/copy` is the session of `cp_in` and `cp_out`. The client sends an OpenCopyRequest, and gets
 `{}`. Then it sends one text frame after the other, each answered before the next:
 `{"stat": {"path": ..., "follow": ...}}`, answered by `{"stat": {...}}`;
-`{"tar_out": {"path": ..., "holes": ...}}`, answered by binary frames of a tar archive, then
-`{"end": true}`; and `{"tar_in": DIRECTORY}`, followed by binary frames of an archive and
-`{"eof": true}`, answered by `{"unpacked": {...}}`.
+`{"tar_out": PATH}`, answered by binary frames of a tar archive, then `{"end": true}`; and
+`{"tar_in": DIRECTORY}`, followed by binary frames of an archive and `{"eof": true}`, answered by
+`{"unpacked": {...}}`. `{"tree_out": {"path": ..., "contents": ...}}` and `tree_in` are the same with
+the records of docs/agent-protocol.md instead of an archive: they keep holes, and the server passes them
+on unchanged.
 
 `/stream/upload` takes a file or directory for a request. The client sends an Upload, then binary
 frames and `{"eof": true}`, and gets `{"upload": "upload:ID"}`, which a request can name until the
-client closes the connection.
+client closes the connection. A directory is sent as a tar archive, or as records if `tree` is true.
 
 All can answer `{"error": {...}, "errno": N}`, at any time; an error of `stat` leaves the session open.
 """
@@ -25,7 +27,9 @@ from typing import BinaryIO, Final
 import msgspec
 from litestar import websocket
 
-from coppice.agent.copy import with_thread
+from coppice.agent import records
+from coppice.agent.copy import archive_in, archive_out, with_thread
+from coppice.agent.tar import from_tar
 from coppice.agent.unpack import unpack
 from coppice.completion import beside
 from coppice.errors import Forbidden, GuestProtocolError, GuestRefused, NoSpace, UnsafePath, UsageError
@@ -51,19 +55,21 @@ class Stat(msgspec.Struct, forbid_unknown_fields=True):
     follow: bool = False
 
 
-class TarOut(msgspec.Struct, forbid_unknown_fields=True):
-    """The request for an archive of a file or tree."""
+class TreeOut(msgspec.Struct, forbid_unknown_fields=True):
+    """The request for the records of a file or tree, or of the entries of a directory."""
 
     path: str
-    holes: bool = False
+    contents: bool = False
 
 
 class Step(msgspec.Struct, forbid_unknown_fields=True):
     """A text frame of a client that copies."""
 
     stat: Stat | None = None
-    tar_out: TarOut | None = None
+    tar_out: str | None = None
     tar_in: str | None = None
+    tree_out: TreeOut | None = None
+    tree_in: str | None = None
     eof: bool = False
 
 
@@ -73,6 +79,7 @@ class Upload(msgspec.Struct, forbid_unknown_fields=True):
     operation: str
     name: str
     directory: bool = False
+    tree: bool = False
 
 
 async def send_error(socket: Socket, error: Exception) -> None:
@@ -110,18 +117,23 @@ async def _step(socket: Socket, session: CopySession) -> None:
         else:
             await send(socket, stat=found)
     elif step.tar_out is not None:
+        await beside(silence(socket), archive_out(session, step.tar_out, socket.send_bytes))
+        await send(socket, end=True)
+    elif step.tree_out is not None:
         await beside(
-            silence(socket), _send_archive(socket, session.tar_out(step.tar_out.path, holes=step.tar_out.holes))
+            silence(socket), _send_all(socket, session.tree_out(step.tree_out.path, contents=step.tree_out.contents))
         )
         await send(socket, end=True)
     elif step.tar_in is not None:
-        await send(socket, unpacked=await session.tar_in(step.tar_in, content_frames(socket)))
+        await send(socket, unpacked=await archive_in(session, content_frames(socket), step.tar_in))
+    elif step.tree_in is not None:
+        await send(socket, unpacked=await session.tree_in(step.tree_in, content_frames(socket)))
     else:
-        raise UsageError("a text frame asks for nothing", hint="send stat, tar_in or tar_out")
+        raise UsageError("a text frame asks for nothing", hint="send stat, tar_in, tar_out, tree_in or tree_out")
 
 
-async def _send_archive(socket: Socket, archive: AsyncIterator[bytes]) -> None:
-    async for chunk in archive:
+async def _send_all(socket: Socket, chunks: AsyncIterator[bytes]) -> None:
+    async for chunk in chunks:
         await socket.send_bytes(chunk)
 
 
@@ -148,13 +160,13 @@ async def stream_upload(socket: Socket, server: TheServer, caller: TheCaller) ->
             raise Forbidden(f"missing required scope: {scope}", hint="make a token with that scope")
         host = await server.host(caller)
         async with server.uploads.make(caller.owner, first.name) as upload:
-            await _receive(socket, host, upload, is_directory=first.directory)
+            await _receive(socket, host, upload, first)
             upload.complete = True
             await send(socket, upload=upload.token)
             await frame_from(socket)  # raises when the client has closed the connection
 
 
-async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, *, is_directory: bool) -> None:
+async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, first: Upload) -> None:
     """Write the content to the disk of the server.
 
     :raises NoSpace: it would take the free space that the budgets reserve
@@ -162,8 +174,9 @@ async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, *, 
     """
 
     def write(stream: BinaryIO) -> None:
-        if is_directory:
-            unpack(stream, upload.directory, upload.name)
+        if first.directory:
+            items = records.read(stream) if first.tree else from_tar(stream)
+            unpack(items, upload.directory, upload.name)
         else:
             with upload.path.open("xb") as output:
                 while chunk := stream.read(_CHUNK):

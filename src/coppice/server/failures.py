@@ -14,7 +14,7 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException
 from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
 
-from coppice.errors import Busy, CoppiceError, Overloaded, TooManyOperations, Unauthorized
+from coppice.errors import Busy, CoppiceError, GuestRefused, Overloaded, TooManyOperations, Unauthorized
 from coppice.model import Record
 
 _log = logging.getLogger(__name__)
@@ -39,6 +39,12 @@ class Failure(Record, frozen=True, kw_only=True):
     hint: str | None = None
 
 
+class GuestFailure(Failure, frozen=True, kw_only=True):
+    """The body of an error that the guest's kernel gave."""
+
+    errno: int
+
+
 def code_of(error: BaseException) -> str:
     """Return the code of any error; `cancelled` for a cancellation."""
     if isinstance(error, CoppiceError):
@@ -50,6 +56,10 @@ def code_of(error: BaseException) -> str:
 
 def failure_of(error: Exception) -> tuple[int, Failure]:
     """Return the HTTP status and the body for any error."""
+    if isinstance(error, GuestRefused):
+        return error.http_status, GuestFailure(
+            code=code_of(error), message=error.message, hint=error.hint, errno=error.errno
+        )
     if isinstance(error, CoppiceError):
         return error.http_status, Failure(code=code_of(error), message=error.message, hint=error.hint)
     if isinstance(error, HTTPException):

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import CoppiceError, OutcomeUnknown, kind_of
+from coppice.errors import CoppiceError, GuestRefused, OutcomeUnknown, kind_of
 from coppice.host import LocalBackend
 from coppice.model import ProgressSink, from_json
 from coppice.requests import Request
@@ -109,6 +109,10 @@ class Once:
             await asyncio.sleep(_POLL_S)
 
 
+class _Recorded(Failure, frozen=True, kw_only=True):
+    errno: int = 0
+
+
 def _replay(claim: Claim, request: Request[Any]) -> Any:
     """Return the recorded result of an operation.
 
@@ -122,6 +126,8 @@ def _replay(claim: Claim, request: Request[Any]) -> Any:
         )
     if claim.status == "succeeded":
         return from_json(claim.outcome, result_of(type(request)))
-    failure = msgspec.json.decode(claim.outcome, type=Failure)
+    failure = msgspec.json.decode(claim.outcome, type=_Recorded)
     error: CoppiceError = kind_of(failure.code)(failure.message, hint=failure.hint)
+    if isinstance(error, GuestRefused):
+        error.errno = failure.errno
     raise error

@@ -12,7 +12,7 @@ _ABSTRACT: Final = {Request, StreamRequest, requests.FanOut}
 _READ: Final = frozenset(
     {
         *("get", "ls", "inspect", "stats", "tree", "unloadable", "health", "logs", "stat", "wait", "events"),
-        *("command_ls", "command_wait", "wait_process"),
+        *("command_ls", "command_wait", "wait_process", "file_ls", "file_watch"),
         *("image_ls", "image_inspect", "snapshot_ls", "snapshot_inspect", "volume_ls", "volume_inspect", "kernel_ls"),
     }
 )
@@ -52,5 +52,5 @@ def scope_of(operation: str) -> str:
         resource = "image"
     if operation in _READ:
         return f"{resource}:read"
-    deletes = operation in ("rm", "gc") or operation.endswith("_rm")
+    deletes = operation in ("rm", "gc") or (operation.endswith("_rm") and operation != "file_rm")
     return f"{resource}:{'delete' if deletes else 'write'}"

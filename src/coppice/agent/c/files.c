@@ -1,14 +1,12 @@
 /* FILE_READ, FILE_WRITE, FILE_STAT. */
 #define _GNU_SOURCE
-#include "helper.h"
+#include "tree.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <sys/sysmacros.h>
 #include <unistd.h>
 
 enum { APPEND = 1, MAKE_PARENTS = 2, FOLLOW = 1 };
@@ -158,19 +156,6 @@ void file_write(const struct frame *f)
 
 /* ---- looking ---- */
 
-static char kind_of(mode_t mode)
-{
-    switch (mode & S_IFMT) {
-    case S_IFDIR: return 'd';
-    case S_IFLNK: return 'l';
-    case S_IFCHR: return 'c';
-    case S_IFBLK: return 'b';
-    case S_IFIFO: return 'p';
-    case S_IFSOCK: return 's';
-    default: return 'f';
-    }
-}
-
 void file_stat(const struct frame *f)
 {
     struct file_request r = read_request(f);
@@ -179,16 +164,11 @@ void file_stat(const struct frame *f)
     if (r.bad || fstatat(AT_FDCWD, r.path, &status, flags) < 0)
         fail(r.bad ? EINVAL : errno, r.path);
     struct reply reply = {0};
-    char kind[2] = {kind_of(status.st_mode), 0};
-    reply_text(&reply, 1, kind);
-    reply_int(&reply, 2, (uint64_t)status.st_size);
-    reply_int(&reply, 3, status.st_mode & 07777);
-    reply_int(&reply, 4, status.st_uid);
-    reply_int(&reply, 5, status.st_gid);
-    reply_int(&reply, 6, (uint64_t)status.st_mtim.tv_sec * 1000000000u + (uint64_t)status.st_mtim.tv_nsec);
+    status_put(&reply, status_kind(&status), &status);
+    reply_int(&reply, SIZE, (uint64_t)status.st_size);
     char link[PATH_MAX];
     ssize_t size = S_ISLNK(status.st_mode) ? readlink(r.path, link, sizeof link) : -1;
     if (size > 0)
-        reply_bytes(&reply, 7, link, (size_t)size);
+        reply_bytes(&reply, LINK, link, (size_t)size);
     helper_ok(&reply);
 }

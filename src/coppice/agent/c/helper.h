@@ -15,12 +15,17 @@ ssize_t helper_read(void *data, size_t size);   /* 0: the end of the data; -1: t
 void helper_ok(const struct reply *r) __attribute__((noreturn));
 void helper_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
 
-/* ---- files.c, tar_out.c, tar_in.c: the requests ---- */
+/* ---- files.c, paths.c, watch.c, tree_out.c, tree_in.c: the requests ---- */
 
 void file_read(const struct frame *request);
 void file_write(const struct frame *request);
 void file_stat(const struct frame *request);
-void tar_out(const struct frame *request);
-void tar_in(const struct frame *request);
+void file_list(const struct frame *request);
+void file_mkdir(const struct frame *request);
+void file_move(const struct frame *request);
+void file_remove(const struct frame *request);
+void file_watch(const struct frame *request);
+void tree_out(const struct frame *request);
+void tree_in(const struct frame *request);
 
 #endif

@@ -21,8 +21,13 @@ static request request_of(uint8_t type)
     case FILE_READ: return file_read;
     case FILE_WRITE: return file_write;
     case FILE_STAT: return file_stat;
-    case TAR_OUT: return tar_out;
-    case TAR_IN: return tar_in;
+    case FILE_LIST: return file_list;
+    case FILE_MKDIR: return file_mkdir;
+    case FILE_MOVE: return file_move;
+    case FILE_REMOVE: return file_remove;
+    case FILE_WATCH: return file_watch;
+    case TREE_OUT: return tree_out;
+    case TREE_IN: return tree_in;
     case SYNC: return sync_disks;
     default: return NULL;
     }
@@ -65,7 +70,7 @@ bool request_start(struct wire *w, const struct frame *f)
         answer_error(w, f->stream, j ? error : EAGAIN, "request");
         return true;
     }
-    s->input = f->type == FILE_WRITE || f->type == TAR_IN;
+    s->input = f->type == FILE_WRITE || f->type == TREE_IN;
     j->pid = pid;
     j->in = in[1];
     j->out = out[0];

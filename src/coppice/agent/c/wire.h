@@ -15,7 +15,8 @@ enum frame_type {
     HEALTH = 16, IDENTITY = 17, FREEZE = 18, THAW = 19, POWEROFF = 20, SYNC = 21, CLOCK = 22, SHARED_RANDOM = 23,
     EXEC = 32, STDIN = 33, STDIN_EOF = 34, SIGNAL = 35, RESIZE = 36, ATTACH = 37, LIST = 38, LEAVE = 39, END = 40,
     STARTED = 48, STDOUT = 49, STDERR = 50, WINDOW = 51, EXIT = 52, DROPPED = 53,
-    FILE_READ = 64, FILE_WRITE = 65, FILE_STAT = 66, TAR_OUT = 67, TAR_IN = 68, CONNECT = 69,
+    FILE_READ = 64, FILE_WRITE = 65, FILE_STAT = 66, TREE_OUT = 67, TREE_IN = 68, CONNECT = 69,
+    FILE_LIST = 70, FILE_MKDIR = 71, FILE_MOVE = 72, FILE_REMOVE = 73, FILE_WATCH = 74,
     DATA = 80, DATA_EOF = 81,
 };
 
@@ -80,7 +81,7 @@ char *tlv_text(struct tlv *t);       /* sets `bad` if the text contains a zero b
 
 struct reply {
     size_t size;
-    uint8_t data[8192];
+    uint8_t data[2 * PATH_MAX + 1024];
 };
 
 void reply_bytes(struct reply *r, uint8_t tag, const void *value, size_t size); /* left out if it does not fit */

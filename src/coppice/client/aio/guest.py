@@ -158,7 +158,9 @@ class MachineGuest(MachineBase):
         """
         return self._connected(ConnectRequest(instance=self.id, to=to))
 
-    async def cp_in(self, host_path: Path | str, guest_path: str, *, progress: ProgressSink = no_progress) -> int:
+    async def cp_in(
+        self, host_path: Path | str, guest_path: str, *, keep_owners: bool = False, progress: ProgressSink = no_progress
+    ) -> int:
         """Copy a file or directory of this machine into the guest, as `cp -r` does; return the bytes
         copied.
 
@@ -167,12 +169,14 @@ class MachineGuest(MachineBase):
 
         :param host_path: A path on this machine.
         :param guest_path: A path in the guest.
+        :param keep_owners: Keep the numeric owners of the files. Default: root.
         :param progress: Called with each step of the work.
         :raises NotFound: the source does not exist
         :raises GuestRefused: the guest cannot make the copy
         """
         return await self._backend.call(
-            CpInRequest(instance=self.id, host_path=text_of(host_path), guest_path=guest_path), progress
+            CpInRequest(instance=self.id, host_path=text_of(host_path), guest_path=guest_path, keep_owners=keep_owners),
+            progress,
         )
 
     async def cp_out(self, guest_path: str, host_path: Path | str, *, progress: ProgressSink = no_progress) -> int:

@@ -16,6 +16,7 @@ from coppice.requests import GetRequest, StatsRequest, TreeRequest
 
 if TYPE_CHECKING:
     from coppice.client.aio.commands import AsyncCommands
+    from coppice.client.aio.files import AsyncFiles
 
 
 class AsyncMachine(MachineLifecycle, MachineGuest):
@@ -33,6 +34,13 @@ class AsyncMachine(MachineLifecycle, MachineGuest):
         from coppice.client.aio.commands import AsyncCommands
 
         return AsyncCommands(self._backend, self.id)
+
+    @cached_property
+    def files(self) -> AsyncFiles:
+        """Files and directories of the guest: list, make, move, remove and watch them."""
+        from coppice.client.aio.files import AsyncFiles
+
+        return AsyncFiles(self._backend, self.id)
 
     async def refresh(self) -> Self:
         """Read the machine's current record.

@@ -140,7 +140,9 @@ class MachineGuest(MachineBase):
         with self._portal.within(self._twin.connect(to).as_socket()) as opened:
             yield opened
 
-    def cp_in(self, host_path: Path | str, guest_path: str, *, progress: ProgressSink = no_progress) -> int:
+    def cp_in(
+        self, host_path: Path | str, guest_path: str, *, keep_owners: bool = False, progress: ProgressSink = no_progress
+    ) -> int:
         """Copy a file or directory of this machine into the guest, as `cp -r` does; return the bytes
         copied.
 
@@ -149,11 +151,12 @@ class MachineGuest(MachineBase):
 
         :param host_path: A path on this machine.
         :param guest_path: A path in the guest.
+        :param keep_owners: Keep the numeric owners of the files. Default: root.
         :param progress: Called with each step of the work.
         :raises NotFound: the source does not exist
         :raises GuestRefused: the guest cannot make the copy
         """
-        return self._portal.call(self._twin.cp_in(host_path, guest_path, progress=progress))
+        return self._portal.call(self._twin.cp_in(host_path, guest_path, keep_owners=keep_owners, progress=progress))
 
     def cp_out(self, guest_path: str, host_path: Path | str, *, progress: ProgressSink = no_progress) -> int:
         """Copy a file or directory of the guest to this machine, as `cp -r` does; return the bytes

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from coppice.client.blocking.commands import Commands
+from coppice.client.blocking.files import Files
 from coppice.client.blocking.guest import MachineGuest
 from coppice.client.blocking.lifecycle import MachineLifecycle
 from coppice.model import MemoryReport, TreeNode
@@ -29,6 +30,11 @@ class Machine(MachineLifecycle, MachineGuest):
     def commands(self) -> Commands:
         """Commands that go on without their client: start, list, attach to and end them."""
         return Commands(self._portal, self._twin.commands)
+
+    @property
+    def files(self) -> Files:
+        """Files and directories of the guest: list, make, move, remove and watch them."""
+        return Files(self._portal, self._twin.files)
 
     def refresh(self) -> Self:
         """Read the machine's current record.

@@ -34,6 +34,8 @@ from coppice.requests import (
     CpOutRequest,
     EventsRequest,
     ExportRequest,
+    FileLsRequest,
+    FileWatchRequest,
     ImportTemplateRequest,
     LogsRequest,
     OpenCopyRequest,
@@ -109,7 +111,9 @@ class RemoteBackend:
         """Copy as an embedded host does, through a session that the server holds."""
         async with self.stream(OpenCopyRequest(instance=request.instance)) as session:
             if isinstance(request, CpInRequest):
-                unpacked = await copy_in(session, request.host_path, request.guest_path, progress=progress)
+                unpacked = await copy_in(
+                    session, request.host_path, request.guest_path, keep_owners=request.keep_owners, progress=progress
+                )
                 return unpacked.content_bytes
             return await copy_out(session, request.guest_path, request.host_path, progress=progress)
 
@@ -186,6 +190,10 @@ class RemoteBackend:
             opened = commands.attach(self._address, self._headers, request)
         elif isinstance(request, LogsRequest):
             opened = streams.open_logs(self._address, self._headers, request)
+        elif isinstance(request, FileLsRequest):
+            opened = streams.list_files(self._address, self._headers, request)
+        elif isinstance(request, FileWatchRequest):
+            opened = streams.watch_files(self._address, self._headers, request)
         elif isinstance(request, OpenCopyRequest):
             opened = copies.open_copy(self._address, self._headers, request)
         elif isinstance(request, OpenExportRequest):

@@ -37,23 +37,24 @@ class RemoteCopySession:
             raise not_coppice()
         return answer.stat
 
-    async def tar_in(self, directory: str, archive: Source) -> Unpacked:
-        """Unpack a tar stream below a directory.
+    async def tree_in(self, directory: str, records: Source) -> Unpacked:
+        """Make a tree below a directory.
 
-        :raises GuestRefused: a member cannot be unpacked; the members before it remain
+        :raises GuestRefused: an entry cannot be made; the entries before it remain
         """
-        await self._ask(tar_in=directory)
-        answer = await send_content(self._connection, archive)
+        await self._ask(tree_in=directory)
+        answer = await send_content(self._connection, records)
         if answer.unpacked is None:
             raise not_coppice()
         return answer.unpacked
 
-    async def tar_out(self, path: str, *, holes: bool = False) -> AsyncIterator[bytes]:
-        """Yield a tar stream of a file or tree, which is not trustworthy.
+    async def tree_out(self, path: str, *, contents: bool = False) -> AsyncIterator[bytes]:
+        """Yield the records of a file or tree, which is not trustworthy.
 
+        :param contents: pack the entries of the directory instead of the directory itself
         :raises GuestRefused: the path cannot be read
         """
-        await self._ask(tar_out={"path": path, "holes": holes})
+        await self._ask(tree_out={"path": path, "contents": contents})
         while isinstance(frame := await next_frame(self._connection), bytes):
             yield frame
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from coppice.client.remote.address import Address
-from coppice.errors import CoppiceError, Forbidden, HostCannot, Unauthorized, UsageError, kind_of
+from coppice.errors import CoppiceError, Forbidden, GuestRefused, HostCannot, Unauthorized, UsageError, kind_of
 
 _REFUSALS: Final = {401: Unauthorized, 403: Forbidden}
 
@@ -36,7 +36,10 @@ def error_from(body: bytes) -> CoppiceError:
     """Return the exception for the JSON body of an error."""
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
-        return kind_of(str(fields["code"]))(str(fields["message"]), hint=fields.get("hint"))
+        error = kind_of(str(fields["code"]))(str(fields["message"]), hint=fields.get("hint"))
+        if isinstance(error, GuestRefused) and isinstance(number := fields.get("errno"), int):
+            error.errno = number
+        return error
     except (msgspec.MsgspecError, KeyError):
         return HostCannot("the server's answer is not that of Coppice", hint="check the address")
 

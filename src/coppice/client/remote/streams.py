@@ -17,9 +17,9 @@ from coppice.client.remote.failures import encoded, error_from, refusal, unreach
 from coppice.client.remote.patience import received
 from coppice.client.remote.tracing import trace_headers
 from coppice.errors import GuestRefused, HostCannot
-from coppice.model import FileStat, Instance, Record
+from coppice.model import FileEvent, FileStat, Instance, Record
 from coppice.model.guest import Exit, Unpacked
-from coppice.requests import LogsRequest
+from coppice.requests import FileLsRequest, FileWatchRequest, LogsRequest
 
 _OPEN_S: Final = 10.0
 _CLOSE_S: Final = 5.0
@@ -39,6 +39,7 @@ class Message(Record, frozen=True, kw_only=True):
     eof: bool = False
     window: int = 0
     stat: FileStat | None = None
+    event: FileEvent | None = None
     unpacked: Unpacked | None = None
     upload: str | None = None
     instance: Instance | None = None
@@ -143,3 +144,31 @@ async def open_logs(
 async def _lines(connection: ClientConnection) -> AsyncIterator[bytes]:
     while isinstance(frame := await next_frame(connection), bytes):
         yield frame
+
+
+@contextlib.asynccontextmanager
+async def list_files(
+    address: Address, headers: Mapping[str, str], request: FileLsRequest
+) -> AsyncIterator[AsyncIterator[FileStat]]:
+    """List a directory of a guest of the server."""
+    async with opened(address, headers, "/stream/file_ls", request) as connection:
+        yield _stats(connection)
+
+
+async def _stats(connection: ClientConnection) -> AsyncIterator[FileStat]:
+    while (found := (await message_of(connection)).stat) is not None:
+        yield found
+
+
+@contextlib.asynccontextmanager
+async def watch_files(
+    address: Address, headers: Mapping[str, str], request: FileWatchRequest
+) -> AsyncIterator[AsyncIterator[FileEvent]]:
+    """Watch a path of a guest of the server."""
+    async with opened(address, headers, "/stream/file_watch", request) as connection:
+        yield _changes(connection)
+
+
+async def _changes(connection: ClientConnection) -> AsyncIterator[FileEvent]:
+    while (found := (await message_of(connection)).event) is not None:
+        yield found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import stat
-import tarfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 import msgspec
 
+from coppice.agent import records
 from coppice.agent.copy import read_chunks, with_thread
 from coppice.agent.pack import content_bytes, pack
+from coppice.agent.records import Entry
 from coppice.agent.unpack import stays_inside
 from coppice.client.remote.address import Address
 from coppice.client.remote.copies import send_content
@@ -35,6 +36,7 @@ class Upload(Record, frozen=True, kw_only=True):
     operation: str
     name: str
     directory: bool
+    tree: bool = True  # a directory is sent as records
 
 
 @contextlib.asynccontextmanager
@@ -81,7 +83,7 @@ async def _sent(
     def read(stream: BinaryIO) -> None:
         meter = Meter(progress, content_bytes(source.resolve()), "upload")
         if is_directory:
-            pack(stream, source.resolve(), source.name, moved=meter.moved, wanted=_stays)
+            records.write(pack(source.resolve(), source.name, moved=meter.moved, wanted=_stays), stream)
             return
         with source.open("rb") as content:
             while chunk := content.read(_CHUNK):
@@ -99,12 +101,9 @@ async def _sent(
         yield answer.upload
 
 
-def _stays(member: tarfile.TarInfo) -> bool:
-    """Return whether a server accepts a member: a file, a directory, or a link that stays inside.
+def _stays(entry: Entry) -> bool:
+    """Return whether a server accepts an entry: a file, a directory, or a link that stays inside.
 
-    Other members are left out, as in the link `build` of a directory of kernel modules.
+    Other entries are left out, as in the link `build` of a directory of kernel modules.
     """
-    depth = member.name.count("/")
-    return (
-        member.isreg() or member.isdir() or member.islnk() or (member.issym() and stays_inside(member.linkname, depth))
-    )
+    return entry.kind in ("f", "d", "h") or (entry.kind == "l" and stays_inside(entry.link, entry.path.count("/")))
