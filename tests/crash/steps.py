@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from coppice.linux import remap
+from coppice.linux import tracing
 from coppice.model import Instance, Record
 from coppice.state.database import Database
 
@@ -57,7 +57,7 @@ class Steps:
         removed.
         """
         sys.addaudithook(self._audit)
-        write, popen, ptrace = Database.write, subprocess.Popen.__init__, remap._ptrace
+        write, popen, ptrace = Database.write, subprocess.Popen.__init__, tracing.ptrace
         steps = self
 
         @contextlib.contextmanager
@@ -85,7 +85,7 @@ class Steps:
 
         Database.write = counted_write  # type: ignore[method-assign,assignment]
         subprocess.Popen.__init__ = counted_popen  # type: ignore[method-assign,assignment]
-        remap._ptrace = counted_ptrace  # type: ignore[assignment]
+        tracing.ptrace = counted_ptrace  # type: ignore[assignment]
         signal.pidfd_send_signal = counted_send
 
     def arm(self) -> None:
