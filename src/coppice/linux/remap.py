@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-import platform
 import signal
 import stat
 import struct
@@ -76,7 +75,7 @@ class Layer(NamedTuple):
 
 def can_remap() -> bool:
     """Return whether `make_private` and `lay_over` support this host's instruction set."""
-    return platform.machine() == "x86_64"
+    return tracing.supported()
 
 
 def make_private(pid: int, file: Path) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,11 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 _libc.ptrace.restype = ctypes.c_long
 
 
+def supported() -> bool:
+    """Return whether system calls can be made in other processes with this host's instruction set."""
+    return platform.machine() == "x86_64"
+
+
 def ptrace(request: int, pid: int, address: int = 0, data: object = None) -> None:
     """Make one ptrace(2) call. The calls for one process must come from one thread.
 
@@ -107,6 +113,22 @@ def to_syscall(pid: int, pending: int = 0) -> None:
             return
         if pending >> _EVENT:
             pending = 0
+
+
+def to_result(pid: int, address: int, pending: int = 0) -> int:
+    """Let the thread run to the end of the system call before this address; return its result.
+
+    Signal handlers may run before.
+    """
+    registers = Registers()
+    for _ in ("entry", "exit"):
+        registers.rip = 0
+        while registers.rip != address:
+            to_syscall(pid, pending)
+            pending = 0
+            ptrace(GETREGS, pid, 0, ctypes.byref(registers))
+    result: int = registers.rax
+    return result
 
 
 @contextlib.contextmanager

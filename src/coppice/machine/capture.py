@@ -65,6 +65,9 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
             shared = await shared_random(rooms, instance)
             await sync_disk(rooms, instance)
         await rooms.ports(instance).close_idle()  # each open port costs the restored machine time
+        if private is not None:
+            with stages.stage("ahead"):
+                await in_thread(private.copy_ahead, vmm.pid)
         with stages.stage("pause"):
             await driver.pause(directory)
         open_ports = rooms.ports(instance).sessions_open()
@@ -112,7 +115,14 @@ def private_capture(instance: Instance, able: Capabilities, directory: Path, out
     capture = instance.capture
     if capture is None:
         raise AssertionError("a private mapping is of a captured memory")
-    return PrivateCapture(directory / files.MEMORY, capture.mem_file, out, capture.layers, layered=able.maps_layers)
+    return PrivateCapture(
+        directory / files.MEMORY,
+        capture.mem_file,
+        out,
+        capture.layers,
+        layered=able.maps_layers,
+        observable=able.observable,
+    )
 
 
 def no_base(instance: Instance) -> IntegrityError:
