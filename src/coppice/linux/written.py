@@ -109,9 +109,9 @@ def _userfaultfd(pid: int) -> int:
             made = tracing.to_result(pid, address + len(begin), pending)
             if made < tracing.ERROR:
                 descriptor: int = _libc.syscall(_PIDFD_GETFD, process, made, 0)
-                error = ctypes.get_errno()
+                number = ctypes.get_errno()
             else:
-                descriptor, error = -1, (1 << 64) - made
+                descriptor, number = -1, (1 << 64) - made
             try:
                 _remove(pid, address, size, registers, end=address + len(begin + end))
             except BaseException:
@@ -121,7 +121,7 @@ def _userfaultfd(pid: int) -> int:
     finally:
         os.close(process)
     if descriptor < 0:
-        raise _refused(error)
+        raise _refused(number)
     return descriptor
 
 
