@@ -127,6 +127,16 @@ def test_the_pause_is_for_the_pages_written_meanwhile(
     assert captured(base[0], made) == expected
 
 
+def test_few_pages_are_copied_in_the_pause(base: tuple[Path, MemFile], taken: list[int]) -> None:
+    """To observe the guest would take as long."""
+    with capture_of(base) as work, MappingProcess(base[0]) as guest:
+        work.prepare()
+        guest.fill(0, 8 * MIB - PAGE, 7)
+        assert not work.copy_ahead(guest.pid)
+        assert work.collect(guest.pid) == 8 * MIB - PAGE
+        assert taken == [8 * MIB - PAGE]
+
+
 def test_a_guest_that_writes_faster_than_it_is_copied(
     base: tuple[Path, MemFile], guest: MappingProcess, taken: list[int]
 ) -> None:
@@ -211,7 +221,7 @@ def test_a_guest_that_ends_meanwhile_is_an_error(base: tuple[Path, MemFile]) -> 
     with capture_of(base) as work:
         work.prepare()
         with MappingProcess(base[0]) as guest:
-            guest.fill(0, MIB, 7)
+            guest.fill(0, 8 * MIB, 7)
             assert work.copy_ahead(guest.pid)
         with pytest.raises(VmmDied):
             work.copy_ahead(guest.pid)

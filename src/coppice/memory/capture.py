@@ -37,6 +37,7 @@ from coppice.memory.memfile import check, freeze
 from coppice.memory.staging import Staging
 from coppice.model import MemFile, MemLayer
 
+_WORTH_BYTES = 8 << 20  # of private pages; fewer are copied during the pause in the time that observing them takes
 _PASSES = 3  # of `copy_ahead`, at most: a guest may write faster than its pages can be copied
 _FEW_BYTES = 1 << 20  # written during a pass: another one is not worth its time
 
@@ -131,7 +132,8 @@ class PrivateCapture:
         on, so that `collect` copies only the pages written since. Best called again right before the
         pause.
 
-        Return False if the writes cannot be observed: `collect` then copies all pages.
+        Return False if the writes cannot be observed, or if there are few private pages: `collect` then
+        copies all of them.
 
         Raises what `collect` raises, but not HostCannot.
         """
@@ -140,7 +142,10 @@ class PrivateCapture:
         staging = self._prepared()
         try:
             if self._observer is None:
-                self._observer = WriteObserver(pid, self._guest_ram(pid))
+                ram = self._guest_ram(pid)
+                if _bytes(private_ranges(pid, ram)[0]) < _WORTH_BYTES:
+                    return False
+                self._observer = WriteObserver(pid, ram)
             for _ in range(_PASSES):
                 written = self._observer.written()
                 staging.take(pid, written, last=False)
