@@ -82,8 +82,6 @@ async def measure(hosts: tuple[AsyncHost, AsyncHost], plan: argparse.Namespace) 
                 for host, machine, reports in zip(hosts, machines, found, strict=True):
                     reports.append(await operate(host, machine, tags))
             cases.append(Case(name=name, ahead=_way(found[0]), in_pause=_way(found[1])))
-            for reports in found:
-                sys.stderr.write(f"{[dict((k, round(v,1)) for k,v in r.stages.items()) for r in reports]}\n")
             sys.stderr.write(msgspec.json.encode(cases[-1]).decode() + "\n")
             for machine in machines:
                 await machine.rm()
