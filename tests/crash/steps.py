@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 from coppice.linux import tracing
+from coppice.memory import capture
 from coppice.model import Instance, Record
 from coppice.state.database import Database
 
@@ -83,6 +84,7 @@ class Steps:
             send(*args)
             steps.step("signalled a VMM")
 
+        capture._WORTH_BYTES = 0  # the fakes have few pages, and copy them before the pause all the same
         Database.write = counted_write  # type: ignore[method-assign,assignment]
         subprocess.Popen.__init__ = counted_popen  # type: ignore[method-assign,assignment]
         tracing.ptrace = counted_ptrace  # type: ignore[assignment]
