@@ -65,9 +65,6 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
             shared = await shared_random(rooms, instance)
             await sync_disk(rooms, instance)
         await rooms.ports(instance).close_idle()  # each open port costs the restored machine time
-        if private is not None:
-            with stages.stage("ahead"):
-                await in_thread(private.copy_ahead, vmm.pid)
         with stages.stage("pause"):
             await driver.pause(directory)
         open_ports = rooms.ports(instance).sessions_open()
