@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import subprocess
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,10 @@ async def test_the_disk_of_a_capture_survives_a_power_cut(
 async def test_a_captured_fork_survives_a_power_cut(
     fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, source: State
 ) -> None:
-    """The record may become durable at any moment, so memory and disk are synced before it."""
-    await make(fake_host, source)
-    store, save, fsync = fake_host.local.rooms.store, fake_host.local.rooms.store.save, os.fsync
+    """The record may become durable at any moment, so memory and disk are synced before it: a link to
+    captured memory by its capture.
+    """
+    store, save_all, fsync = fake_host.local.rooms.store, fake_host.local.rooms.store.save_all, os.fsync
     synced: set[int] = set()
     synced_before: dict[str, set[int]] = {}
 
@@ -101,12 +102,13 @@ async def test_a_captured_fork_survives_a_power_cut(
         synced.add(os.fstat(descriptor).st_ino)
         fsync(descriptor)
 
-    def saved(instance: Instance, *, done: bool = False, durable: bool = False) -> None:
-        synced_before[instance.name] = set(synced)
-        save(instance, done=done, durable=durable)
+    def saved(instances: Sequence[Instance], *, done: bool = False) -> set[str]:
+        synced_before.update({instance.name: set(synced) for instance in instances})
+        return save_all(instances, done=done)
 
     monkeypatch.setattr(os, "fsync", recorded)
-    monkeypatch.setattr(store, "save", saved)
+    monkeypatch.setattr(store, "save_all", saved)
+    await make(fake_host, source)
     running = source is State.RUNNING
     report = await fake_host.call(
         ForkRequest(instance="oak", names=["elm"], target=State.STANDBY, from_running=running)

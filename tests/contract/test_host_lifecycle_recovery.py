@@ -187,21 +187,31 @@ async def test_an_atomic_fan_out_of_a_killed_host_leaves_all_or_none(
     class Killed(BaseException):
         """Stands for SIGKILL: no code of the process runs after it."""
 
-    save, whole = Store.save, list[str]()
+    save, save_all, whole = Store.save, Store.save_all, list[str]()
 
     def killed_before_the_second(
         store: Store, instance: Instance, *, done: bool = False, durable: bool = False
     ) -> None:
+        count(instance)
+        save(store, instance, done=done, durable=durable)
+
+    def count(instance: Instance) -> None:
         if instance.state is target:
             whole.append(instance.id)
             if whole[0] != instance.id:
                 raise Killed
-        save(store, instance, done=done, durable=durable)
+
+    def killed_before_the_second_group(store: Store, instances: list[Instance], *, done: bool = False) -> set[str]:
+        for instance in instances:
+            count(instance)
+        return save_all(store, instances, done=done)
 
     async def never(*_: object) -> None:
         """Skip the cleanup, as a dead process does."""
 
     monkeypatch.setattr(Store, "save", killed_before_the_second)
+    monkeypatch.setattr(Store, "save_all", killed_before_the_second_group)
+    monkeypatch.setattr(fanout, "_parallel", lambda: 1)  # so each child is recorded alone
     monkeypatch.setattr(fanout, "_abandon", never)
     monkeypatch.setattr(destroy, "destroy", never)
     monkeypatch.setattr(driver, "quit", never)

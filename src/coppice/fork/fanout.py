@@ -97,7 +97,7 @@ async def fan_out(
     together = request.atomic and len(children) > 1  # none remains if this process is killed before the last
     durable = request.target is not State.RUNNING  # one sync of the database serves all
     slots, under_way = asyncio.Semaphore(_parallel()), asyncio.Semaphore(_UNDER_WAY)
-    resting = Resting(rooms, done=not together)
+    resting = Resting(rooms, of_durable=source.stem_of is None, done=not together)
     settled = 0
 
     async def child(instance: Instance, payload: bytes | None) -> ForkResult | CoppiceError:

@@ -20,11 +20,13 @@ from coppice.state.store import gone
 class Resting:
     """Collects the placed forks of one fan-out. While one group is being synced, the next one gathers.
 
+    :param of_durable: their source's memory is durable: it has been recorded, so it was synced
     :param done: also end their operations in the journal
     """
 
-    def __init__(self, rooms: Rooms, *, done: bool) -> None:
+    def __init__(self, rooms: Rooms, *, of_durable: bool, done: bool) -> None:
         self._rooms = rooms
+        self._of_durable = of_durable
         self._done = done
         self._waiting: list[tuple[Instance, asyncio.Future[CoppiceError | None]]] = []
         self._working: asyncio.Task[None] | None = None
@@ -62,7 +64,9 @@ class Resting:
         failures: dict[str, CoppiceError] = {}
         for fork in forks:
             try:
-                directories.make_contents_durable(self._rooms.directory(fork.id), fork.machine)
+                directories.make_contents_durable(
+                    self._rooms.directory(fork.id), fork.machine, of_durable=self._of_durable
+                )
             except CoppiceError as error:
                 failures[fork.id] = error
         synced = [fork for fork in forks if fork.id not in failures]

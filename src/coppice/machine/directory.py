@@ -221,23 +221,18 @@ def make_durable(directory: Path, machine: MachineSpec) -> None:
 
     :raises NoSpace: the file system has no space for delayed allocations
     """
-    make_contents_durable(directory, machine)
     with os_errors(f"make {directory} durable"):
-        sync(directory.parent)
+        sync_captured(directory, machine)
 
 
-def make_contents_durable(directory: Path, machine: MachineSpec) -> None:
+def make_contents_durable(directory: Path, machine: MachineSpec, *, of_durable: bool) -> None:
     """Do as `make_durable` does, but leave the name of the directory itself to the caller.
 
-    Linked memory and device state belong to a capture, and were synced before that was recorded.
-
+    :param of_durable: the source's memory and device state are durable, so links to them need no sync
     :raises NoSpace: the file system has no space for delayed allocations
     """
     with os_errors(f"make {directory} durable"):
-        for path in _captured(directory, machine):
-            if path.name not in _MEMORY or path.lstat().st_nlink == 1:
-                sync(path)
-        sync(directory)
+        _sync_contents(directory, machine, but_links_to=_MEMORY if of_durable else ())
 
 
 def sync_captured(directory: Path, machine: MachineSpec) -> list[Path]:
@@ -246,18 +241,20 @@ def sync_captured(directory: Path, machine: MachineSpec) -> list[Path]:
     :return: the paths of these files
     :raises OSError: a sync failed
     """
-    present = _captured(directory, machine)
-    for path in present:
-        sync(path)
-    sync(directory)
+    present = _sync_contents(directory, machine)
     sync(directory.parent)
     return present
 
 
-def _captured(directory: Path, machine: MachineSpec) -> list[Path]:
-    present = set(os.listdir(directory))  # noqa: PTH208 - a fork does this many times
-    names = dict.fromkeys((*CAPTURED, *disk.among(present)))
-    return [*(directory / name for name in names if name in present), *volumes.private(directory, machine)]
+def _sync_contents(directory: Path, machine: MachineSpec, but_links_to: Collection[str] = ()) -> list[Path]:
+    names = set(os.listdir(directory))  # noqa: PTH208 - a fork does this many times
+    captured = dict.fromkeys((*CAPTURED, *disk.among(names)))
+    present = [*(directory / name for name in captured if name in names), *volumes.private(directory, machine)]
+    for path in present:
+        if path.name not in but_links_to or path.lstat().st_nlink == 1:
+            sync(path)
+    sync(directory)
+    return present
 
 
 def own_disks(directory: Path, machine: MachineSpec, layers: disk.Layers) -> list[Path]:
