@@ -12,6 +12,14 @@ from typing import Literal, Self
 
 _CHILD = """
 import mmap, sys
+writer = going = None
+def churn(seed):
+    import random
+    choices = random.Random(seed)
+    while going:
+        offset = choices.randrange(size - 65536)
+        data = choices.randbytes(choices.choice((3, 3, 3, 9000, 65536)))
+        ram[offset : offset + len(data)] = data
 path, kind = sys.argv[1:]
 with open(path, "r+b" if kind == "shared" else "rb") as file:
     size = file.seek(0, 2)
@@ -37,6 +45,22 @@ for line in sys.stdin:
         import hashlib
         print(hashlib.sha256(ram).hexdigest(), flush=True)
         continue
+    elif word == "churn":
+        import threading
+        going = True
+        writer = threading.Thread(target=churn, args=arguments)
+        writer.start()
+    elif word == "halt":
+        going = False
+        writer.join()
+    elif word == "discard":
+        ram.madvise(mmap.MADV_DONTNEED, *map(int, arguments))
+    elif word == "handle":
+        import os, signal
+        pipe = os.pipe()
+        os.set_blocking(pipe[1], False)
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
     elif word == "touch":
         sum(ram[offset] for offset in range(0, size, 4096))
     print("done", flush=True)
@@ -85,6 +109,22 @@ class MappingProcess:
         self._send("digest")
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
+
+    def churn(self, seed: int) -> None:
+        """Write to random places until `halt`, as a guest that runs."""
+        self._command("churn", str(seed))
+
+    def halt(self) -> None:
+        """Return when it does not write any longer, as a paused guest."""
+        self._command("halt")
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give pages back to the kernel: the file's are seen again."""
+        self._command("discard", str(offset), str(length))
+
+    def handle_signals(self) -> None:
+        """Handle SIGUSR1 from now on, by a handler that makes a system call."""
+        self._command("handle")
 
     def touch(self) -> None:
         """Read one byte of each page."""

@@ -14,7 +14,7 @@ from conftest import HostFactory
 from coppice.client import AsyncHost
 from coppice.errors import HostCannot, IntegrityError
 from coppice.host.lifecycle import Lifecycle
-from coppice.linux import remap
+from coppice.linux import tracing
 from coppice.machine import directory as directories
 from coppice.memory import layers
 from coppice.model import Instance, Sharing, State
@@ -302,7 +302,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(request)
         raise HostCannot("the VMM cannot be traced: no", hint="run as root")
 
-    monkeypatch.setattr(remap, "_ptrace", refuse)
+    monkeypatch.setattr(tracing, "ptrace", refuse)
     return asked
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from coppice.linux import remap
+from coppice.linux import tracing
+from coppice.memory import capture
 from coppice.model import Instance, Record
 from coppice.state.database import Database
 
@@ -57,7 +58,7 @@ class Steps:
         removed.
         """
         sys.addaudithook(self._audit)
-        write, popen, ptrace = Database.write, subprocess.Popen.__init__, remap._ptrace
+        write, popen, ptrace = Database.write, subprocess.Popen.__init__, tracing.ptrace
         steps = self
 
         @contextlib.contextmanager
@@ -83,9 +84,10 @@ class Steps:
             send(*args)
             steps.step("signalled a VMM")
 
+        capture._WORTH_BYTES = 0  # the fakes have few pages, and copy them before the pause all the same
         Database.write = counted_write  # type: ignore[method-assign,assignment]
         subprocess.Popen.__init__ = counted_popen  # type: ignore[method-assign,assignment]
-        remap._ptrace = counted_ptrace  # type: ignore[assignment]
+        tracing.ptrace = counted_ptrace  # type: ignore[assignment]
         signal.pidfd_send_signal = counted_send
 
     def arm(self) -> None:

@@ -43,6 +43,7 @@ _PORTS = tuple(PORT_SOCKET.format(port) for port in range(files.PORTS))
 CAPABILITIES = Capabilities(
     maps_mem_file_privately=True,
     maps_layers=True,
+    observable=True,
     boots_in_file=True,
     restores_paused=True,
     nic_backends=frozenset({NicBackend.USER_MODE}),

@@ -27,6 +27,7 @@ BUILT_IN = (
 QEMU = Capabilities(
     maps_mem_file_privately=True,
     maps_layers=True,
+    observable=False,
     boots_in_file=True,
     restores_paused=True,
     nic_backends=frozenset({NicBackend.USER_MODE}),
@@ -192,6 +193,7 @@ def test_needs_follow_the_vmm(store: KernelStore, tmp_path: Path) -> None:
     vsock = Capabilities(
         maps_mem_file_privately=True,
         maps_layers=True,
+        observable=False,
         boots_in_file=False,
         restores_paused=True,
         nic_backends=frozenset(),

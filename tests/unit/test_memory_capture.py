@@ -14,7 +14,7 @@ import pytest
 from coppice.errors import IntegrityError, VmmDied
 from coppice.linux.extents import data_ranges
 from coppice.linux.maps import identify, private_parts, read_text, spans_of
-from coppice.memory import capture
+from coppice.memory import staging
 from coppice.memory.capture import PrivateCapture, guest_ram
 from coppice.memory.memfile import check, freeze
 from coppice.model import MIB, MemFile, Sharing
@@ -28,7 +28,7 @@ SIZE = 24 * MIB
 @pytest.fixture(autouse=True, params=[256 * MIB, 7 * MIB + PAGE, PAGE], ids=["in memory", "in both", "in a file"])
 def staged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage private pages in memory, partly in a file, or almost all in a file."""
-    monkeypatch.setattr(capture, "_IN_MEMORY_BYTES", request.param)
+    monkeypatch.setattr(staging, "_IN_MEMORY_BYTES", request.param)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from coppice.errors import HostCannot, IntegrityError, VmmDied, VmmError
-from coppice.linux import remap
+from coppice.linux import remap, tracing
 from coppice.linux.maps import identify, read_maps
 from coppice.linux.remap import Layer, lay_over, make_private
 from mapping_process import MappingProcess
@@ -77,7 +77,7 @@ def killed_after(calls: int, pid: int, ram: Path) -> bool:
     """
     tracer = os.fork()
     if tracer == 0:
-        real, made = remap._ptrace, 0
+        real, made = tracing.ptrace, 0
 
         def counted(request: int, *arguments: object) -> None:
             nonlocal made
@@ -86,7 +86,7 @@ def killed_after(calls: int, pid: int, ram: Path) -> bool:
             if made == calls:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        remap._ptrace = counted  # type: ignore[assignment]  # the same function with a looser type
+        tracing.ptrace = counted  # type: ignore[assignment]  # the same function with a looser type
         os._exit(0 if make_private(pid, ram) == SIZE else 1)
     _, status = os.waitpid(tracer, 0)
     assert status in (0, signal.SIGKILL)
@@ -239,7 +239,7 @@ def test_a_tracer_that_is_killed_takes_a_half_made_memory_with_it(ram: Path, ove
 
 
 def _die_after(calls: int) -> None:
-    real, made = remap._ptrace, 0
+    real, made = tracing.ptrace, 0
 
     def counted(request: int, *arguments: object) -> None:
         nonlocal made
@@ -248,7 +248,7 @@ def _die_after(calls: int) -> None:
         if made == calls:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    remap._ptrace = counted  # type: ignore[assignment]  # the same but for its type
+    tracing.ptrace = counted  # type: ignore[assignment]  # the same but for its type
 
 
 _LATER = """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from coppice.client import AsyncHost
+from coppice.linux.pagemap import PrivateRange
 from coppice.machine import disk
+from coppice.memory.staging import Staging
 from coppice.model import MIB, Instance, Sharing, State
 from coppice.requests import (
     ForkRequest,
@@ -28,6 +30,19 @@ from machines import WARM_SERVER, ask, copy_ms, digest, mem_file, warm_up
 
 HOLD = "os.__dict__.setdefault('held', numpy.arange(8 << 20, dtype='u8') * {salt}).size"  # 64 MiB
 SUM = "int(os.held.sum() % 1000003), int(os.held[12345])"
+
+SWEEP = """
+import threading
+os.sweeps = os.broken = 0
+os.pages = numpy.zeros((4096, 512), "u8")
+def sweep():
+    while True:
+        for page in range(4096):
+            os.broken += int(os.pages[page, 7]) != os.sweeps
+            os.pages[page, 7] = os.sweeps + 1
+        os.sweeps += 1
+threading.Thread(target=sweep, daemon=True).start()
+"""
 
 
 @pytest.fixture
@@ -109,6 +124,44 @@ async def test_a_fork_is_forked_with_its_dirty_pages(host: AsyncHost, template: 
             if instance.id in (child.id, grandchild.id):
                 await host.call(RmRequest(instance=instance.id))
     assert await digest(base) == before
+
+
+async def test_a_busy_guest_is_captured_at_one_instant(
+    host: AsyncHost, vm: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that writes to page after page while they are copied: each page in the fork is that of the
+    pause, and both go on.
+    """
+    take, ahead = Staging.take, list[int]()
+
+    def counted(self: Staging, pid: int, ranges: Sequence[PrivateRange], *, last: bool = True) -> None:
+        if not last:
+            ahead.append(sum(found.length for found in ranges))
+        take(self, pid, ranges, last=last)
+
+    monkeypatch.setattr(Staging, "take", counted)
+    await ask(host, vm, f"exec({SWEEP!r})")
+    await _sweep(host, vm)
+    for _ in range(2):  # the source can be captured again
+        report = await host.call(ForkRequest(instance=vm.id, from_running=True, atomic=True))
+        (child,) = report.instances
+        try:
+            assert report.capture is not None
+            assert report.capture.dirty_bytes >= 16 * MIB
+            assert max(ahead) >= 16 * MIB
+            ahead.clear()
+            await asyncio.gather(_sweep(host, vm), _sweep(host, child))
+        finally:
+            await host.call(RmRequest(instance=child.id))
+
+
+async def _sweep(host: AsyncHost, vm: Instance) -> None:
+    """Wait until the guest has looked at all of its pages once more."""
+    first = int(await ask(host, vm, "os.sweeps"))
+    async with asyncio.timeout(60):
+        while int(await ask(host, vm, "os.sweeps")) < first + 2:
+            pass
+    assert await ask(host, vm, "os.broken") == "0"
 
 
 async def test_the_disk_of_a_fork_is_clean(host: AsyncHost, vm: Instance) -> None:

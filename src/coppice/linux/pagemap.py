@@ -22,9 +22,12 @@ from coppice.model import PAGE_SIZE
 Method = Literal["pagemap_scan", "pagemap"]
 
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
+PAGE_IS_WRITTEN = 1 << 1  # not protected by a userfaultfd
 PAGE_IS_FILE = 1 << 2
 PAGE_IS_PRESENT = 1 << 3
 PAGE_IS_SWAPPED = 1 << 4
+
+_PROTECT, _REQUIRE_OBSERVED = 1 << 0, 1 << 1  # PM_SCAN_WP_MATCHING, PM_SCAN_CHECK_WPASYNC
 
 _SCAN = struct.Struct("=12Q")  # struct pm_scan_arg
 _REGIONS = 4096  # struct page_region: start, end, categories
@@ -71,6 +74,56 @@ def private_ranges(pid: int, vmas: Iterable[Vma], *, method: Method | None = Non
         raise process_error(pid, f"read the page map of process {pid}", error) from error
     finally:
         os.close(fd)
+
+
+def protect_written(pid: int, vmas: Sequence[Vma]) -> list[PrivateRange]:
+    """Return the private pages that a userfaultfd does not protect against writes, as maximal ranges
+    in file order, and protect them.
+
+    All mappings must be of one userfaultfd with asynchronous write protection (see
+    `coppice.linux.written`). The process may run meanwhile.
+
+    Raises VmmDied if the process is gone, HostCannot if the kernel refuses or a mapping is not observed.
+    """
+    fd = _open(pid)
+    try:
+        return _file_ranges(
+            vmas,
+            lambda vma: (
+                (start, end)
+                for start, end, _ in _scan(
+                    fd,
+                    vma,
+                    of=PAGE_IS_FILE,
+                    must=PAGE_IS_WRITTEN,
+                    told=PAGE_IS_FILE,
+                    flags=_PROTECT | _REQUIRE_OBSERVED,
+                )
+            ),
+        )
+    except OSError as error:
+        raise process_error(pid, f"protect pages of process {pid}", error) from error
+    finally:
+        os.close(fd)
+
+
+def private_and_written(pid: int, vmas: Sequence[Vma]) -> tuple[list[PrivateRange], list[PrivateRange]]:
+    """Return all private pages, and those of them that may have changed since `protect_written`; the
+    process must not run meanwhile. Raises as `protect_written` does.
+
+    A page that is not in memory counts as changed: to the kernel a protected page that was discarded
+    looks the same.
+    """
+    fd = _open(pid)
+    try:
+        told = PAGE_IS_WRITTEN | PAGE_IS_SWAPPED
+        runs = {vma: list(_scan(fd, vma, of=PAGE_IS_FILE, told=told, flags=_REQUIRE_OBSERVED)) for vma in vmas}
+    except OSError as error:
+        raise process_error(pid, f"read the page map of process {pid}", error) from error
+    finally:
+        os.close(fd)
+    every = _file_ranges(vmas, lambda vma: ((start, end) for start, end, _ in runs[vma]))
+    return every, _file_ranges(vmas, lambda vma: ((start, end) for start, end, kind in runs[vma] if kind))
 
 
 def usages(pid: int, vmas: Sequence[Vma]) -> list[VmaUsage] | None:
@@ -138,7 +191,7 @@ def private_runs(entries: bytes) -> Iterator[tuple[int, int]]:
         start = flags.find(1, end)
 
 
-def _file_ranges(vmas: list[Vma], scan: Callable[[Vma], Iterator[tuple[int, int]]]) -> list[PrivateRange]:
+def _file_ranges(vmas: Sequence[Vma], scan: Callable[[Vma], Iterator[tuple[int, int]]]) -> list[PrivateRange]:
     return [
         PrivateRange(start - vma.start + vma.offset, start, end - start)
         for vma in vmas
@@ -153,9 +206,9 @@ def _scan_private(fd: int, vma: Vma) -> Iterator[tuple[int, int]]:
     return ((start, end) for start, end, _ in _scan(fd, vma, of=PAGE_IS_FILE, told=PAGE_IS_FILE))
 
 
-def _scan(fd: int, vma: Vma, *, of: int, told: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, end, kind) of runs of pages that are present or swapped and have none of the
-    bits `of`.
+def _scan(fd: int, vma: Vma, *, of: int, told: int, must: int = 0, flags: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, end, kind) of runs of pages that are present or swapped, have none of the
+    bits `of`, and all of `must`.
 
     `kind` has those bits of `told` that the pages have.
 
@@ -169,8 +222,8 @@ def _scan(fd: int, vma: Vma, *, of: int, told: int) -> Iterator[tuple[int, int, 
     while start < vma.end:
         request = bytearray(
             _SCAN.pack(
-                *(_SCAN.size, 0, start, vma.end, 0, vector, _REGIONS, 0),
-                *(of, of, PAGE_IS_PRESENT | PAGE_IS_SWAPPED),  # inverted, all of, any of
+                *(_SCAN.size, flags, start, vma.end, 0, vector, _REGIONS, 0),
+                *(of, of | must, PAGE_IS_PRESENT | PAGE_IS_SWAPPED),  # inverted, all of, any of
                 told,
             )
         )

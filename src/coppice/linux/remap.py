@@ -6,13 +6,8 @@ to map the same file again at the same address with MAP_PRIVATE. The file is the
 and further writes of the guest go to private pages. The page tables start empty and fill again from
 the page cache; no byte is copied.
 
-ptrace(2) makes the system calls in the other process. A tracer that is killed at any instant must
-do no harm: the kernel then resumes the thread with its current registers. So instructions that do
-all of the work are first written into unused bytes, the zeros after the end of a program's code.
-They map the file, restore each register, and jump to where the thread was stopped. One ptrace call
-then points the thread at them, and from there on no tracer is needed. The thread is not
-single-stepped: if the tracer dies during a step, the process ends. x86-64 only; on other
-architectures the caller copies.
+The system calls are made in the other process (`coppice.linux.tracing`): a tracer that is killed at
+any instant does no harm. x86-64 only; on other architectures the caller copies.
 
 The layers of a capture are laid over its base before the guest runs. Here a killed tracer may cost
 the process: the kernel ends it with its tracer. So no guest ever runs on a part of its layers.
@@ -24,46 +19,20 @@ import contextlib
 import ctypes
 import mmap
 import os
-import platform
 import signal
 import stat
 import struct
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from coppice.errors import HostCannot, IntegrityError, VmmDied, VmmError
+from coppice.errors import HostCannot, IntegrityError, VmmError
+from coppice.linux import tracing
 from coppice.linux.files import os_errors
 from coppice.linux.maps import FileIdentity, Part, Vma, identify, private_parts, read_maps, read_text, spans_of
 
-_SEIZE, _INTERRUPT, _DETACH, _TO_SYSCALL, _GETREGS, _SETREGS, _POKE = 0x4206, 0x4207, 17, 24, 12, 13, 5
-_CONTINUE, _GETSIGMASK, _SETSIGMASK = 7, 0x420A, 0x420B
-_TELL_SYSCALLS = 1  # PTRACE_O_TRACESYSGOOD
-_END_WITH_TRACER = 1 << 20  # PTRACE_O_EXITKILL
-_SYSCALL_STOP = signal.SIGTRAP | 0x80
-_EVENT = 8  # the bits of a stop from here on hold an event, such as that of PTRACE_INTERRUPT, not a signal
-_WALL = 0x40000000
-_ENDS = frozenset({os.CLD_EXITED, os.CLD_KILLED, os.CLD_DUMPED})
-_NO_SYSCALL = (1 << 64) - 1  # in orig_rax: the thread is in no system call, so there is none to restart
-_MMAP, _RESTART_SYSCALL = 9, 219
-# include/linux/errno.h of the kernel: results of an interrupted system call, which programs never
-# see.
-_RESTARTED = frozenset({-512, -513, -514})
-_RESTARTED_BY_BLOCK = -516
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _OVERCOMMIT, _STRICT = Path("/proc/sys/vm/overcommit_memory"), "2"  # Documentation/mm/overcommit-accounting.rst
-_ERROR = (1 << 64) - 4095  # a result of at least this is a negated errno
-_WORD = 8
-_MARGIN = 64  # zeros before the instructions, which show that this is padding and not the end of code or data
-# `mov register, imm64`, `syscall`, and `jmp [rip]` with its address behind it; none of them changes
-# the flags.
-_MOV = {
-    "rax": b"\x48\xb8", "rcx": b"\x48\xb9", "rdx": b"\x48\xba", "rsi": b"\x48\xbe", "rdi": b"\x48\xbf",
-    "r8": b"\x49\xb8", "r9": b"\x49\xb9", "r10": b"\x49\xba", "r11": b"\x49\xbb",
-}  # fmt: skip
-_SYSCALL = b"\x0f\x05"
-_JUMP = b"\xff\x25\x00\x00\x00\x00"
-
 _MUNMAP = 11
 _ENTRY = struct.Struct("<4Q")  # address, length, descriptor, offset: one system call of the loop below
 _STOP = b"\xcc"  # int3: the tracer hears of it as of a SIGTRAP
@@ -95,23 +64,6 @@ _FIRST_STOP = 3  # bytes
 _BUT_TRAPS = ((1 << 64) - 1) & ~(1 << (signal.SIGTRAP - 1))
 
 
-class _Registers(ctypes.Structure):
-    """struct user_regs_struct of x86-64 (sys/user.h)."""
-
-    _fields_ = [
-        (name, ctypes.c_ulonglong)
-        for name in (
-            "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi",
-            "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs",
-        )
-    ]  # fmt: skip
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-_libc.ptrace.restype = ctypes.c_long
-
-
 class Layer(NamedTuple):
     """A range of a file that belongs over a range of a base file."""
 
@@ -123,7 +75,7 @@ class Layer(NamedTuple):
 
 def can_remap() -> bool:
     """Return whether `make_private` and `lay_over` support this host's instruction set."""
-    return platform.machine() == "x86_64"
+    return tracing.supported()
 
 
 def make_private(pid: int, file: Path) -> int:
@@ -153,14 +105,14 @@ def make_private(pid: int, file: Path) -> int:
         return 0
     with os_errors(f"look at {file}"):
         descriptor = _open_descriptor(pid, file.stat())
-    with _stopped(pid) as (registers, pending):
+    with tracing.stopped(pid) as (registers, pending):
         program = _program(registers, shared, descriptor)
-        moved = _Registers.from_buffer_copy(registers)
-        moved.rip, moved.orig_rax = _write_program(pid, program), _NO_SYSCALL
-        _ptrace(_SETREGS, pid, 0, ctypes.byref(moved))
+        moved = tracing.Registers.from_buffer_copy(registers)
+        moved.rip, moved.orig_rax = tracing.write_program(pid, program), tracing.NO_SYSCALL
+        tracing.ptrace(tracing.SETREGS, pid, 0, ctypes.byref(moved))
         for vma in shared:
-            _to_syscall(pid, pending)  # its entry
-            _to_syscall(pid)  # its exit
+            tracing.to_syscall(pid, pending)  # its entry
+            tracing.to_syscall(pid)  # its exit
             pending = 0
             _check_result(pid, vma)
     return sum(vma.length for vma in shared)
@@ -178,7 +130,7 @@ def lay_over(pid: int, base: Path, layers: Sequence[Layer]) -> None:
     :raises VmmError: the process could not map a layer
     """
     identity = identify(base)
-    with _stopped(pid, _END_WITH_TRACER, end_on_error=True) as (registers, pending):
+    with tracing.stopped(pid, tracing.END_WITH_TRACER, end_on_error=True) as (registers, pending):
         _lay_over(pid, registers, identity, base.parent, layers)
         if pending:
             os.kill(pid, pending)  # again: the stop has taken it
@@ -193,59 +145,64 @@ def lay_over_when_mapped(
     to map the base. The caller ends the process if that request fails, which ends the wait. Parameters and errors are those of `lay_over`.
     """
     identity = identify(base)
-    with _stopped(pid, _TELL_SYSCALLS | _END_WITH_TRACER, end_on_error=True) as (registers, pending):
+    with tracing.stopped(pid, tracing.TELL_SYSCALLS | tracing.END_WITH_TRACER, end_on_error=True) as (
+        registers,
+        pending,
+    ):
         ready()
         mapped = 0
         while mapped < size_bytes:
-            _to_syscall(pid, pending)
+            tracing.to_syscall(pid, pending)
             pending = 0
-            _ptrace(_GETREGS, pid, 0, ctypes.byref(registers))
-            if registers.orig_rax == _MMAP and registers.rax < _ERROR:  # at its entry rax is an error
+            tracing.ptrace(tracing.GETREGS, pid, 0, ctypes.byref(registers))
+            if registers.orig_rax == tracing.MMAP and registers.rax < tracing.ERROR:  # at its entry rax is an error
                 mapped = sum(vma.length for vma in _mappings(pid, identity))
         _lay_over(pid, registers, identity, base.parent, layers)
 
 
-def _lay_over(pid: int, stopped: _Registers, base: FileIdentity, directory: Path, layers: Sequence[Layer]) -> None:
+def _lay_over(
+    pid: int, stopped: tracing.Registers, base: FileIdentity, directory: Path, layers: Sequence[Layer]
+) -> None:
     names = {layer.file for layer in layers}
     with os_errors(f"look at the layers in {directory}"):
         files = {name: (_open_descriptor(pid, (directory / name).stat()), identify(directory / name)) for name in names}
     places = _places(_mappings(pid, base), layers)
     table = b"".join(_ENTRY.pack(at, length, files[name][0], position) for at, (name, _, length, position) in places)
     mask = ctypes.c_uint64()
-    _ptrace(_GETSIGMASK, pid, ctypes.sizeof(mask), ctypes.byref(mask))
-    _ptrace(_SETSIGMASK, pid, ctypes.sizeof(mask), ctypes.byref(ctypes.c_uint64(_BUT_TRAPS)))
-    moved = _Registers.from_buffer_copy(stopped)
-    program = _write_program(pid, _LAY_OVER + bytes(-len(_LAY_OVER) % _WORD))
-    moved.rip, moved.orig_rax = program, _NO_SYSCALL
-    moved.rax, moved.rdi, moved.rsi, moved.rdx = _MMAP, 0, len(table), mmap.PROT_READ | mmap.PROT_WRITE
-    moved.r10, moved.r8, moved.r9 = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, _NO_SYSCALL, 0
+    tracing.ptrace(tracing.GETSIGMASK, pid, ctypes.sizeof(mask), ctypes.byref(mask))
+    tracing.ptrace(tracing.SETSIGMASK, pid, ctypes.sizeof(mask), ctypes.byref(ctypes.c_uint64(_BUT_TRAPS)))
+    moved = tracing.Registers.from_buffer_copy(stopped)
+    program = tracing.write_program(pid, _LAY_OVER + bytes(-len(_LAY_OVER) % tracing.WORD))
+    moved.rip, moved.orig_rax = program, tracing.NO_SYSCALL
+    moved.rax, moved.rdi, moved.rsi, moved.rdx = tracing.MMAP, 0, len(table), mmap.PROT_READ | mmap.PROT_WRITE
+    moved.r10, moved.r8, moved.r9 = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, tracing.NO_SYSCALL, 0
     room = _run(pid, moved).rax
-    if room >= _ERROR:
+    if room >= tracing.ERROR:
         raise _cannot_map((1 << 64) - room)
     with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
         memory.seek(room)
         if memory.write(table) != len(table):
-            raise _ended()
-    moved.rip, moved.orig_rax = program + _FIRST_STOP, _NO_SYSCALL
+            raise tracing.vmm_ended()
+    moved.rip, moved.orig_rax = program + _FIRST_STOP, tracing.NO_SYSCALL
     moved.r12, moved.r13, moved.r15, moved.rbx = room, len(places), room, len(table)
     done = _run(pid, moved)
     if done.r13 != 0:
-        raise _cannot_map((1 << 64) - done.r14 if done.r14 >= _ERROR else 0)
-    _ptrace(_SETREGS, pid, 0, ctypes.byref(stopped))
-    _ptrace(_SETSIGMASK, pid, ctypes.sizeof(mask), ctypes.byref(mask))
+        raise _cannot_map((1 << 64) - done.r14 if done.r14 >= tracing.ERROR else 0)
+    tracing.ptrace(tracing.SETREGS, pid, 0, ctypes.byref(stopped))
+    tracing.ptrace(tracing.SETSIGMASK, pid, ctypes.sizeof(mask), ctypes.byref(mask))
     expected = [Part(at, at + length, position, files[name][1]) for at, (name, _, length, position) in places]
     _require_mapped(pid, {identity for _, identity in files.values()}, expected)
 
 
-def _run(pid: int, registers: _Registers) -> _Registers:
+def _run(pid: int, registers: tracing.Registers) -> tracing.Registers:
     """Let the stopped thread run from these registers to the next `_STOP`; return its registers then."""
-    _ptrace(_SETREGS, pid, 0, ctypes.byref(registers))
+    tracing.ptrace(tracing.SETREGS, pid, 0, ctypes.byref(registers))
     stop = 0
     while stop != signal.SIGTRAP:  # no other signal gets through, but the kernel may report a stop of all threads
-        _ptrace(_CONTINUE, pid)
-        stop = _wait_stop(pid)
-    result = _Registers()
-    _ptrace(_GETREGS, pid, 0, ctypes.byref(result))
+        tracing.ptrace(tracing.CONTINUE, pid)
+        stop = tracing.wait_stop(pid)
+    result = tracing.Registers()
+    tracing.ptrace(tracing.GETREGS, pid, 0, ctypes.byref(result))
     return result
 
 
@@ -295,10 +252,6 @@ def _not_mapped() -> IntegrityError:
     )
 
 
-def _ended() -> VmmDied:
-    return VmmDied("the VMM ended while its memory was remapped", hint="see its log with `coppice logs --vmm NAME`")
-
-
 def _cannot_map(number: int) -> VmmError:
     return VmmError(
         f"the VMM could not map its memory privately: {os.strerror(number)}",
@@ -306,53 +259,15 @@ def _cannot_map(number: int) -> VmmError:
     )
 
 
-def _program(stopped: _Registers, shared: list[Vma], descriptor: int) -> bytes:
+def _program(stopped: tracing.Registers, shared: list[Vma], descriptor: int) -> bytes:
     """Return instructions that map each range privately, then resume the stopped thread."""
     code = b""
     for vma in shared:
-        code += _load("rax", _MMAP) + _load("rdi", vma.start) + _load("rsi", vma.length)
-        code += _load("rdx", mmap.PROT_READ | mmap.PROT_WRITE)
-        code += _load("r10", mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE)
-        code += _load("r8", descriptor) + _load("r9", vma.offset) + _SYSCALL
-    rax, rip = _continuation(stopped)
-    code += _load("rax", rax) + b"".join(_load(name, getattr(stopped, name)) for name in _MOV if name != "rax")
-    code += _JUMP + rip.to_bytes(_WORD, "little")
-    return code + bytes(-len(code) % _WORD)
-
-
-def _load(register: str, value: int) -> bytes:
-    return _MOV[register] + value.to_bytes(_WORD, "little")
-
-
-def _continuation(stopped: _Registers) -> tuple[int, int]:
-    """Return the rax and rip to resume with.
-
-    An interrupted system call is restarted, as the kernel does after a signal without a handler.
-    """
-    rax, rip = stopped.rax, stopped.rip
-    if stopped.orig_rax == _NO_SYSCALL:
-        return rax, rip
-    error = rax - (1 << 64)
-    if error in _RESTARTED:
-        return stopped.orig_rax, rip - len(_SYSCALL)
-    return (_RESTART_SYSCALL, rip - len(_SYSCALL)) if error == _RESTARTED_BY_BLOCK else (rax, rip)
-
-
-def _write_program(pid: int, program: bytes) -> int:
-    """Write the instructions after the end of a program's code, into the process's copy of that
-    page; return their address.
-    """
-    wanted = len(program) + _MARGIN
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for vma in read_maps(pid):
-            if vma.permissions == "r-xp" and vma.file.inode and wanted <= vma.length:
-                memory.seek(vma.end - wanted)
-                if memory.read(wanted) == bytes(wanted):
-                    address = vma.end - len(program)
-                    for at in range(0, len(program), _WORD):
-                        _ptrace(_POKE, pid, address + at, int.from_bytes(program[at : at + _WORD], "little"))
-                    return address
-    raise HostCannot("the VMM's code has no unused bytes to place system calls in", hint="the memory is copied instead")
+        code += tracing.load("rax", tracing.MMAP) + tracing.load("rdi", vma.start) + tracing.load("rsi", vma.length)
+        code += tracing.load("rdx", mmap.PROT_READ | mmap.PROT_WRITE)
+        code += tracing.load("r10", mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE)
+        code += tracing.load("r8", descriptor) + tracing.load("r9", vma.offset) + tracing.SYSCALL
+    return tracing.then_resume(code, stopped)
 
 
 def _open_descriptor(pid: int, wanted: os.stat_result) -> int:
@@ -374,75 +289,8 @@ def _open_descriptor(pid: int, wanted: os.stat_result) -> int:
     )
 
 
-def _ptrace(request: int, pid: int, address: int = 0, data: object = None) -> None:
-    if _libc.ptrace(request, pid, address, data) < 0:
-        error = ctypes.get_errno()
-        if error == 3:  # ESRCH
-            raise _ended()
-        raise HostCannot(
-            f"the VMM cannot be traced: {os.strerror(error)}", hint="run as root, or set kernel.yama.ptrace_scope to 0"
-        )
-
-
-def _wait_stop(pid: int) -> int:
-    """Wait until the thread stops; return the signal that stopped it, with the event in the bits
-    above.
-    """
-    try:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | _WALL)
-        if ended is None or ended.si_code in _ENDS:  # its status is left to the waiter for its end
-            raise _ended()
-        _, status = os.waitpid(pid, _WALL)
-    except ChildProcessError as error:
-        raise _ended() from error
-    if not os.WIFSTOPPED(status):
-        raise _ended()
-    return status >> 8
-
-
-def _to_syscall(pid: int, pending: int = 0) -> None:
-    """Let the thread run to the next entry or exit of a system call.
-
-    Deliver `pending`, and the signals that arrive meanwhile.
-    """
-    while True:
-        _ptrace(_TO_SYSCALL, pid, 0, pending)
-        pending = _wait_stop(pid)
-        if pending == _SYSCALL_STOP:
-            return
-        if pending >> _EVENT:
-            pending = 0
-
-
-@contextlib.contextmanager
-def _stopped(
-    pid: int, options: int = _TELL_SYSCALLS, *, end_on_error: bool = False
-) -> Iterator[tuple[_Registers, int]]:
-    """Stop the process's first thread; detach from it at the end.
-
-    With `end_on_error` an error ends the process first.
-
-    Yield its registers and the signal that is still to be delivered, or 0.
-    """
-    _ptrace(_SEIZE, pid, 0, options)
-    try:
-        _ptrace(_INTERRUPT, pid)
-        stop = _wait_stop(pid)
-        registers = _Registers()
-        _ptrace(_GETREGS, pid, 0, ctypes.byref(registers))
-        yield registers, 0 if stop >> _EVENT else stop
-    except BaseException:
-        if end_on_error:  # it is ours to trace, so the pid is still its own
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        raise
-    finally:
-        with contextlib.suppress(VmmDied, HostCannot):
-            _ptrace(_DETACH, pid)
-
-
 def _check_result(pid: int, vma: Vma) -> None:
-    result = _Registers()
-    _ptrace(_GETREGS, pid, 0, ctypes.byref(result))
+    result = tracing.Registers()
+    tracing.ptrace(tracing.GETREGS, pid, 0, ctypes.byref(result))
     if result.rax != vma.start:
-        raise _cannot_map((1 << 64) - result.rax if result.rax >= _ERROR else 0)
+        raise _cannot_map((1 << 64) - result.rax if result.rax >= tracing.ERROR else 0)

@@ -112,7 +112,14 @@ def private_capture(instance: Instance, able: Capabilities, directory: Path, out
     capture = instance.capture
     if capture is None:
         raise AssertionError("a private mapping is of a captured memory")
-    return PrivateCapture(directory / files.MEMORY, capture.mem_file, out, capture.layers, layered=able.maps_layers)
+    return PrivateCapture(
+        directory / files.MEMORY,
+        capture.mem_file,
+        out,
+        capture.layers,
+        layered=able.maps_layers,
+        observable=able.observable,
+    )
 
 
 def no_base(instance: Instance) -> IntegrityError:

@@ -141,12 +141,16 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
             private = capture.private_capture(source, driver.capabilities, directory, target / files.MEMORY_NEW)
             with stages.stage("prepare"):
                 await in_thread(private.prepare)
-                await in_thread(private.collect, vmm.pid)  # warms buffers and tables for the pause
+                if not await in_thread(private.copy_ahead, vmm.pid):
+                    await in_thread(private.collect, vmm.pid)  # warms buffers and tables for the pause
         with stages.stage("freeze"):
             shared = await capture.shared_random(rooms, source)
             frozen = True  # possibly, even if the next call is cancelled
             frozen = await _quiet_disks(rooms, source)
         await rooms.ports(source).close_idle()  # each open port costs the restored machine time
+        if private is not None:
+            with stages.stage("ahead"):
+                await in_thread(private.copy_ahead, vmm.pid)
         begin = time.perf_counter()
         try:
             with stages.stage("pause"):

@@ -2,8 +2,9 @@
 
 A fork's RAM is its captured memory plus its private pages, so the files alone lack everything
 written since. The guest is paused only for `PrivateCapture.collect`, which finds the private pages
-and copies them into memory, one after the other. Pages beyond a limit go into a staging file, which
-takes several times as long. Everything else is done before or after the pause.
+and copies them aside (see `coppice.memory.staging`). `copy_ahead` copies them while the guest runs;
+the pause is then for those alone that the guest writes meanwhile. Everything else is done before or
+after the pause.
 
 The pages become a new layer over the memory that the guest was restored from (see
 `coppice.memory.layers`). If there would be too many layers, the new one takes in the others. If the
@@ -14,38 +15,33 @@ capture is a whole mem-file: a clone of the base, patched with everything that l
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import itertools
-import mmap
+import logging
 import os
-import struct
-import tempfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, NamedTuple, Self
+from typing import NamedTuple, Self
 
-from coppice.errors import IntegrityError
-from coppice.linux.clone import CloneResult, clone_file, write_all
+from coppice.errors import HostCannot, IntegrityError
+from coppice.linux.clone import CloneResult, clone_file
 from coppice.linux.files import os_errors, temporary_beside
-from coppice.linux.maps import FileIdentity, Part, Vma, identify, private_parts, process_error, read_text, spans_of
+from coppice.linux.maps import FileIdentity, Part, Vma, identify, private_parts, read_text, spans_of
 from coppice.linux.pagemap import Method, PrivateRange, private_ranges
+from coppice.linux.written import WriteObserver
 from coppice.memory import layers
-from coppice.memory.layers import BUFFER_BYTES, Extent, Kind, Memory, Plan, patch
+from coppice.memory.layers import Extent, Kind, Memory, Plan, patch
 from coppice.memory.memfile import check, freeze
+from coppice.memory.staging import Staging
 from coppice.model import MemFile, MemLayer
 
-_IN_MEMORY_BYTES = 256 << 20  # per capture, until its pages are written to the new file
-_IOV_MAX = 1024  # limit of process_vm_readv, UIO_MAXIOV
+_WORTH_BYTES = 8 << 20  # of private pages; fewer are copied during the pause in the time that observing them takes
+_PASSES = 3  # of `copy_ahead`, at most: a guest may write faster than its pages can be copied
+_FEW_BYTES = 1 << 20  # written during a pass: another one is not worth its time
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
-_libc.process_vm_readv.argtypes = (
-    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong),
-)
+_log = logging.getLogger(__name__)
 
 
 class CaptureStats(NamedTuple):
@@ -75,25 +71,34 @@ class PrivateCapture:
     """
 
     def __init__(
-        self, base: Path, expected: MemFile, out: Path, below: Sequence[MemLayer] = (), *, layered: bool = False
+        self,
+        base: Path,
+        expected: MemFile,
+        out: Path,
+        below: Sequence[MemLayer] = (),
+        *,
+        layered: bool = False,
+        observable: bool = False,
     ) -> None:
         """Make a capture of a guest that was restored from the mem-file `base` with the layers `below`.
 
         :param out: where the new file is made
         :param layered: whether the VMM can map layers
+        :param observable: whether the VMM's writes can be observed (see `coppice.linux.written`)
         """
         self._base_path = base
         self._expected = expected
         self._out = out
         self._below = tuple(below)
         self._layered = layered
+        self._observable = observable
+        self._observer: WriteObserver | None = None
         self._temporary = temporary_beside(out)
         self._base: CloneResult | None = None
         self._map: list[Extent] = []
         self._identities: list[FileIdentity] = []
         self._offsets: dict[FileIdentity, list[tuple[int, int]]] = {}  # position and offset of each extent, by file
-        self._staging: IO[bytes] | None = None
-        self._memory: mmap.mmap | None = None  # the first private pages; the rest is in the staging file
+        self._staging: Staging | None = None
         self._ranges: list[PrivateRange] = []
         self._method: Method = "pagemap_scan"
 
@@ -118,16 +123,41 @@ class PrivateCapture:
         self._offsets = {identity: [] for identity in self._identities}
         for extent in sorted(self._map, key=lambda extent: extent.position):
             self._offsets[self._identities[extent.layer]].append((extent.position, extent.offset))
-        with os_errors(f"stage private pages for {self._out}"):
-            # A file lets the kernel write back pages that do not fit in memory. It has no name, so
-            # it cannot be left behind.
-            self._staging = tempfile.TemporaryFile(dir=self._out.parent, buffering=0)  # noqa: SIM115 - closed by abort
+        self._staging = Staging(self._out)
         if not self._layered:
             self._base = clone_file(self._base_path, self._temporary, sync=False)
 
+    def copy_ahead(self, pid: int) -> bool:
+        """Copy the private pages of a process while its guest runs, and observe its writes from then
+        on, so that `collect` copies only the pages written since. Best called again right before the
+        pause.
+
+        Return False if the writes cannot be observed, or if there are few private pages: `collect` then
+        copies all of them.
+
+        Raises what `collect` raises, but not HostCannot.
+        """
+        if not self._observable:
+            return False
+        staging = self._prepared()
+        try:
+            if self._observer is None:
+                ram = self._guest_ram(pid)
+                if _bytes(private_ranges(pid, ram)[0]) < _WORTH_BYTES:
+                    return False
+                self._observer = WriteObserver(pid, ram)
+            for _ in range(_PASSES):
+                written = self._observer.written()
+                staging.take(pid, written, last=False)
+                if _bytes(written) <= _FEW_BYTES:
+                    break
+        except HostCannot as error:
+            self._stop_observing(error)
+        return self._observer is not None
+
     def collect(self, pid: int) -> int:
-        """Copy all private pages of the process aside and return their bytes; the guest must be
-        paused.
+        """Copy aside all private pages of the process that `copy_ahead` has not copied, and return the
+        bytes of all of them; the guest must be paused.
 
         Calling it again, at a later time, starts over.
 
@@ -135,37 +165,41 @@ class PrivateCapture:
         ended, NoSpace, HostCannot if reading its memory is not permitted.
         """
         staging = self._prepared()
+        if self._observer is not None:
+            try:
+                self._ranges, changed = self._observer.final()
+                staging.take(pid, changed)
+            except HostCannot as error:
+                self._stop_observing(error)
+        if self._observer is None:
+            self._ranges, self._method = private_ranges(pid, self._guest_ram(pid))
+            staging.forget()
+            staging.take(pid, self._ranges)
+        return _bytes(self._ranges)
+
+    def _guest_ram(self, pid: int) -> list[Vma]:
         parts = private_parts(read_text(pid, "maps"), self._identities)
         self._require_layers(pid, parts)
-        vmas = guest_ram(pid, spans_of(parts, self._offset_of), self._expected.size_bytes)
-        self._ranges, self._method = private_ranges(pid, vmas)
-        dirty = sum(found.length for found in self._ranges)
-        with os_errors(f"stage private pages for {self._out}"):
-            staging.seek(0)
-            staging.truncate()
-        self._forget_memory()
-        self._memory = _memory(min(dirty, _IN_MEMORY_BYTES))
-        position = 0
-        with mmap.mmap(-1, BUFFER_BYTES) as buffer:
-            for batch in _batches(self._ranges, len(self._memory)):
-                if position < len(self._memory):
-                    position += _read_process(pid, batch, self._memory, position)
-                    continue
-                count = _read_process(pid, batch, buffer, 0)
-                with (
-                    os_errors(f"stage private pages for {self._out}"),
-                    memoryview(buffer) as view,
-                    view[:count] as part,
-                ):
-                    write_all(staging.fileno(), part, staging.seek(0, os.SEEK_END))
-        return dirty
+        return guest_ram(pid, spans_of(parts, self._offset_of), self._expected.size_bytes)
+
+    def _stop_observing(self, error: HostCannot) -> None:
+        _log.debug("all private pages are copied during the pause: %s", error)
+        self._observable = False
+        self._end_observation()
+        self._prepared().forget()
+
+    def _end_observation(self) -> None:
+        if self._observer is not None:
+            self._observer.close()
+            self._observer = None
 
     def finish(self) -> Taken:
         """Write the new file, freeze it as `out`, and return the captured memory. The guest may run.
 
         Raises NoSpace or HostCannot.
         """
-        self._prepared()
+        staging = self._prepared()
+        self._end_observation()
         size = self._expected.size_bytes
         plan = layers.plan(self._map, self._below, self._ranges, size, layered=self._layered)
         with os_errors(f"write the captured memory to {self._out}"):
@@ -175,21 +209,18 @@ class PrivateCapture:
             try:
                 written = plan.begin(fd) if plan.kind != "whole" else 0
                 written += self._copy(fd, plan)
-                zeros = position = 0
-                for found in self._ranges:
-                    target = plan.position(found.offset)
-                    put = patch(fd, target, found.length, partial(self._staged, position))
-                    position += found.length
-                    zeros += found.length - put
-                    written += put
+                pages = sum(
+                    patch(fd, plan.position(offset), length, partial(staging.read, offset))
+                    for offset, _, length in self._ranges
+                )
+                written += pages
             finally:
                 os.close(fd)
         fresh = freeze(self._temporary, self._out)
         base = self._base
         self.abort()
-        stats = CaptureStats(
-            position, zeros, written + (base.bytes_written if base else 0), base, plan.kind, self._method
-        )
+        dirty, written = _bytes(self._ranges), written + (base.bytes_written if base else 0)
+        stats = CaptureStats(dirty, dirty - pages, written, base, plan.kind, self._method)
         if plan.kind == "whole":
             return Taken(fresh, (), stats)
         below = self._below if plan.kind == "layer" else ()
@@ -207,10 +238,10 @@ class PrivateCapture:
 
     def abort(self) -> None:
         """Remove everything temporary. Idempotent; does nothing after `finish`."""
+        self._end_observation()
         if self._staging is not None:
             self._staging.close()
             self._staging = None
-        self._forget_memory()
         with contextlib.suppress(FileNotFoundError):
             self._temporary.unlink()
         self._base = None
@@ -237,26 +268,14 @@ class PrivateCapture:
                 hint="keep its disk with `coppice snapshot create NAME --kind stopped`, or stop it",
             )
 
-    def _staged(self, start: int, position: int, most: int) -> bytes:
-        """Return staged private pages from `start` and a position on: up to `most` bytes, fewer at
-        the border between memory and file.
-        """
-        staging = self._prepared()
-        position += start
-        held = len(self._memory) if self._memory is not None else 0
-        if self._memory is not None and position < held:
-            return self._memory[position : min(position + most, held)]
-        return os.pread(staging.fileno(), most, position - held)
-
-    def _forget_memory(self) -> None:
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
-
-    def _prepared(self) -> IO[bytes]:
+    def _prepared(self) -> Staging:
         if self._staging is None:
             raise RuntimeError("prepare() comes first, and abort() ends it")
         return self._staging
+
+
+def _bytes(ranges: Sequence[PrivateRange]) -> int:
+    return sum(found.length for found in ranges)
 
 
 def guest_ram(pid: int, spans: Sequence[Vma], size_bytes: int) -> list[Vma]:
@@ -277,57 +296,3 @@ def guest_ram(pid: int, spans: Sequence[Vma], size_bytes: int) -> list[Vma]:
             hint="keep its disk with `coppice snapshot create NAME --kind stopped`, or run `coppice stop NAME`",
         )
     return vmas
-
-
-def _memory(size: int) -> mmap.mmap:
-    """Return memory of this size, in huge pages if available: each new page costs a fault during
-    the pause.
-    """
-    memory = mmap.mmap(-1, max(size, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
-
-
-def _batches(ranges: list[PrivateRange], border: int) -> Iterator[list[tuple[int, int]]]:
-    """Split the ranges into batches of (address, length), each for one process_vm_readv.
-
-    None crosses the border of the buffer.
-    """
-    batch: list[tuple[int, int]] = []
-    done = 0
-    room = min(BUFFER_BYTES, border)
-    for _, address, length in ranges:
-        while length:
-            take = min(length, room)
-            batch.append((address, take))
-            address += take
-            length -= take
-            room -= take
-            done += take
-            if room == 0 or len(batch) == _IOV_MAX:
-                yield batch
-                batch, room = [], min(BUFFER_BYTES, border - done) if done < border else BUFFER_BYTES
-    if batch:
-        yield batch
-
-
-def _read_process(pid: int, batch: list[tuple[int, int]], buffer: mmap.mmap, position: int) -> int:
-    """Read the memory of a batch, one piece after the other, into the buffer from `position` on;
-    return the bytes read.
-    """
-    wanted = sum(length for _, length in batch)
-    remote = ctypes.create_string_buffer(struct.pack(f"{2 * len(batch)}Q", *itertools.chain.from_iterable(batch)))
-    anchor = ctypes.c_char.from_buffer(buffer)
-    local = ctypes.create_string_buffer(struct.pack("2Q", ctypes.addressof(anchor) + position, wanted))
-    count: int = _libc.process_vm_readv(pid, local, 1, remote, len(batch), 0)
-    code = ctypes.get_errno()
-    del anchor  # else the buffer could not be closed
-    if count < 0:
-        raise process_error(pid, f"read the memory of process {pid}", OSError(code, os.strerror(code)))
-    if count != wanted:
-        raise IntegrityError(
-            f"Only {count} of {wanted} bytes of the guest's private pages could be read",
-            hint="see `coppice logs --vmm NAME`, and check the mem-file with `coppice verify`",
-        )
-    return count

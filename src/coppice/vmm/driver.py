@@ -64,6 +64,7 @@ class Capabilities(Record, frozen=True, kw_only=True):
 
     maps_mem_file_privately: bool  # a restore maps MEMORY with MAP_PRIVATE, so a hard link may be shared
     maps_layers: bool  # a restore maps Launch.layers over MEMORY before anything reads the guest's memory
+    observable: bool  # its main thread may call userfaultfd, and no device writes to pinned guest memory
     boots_in_file: bool  # on first boot guest RAM is the file LIVE_MEMORY, so a capture writes no RAM
     restores_paused: bool  # a restore can load the state and leave the guest stopped
     nic_backends: frozenset[NicBackend]  # the backends that it can connect a NIC to

@@ -91,6 +91,7 @@ class FirecrackerDriver(VmmDriver):
         return Capabilities(
             maps_mem_file_privately=True,
             maps_layers=layers.mappable(),
+            observable=False,  # its seccomp filter ends it for a userfaultfd
             boots_in_file=False,
             restores_paused=True,
             nic_backends=frozenset({NicBackend.TAP}),

@@ -79,6 +79,7 @@ class QemuDriver(VmmDriver):
         return Capabilities(
             maps_mem_file_privately=True,
             maps_layers=layers.mappable(),
+            observable=layers.mappable(),
             boots_in_file=True,
             restores_paused=True,
             nic_backends=frozenset({NicBackend.USER_MODE, NicBackend.TAP, NicBackend.STREAM}),
