@@ -170,7 +170,8 @@ OPERATIONS: Final[dict[FrameType, Operation]] = {
 """What a host asks, by its request."""
 
 FOREVER: Final = frozenset({FrameType.EXEC, FrameType.ATTACH, FrameType.CONNECT, FrameType.FILE_READ,
-                            FrameType.FILE_WRITE, FrameType.FILE_LIST, FrameType.FILE_WATCH, FrameType.TREE_OUT, FrameType.TREE_IN})  # fmt: skip
+                            FrameType.FILE_WRITE, FrameType.FILE_LIST, FrameType.FILE_REMOVE, FrameType.FILE_WATCH,
+                            FrameType.TREE_OUT, FrameType.TREE_IN})  # fmt: skip
 """Requests that last as long as the guest goes on with them: their caller limits them."""
 
 

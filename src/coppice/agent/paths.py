@@ -70,6 +70,8 @@ async def listing(channel: Channel, path: str) -> AsyncGenerator[FileStat, None]
     complete = False
     async with contextlib.aclosing(_records(channel, FrameType.FILE_LIST, encode_fields([(1, path)]))) as records:
         async for kind, payload in records:
+            if complete or kind not in (_ENTRY, _END):
+                raise _malformed(f"a record of type {kind} in the list of a directory")
             complete = kind == _END
             if kind == _ENTRY:
                 fields = Fields(payload)
@@ -89,8 +91,9 @@ async def watching(channel: Channel, path: str, *, recursive: bool) -> AsyncGene
     fields = encode_fields([(1, path), (2, _WATCH_RECURSIVE if recursive else 0)])
     async with contextlib.aclosing(_records(channel, FrameType.FILE_WATCH, fields)) as records:
         async for kind, payload in records:
-            if kind == _EVENT:
-                yield _event_of(path, Fields(payload))
+            if kind != _EVENT:
+                raise _malformed(f"a record of type {kind} among events")
+            yield _event_of(path, Fields(payload))
 
 
 def _event_of(path: str, fields: Fields) -> FileEvent:
