@@ -42,7 +42,7 @@ class Process:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().rstrip().split("\r\n")
-        assert first == "POST /coppice/fork HTTP/1.0"
+        assert first == "POST /coppice/fork HTTP/1.1"
         head = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
         self.bodies.append(await reader.readexactly(int(head["content-length"])))
         self.heads.append(head)
