@@ -184,7 +184,7 @@ async def test_a_capture_on_a_full_disk_lets_the_guest_run_on(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        for module in ("capture", "layers"):
+        for module in ("staging", "layers"):
             patch.setattr(f"coppice.memory.{module}.write_all", full)
         with pytest.raises(NoSpace):
             await fake_host.call(StandbyRequest(instance="oak"))
