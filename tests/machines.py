@@ -46,10 +46,13 @@ CACHES = ("images", "kernels", "initramfs", "overlays")
 
 
 def link_caches(source: Path, home: Path) -> None:
-    """Hard-link the caches of one data directory into another one. Images keep their names."""
+    """Hard-link the caches of one data directory into another one. Images keep their names. Content that
+    another worker is making is left out.
+    """
+    unfinished = shutil.ignore_patterns(".*")
     for cache in CACHES:
         shutil.rmtree(home / cache, ignore_errors=True)
-        shutil.copytree(source / cache, home / cache, copy_function=os.link)
+        shutil.copytree(source / cache, home / cache, ignore=unfinished, copy_function=os.link)
     with closing(Store(source / "coppice.db", own_process())) as here:
         images = here.images.all()
     with closing(Store(home / "coppice.db", own_process())) as there:

@@ -133,7 +133,7 @@ async def test_a_scrape_of_many_instances_is_cheap(socket_address: str, make_hos
                 private_bytes(census.pids)
                 scrape.append(time.process_time() - begin)
             assert census.states["Running"] == 3001
-            assert min(scrape) < 3 * min(listing)
+            assert min(scrape) < 3 * listing[0]  # the store remembers the list after that
             assert of(await scraped(client), "instances", state="Running") == 3001
             with contextlib.closing(sqlite3.connect(local.home / "coppice.db")) as connection, connection:
                 connection.execute("DELETE FROM instances WHERE id != ?", (first.id,))
