@@ -16,6 +16,7 @@ from coppice.agent.protocol import (
     Frame,
     FrameDecoder,
     FrameType,
+    encode_fields,
     encode_frame,
     encode_hello,
     encode_request,
@@ -43,7 +44,10 @@ class Commands:
         self._number += 1
         number, over = self._number, asyncio.Event()
         self._streams[number] = stream, over
-        writer.write(encode_request(FrameType(request.type), number, request.payload))
+        payload = request.payload
+        if request.type == FrameType.EXEC:  # a login shell must not read the profile of who runs the tests
+            payload += encode_fields([(2, "HOME=/nonexistent")])
+        writer.write(encode_request(FrameType(request.type), number, payload))
         asking = asyncio.create_task(self._ask(stream, writer, number))
         try:
             await over.wait()

@@ -12,7 +12,6 @@ from coppice.cli import complete, format, guest, options, output, start
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Option, ProgramExit
 from coppice.cli.ending import Left
-from coppice.commands import PROCESS
 from coppice.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
@@ -180,6 +179,7 @@ def forget(
     A guest forgets the oldest of more than 64 by itself.
     """
     from coppice.cli import several
+    from coppice.commands import PROCESS
     from coppice.requests import CommandForgetRequest, CommandLsRequest
 
     if bool(ids) == everything:
