@@ -48,7 +48,8 @@ class NatNetwork(NetworkProvider):
         """Return whether the data directory may have slots."""
         if self._given:
             return self._given.root.exists()
-        return RUNTIME.exists() and (RUNTIME / key_of(self._home)).exists()
+        # The key takes long to compute, and most hosts have no slots at all.
+        return RUNTIME.exists() and any(RUNTIME.iterdir()) and (RUNTIME / key_of(self._home)).exists()
 
     @property
     def name(self) -> str:
