@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 import subprocess
@@ -17,14 +16,12 @@ import pytest
 from conftest import HostFactory
 from coppice.client import AsyncHost
 from coppice.errors import GuestTimeout
-from coppice.fork import fanout
-from coppice.machine import capture, destroy
+from coppice.machine import capture
 from coppice.machine import directory as directories
 from coppice.memory import memfile
-from coppice.model import Instance, State, VmmProcess, no_progress
+from coppice.model import Instance, State, VmmProcess
 from coppice.requests import (
     ExecRequest,
-    ForkRequest,
     GetRequest,
     InspectRequest,
     LsRequest,
@@ -166,63 +163,6 @@ async def test_a_record_without_a_directory_is_removed(
     assert len(fake_host.local.rooms.store.instances()) == 2
     async with make_host() as next_host:
         await assert_tidy(next_host)
-
-
-@pytest.mark.parametrize("target", [State.RUNNING, State.STANDBY])
-@pytest.mark.parametrize("atomic", [True, False])
-async def test_an_atomic_fan_out_of_a_killed_host_leaves_all_or_none(
-    fake_host: AsyncHost,
-    make_host: HostFactory,
-    driver: FakeDriver,
-    dead_store: Store,
-    monkeypatch: pytest.MonkeyPatch,
-    atomic: bool,
-    target: State,
-) -> None:
-    """The host dies with one complete child; it stays only without `atomic`."""
-    oak = await make(fake_host, State.TEMPLATE)
-    rooms = dataclasses.replace(fake_host.local.rooms, store=dead_store)
-    request = ForkRequest(instance="oak", count=2, names=["elm", "fir"], target=target, atomic=atomic)
-
-    class Killed(BaseException):
-        """Stands for SIGKILL: no code of the process runs after it."""
-
-    save, save_all, whole = Store.save, Store.save_all, list[str]()
-
-    def killed_before_the_second(
-        store: Store, instance: Instance, *, done: bool = False, durable: bool = False
-    ) -> None:
-        count(instance)
-        save(store, instance, done=done, durable=durable)
-
-    def count(instance: Instance) -> None:
-        if instance.state is target:
-            whole.append(instance.id)
-            if whole[0] != instance.id:
-                raise Killed
-
-    def killed_before_the_second_group(store: Store, instances: list[Instance], *, done: bool = False) -> set[str]:
-        for instance in instances:
-            count(instance)
-        return save_all(store, instances, done=done)
-
-    async def never(*_: object) -> None:
-        """Skip the cleanup, as a dead process does."""
-
-    monkeypatch.setattr(Store, "save", killed_before_the_second)
-    monkeypatch.setattr(Store, "save_all", killed_before_the_second_group)
-    monkeypatch.setattr(fanout, "_parallel", lambda: 1)  # so each child is recorded alone
-    monkeypatch.setattr(fanout, "_abandon", never)
-    monkeypatch.setattr(destroy, "destroy", never)
-    monkeypatch.setattr(driver, "quit", never)
-    with pytest.raises(Killed):
-        await fanout.fan_out(rooms, oak, request, no_progress, owner=None, admit=lambda: None)
-    monkeypatch.undo()
-    async with make_host() as host:
-        left = {vm.name for vm in await host.call(LsRequest())} - {"oak"}
-        assert len(left) == (0 if atomic else 1)
-        assert left <= {"elm", "fir"}
-        await assert_tidy(host, "oak", *left)
 
 
 async def test_a_vmm_that_was_never_recorded_is_ended(

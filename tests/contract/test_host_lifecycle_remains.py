@@ -1,8 +1,9 @@
-"""Remains of a killed process: a held lock, a launcher, a frozen disk, a half-true record."""
+"""Remains of a killed process: a held lock, a launcher, a frozen disk, a half-true record, half of a fan-out."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import shutil
 import sys
@@ -15,10 +16,11 @@ import pytest
 from conftest import HostFactory
 from coppice.client import AsyncHost
 from coppice.errors import Busy, HostCannot, NotFound
+from coppice.fork import fanout
 from coppice.host import recovery, settling
-from coppice.machine import capture
+from coppice.machine import capture, destroy
 from coppice.machine import directory as directories
-from coppice.model import Instance, State, VmmProcess
+from coppice.model import Instance, State, VmmProcess, no_progress
 from coppice.names import new_id
 from coppice.requests import ForkRequest, GetRequest, HealthRequest, InspectRequest, LsRequest
 from coppice.state import locks
@@ -255,6 +257,63 @@ async def test_an_open_host_resolves_what_a_dead_process_left(
         await calls[look]()
     assert not await driver.is_paused(fake_host.local.rooms.directory(vm.id))
     await assert_tidy(fake_host, "oak")
+
+
+@pytest.mark.parametrize("target", [State.RUNNING, State.STANDBY])
+@pytest.mark.parametrize("atomic", [True, False])
+async def test_an_atomic_fan_out_of_a_killed_host_leaves_all_or_none(
+    fake_host: AsyncHost,
+    make_host: HostFactory,
+    driver: FakeDriver,
+    dead_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    atomic: bool,
+    target: State,
+) -> None:
+    """The host dies with one complete child; it stays only without `atomic`."""
+    oak = await make(fake_host, State.TEMPLATE)
+    rooms = dataclasses.replace(fake_host.local.rooms, store=dead_store)
+    request = ForkRequest(instance="oak", count=2, names=["elm", "fir"], target=target, atomic=atomic)
+
+    class Killed(BaseException):
+        """Stands for SIGKILL: no code of the process runs after it."""
+
+    save, save_all, whole = Store.save, Store.save_all, list[str]()
+
+    def killed_before_the_second(
+        store: Store, instance: Instance, *, done: bool = False, durable: bool = False
+    ) -> None:
+        count(instance)
+        save(store, instance, done=done, durable=durable)
+
+    def count(instance: Instance) -> None:
+        if instance.state is target:
+            whole.append(instance.id)
+            if whole[0] != instance.id:
+                raise Killed
+
+    def killed_before_the_second_group(store: Store, instances: list[Instance], *, done: bool = False) -> set[str]:
+        for instance in instances:
+            count(instance)
+        return save_all(store, instances, done=done)
+
+    async def never(*_: object) -> None:
+        """Skip the cleanup, as a dead process does."""
+
+    monkeypatch.setattr(Store, "save", killed_before_the_second)
+    monkeypatch.setattr(Store, "save_all", killed_before_the_second_group)
+    monkeypatch.setattr(fanout, "_parallel", lambda: 1)  # so each child is recorded alone
+    monkeypatch.setattr(fanout, "_abandon", never)
+    monkeypatch.setattr(destroy, "destroy", never)
+    monkeypatch.setattr(driver, "quit", never)
+    with pytest.raises(Killed):
+        await fanout.fan_out(rooms, oak, request, no_progress, owner=None, admit=lambda: None)
+    monkeypatch.undo()
+    async with make_host() as host:
+        left = {vm.name for vm in await host.call(LsRequest())} - {"oak"}
+        assert len(left) == (0 if atomic else 1)
+        assert left <= {"elm", "fir"}
+        await assert_tidy(host, "oak", *left)
 
 
 @pytest.mark.parametrize("operation", [JournalOperation.SNAPSHOT_RESTORE, JournalOperation.SNAPSHOT_RESTORE_COMMIT])

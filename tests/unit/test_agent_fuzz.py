@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent_fuzzing import fuzz_agent, record
-from hostile_guest import OPERATIONS
+from hostile_requests import OPERATIONS
 
 
 @pytest.fixture(scope="module")

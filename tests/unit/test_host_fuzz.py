@@ -29,7 +29,8 @@ from coppice.agent.protocol import (
 from coppice.agent.session import Session
 from coppice.errors import GuestProtocolError, GuestRefused, GuestTimeout
 from fakes.wire import Answer, Peer, talking_to
-from hostile_guest import OPERATIONS, play, playground
+from hostile_guest import play, playground
+from hostile_requests import OPERATIONS
 from warped_loop import run_warped
 
 _OF_A_STREAM = {"PART", "OK", "ERROR", "STDIN", "STDIN_EOF", "SIGNAL", "RESIZE", "LEAVE", "END", "STARTED", "STDOUT",

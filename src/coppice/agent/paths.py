@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-import struct
 from collections.abc import AsyncGenerator
 from typing import Final
 
@@ -13,12 +12,10 @@ import msgspec
 
 from coppice.agent.channel import Channel
 from coppice.agent.protocol import Fields, FrameType, encode_fields
-from coppice.agent.records import PAYLOAD_MAX
+from coppice.agent.records import END_TREE, ENTRY, EVENT, HEADER, PAYLOAD_MAX
 from coppice.errors import GuestProtocolError
 from coppice.model import FileEvent, FileEventKind, FileStat
 
-_ENTRY, _END, _EVENT = 1, 4, 5
-_HEADER: Final = struct.Struct("<BI")
 _WITH_PARENTS, _KEEP_EXISTING, _RECURSIVE, _MISSING_OK = 1, 1, 1, 2
 _WATCH_RECURSIVE = 1
 _IS_DIRECTORY: Final = 0x40000000
@@ -70,10 +67,10 @@ async def listing(channel: Channel, path: str) -> AsyncGenerator[FileStat, None]
     complete = False
     async with contextlib.aclosing(_records(channel, FrameType.FILE_LIST, encode_fields([(1, path)]))) as records:
         async for kind, payload in records:
-            if complete or kind not in (_ENTRY, _END):
+            if complete or kind not in (ENTRY, END_TREE):
                 raise _malformed(f"a record of type {kind} in the list of a directory")
-            complete = kind == _END
-            if kind == _ENTRY:
+            complete = kind == END_TREE
+            if kind == ENTRY:
                 fields = Fields(payload)
                 name = fields.raw(8) or b""
                 if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
@@ -91,7 +88,7 @@ async def watching(channel: Channel, path: str, *, recursive: bool) -> AsyncGene
     fields = encode_fields([(1, path), (2, _WATCH_RECURSIVE if recursive else 0)])
     async with contextlib.aclosing(_records(channel, FrameType.FILE_WATCH, fields)) as records:
         async for kind, payload in records:
-            if kind != _EVENT:
+            if kind != EVENT:
                 raise _malformed(f"a record of type {kind} among events")
             yield _event_of(path, Fields(payload))
 
@@ -148,13 +145,13 @@ async def _records(channel: Channel, kind: FrameType, fields: bytes) -> AsyncGen
         async for chunk in stream.data():
             waiting += chunk
             at = 0
-            while len(waiting) - at >= _HEADER.size:
-                record, size = _HEADER.unpack_from(waiting, at)
+            while len(waiting) - at >= HEADER.size:
+                record, size = HEADER.unpack_from(waiting, at)
                 if size > PAYLOAD_MAX:
                     raise _malformed("a record is too long")
-                if len(waiting) - at - _HEADER.size < size:
+                if len(waiting) - at - HEADER.size < size:
                     break
-                at += _HEADER.size + size
+                at += HEADER.size + size
                 yield record, bytes(waiting[at - size : at])
             del waiting[:at]
     finally:

@@ -21,8 +21,8 @@ PAYLOAD_MAX: Final = 65536
 CONTENT_MAX: Final = PAYLOAD_MAX - 8
 UNSIZED_MAX: Final = 64 << 20
 """Bytes of a file without a true size, such as those of /proc."""
-_ENTRY, _CONTENT, _END_FILE, _END_TREE = 1, 2, 3, 4
-_HEADER = struct.Struct("<BI")
+ENTRY, _CONTENT, _END_FILE, END_TREE, EVENT = 1, 2, 3, 4, 5
+HEADER = struct.Struct("<BI")
 _CONTENT_HEADER = struct.Struct("<BIQ")
 _NUMBER = struct.Struct("<Q")
 _KINDS = frozenset(get_args(Kind))
@@ -68,7 +68,7 @@ def encode(item: Item) -> bytes:
     if isinstance(item, Content):
         return _CONTENT_HEADER.pack(_CONTENT, 8 + len(item.data), item.offset) + item.data
     if isinstance(item, End):
-        return _HEADER.pack(_END_FILE, _NUMBER.size) + _NUMBER.pack(item.size)
+        return HEADER.pack(_END_FILE, _NUMBER.size) + _NUMBER.pack(item.size)
     mtime = max(-_I64_MAX, min(item.mtime_ns, _I64_MAX))
     fields: list[tuple[int, int | str | None]] = [
         (8, item.path),
@@ -83,14 +83,14 @@ def encode(item: Item) -> bytes:
     if item.kind in ("c", "b"):
         fields += [(9, item.device[0]), (10, item.device[1])]
     payload = encode_fields(fields)
-    return _HEADER.pack(_ENTRY, len(payload)) + payload
+    return HEADER.pack(ENTRY, len(payload)) + payload
 
 
 def write(items: Iterable[Item], stream: BinaryIO) -> None:
     """Write the records of a tree, and its end."""
     for item in items:
         stream.write(encode(item))
-    stream.write(_HEADER.pack(_END_TREE, 0))
+    stream.write(HEADER.pack(END_TREE, 0))
 
 
 def read(stream: BinaryIO) -> Iterator[Item]:
@@ -100,7 +100,7 @@ def read(stream: BinaryIO) -> Iterator[Item]:
     """
     end: int | None = None  # of the content so far; None: no file is open
     while True:
-        kind, size = _HEADER.unpack(_exactly(stream, _HEADER.size))
+        kind, size = HEADER.unpack(_exactly(stream, HEADER.size))
         if size > PAYLOAD_MAX:
             raise _malformed("a record is too long")
         if kind == _CONTENT and end is not None and size >= _NUMBER.size:
@@ -117,11 +117,11 @@ def read(stream: BinaryIO) -> Iterator[Item]:
                 raise _malformed("a file ends before its content")
             end = None
             yield End(length)
-        elif kind == _ENTRY and end is None:
+        elif kind == ENTRY and end is None:
             entry = _entry(Fields(payload))
             end = 0 if entry.kind == "f" else None
             yield entry
-        elif kind == _END_TREE and end is None and size == 0:
+        elif kind == END_TREE and end is None and size == 0:
             return
         else:
             raise _malformed(f"a record of type {kind} makes no sense there")

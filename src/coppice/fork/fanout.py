@@ -76,10 +76,9 @@ async def fan_out(
     wanted = source.limits if request.limits is None else request.limits
     if request.target is State.RUNNING and wanted != Limits():
         await in_thread(limits.check, wanted, rooms.layout.home)
+    vmm_bytes = rooms.drivers.named(driver).vmm_bytes(machine)  # the same for all
     children = [
-        msgspec.structs.replace(
-            child, driver=driver, machine=machine, vmm_bytes=rooms.drivers.named(driver).vmm_bytes(machine)
-        )
+        msgspec.structs.replace(child, driver=driver, machine=machine, vmm_bytes=vmm_bytes)
         for child in plan(source, request, named, owner)
     ]
     if snapshot is not None:

@@ -36,7 +36,7 @@ static struct file_request read_request(const struct frame *f)
 
 static _Noreturn void fail(int error, const char *path)
 {
-    helper_fail(error, "%.300s: %s", path ? path : "request", strerror(error));
+    helper_fail_at(error, path ? path : "request");
 }
 
 /* ---- reading ---- */

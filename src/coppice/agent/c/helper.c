@@ -74,3 +74,26 @@ void helper_fail(int error, const char *format, ...)
     reply_error(&r, error, "%s", text);
     finish(ERROR, &r);
 }
+
+void helper_fail_at(int error, const char *path)
+{
+    helper_fail(error, "%.300s: %s", path, strerror(error));
+}
+
+struct path_request helper_request(const struct frame *f)
+{
+    struct path_request r = {.mode = 0755};
+    struct tlv t = tlv_read(f);
+    while (tlv_next(&t)) {
+        switch (t.tag) {
+        case 1: r.path = tlv_text(&t); break;
+        case 2: r.flags = tlv_int(&t); break;
+        case 3: r.to = tlv_text(&t); break;
+        case 4: r.mode = tlv_int(&t) & 07777; break;
+        default: break;
+        }
+    }
+    if (t.bad || !r.path || !*r.path)
+        helper_fail_at(EINVAL, "request");
+    return r;
+}

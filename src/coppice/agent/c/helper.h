@@ -14,6 +14,14 @@ bool helper_put(const void *data, size_t size); /* false: the host is gone */
 ssize_t helper_read(void *data, size_t size);   /* 0: the end of the data; -1: there is no end, since the host is gone */
 void helper_ok(const struct reply *r) __attribute__((noreturn));
 void helper_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
+void helper_fail_at(int error, const char *path) __attribute__((noreturn));
+
+struct path_request {
+    char *path, *to;
+    uint64_t flags, mode;
+};
+
+struct path_request helper_request(const struct frame *f); /* a request without a path fails */
 
 /* ---- files.c, paths.c, watch.c, tree_out.c, tree_in.c: the requests ---- */
 

@@ -14,34 +14,6 @@
 
 enum { RECURSIVE = 1, MISSING_OK = 2, KEEP_EXISTING = 1, WITH_PARENTS = 1 };
 
-struct request {
-    char *path, *to;
-    uint64_t flags, mode;
-};
-
-static _Noreturn void fail(int error, const char *path)
-{
-    helper_fail(error, "%.300s: %s", path, strerror(error));
-}
-
-static struct request read_request(const struct frame *f)
-{
-    struct request r = {.mode = 0755};
-    struct tlv t = tlv_read(f);
-    while (tlv_next(&t)) {
-        switch (t.tag) {
-        case 1: r.path = tlv_text(&t); break;
-        case 2: r.flags = tlv_int(&t); break;
-        case 3: r.to = tlv_text(&t); break;
-        case 4: r.mode = tlv_int(&t) & 07777; break;
-        default: break;
-        }
-    }
-    if (t.bad || !r.path || !*r.path)
-        fail(EINVAL, "request");
-    return r;
-}
-
 /* ---- listing ---- */
 
 static void list_entry(int directory, const char *name)
@@ -63,17 +35,17 @@ static void list_entry(int directory, const char *name)
 
 void file_list(const struct frame *f)
 {
-    struct request r = read_request(f);
+    struct path_request r = helper_request(f);
     DIR *opened = opendir(r.path);
     if (!opened)
-        fail(errno, r.path);
+        helper_fail_at(errno, r.path);
     struct dirent *entry;
     while ((errno = 0, entry = readdir(opened))) {
         if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
             list_entry(dirfd(opened), entry->d_name);
     }
     if (errno)
-        fail(errno, r.path);
+        helper_fail_at(errno, r.path);
     record_put(END_TREE, &(struct reply){0});
     record_flush();
     helper_ok(NULL);
@@ -83,7 +55,7 @@ void file_list(const struct frame *f)
 
 void file_mkdir(const struct frame *f)
 {
-    struct request r = read_request(f);
+    struct path_request r = helper_request(f);
     size_t size = strlen(r.path);
     while (size > 1 && r.path[size - 1] == '/')
         r.path[--size] = 0;
@@ -97,15 +69,15 @@ void file_mkdir(const struct frame *f)
         error = errno;
     }
     if (error)
-        fail(error, r.path);
+        helper_fail_at(error, r.path);
     helper_ok(NULL);
 }
 
 void file_move(const struct frame *f)
 {
-    struct request r = read_request(f);
+    struct path_request r = helper_request(f);
     if (!r.to || !*r.to)
-        fail(EINVAL, "request");
+        helper_fail_at(EINVAL, "request");
     if (renameat2(AT_FDCWD, r.path, AT_FDCWD, r.to, r.flags & KEEP_EXISTING ? RENAME_NOREPLACE : 0) < 0) {
         int error = errno;
         helper_fail(error, "%.300s to %.300s: %s", r.path, r.to, strerror(error));
@@ -158,19 +130,19 @@ static int remove_at(int directory, const char *name, int depth)
 
 void file_remove(const struct frame *f)
 {
-    struct request r = read_request(f);
+    struct path_request r = helper_request(f);
     struct stat s, root;
     if (lstat(r.path, &s) < 0) {
         if (errno == ENOENT && r.flags & MISSING_OK)
             helper_ok(NULL);
-        fail(errno, r.path);
+        helper_fail_at(errno, r.path);
     }
     if (stat("/", &root) == 0 && root.st_dev == s.st_dev && root.st_ino == s.st_ino)
-        fail(EBUSY, r.path);
+        helper_fail_at(EBUSY, r.path);
     int error = S_ISDIR(s.st_mode) && !(r.flags & RECURSIVE) && rmdir(r.path) < 0 ? errno : 0;
     if (!S_ISDIR(s.st_mode) || r.flags & RECURSIVE)
         error = remove_at(AT_FDCWD, r.path, 0);
     if (error)
-        fail(error, r.path);
+        helper_fail_at(error, r.path);
     helper_ok(NULL);
 }

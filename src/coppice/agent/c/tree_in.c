@@ -281,22 +281,11 @@ static int open_root(const char *path, bool make)
 
 void tree_in(const struct frame *request)
 {
-    char *path = NULL;
-    uint64_t flags = 0;
-    struct tlv t = tlv_read(request);
-    while (tlv_next(&t)) {
-        if (t.tag == 1)
-            path = tlv_text(&t);
-        else if (t.tag == 2)
-            flags = tlv_int(&t);
-    }
-    bool valid = !t.bad && path && *path;
+    struct path_request asked = helper_request(request);
     static struct unpack u;
-    u.root = valid ? open_root(path, flags & MAKE) : -1;
-    if (u.root < 0) {
-        int error = valid ? errno : EINVAL;
-        helper_fail(error, "%.300s: %s", valid ? path : "request", strerror(error));
-    }
+    u.root = open_root(asked.path, asked.flags & MAKE);
+    if (u.root < 0)
+        helper_fail_at(errno, asked.path);
     int error = 0;
     enum record kind;
     struct frame f;

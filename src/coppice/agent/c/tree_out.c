@@ -274,24 +274,16 @@ static int begin(struct names *a, struct walk *k, char *path, bool contents)
 
 void tree_out(const struct frame *request)
 {
-    char *path = NULL;
-    uint64_t flags = 0;
-    struct tlv t = tlv_read(request);
-    while (tlv_next(&t)) {
-        if (t.tag == 1)
-            path = tlv_text(&t);
-        else if (t.tag == 2)
-            flags = tlv_int(&t);
-    }
-    if (t.bad || !path || !*path || strlen(path) >= PATH_MAX)
-        helper_fail(EINVAL, "request: %s", strerror(EINVAL));
+    struct path_request asked = helper_request(request);
+    if (strlen(asked.path) >= PATH_MAX)
+        helper_fail_at(EINVAL, "request");
     static struct names a;
     static struct walk k;
-    int error = begin(&a, &k, path, flags & CONTENTS);
+    int error = begin(&a, &k, asked.path, asked.flags & CONTENTS);
     if (!error)
         error = walk(&a, &k);
     if (error)
-        helper_fail(error, "%.300s: %s", k.name[0] ? k.name : path, strerror(error));
+        helper_fail_at(error, k.name[0] ? k.name : asked.path);
     record_put(END_TREE, &(struct reply){0});
     record_flush();
     helper_ok(NULL);

@@ -197,17 +197,9 @@ static void take(struct watcher *w, const struct inotify_event *e)
 void file_watch(const struct frame *f)
 {
     static struct watcher w;
-    uint64_t flags = 0;
-    struct tlv t = tlv_read(f);
-    while (tlv_next(&t)) {
-        if (t.tag == 1)
-            w.root = tlv_text(&t);
-        else if (t.tag == 2)
-            flags = tlv_int(&t);
-    }
-    if (t.bad || !w.root || !*w.root)
-        fail(EINVAL, "request");
-    w.recursive = flags & RECURSIVE;
+    struct path_request asked = helper_request(f);
+    w.root = asked.path;
+    w.recursive = asked.flags & RECURSIVE;
     w.inotify = inotify_init1(IN_CLOEXEC);
     int error = w.inotify < 0 ? errno : enter(&w, "", false, 0);
     if (error)

@@ -191,9 +191,9 @@ class RemoteBackend:
         elif isinstance(request, LogsRequest):
             opened = streams.open_logs(self._address, self._headers, request)
         elif isinstance(request, FileLsRequest):
-            opened = streams.list_files(self._address, self._headers, request)
+            opened = streams.open_items(self._address, self._headers, request, lambda message: message.stat)
         elif isinstance(request, FileWatchRequest):
-            opened = streams.watch_files(self._address, self._headers, request)
+            opened = streams.open_items(self._address, self._headers, request, lambda message: message.event)
         elif isinstance(request, OpenCopyRequest):
             opened = copies.open_copy(self._address, self._headers, request)
         elif isinstance(request, OpenExportRequest):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Final, TypeVar
 
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
@@ -20,6 +20,8 @@ from coppice.errors import GuestRefused, HostCannot
 from coppice.model import FileEvent, FileStat, Instance, Record
 from coppice.model.guest import Exit, Unpacked
 from coppice.requests import FileLsRequest, FileWatchRequest, LogsRequest
+
+T = TypeVar("T")
 
 _OPEN_S: Final = 10.0
 _CLOSE_S: Final = 5.0
@@ -147,28 +149,17 @@ async def _lines(connection: ClientConnection) -> AsyncIterator[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def list_files(
-    address: Address, headers: Mapping[str, str], request: FileLsRequest
-) -> AsyncIterator[AsyncIterator[FileStat]]:
-    """List a directory of a guest of the server."""
-    async with opened(address, headers, "/stream/file_ls", request) as connection:
-        yield _stats(connection)
+async def open_items(
+    address: Address,
+    headers: Mapping[str, str],
+    request: FileLsRequest | FileWatchRequest,
+    item_of: Callable[[Message], T | None],
+) -> AsyncIterator[AsyncIterator[T]]:
+    """Open what the server sends one by one, such as the entries of a directory of a guest."""
+    async with opened(address, headers, f"/stream/{request.operation}", request) as connection:
+        yield _items(connection, item_of)
 
 
-async def _stats(connection: ClientConnection) -> AsyncIterator[FileStat]:
-    while (found := (await message_of(connection)).stat) is not None:
-        yield found
-
-
-@contextlib.asynccontextmanager
-async def watch_files(
-    address: Address, headers: Mapping[str, str], request: FileWatchRequest
-) -> AsyncIterator[AsyncIterator[FileEvent]]:
-    """Watch a path of a guest of the server."""
-    async with opened(address, headers, "/stream/file_watch", request) as connection:
-        yield _changes(connection)
-
-
-async def _changes(connection: ClientConnection) -> AsyncIterator[FileEvent]:
-    while (found := (await message_of(connection)).event) is not None:
+async def _items(connection: ClientConnection, item_of: Callable[[Message], T | None]) -> AsyncIterator[T]:
+    while (found := item_of(await message_of(connection))) is not None:
         yield found
