@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -223,6 +224,51 @@ def test_items_are_iterated_one_by_one(portal: Portal) -> None:
     assert next(partly) == 1
     partly.close()  # type: ignore[attr-defined] # as `for ... break` does eventually; it is a generator
     assert closed == ["yes", "yes"]
+
+
+def test_what_is_left_open_ends_with_the_portal() -> None:
+    """An iterator or a block that is dropped later starts no thread, and fails nowhere."""
+    closed: list[str] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            closed.append("numbers")
+
+    portal = Portal()
+    partly, manager = portal.iterate(numbers()), Manager()
+    block = portal.within(manager.held())
+    assert (next(partly), block.__enter__()) == (1, 7)
+    portal.close()
+    assert closed == ["numbers"]
+    assert isinstance(manager.seen[0], asyncio.CancelledError)
+    del partly, block
+    gc.collect()
+    assert "coppice-host" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_iterator_is_collected_in_the_loops_thread(portal: Portal) -> None:
+    """A collection of garbage happens in any thread. The loop closes the iterator then."""
+    closed = threading.Event()
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            closed.set()
+
+    cycle: list[object] = [portal.iterate(numbers())]
+    assert next(cycle[0]) == 1  # type: ignore[call-overload]
+    cycle.append(cycle)
+    del cycle
+
+    async def collect() -> None:
+        gc.collect()
+
+    portal.call(collect())
+    assert closed.wait(30)
 
 
 def test_a_call_from_the_hosts_own_thread_is_refused(portal: Portal) -> None:

@@ -157,7 +157,8 @@ class Portal:
             # Inside the loop, KeyboardInterrupt and the like would end the loop itself. Cancel
             # instead.
             told = failure if failure is None or isinstance(failure, Exception) else asyncio.CancelledError()
-            left.get_loop().call_soon_threadsafe(left.set_result, told)
+            if not job.outcome.done:  # closing the portal has ended it
+                left.get_loop().call_soon_threadsafe(left.set_result, told)
             try:
                 job.wait()
             except BaseException as error:
@@ -166,6 +167,7 @@ class Portal:
 
     def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
         """Yield the items of an asynchronous iterator. Wait for each item when it is requested."""
+        loop = self._running_loop()
         end = object()
 
         async def following() -> T | object:
@@ -179,7 +181,11 @@ class Portal:
             while (item := self.call(following())) is not end:
                 yield item  # type: ignore[misc] # `end` was the only object that is no T
         finally:
-            self.call(close())
+            # This may be the garbage collector, in any thread and much later. A closed portal has
+            # ended its iterators, and a call would start a thread that nobody ends. In its own
+            # thread, the loop closes what is collected.
+            if self._loop is loop and threading.current_thread() is not self._thread:
+                self.call(close())
 
     def close(self) -> None:
         """Cancel running coroutines and end the thread. Idempotent."""
@@ -189,7 +195,7 @@ class Portal:
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
 
-    def _job(self, work: Coroutine[Any, Any, T]) -> _Job[T]:
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._guard:
             if self._thread is None or self._loop is None:
                 started: Result[asyncio.AbstractEventLoop] = Result()
@@ -197,16 +203,21 @@ class Portal:
                 self._thread.start()
                 self._loop = started.get()
             elif not self._thread.is_alive():  # a forked process does not inherit threads
-                work.close()
                 raise RuntimeError(
                     "this host belongs to the parent of this forked process; open another host in this process"
                 )
             if threading.current_thread() is self._thread:
-                work.close()
                 raise RuntimeError(
                     "cannot call the host from its own thread, such as from a progress sink: the call would deadlock"
                 )
-            return _Job(self._loop, work)
+            return self._loop
+
+    def _job(self, work: Coroutine[Any, Any, T]) -> _Job[T]:
+        try:
+            return _Job(self._running_loop(), work)
+        except RuntimeError:
+            work.close()
+            raise
 
 
 def _run_loop(started: Result[asyncio.AbstractEventLoop]) -> None:
