@@ -177,7 +177,20 @@ class AgentPorts:
             directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise _no_directory() from error
-        stack.callback(os.close, directory)
+        try:
+            return await self._acquire_in(directory, stack, ports, deadline_s, locked=locked)
+        finally:
+            os.close(directory)
+
+    async def _acquire_in(
+        self,
+        directory: int,
+        stack: contextlib.AsyncExitStack,
+        ports: tuple[int, ...],
+        deadline_s: float,
+        *,
+        locked: bool,
+    ) -> socket.socket:
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline_s
         pause = 0.001
