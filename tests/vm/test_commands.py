@@ -197,6 +197,22 @@ async def test_a_detached_command_goes_on_in_standby_and_forks_and_ends_whole(ho
     assert (await machine.commands.wait("job")).exit_code == 143
 
 
+async def test_each_command_begins_in_a_group_of_its_own(host: AsyncHost, vm: Instance) -> None:
+    """Also the first one of a fork, whose group was made before the capture; and one whose empty group the
+    guest's root has removed.
+    """
+    machine = host.machine(vm)
+    show = ["sh", "-c", "echo $(cat /proc/self/cgroup)"]
+    before = await machine.exec(show)
+    async with machine.fork_one(name=f"{vm.name}-child", from_running=True) as child:
+        shown = [(await child.exec(show)).stdout for _ in range(2)]
+        assert len({before.stdout, *shown}) == 3
+        assert all(each.startswith(b"0::/coppice/") for each in shown)
+    async with machine.fork_one(name=f"{vm.name}-other", from_running=True) as child:
+        await child.exec(["sh", "-c", "rmdir /sys/fs/cgroup/coppice/* 2>/dev/null"])
+        assert (await child.exec(show)).stdout.startswith(b"0::/coppice/")
+
+
 async def test_limits_of_a_command(host: AsyncHost, vm: Instance) -> None:
     """More memory than the limit ends the command alone, and more processes cannot be made."""
     machine = host.machine(vm)

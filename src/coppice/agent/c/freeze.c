@@ -14,6 +14,7 @@ int freeze(struct machine *m, uint64_t timeout_ms)
 {
     if (m->overlay < 0)
         return EOPNOTSUPP;
+    group_ahead(); /* the first command of each fork finds its group made */
     if (ioctl(m->overlay, FIFREEZE, 0) < 0 && errno != EBUSY) /* EBUSY: already frozen */
         return errno;
     m->thaw_at = now_ms() + (int64_t)(timeout_ms && timeout_ms < FREEZE_MAX_MS ? timeout_ms : FREEZE_MAX_MS);

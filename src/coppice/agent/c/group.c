@@ -16,6 +16,7 @@
 #define WALKED_MAX 4096
 
 const char *group_root;
+static char next[sizeof((struct job *)0)->group]; /* made ahead; "": none */
 
 static int write_to(const char *directory, const char *name, const char *value)
 {
@@ -41,19 +42,25 @@ static void sweep(void)
         closedir(root);
 }
 
-bool group_make(struct job *j)
+void group_ahead(void)
 {
     static unsigned long number;
-    if (!group_root)
-        return false;
+    if (!group_root || *next)
+        return;
     if (number % 64 == 0)
         sweep();
     mkdir(group_root, 0755);
-    snprintf(j->group, sizeof j->group, "%.40s/%lu", group_root, ++number);
-    if (mkdir(j->group, 0755) == 0 || errno == EEXIST)
-        return true;
-    *j->group = 0;
-    return false;
+    snprintf(next, sizeof next, "%.40s/%lu", group_root, ++number);
+    if (mkdir(next, 0755) < 0 && errno != EEXIST)
+        *next = 0;
+}
+
+bool group_make(struct job *j)
+{
+    group_ahead();
+    memcpy(j->group, next, sizeof next);
+    *next = 0;
+    return *j->group && (mkdir(j->group, 0755) == 0 || errno == EEXIST); /* the guest's root may have removed it */
 }
 
 int group_limit(struct job *j, uint64_t memory, uint64_t processes)

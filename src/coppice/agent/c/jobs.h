@@ -131,6 +131,7 @@ void input_feed(struct job *j);
 
 extern const char *group_root; /* NULL: this kernel has no cgroups of version 2 */
 bool group_make(struct job *j);
+void group_ahead(void); /* make the next command's now */
 int group_limit(struct job *j, uint64_t memory, uint64_t processes); /* 0 or an errno */
 bool group_was_short(const struct job *j);                           /* the memory limit has killed a process */
 void group_kill(const struct job *j, int signal);

@@ -31,6 +31,7 @@ struct spawn {
     int in, out, err;
     bool tty;
     const char *group;  /* directory of a cgroup; NULL: the agent's own */
+    bool inside;        /* the child has begun in it */
     int error;          /* errno of the failed step */
     const char *failed; /* the name of that step */
 };
