@@ -55,6 +55,12 @@ async def test_stop_keeps_the_disk_and_start_boots_it(host: AsyncHost, image: st
         await host.call(RmRequest(instance=vm.id))
 
 
+async def test_the_guest_waits_for_no_grace_period(host: AsyncHost, vm: Instance) -> None:
+    """Its kernel has taken that word of its command line."""
+    found = await host.call(ExecRequest(instance=vm.id, argv=["cat", "/sys/kernel/rcu_expedited"]))
+    assert found.stdout == b"1\n"
+
+
 async def test_a_vmm_killed_from_outside_is_seen(host: AsyncHost, vm: Instance) -> None:
     """A machine whose VMM was killed is Stopped with the reason, and can be started again."""
     assert vm.vmm is not None

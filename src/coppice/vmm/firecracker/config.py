@@ -32,17 +32,12 @@ _GUEST_CID: Final = 3  # each Firecracker has its own vsock, so all guests can h
 _CONSOLE_MOST: Final = 64 * MIB
 _TEN_YEARS_MS: Final = 10 * 365 * 24 * 3600 * 1000
 
-# quiet: each line on an emulated serial port costs time. reboot=k: Firecracker's only reset, which
-# ends the process. i8042.*: the keyboard controller has only this reset, and the kernel would look
-# for mice. coppice.disks: Firecracker sets its own serial numbers for disks, so the agent
-# identifies them by their order.
+# reboot=k: Firecracker's only reset, which ends the process. i8042.*: the keyboard controller has
+# only this reset, and the kernel would look for mice. coppice.disks: Firecracker sets its own
+# serial numbers for disks, so the agent identifies them by their order.
 _KERNEL_WORDS: Final = (
-    "console=ttyS0",
-    "quiet",
-    "panic=-1",
+    *files.KERNEL_WORDS,
     "reboot=k",
-    "random.trust_cpu=on",
-    "cryptomgr.notests",
     "i8042.noaux",
     "i8042.nomux",
     "i8042.dumbkbd",

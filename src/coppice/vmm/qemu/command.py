@@ -29,10 +29,6 @@ _BUSES_WITHOUT_ACPI = 8  # virtio-mmio; with ACPI there are 24
 QMP_SOCKET = "qmp.sock"
 PORT_SOCKET = "port{}.sock"
 
-# quiet: each line on an emulated serial port costs milliseconds. panic=-1 with -no-reboot: a panic
-# ends the VMM. cryptomgr.notests saves 0.25 s under TCG.
-_KERNEL_WORDS = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "random.trust_cpu=on", "cryptomgr.notests")
-
 
 def kernel_command_line(accel: str, tsc_khz: int) -> str:
     """Return the kernel command line for a first boot.
@@ -40,7 +36,7 @@ def kernel_command_line(accel: str, tsc_khz: int) -> str:
     Under TCG the guest's time-stamp counter is the host's own. Calibrating it against an emulated
     timer fails on a loaded host, so the command line gives the frequency. KVM has its own clock.
     """
-    words = list(_KERNEL_WORDS)
+    words = [*files.KERNEL_WORDS, "reboot=t"]  # by a triple fault, which ends QEMU with -no-reboot
     if accel == "tcg":
         # tsc=reliable: the emulated CPU does not declare its counter invariant, so the kernel would
         # count ticks instead, which a loaded host loses. psi=0: pressure accounting in every
