@@ -33,7 +33,9 @@ _log = logging.getLogger(__name__)
 
 # More parallel starts would only take turns on the CPUs, and each guest would answer later.
 _PARALLEL_PER_CPU = 2
-_UNDER_WAY = 64  # each holds a lock file open, also those that wait for a slot or for the sync of their group
+# The syncs of forks that are not started wait for the disk, which carries out concurrent ones together.
+_SYNCS_AT_ONCE = 16
+_UNDER_WAY = 64  # each holds a lock file open, also those that wait for a slot or for their group
 
 
 @functools.cache
@@ -95,8 +97,8 @@ async def fan_out(
         raise
     together = request.atomic and len(children) > 1  # none remains if this process is killed before the last
     durable = request.target is not State.RUNNING  # one sync of the database serves all
-    slots, under_way = asyncio.Semaphore(_parallel()), asyncio.Semaphore(_UNDER_WAY)
-    resting = Resting(rooms, of_durable=source.stem_of is None, done=not together)
+    slots = asyncio.Semaphore(_SYNCS_AT_ONCE if durable else _parallel())
+    under_way, resting = asyncio.Semaphore(_UNDER_WAY), Resting(rooms, done=not together)
     settled = 0
 
     async def child(instance: Instance, payload: bytes | None) -> ForkResult | CoppiceError:
