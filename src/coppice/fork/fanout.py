@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -50,7 +50,7 @@ async def fan_out(
     progress: ProgressSink,
     *,
     owner: str | None,
-    admit: Callable[[], None],
+    record: Callable[[list[Instance]], Awaitable[list[Instance]]],
     parent: Instance | None = None,
     snapshot: Snapshot | None = None,
     spares: Sequence[Spare] = (),
@@ -62,8 +62,8 @@ async def fan_out(
 
     :param owner: the owner of the children; None is the operator, who leaves them to the source's
         owner
-    :param admit: called in the transaction that records the children; raises if the host lacks
-        capacity
+    :param record: records the children and their operation in the journal, if the host has the capacity;
+        returns them as recorded
     :param parent: the parent to record, if it is not `source`: a running machine whose capture is
         `source`, or the existing instance that `snapshot` was made of
     :param snapshot: take the files from this snapshot, which `source` stands for
@@ -91,7 +91,7 @@ async def fan_out(
         for child in children
     ]
     try:
-        children = await in_thread(rooms.store.create, children, JournalOperation.FORK, admit)
+        children = await record(children)
     except asyncio.CancelledError:
         await complete(_destroy_all(rooms, children))
         raise
