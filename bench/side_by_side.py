@@ -91,18 +91,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="the other checkout, with its compiled parts")
     parser.add_argument("--home", required=True, help="data directory with the image")
+    parser.add_argument("--before-home", help="that of the other checkout, if its schema is an older one")
     parser.add_argument("--image", required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=5, help="of each round")
+    parser.add_argument("--batches", type=int, nargs="*", default=[100])
+    parser.add_argument("--no-commands", action="store_true", help="measure the host alone")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
-    where = ["--home", options.home, "--image", options.image, "--samples", str(options.samples)]
+    homes = {options.before: options.before_home or options.home, _HERE: options.home}
     hosts: dict[Path, list[tuple[Ratios, Ratios]]] = {}
     commands: dict[Path, list[Ratios]] = {}
     for _ in range(options.rounds):
         for tree in (options.before, _HERE):
-            host = ran(tree, "bench.host_cpu", [*where, "--batches", "100"])
+            where = ["--home", homes[tree], "--image", options.image, "--samples", str(options.samples)]
+            host = ran(tree, "bench.host_cpu", [*where, "--batches", *map(str, options.batches)])
             hosts.setdefault(tree, []).append(host_ratios(msgspec.json.decode(host, type=HostCpuReport)))
+            if options.no_commands:
+                continue
             client = ran(tree, "bench.client_cpu", where)
             commands.setdefault(tree, []).append(command_ratios(msgspec.json.decode(client, type=ClientCpuReport)))
     before, after = hosts[options.before], hosts[_HERE]
@@ -110,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=options.rounds,
         host=compared([each[0] for each in before], [each[0] for each in after]),
         forks_per_second=compared([each[1] for each in before], [each[1] for each in after]),
-        commands=compared(commands[options.before], commands[_HERE]),
+        commands={} if options.no_commands else compared(commands[options.before], commands[_HERE]),
     )
     for figures in (report.host, report.forks_per_second, report.commands):
         for name, each in figures.items():

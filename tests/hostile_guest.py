@@ -274,7 +274,7 @@ async def _watch(channel: Channel) -> None:
 
 def _check_bounds(channel: Channel) -> None:
     assert len(channel._decoder._buffer) <= 2 * (GUEST_PAYLOAD_MAX + 6), "the decoder keeps too much"
-    assert channel._writer.transport.get_write_buffer_size() <= 2 * REQUEST_MAX, "the host queues too much"
+    assert channel._transport.get_write_buffer_size() <= 2 * REQUEST_MAX, "the host queues too much"
     for stream in channel._streams.values():
         held = sum(len(frame.payload) for frame in stream._frames)
         assert held <= CREDIT_SIZE + GUEST_PAYLOAD_MAX, f"{stream.kind.name} holds {held} bytes"

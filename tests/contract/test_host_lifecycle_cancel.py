@@ -67,7 +67,7 @@ async def test_a_cancelled_fan_out_leaves_nothing(fake_host: AsyncHost, target: 
         await assert_tidy(fake_host, "oak")
     else:
         pytest.fail("a fork waits more often than this test cancels")
-    assert nth > 3
+    assert nth > 2
     await assert_tidy(fake_host, "oak", "elm", "fir")
 
 
@@ -162,7 +162,7 @@ async def test_a_cancelled_change_of_state_is_done_or_undone(fake_host: AsyncHos
     else:
         pytest.fail("the operation waits more often than this test cancels")
     assert oak.state is target
-    assert nth > 3  # it was cancelled in its waits
+    assert nth > 2  # it was cancelled in its waits
 
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.TEMPLATE])

@@ -300,14 +300,18 @@ async def test_an_atomic_fan_out_of_a_killed_host_leaves_all_or_none(
     async def never(*_: object) -> None:
         """Skip the cleanup, as a dead process does."""
 
+    async def record(children: list[Instance]) -> list[Instance]:
+        return rooms.store.create(children, JournalOperation.FORK)
+
     monkeypatch.setattr(Store, "save", killed_before_the_second)
     monkeypatch.setattr(Store, "save_all", killed_before_the_second_group)
     monkeypatch.setattr(fanout, "_parallel", lambda: 1)  # so each child is recorded alone
+    monkeypatch.setattr(fanout, "_SYNCS_AT_ONCE", 1)
     monkeypatch.setattr(fanout, "_abandon", never)
     monkeypatch.setattr(destroy, "destroy", never)
     monkeypatch.setattr(driver, "quit", never)
     with pytest.raises(Killed):
-        await fanout.fan_out(rooms, oak, request, no_progress, owner=None, admit=lambda: None)
+        await fanout.fan_out(rooms, oak, request, no_progress, owner=None, record=record)
     monkeypatch.undo()
     async with make_host() as host:
         left = {vm.name for vm in await host.call(LsRequest())} - {"oak"}

@@ -15,7 +15,7 @@ import pytest
 from coppice.content.overlay import OverlayStore
 from coppice.errors import NoSpace
 from coppice.linux import clone
-from coppice.linux.clone import clone_directory, clone_file
+from coppice.linux.clone import clone_file
 from coppice.linux.extents import occupancy
 from coppice.linux.link import link_or_copy
 from coppice.memory.memfile import copy_private, freeze, link
@@ -113,15 +113,6 @@ def test_success_without_sharing_is_not_believed(room: Path, monkeypatch: pytest
     monkeypatch.setattr(clone, "_reflink", copying)
     result = clone_file(source, room / "clone")
     assert (result.method, result.bytes_written >= 4 * MIB, result.shared_bytes) == ("sparse", True, 0)
-
-
-def test_directory_is_cloned_by_reflink(room: Path) -> None:
-    """The disks of a whole directory are shared too."""
-    (room / "instance").mkdir()
-    data_file(room / "instance" / "overlay.raw")
-    (room / "fork").mkdir()
-    result = clone_directory(room / "instance", room / "fork")
-    assert (result.files, result.bytes_written, result.shared_bytes) == (1, 0, 4 * MIB)
 
 
 def test_private_copy_shares_no_extent(room: Path) -> None:

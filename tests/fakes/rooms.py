@@ -48,8 +48,9 @@ class FakeKernels(KernelStore):
             return super().files(key)
         return {name: self.content.root / name for name in ("stub.initrd", "stub.kernel", "vmlinuz")}
 
-    def stub(self, kernel: Kernel) -> tuple[Path, Path]:
+    def stub(self, key: str) -> tuple[Path, Path]:
         """Return its stubs."""
+        self.get(key)
         return self.content.root / "stub.kernel", self.content.root / "stub.initrd"
 
     async def ensure_debian(self, progress: ProgressSink = no_progress) -> Kernel:

@@ -35,7 +35,7 @@ class TestFirecrackerDriver(DriverContract):
             root=rooms.images.root_file(await host.images.inspect(image)),
             kernel=kernel.boot_image,
             initrd=rooms.initrd(kernel, driver.capabilities.agent_device),
-            stub=rooms.kernels.stub(kernel),
+            stub=rooms.kernels.stub(kernel.key),
             overlays=rooms.overlays,
             patience_s=30.0,
         )

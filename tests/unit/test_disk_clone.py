@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from coppice.errors import CoppiceError, HostCannot, IntegrityError, NoSpace, Refused
 from coppice.linux import clone
-from coppice.linux.clone import clone_directory, clone_file, nonzero_parts, reflink_file
+from coppice.linux.clone import clone_file, nonzero_parts, reflink_file
 from coppice.linux.extents import data_ranges, punch_hole
 from coppice.linux.files import is_temporary, os_errors, temporary_beside
 
@@ -181,70 +180,6 @@ def test_punched_hole_reads_as_zeros(tmp_path: Path) -> None:
     assert data_bytes(path) == 4 * BLOCK
     with path.open("rb") as file, pytest.raises(OSError, match="Bad file"):
         punch_hole(file.fileno(), 0, BLOCK)
-
-
-def instance_directory(root: Path) -> Path:
-    directory = root / "instance"
-    (directory / "state" / "deep").mkdir(parents=True)
-    sparse_file(directory / "overlay.raw", {5: b"disk" * 1024}, 4 << 20)
-    sparse_file(directory / "memory", {1: b"ram"}, 1 << 20)
-    (directory / "state" / "vmstate").write_bytes(b"devices")
-    (directory / "state" / "deep" / "console.log").write_text("noise")
-    (directory / "instance.lock").touch()
-    (directory / temporary_beside(directory / "memory").name).touch()
-    (directory / "loop").symlink_to(directory)
-    (directory / "outside").symlink_to("/etc/hostname")
-    os.mkfifo(directory / "pipe")
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(directory / "agent"))
-    (directory / "state" / "vmstate").chmod(0o440)
-    for path in (directory / "state" / "vmstate", directory / "state"):
-        os.utime(path, ns=(10**18, 10**18 + 7))
-    directory.chmod(0o750)
-    return directory
-
-
-def test_a_directory_clone_omits_files_of_the_running_process(tmp_path: Path) -> None:
-    """Files, links, holes, modes and times are copied; logs, locks, sockets, fifos, leftovers and
-    skipped paths are not.
-    """
-    source = instance_directory(tmp_path)
-    target = tmp_path / "fork"
-    target.mkdir()
-    result = clone_directory(source, target, skip={"memory"})
-    assert sorted(str(path.relative_to(target)) for path in target.rglob("*")) == [
-        *("loop", "outside", "overlay.raw", "state", "state/deep", "state/vmstate"),
-    ]
-    left_out = [name for name in result.left_out if not is_temporary(name)]
-    assert left_out == ["agent", "instance.lock", "memory", "pipe", "state/deep/console.log"]
-    assert len(result.left_out) == len(left_out) + 1
-    assert result.files == 2
-    assert (target / "overlay.raw").read_bytes() == (source / "overlay.raw").read_bytes()
-    assert data_bytes(target / "overlay.raw") == BLOCK
-    assert (target / "outside").readlink() == Path("/etc/hostname")
-    assert (target / "loop").readlink() == source
-    for name in (".", "state", "state/vmstate"):
-        assert (target / name).stat().st_mode == (source / name).stat().st_mode
-    for name in ("state", "state/vmstate"):
-        assert (target / name).stat().st_mtime_ns == 10**18 + 7
-
-
-def test_a_skipped_directory_is_omitted_completely(tmp_path: Path) -> None:
-    """A skipped directory is omitted with its whole contents."""
-    (tmp_path / "fork").mkdir()
-    result = clone_directory(instance_directory(tmp_path), tmp_path / "fork", skip={"state"})
-    assert not (tmp_path / "fork" / "state").exists()
-    assert "state" in result.left_out
-
-
-def test_directory_clone_never_merges_into_another(tmp_path: Path) -> None:
-    """A destination that is not empty is refused and stays unchanged."""
-    source = instance_directory(tmp_path)
-    (tmp_path / "fork").mkdir()
-    (tmp_path / "fork" / "mine").touch()
-    with pytest.raises(Refused):
-        clone_directory(source, tmp_path / "fork")
-    assert [path.name for path in (tmp_path / "fork").iterdir()] == ["mine"]
 
 
 def test_a_file_system_without_reflinks_is_noticed(tmp_path: Path) -> None:

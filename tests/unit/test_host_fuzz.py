@@ -156,12 +156,12 @@ async def test_a_guest_that_only_sends_does_not_fill_the_hosts_buffer() -> None:
         stream = await channel.open(FrameType.CONNECT)
         with pytest.raises(GuestTimeout):
             await stream.send_data(FrameType.DATA, bytes(WINDOW_SIZE + (1 << 20)))
-        held = channel._writer.transport.get_write_buffer_size()
+        held = channel._transport.get_write_buffer_size()
         handed_over.set()
         with pytest.raises((GuestTimeout, GuestProtocolError)):
             async for _ in stream.data():
                 pass
-        assert channel._writer.transport.get_write_buffer_size() - held < 100
+        assert channel._transport.get_write_buffer_size() - held < 100
 
 
 async def test_a_second_cancellation_leaves_no_thread_behind() -> None:

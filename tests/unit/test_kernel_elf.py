@@ -81,7 +81,7 @@ def test_a_kernel_that_carries_its_configuration_needs_no_flags(store: KernelSto
     assert kernel.boot_image == kernel.vmlinux
     assert kernel.config is not None
     assert kernel.config.read_text() == config()
-    stub, _ = store.stub(kernel)
+    stub, _ = store.stub(kernel.key)
     assert stub.stat().st_size == 64 << 10
     assert stub.read_bytes()[0x202:0x206] == b"HdrS"
     assert store.get(kernel.key) == kernel == store.add(placed(tmp_path, elf(config()), "again"))

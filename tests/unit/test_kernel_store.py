@@ -180,7 +180,7 @@ def test_unknown_keys_are_not_found(store: KernelStore, key: str) -> None:
 def test_stubs_are_small_and_valid(store: KernelStore, tmp_path: Path) -> None:
     """A VMM that only restores gets 64 KiB with the real header, and an initrd of 512 bytes."""
     kernel = store.add(*built(tmp_path))
-    stub, initrd = store.stub(kernel)
+    stub, initrd = store.stub(kernel.key)
     assert kernel.vmlinuz is not None
     assert stub.read_bytes() == kernel.vmlinuz.read_bytes()[: 64 << 10]
     assert initrd.stat().st_size == 512

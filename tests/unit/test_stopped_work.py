@@ -21,7 +21,7 @@ from coppice.images.archive import Archive, open_archive
 from coppice.images.blobs import Verifier
 from coppice.images.erofs import write_erofs
 from coppice.linux import clone
-from coppice.linux.clone import clone_directory, clone_file
+from coppice.linux.clone import clone_file
 from coppice.linux.link import link_or_copy
 from coppice.memory import memfile
 from coppice.model import MIB, no_progress
@@ -61,14 +61,6 @@ def clone_in_memory(room: Path) -> None:
 
 def clone_in_kernel(room: Path) -> None:
     clone_file(large(room / "large"), room / "out" / "clone")
-
-
-def clone_many(room: Path) -> None:
-    (room / "many").mkdir()
-    for number in range(8):
-        (room / "many" / str(number)).write_bytes(b"x")
-    (room / "copied").mkdir()
-    clone_directory(room / "many", room / "copied")
 
 
 def copy_for_want_of_a_link(room: Path) -> None:
@@ -131,7 +123,6 @@ def check_disk(room: Path) -> None:
 WORKS: dict[Callable[[Path], None], int] = {
     clone_in_memory: 8,
     clone_in_kernel: 8,
-    clone_many: 8,
     copy_for_want_of_a_link: 8,
     hash_memory: 8,
     write_image: 8,

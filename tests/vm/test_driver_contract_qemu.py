@@ -34,7 +34,7 @@ class TestQemuDriver(DriverContract):
             root=host.local.rooms.images.root_file(await host.images.inspect(image)),
             kernel=kernel.boot_image,
             initrd=host.local.rooms.initrd(kernel, driver.capabilities.agent_device),
-            stub=host.local.rooms.kernels.stub(kernel),
+            stub=host.local.rooms.kernels.stub(kernel.key),
             overlays=host.local.rooms.overlays,
             patience_s=60.0,
             nics=(Nic(backend=NicBackend.USER_MODE, mac="02:00:00:00:00:01"),),

@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, cast
 
 from coppice.agent.protocol import (
     MAGIC,
@@ -30,10 +30,10 @@ from coppice.agent.stream import RemoteStream, deadline, refusal, unexpected
 from coppice.errors import Busy, CoppiceError, GuestProtocolError, GuestTimeout, NotSupported, VmmDied
 
 PING_AFTER_S: Final = 5.0  # of silence while a stream is open
-_READ_SIZE = 65536
+_FLUSH_S: Final = 1.0
 
 
-class Channel:
+class Channel(asyncio.Protocol):
     """A connected agent port, for any number of streams at once.
 
     :param patience_s: the limit of each single wait for the guest
@@ -41,22 +41,22 @@ class Channel:
     """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        patience_s: float,
-        is_paused: Callable[[], Awaitable[bool]] | None = None,
+        self, sock: socket.socket, patience_s: float, is_paused: Callable[[], Awaitable[bool]] | None = None
     ) -> None:
         self._socket = sock
-        self._reader = reader
-        self._writer = writer
         self._is_paused = is_paused
-        self._decoder = FrameDecoder(bytes(NONCE_SIZE))
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport  # from `connection_made` on
+        self._nonce = secrets.token_bytes(NONCE_SIZE)
+        self._decoder = FrameDecoder(self._nonce)
         self._streams: dict[int, RemoteStream] = {}
         self._next_id = 0
-        self._tasks: list[asyncio.Task[None]] = []
+        self._opened = False  # HELLO was sent
         self._heard = 0.0  # loop time of the last bytes from the guest
+        self._writable = asyncio.Event()  # the guest reads what is sent, or the connection has ended
+        self._ended = asyncio.Event()
+        self._next_look: asyncio.TimerHandle | None = None
+        self._asking: asyncio.Task[None] | None = None
         self.failure: CoppiceError | None = None  # the connection is of no more use
         self.patience_s = patience_s
         self._answered = asyncio.Event()  # HELLO was answered, or the connection has failed
@@ -70,8 +70,9 @@ class Channel:
     ) -> Channel:
         """Return a channel over a connected stream socket. The channel owns the socket."""
         sock.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=_READ_SIZE)
-        return cls(sock, reader, writer, patience_s, is_paused)
+        channel = cls(sock, patience_s, is_paused)
+        await channel._loop.create_unix_connection(lambda: channel, sock=sock)
+        return channel
 
     # ---- requests ----
 
@@ -83,8 +84,7 @@ class Channel:
         :raises VmmDied: the port is closed
         """
         stream = RemoteStream(self, self._free_id(), kind)
-        request = encode_request(kind, stream.id, payload)
-        request = self._opening() + request
+        request = self._opening() + encode_request(kind, stream.id, payload)
         self._streams[stream.id] = stream
         try:
             await self.send(request)
@@ -94,14 +94,13 @@ class Channel:
         return stream
 
     def _opening(self) -> bytes:
-        """Return the handshake, and begin to listen; nothing if that was done before."""
-        if self._tasks:
+        """Return the handshake, and begin to watch for silence; nothing if that was done before."""
+        if self._opened:
             return b""
-        nonce = secrets.token_bytes(NONCE_SIZE)
-        self._decoder = FrameDecoder(nonce)
-        self._heard = asyncio.get_running_loop().time()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_alive())]
-        return encode_hello(nonce)
+        self._opened = True
+        self._heard = self._loop.time()
+        self._look_later()
+        return encode_hello(self._nonce)
 
     async def require(self, feature: str, what: str) -> None:
         """Refuse an operation that the agent would not carry out, because it is older than this host.
@@ -154,12 +153,13 @@ class Channel:
         :raises VmmDied: the port is closed
         """
         self.post(data)
-        try:
+        if not self._writable.is_set():
             async with deadline(self.patience_s, "it does not read"):
-                await self._writer.drain()
-        except ConnectionError as error:
+                await self._writable.wait()
+        if self._transport.is_closing():
             self._fail(gone())
-            raise self.failure or gone() from error
+        if self.failure:
+            raise self.failure
 
     def post(self, data: bytes) -> None:
         """Send frames without waiting. For small ones whose number is bounded.
@@ -168,25 +168,49 @@ class Channel:
         """
         if self.failure:
             raise self.failure
-        self._writer.write(data)
+        self._transport.write(data)
 
     def forget(self, stream_id: int) -> None:
         """Drop a stream whose last frame has come."""
         self._streams.pop(stream_id, None)
 
-    # ---- receiving ----
+    # ---- callbacks of the transport ----
 
-    async def _receive(self) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the transport of the socket."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._writable.set()
+
+    def data_received(self, data: bytes) -> None:
+        """Hand frames of the guest to their streams."""
+        self._heard = self._loop.time()
         try:
-            while data := await self._reader.read(_READ_SIZE):
-                self._heard = asyncio.get_running_loop().time()
-                for frame in self._decoder.feed(data):
-                    self._dispatch(frame)
-            self._fail(gone())
-        except OSError:
-            self._fail(gone())
+            for frame in self._decoder.feed(data):
+                self._dispatch(frame)
         except CoppiceError as error:
+            self._decoder = FrameDecoder(self._nonce)  # drops what was received
             self._fail(error)
+
+    def eof_received(self) -> bool:
+        """Fail the streams. The transport stays, for what was sent."""
+        self._fail(gone())
+        return True
+
+    def pause_writing(self) -> None:
+        """Let senders wait: the guest does not read."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Let senders go on."""
+        self._writable.set()
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - each is the same for the streams
+        """Fail the streams and wake senders."""
+        self._fail(gone())
+        self._writable.set()
+        self._ended.set()
+
+    # ---- receiving ----
 
     def _dispatch(self, frame: Frame) -> None:
         if frame.type == FrameType.HELLO_ACK:
@@ -207,6 +231,7 @@ class Channel:
 
     def _fail(self, error: CoppiceError) -> None:
         self.failure = self.failure or error
+        self._transport.pause_reading()  # a guest may send without end
         self._answered.set()
         for stream in list(self._streams.values()):
             stream.fail(self.failure)
@@ -214,27 +239,34 @@ class Channel:
 
     # ---- keepalives ----
 
-    async def _keep_alive(self) -> None:
-        """Fail the streams when the guest has been silent for too long. It answers a PING at once."""
-        loop = asyncio.get_running_loop()
-        pause = min(PING_AFTER_S, self.patience_s / 3)
-        while self.failure is None:
-            await asyncio.sleep(pause)
-            silent = loop.time() - self._heard
-            if silent < pause or not self._streams:
-                continue
-            if silent < self.patience_s:
-                with contextlib.suppress(CoppiceError):
-                    self.post(encode_frame(FrameType.PING, 0))
-            elif await self._waits_for_resume():
-                self._heard = loop.time()
-            else:
-                self._fail(
-                    GuestTimeout(
-                        f"the guest's agent has been silent for {silent:.0f} s",
-                        hint="see its console with `coppice logs NAME`; a command goes on in a guest that lives",
-                    )
-                )
+    def _look_later(self) -> None:
+        self._next_look = self._loop.call_later(min(PING_AFTER_S, self.patience_s / 3), self._look)
+
+    def _look(self) -> None:
+        """Send a PING to a silent guest, which answers it at once. Judge a guest that has been silent for too long."""
+        if self.failure is not None:
+            return
+        silent = self._loop.time() - self._heard
+        if self._streams and silent >= self.patience_s:
+            self._asking = self._loop.create_task(self._judge(silent))
+            return
+        if self._streams and silent >= min(PING_AFTER_S, self.patience_s / 3):
+            with contextlib.suppress(CoppiceError):
+                self.post(encode_frame(FrameType.PING, 0))
+        self._look_later()
+
+    async def _judge(self, silent: float) -> None:
+        """Fail the streams of a silent guest, unless its machine is paused."""
+        if await self._waits_for_resume():
+            self._heard = self._loop.time()
+            self._look_later()
+            return
+        self._fail(
+            GuestTimeout(
+                f"the guest's agent has been silent for {silent:.0f} s",
+                hint="see its console with `coppice logs NAME`; a command goes on in a guest that lives",
+            )
+        )
 
     async def _waits_for_resume(self) -> bool:
         try:
@@ -245,27 +277,30 @@ class Channel:
     def give_up(self, error: CoppiceError) -> None:
         """Close the port. Each wait for the guest, also one that has begun, raises `error`."""
         self._fail(error)
-        self._writer.transport.abort()
+        self._transport.abort()
 
     async def close(self) -> None:
         """Close the port. Commands go on in the guest, all else ends. Idempotent."""
         self._fail(VmmDied("the connection to the agent was closed", hint="open it again"))
-        for task in self._tasks:
-            task.cancel()
+        if self._next_look is not None:
+            self._next_look.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
         try:
-            with contextlib.suppress(OSError, TimeoutError):
+            if not self._writable.is_set():
                 # What was sent, such as the end of a command, must still reach the port.
-                async with asyncio.timeout(1):
-                    await self._writer.drain()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_FLUSH_S):
+                        await self._writable.wait()
         finally:  # also if the caller is cancelled
             with contextlib.suppress(OSError):
                 # Closing is not enough: a child process forked meanwhile would keep the port
                 # connected.
                 self._socket.shutdown(socket.SHUT_RDWR)
-            self._writer.transport.abort()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+            self._transport.abort()
+        await self._ended.wait()
+        if self._asking is not None:
+            await asyncio.wait({self._asking})
 
 
 def gone() -> VmmDied:

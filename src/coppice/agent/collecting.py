@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import signal
 import time
@@ -10,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 
 from coppice.agent.stream import deadline
-from coppice.errors import GuestError, GuestTimeout
+from coppice.errors import CoppiceError, GuestError, GuestTimeout
 from coppice.model import ExecResult
 from coppice.model.guest import MAX_COLLECTED, Exit, OutputSink, Source, Stream
 
@@ -67,9 +68,12 @@ class Collecting(ABC):
         collected: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
         sinks: dict[Stream, OutputSink | None] = {"stdout": on_stdout, "stderr": on_stderr}
         limit = None if self._timeout_s is None else self._timeout_s + _TIMEOUT_GRACE_S
-        feeder = asyncio.create_task(self._feed(stdin))
+        feeder = None if stdin is None else asyncio.create_task(self._feed(stdin))
         try:
             async with deadline(limit, f"{self._name} does not end"):
+                if feeder is None:
+                    with contextlib.suppress(CoppiceError):  # the output ends with the same error, and says more
+                        await self.eof()
                 async for stream, data in self:
                     sink = sinks[stream]
                     if sink is None:
@@ -77,11 +81,12 @@ class Collecting(ABC):
                     elif inspect.isawaitable(taken := sink(data)):
                         await taken
             ended = await self.wait()
-            if feeder.done():
+            if feeder is not None and feeder.done():
                 feeder.result()
         finally:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
+            if feeder is not None:
+                feeder.cancel()
+                await asyncio.gather(feeder, return_exceptions=True)
         if ended.timed_out:
             raise GuestTimeout(
                 f"{self._name} ran longer than {self._timeout_s or 0:g} s and was ended",
@@ -94,12 +99,11 @@ class Collecting(ABC):
             duration_ms=(time.perf_counter() - self._began) * 1000,
         )
 
-    async def _feed(self, source: Source | None) -> None:
+    async def _feed(self, source: Source) -> None:
         """Send all of standard input. If the source fails, kill the command, whose input is partial."""
         try:
-            if source is not None:
-                async for chunk in chunks_of(source):
-                    await self.send_stdin(chunk)
+            async for chunk in chunks_of(source):
+                await self.send_stdin(chunk)
             await self.eof()
         except Exception:
             await self.signal(signal.SIGKILL)

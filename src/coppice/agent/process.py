@@ -121,6 +121,9 @@ class ExecSession(Collecting):
     @contextlib.asynccontextmanager
     async def _limit(self) -> AsyncIterator[None]:
         """Keep the time limit of the command here too, in case the guest does not."""
+        if self._ends_at is None:
+            yield
+            return
         try:
             async with asyncio.timeout_at(self._ends_at):
                 yield

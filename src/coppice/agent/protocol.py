@@ -225,7 +225,7 @@ def readable(value: bytes) -> str:
     Undecodable bytes are replaced, control characters dropped, and at most 1000 bytes kept.
     """
     text = value[:1000].decode("utf-8", "replace")
-    return "".join(character for character in text if character.isprintable())
+    return text if text.isprintable() else "".join(character for character in text if character.isprintable())
 
 
 def unpack_number(payload: bytes) -> int:

@@ -92,11 +92,13 @@ class KernelStore:
         kernels = [self.get(path.name) for path in directories]
         return sorted(kernels, key=lambda kernel: (_numbers(kernel.version), arrived[kernel.key], kernel.key))
 
-    def stub(self, kernel: Kernel) -> tuple[Path, Path]:
-        """Return stand-ins for kernel and initrd, for a VMM that only restores and never runs
-        them.
+    def stub(self, key: str) -> tuple[Path, Path]:
+        """Return stand-ins for a kernel and its initrd, for a VMM that only restores and never runs
+        them. Blocks.
+
+        :raises NotFound: the store has no such kernel
         """
-        directory = self.content.root / kernel.key
+        directory = self._directory(key)
         return directory / "stub.kernel", directory / "stub.initrd"
 
     def add(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,7 +33,9 @@ _log = logging.getLogger(__name__)
 
 # More parallel starts would only take turns on the CPUs, and each guest would answer later.
 _PARALLEL_PER_CPU = 2
-_UNDER_WAY = 64  # each holds a lock file open, also those that wait for a slot or for the sync of their group
+# The syncs of forks that are not started wait for the disk, which carries out concurrent ones together.
+_SYNCS_AT_ONCE = 16
+_UNDER_WAY = 64  # each holds a lock file open, also those that wait for a slot or for their group
 
 
 @functools.cache
@@ -48,7 +50,7 @@ async def fan_out(
     progress: ProgressSink,
     *,
     owner: str | None,
-    admit: Callable[[], None],
+    record: Callable[[list[Instance]], Awaitable[list[Instance]]],
     parent: Instance | None = None,
     snapshot: Snapshot | None = None,
     spares: Sequence[Spare] = (),
@@ -60,8 +62,8 @@ async def fan_out(
 
     :param owner: the owner of the children; None is the operator, who leaves them to the source's
         owner
-    :param admit: called in the transaction that records the children; raises if the host lacks
-        capacity
+    :param record: records the children and their operation in the journal, if the host has the capacity;
+        returns them as recorded
     :param parent: the parent to record, if it is not `source`: a running machine whose capture is
         `source`, or the existing instance that `snapshot` was made of
     :param snapshot: take the files from this snapshot, which `source` stands for
@@ -89,14 +91,14 @@ async def fan_out(
         for child in children
     ]
     try:
-        children = await in_thread(rooms.store.create, children, JournalOperation.FORK, admit)
+        children = await record(children)
     except asyncio.CancelledError:
         await complete(_destroy_all(rooms, children))
         raise
     together = request.atomic and len(children) > 1  # none remains if this process is killed before the last
     durable = request.target is not State.RUNNING  # one sync of the database serves all
-    slots, under_way = asyncio.Semaphore(_parallel()), asyncio.Semaphore(_UNDER_WAY)
-    resting = Resting(rooms, of_durable=source.stem_of is None, done=not together)
+    slots = asyncio.Semaphore(_SYNCS_AT_ONCE if durable else _parallel())
+    under_way, resting = asyncio.Semaphore(_UNDER_WAY), Resting(rooms, done=not together)
     settled = 0
 
     async def child(instance: Instance, payload: bytes | None) -> ForkResult | CoppiceError:

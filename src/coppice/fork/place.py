@@ -15,7 +15,8 @@ def place(
 ) -> directories.Placed:
     """Make the directory of a child of `source`, whose files are in `origin`: links and clones.
 
-    The child gets the memory only if `target` needs it (see `takes_memory`).
+    The child gets the memory only if `target` needs it (see `takes_memory`). The contents of one that is not started
+    are durable on return, but not the name of its directory: its record can become durable at any moment.
 
     :param recorded: check that the child is still recorded: another process may have removed it before it was locked
     :raises NotFound: it is not
@@ -29,7 +30,7 @@ def place(
     if with_memory:
         directories.require_current(origin, source)
     directories.create(directory)
-    return directories.place_fork(
+    placed = directories.place_fork(
         origin,
         directory,
         source,
@@ -37,3 +38,7 @@ def place(
         drivers=(rooms.driver(source), rooms.driver(child)),
         overlays=rooms.overlays,
     )
+    if target is not State.RUNNING:
+        # The memory of a recorded source is durable, so links to it need no sync.
+        directories.make_contents_durable(directory, child.machine, of_durable=source.stem_of is None)
+    return placed

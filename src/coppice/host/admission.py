@@ -34,6 +34,7 @@ from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, MachineSpec, R
 from coppice.model.lifecycle import Operation
 from coppice.requests import BudgetRequest, FanOut, ForkRequest
 from coppice.state.budgets import use_of, worst_case
+from coppice.state.journal import JournalOperation
 from coppice.vmm import driver as files
 from coppice.vmm.driver import VmmDriver
 from coppice.volumes import disk as disks
@@ -76,14 +77,36 @@ class Admission(UseCases):
         try:
             return await in_thread(self._checked, demand)
         except NoSpace:
-            await self._settle_dead()  # a machine that has ended takes no memory
-            await self._spare().give_way()
+            await self._make_room()
         return await in_thread(self._checked, demand)
 
     def _checked(self, demand: Callable[[], Demand]) -> Callable[[], None]:
         check = partial(_check, self.rooms, self.budgets, demand())
         check()
         return check
+
+    async def _record_forks(self, demand: Callable[[], Demand], children: list[Instance]) -> list[Instance]:
+        """Record the children of a fork, if the budgets admit their demand. Return them as recorded.
+
+        :param demand: as for `_admit`
+        :raises NoSpace: a budget is exceeded; the message names it
+        :raises NameTaken: a name is in use; the message says which
+        """
+
+        def record() -> list[Instance]:
+            check = partial(_check, self.rooms, self.budgets, demand())
+            return self.rooms.store.create(children, JournalOperation.FORK, check)
+
+        try:
+            return await in_thread(record)
+        except NoSpace:
+            await self._make_room()
+        return await in_thread(record)
+
+    async def _make_room(self) -> None:
+        """Give up what takes memory and is not needed: machines that have ended, and spares."""
+        await self._settle_dead()
+        await self._spare().give_way()
 
     def _spare(self) -> Spares:
         if self._host.spares is None:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from coppice.completion import in_own_thread, in_thread
+from coppice.completion import in_own_thread
 from coppice.errors import Busy
 from coppice.host import recovery
 from coppice.host.opened import OpenedHost
@@ -49,7 +49,7 @@ class UseCases:
 
     async def _get(self, key: str) -> Instance:
         """Return the recorded instance if this host's owner may use it."""
-        found = await in_thread(self.rooms.store.get, key)
+        found, _ = await self.rooms.store.look_up(key)
         require_instance(self.owner, found, key)
         return found
 
@@ -58,11 +58,11 @@ class UseCases:
 
         First recover an operation that was interrupted, then check whether its VMM still runs.
         """
-        found, entry = await in_thread(self.rooms.store.get_journaled, key)
+        found, entry = await self.rooms.store.look_up(key)
         require_instance(self.owner, found, key, to_fork=to_fork)
         if entry is not None and recovery.is_interrupted(entry):
             await recovery.recover(self.rooms, only=found.id)
-            found = await in_thread(self.rooms.store.get, found.id)
+            found, _ = await self.rooms.store.look_up(found.id)
             require_instance(self.owner, found, key, to_fork=to_fork)
         return await recovery.look(self.rooms, found)
 
@@ -119,13 +119,14 @@ class UseCases:
         :raises NoSpace: the disk is full
         """
         to_fork = operation is Operation.FORK
-        instance = await self._current(key, to_fork=to_fork)
+        # With the exclusive lock the true state is looked for under the lock.
+        instance = await (self._current(key, to_fork=to_fork) if shared else self._get(key))
         lock = self.rooms.layout.lock(instance.id)
         end_s = self.rooms.deadlines.lock if deadline_s is None else deadline_s
         with untranslated(f"{operation} {instance.name}"):
             async with locks.hold(lock, shared=shared, deadline_s=end_s, what=instance.name):
                 with locks.of_record(lock):
-                    instance, entry = await in_thread(self.rooms.store.get_journaled, instance.id)
+                    instance, entry = await self.rooms.store.look_up(instance.id)
                     if not shared:
                         instance = await recovery.look_locked(self.rooms, instance, entry)
                     elif entry is not None and recovery.is_interrupted(entry):  # memory and disk may not match

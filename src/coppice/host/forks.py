@@ -30,9 +30,10 @@ class Forks(Removal):
         clones = request.clones_volumes
         async with self._hold(request.instance, Operation.FORK, shared=True, clones_volumes=clones) as (source, _):
             with self._spare().taken(source, request) as spares:
-                admit = await self._admit(partial(demand_of_forks, self.rooms, source, request, ahead=len(spares)))
+                demand = partial(demand_of_forks, self.rooms, source, request, ahead=len(spares))
+                record = partial(self._record_forks, demand)
                 forked = await fan_out(
-                    self.rooms, source, request, progress, owner=self.owner, admit=admit, spares=spares
+                    self.rooms, source, request, progress, owner=self.owner, record=record, spares=spares
                 )
         self._spare().forked(source, request)
         self._hash().captured(*forked.instances)
@@ -65,9 +66,9 @@ class Forks(Removal):
                     stem = await until_forked.enter_async_context(live.stem(self.rooms, source, admit))
                     captured, report = await live.capture_running(self.rooms, source, stem)
                 rest = msgspec.structs.replace(request, from_running=False)
-                admit = await self._admit(partial(demand_of_forks, self.rooms, captured, rest))
+                record = partial(self._record_forks, partial(demand_of_forks, self.rooms, captured, rest))
                 forked = await fan_out(
-                    self.rooms, captured, rest, progress, owner=self.owner, admit=admit, parent=source
+                    self.rooms, captured, rest, progress, owner=self.owner, record=record, parent=source
                 )
         except asyncio.CancelledError:
             if forked is not None:  # the caller will not get the report with the forks

@@ -203,12 +203,17 @@ class Guest(UseCases):
         Take no instance lock: sessions run in parallel, and a capture does not wait for them.
         """
         async with self._awake(key) as instance, self.rooms.ports(instance).session(_PORT_DEADLINE_S) as session:
-            watching = asyncio.create_task(self._watch(instance, session))
+            watching: list[asyncio.Task[None]] = []
+            loop = asyncio.get_running_loop()
+            # Most sessions end before the first look, and need no task.
+            watch = loop.call_later(_LOOK_S, lambda: watching.append(loop.create_task(self._watch(instance, session))))
             try:
                 yield session
             finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+                watch.cancel()
+                for task in watching:
+                    task.cancel()
+                    await asyncio.wait({task})
 
     async def _watch(self, instance: Instance, session: Session) -> None:
         """End the session if the guest's kernel has ended and its VMM has not.
@@ -218,7 +223,6 @@ class Guest(UseCases):
         """
         console = self.rooms.directory(instance.id) / files.CONSOLE_LOG
         while True:
-            await asyncio.sleep(_LOOK_S)
             words = await in_thread(last_words.of_end, console, instance.started_at or 0.0)
             if words and await self._is_silent(instance):
                 session.give_up(
@@ -228,6 +232,7 @@ class Guest(UseCases):
                     )
                 )
                 return
+            await asyncio.sleep(_LOOK_S)
 
     async def _is_silent(self, instance: Instance) -> bool:
         try:

@@ -113,14 +113,14 @@ class Snapshots(Lifecycle):
             with contextlib.suppress(NotFound):
                 parent = await self._get(found.source)
             source, origin = snapshot.as_source(found), self.rooms.layout.snapshot(found.id)
-            admit = await self._admit(partial(demand_of_forks, self.rooms, source, request, origin))
+            record = partial(self._record_forks, partial(demand_of_forks, self.rooms, source, request, origin))
             forked = await fan_out(
                 self.rooms,
                 source,
                 request,
                 progress,
                 owner=self.owner,
-                admit=admit,
+                record=record,
                 parent=parent,
                 snapshot=found,
             )

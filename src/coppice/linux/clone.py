@@ -1,4 +1,4 @@
-"""Clone files and directories: by reflink if the file system supports it, else by a sparse copy."""
+"""Clone files: by reflink if the file system supports it, else by a sparse copy."""
 
 from __future__ import annotations
 
@@ -7,26 +7,21 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from coppice import stopping
 from coppice.errors import HostCannot
 from coppice.linux.extents import data_ranges, occupancy
-from coppice.linux.files import TEMPORARY_SUFFIX, os_errors, publish, sync_directory, temporary_beside
+from coppice.linux.files import os_errors, publish, temporary_beside
 
 FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h; the same on x86_64 and aarch64
-
-LEFT_OUT_SUFFIXES = (".log", ".lock", ".pid", ".sock", TEMPORARY_SUFFIX)
-"""Files that belong to a process, not to the machine.
-
-`clone_directory` skips them, and sockets, fifos and devices.
-"""
 
 _CHUNK = 1 << 20
 _KERNEL_CHUNK = 64 << 20  # one call cannot be interrupted
 _ZEROS = bytes(4096)
+_without_reflinks: set[int] = set()  # devices of file systems that were found to have none; that never changes
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY})
 
 
@@ -39,15 +34,6 @@ class CloneResult(NamedTuple):
     bytes_written: int
     method: Literal["reflink", "sparse"]
     shared_bytes: int
-
-
-class DirectoryClone(NamedTuple):
-    """The cost of cloning a directory, and the paths that were skipped, relative to the source."""
-
-    files: int
-    bytes_written: int
-    shared_bytes: int
-    left_out: tuple[str, ...]
 
 
 def clone_file(
@@ -78,6 +64,9 @@ def reflink_file(source: Path, destination: Path, *, mode: int = 0o600) -> bool:
 
     Raises NoSpace, IntegrityError (no such source) or HostCannot.
     """
+    with os_errors(f"look at {destination.parent}"):
+        if os.stat(destination.parent).st_dev in _without_reflinks:  # noqa: PTH116 - a fork does this many times
+            return False
     with _replacing(source, destination) as (src, dst, temporary):
         if done := _reflink(src, dst):
             os.fchmod(dst, mode)
@@ -117,63 +106,6 @@ def open_source(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def clone_directory(
-    source: Path, destination: Path, *, skip: Collection[str] = (), sync: bool = True
-) -> DirectoryClone:
-    """Clone the contents of a directory into an existing, empty directory.
-
-    `skip` names paths relative to `source`; a directory is skipped with its contents.
-    `LEFT_OUT_SUFFIXES`, sockets, fifos and devices are skipped too. Symbolic links are copied as
-    links and never followed; holes, modes and modification times are kept. With `sync=False` the
-    clone does not survive a power loss until the caller syncs it.
-
-    Raises Refused if `destination` is not empty, else what `clone_file` raises. A failure leaves a
-    partial clone: the caller removes the directory that it made.
-    """
-    with os_errors(f"clone the directory {source} to {destination}"):
-        if any(destination.iterdir()):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        files = written = shared = 0
-        left_out: list[str] = []
-        for result in _clone_tree(source, destination, "", frozenset(skip), left_out, sync=sync):
-            files += 1
-            written += result.bytes_written
-            shared += result.shared_bytes
-        return DirectoryClone(files, written, shared, tuple(sorted(left_out)))
-
-
-def _clone_tree(
-    source: Path, destination: Path, prefix: str, skip: frozenset[str], left_out: list[str], *, sync: bool
-) -> Iterator[CloneResult]:
-    with os.scandir(source) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    for entry in entries:
-        relative = prefix + entry.name
-        info = entry.stat(follow_symlinks=False)
-        kind = stat.S_IFMT(info.st_mode)
-        target = destination / entry.name
-        if relative in skip or (entry.name.endswith(LEFT_OUT_SUFFIXES) and kind != stat.S_IFDIR):
-            left_out.append(relative)
-            continue
-        if kind == stat.S_IFLNK:
-            target.symlink_to(Path(entry.path).readlink())
-        elif kind == stat.S_IFDIR:
-            target.mkdir(mode=0o700)
-            yield from _clone_tree(Path(entry.path), target, relative + "/", skip, left_out, sync=sync)
-            continue  # its own mode and times were set after its contents
-        elif kind == stat.S_IFREG:
-            yield clone_file(Path(entry.path), target, mode=stat.S_IMODE(info.st_mode), sync=sync)
-        else:
-            left_out.append(relative)
-            continue
-        os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns), follow_symlinks=False)
-    info = source.stat()
-    destination.chmod(stat.S_IMODE(info.st_mode))
-    os.utime(destination, ns=(info.st_atime_ns, info.st_mtime_ns))
-    if sync:
-        sync_directory(destination)
-
-
 def _clone_contents(src: int, dst: int, *, reflink: bool) -> CloneResult:
     if reflink and _reflink(src, dst):
         size = os.fstat(dst).st_size
@@ -189,9 +121,14 @@ def _clone_contents(src: int, dst: int, *, reflink: bool) -> CloneResult:
 
 
 def _reflink(src: int, dst: int) -> bool:
+    device = os.fstat(dst).st_dev
+    if device in _without_reflinks:
+        return False
     try:
         fcntl.ioctl(dst, FICLONE, src)
     except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            _without_reflinks.add(device)
         # EXDEV: another file system; EOPNOTSUPP/ENOTTY/EINVAL: no reflinks here; ETXTBSY: a swap
         # file.
         if error.errno in _NO_KERNEL_COPY | {errno.ENOTTY}:

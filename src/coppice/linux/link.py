@@ -49,8 +49,6 @@ def link_or_copy(source: Path, destination: Path) -> LinkResult:
         before = source.lstat()
         if not stat.S_ISREG(before.st_mode):
             raise HostCannot(f"{source} is not a regular file", hint="check what replaced it in the data directory")
-        if os.path.lexists(destination):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         try:
             os.link(source, destination, follow_symlinks=False)
         except OSError as error:

@@ -187,7 +187,7 @@ def _ready_to_start(rooms: Rooms, instance: Instance) -> tuple[tuple[Layer, ...]
     if capture is not None:
         directories.check_memory(directory, capture)
         directories.require_current(directory, instance)
-        directories.place_kernel(directory, *rooms.kernels.stub(rooms.kernels.get(instance.machine.kernel)))
+        directories.place_kernel(directory, *rooms.kernels.stub(instance.machine.kernel))
         layers = ranges_over(directory / files.MEMORY, capture.layers) if capture.layers else ()
     directories.trim_logs(directory)
     return layers, limits.prepare(instance, directory)

@@ -18,10 +18,9 @@ import msgspec
 
 from coppice.content.overlay import OverlayStore
 from coppice.errors import IntegrityError
-from coppice.linux.clone import clone_directory
 from coppice.linux.files import is_temporary, os_errors, sync, temporary_beside
 from coppice.linux.link import IMMUTABLE, link_or_copy
-from coppice.machine import disk, limits, volumes
+from coppice.machine import disk, volumes
 from coppice.memory import layers, memfile
 from coppice.model import Capture, Instance, MachineSpec, MemFile, Sharing
 from coppice.vmm import driver as files
@@ -30,7 +29,6 @@ from coppice.vmm.driver import Capabilities, Disk, VmmDriver
 LAYERS = tuple(layers.path_of(Path(files.MEMORY), number).name for number in range(1, layers.MOST + 1))
 _MEMORY = (files.MEMORY, *LAYERS, files.VMSTATE)
 CAPTURED = (*_MEMORY, files.OVERLAY_DISK)
-_LINKED = (files.MEMORY, *LAYERS, files.VMSTATE, files.ROOT_DISK, files.KERNEL, files.INITRD, *volumes.DISKS)
 _REMOVED = ".removed"
 _SEE_LOG = "see its log with `coppice logs --vmm NAME`"
 LOG_KEPT = 8 << 20  # bytes
@@ -107,19 +105,17 @@ def place_fork(
     drivers: tuple[VmmDriver, VmmDriver],
     overlays: OverlayStore,
 ) -> Placed:
-    """Fill a fork's empty directory from its source's: link immutable files, clone the others.
+    """Fill a fork's empty directory from its source's: link immutable files, put a layer over the disk or clone it.
 
     The other parameters and errors are those of `place_capture`.
 
     :param drivers: the source's and the fork's
     """
-    skip = (*_LINKED, *_RUNTIME, limits.LINK, *disk.names_in(source))
-    written = clone_directory(source, directory, skip=skip, sync=False).bytes_written
     size_bytes = instance.machine.overlay_bytes
-    layers, more = disk.fork(source, directory, instance.disk_layers, size_bytes, drivers, overlays)
+    layers, written = disk.fork(source, directory, instance.disk_layers, size_bytes, drivers, overlays)
     own = msgspec.structs.replace(instance, disk_layers=layers)
     placed = place_capture(source, directory, own, with_memory=with_memory, able=drivers[0].capabilities)
-    return Placed(placed.capture, written + more + placed.bytes_written, layers)
+    return Placed(placed.capture, written + placed.bytes_written, layers)
 
 
 @os_errors("place captured files")

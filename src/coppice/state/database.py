@@ -148,6 +148,16 @@ class Database:
             except sqlite3.Error as error:
                 raise _translated(error, self._path) from error
 
+    @contextlib.contextmanager
+    def unused(self) -> Iterator[bool]:
+        """Yield whether no other thread uses the connection, and keep it so during the block. Does not block."""
+        taken = self._lock.acquire(blocking=False)
+        try:
+            yield taken
+        finally:
+            if taken:
+                self._lock.release()
+
     def close(self) -> None:
         """Close the connection. Idempotent."""
         with self._lock:

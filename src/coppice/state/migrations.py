@@ -10,6 +10,7 @@ import msgspec
 
 from coppice.state import users
 from coppice.state.event_schema import add_events, add_process_ends
+from coppice.state.load import INDEX_LOAD
 from coppice.state.supervision_schema import add_supervision
 from coppice.state.takeover import take_over_images
 
@@ -131,4 +132,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     _keep,  # disks of volumes may be private clones
     _keep,  # instances gain the memory that their VMMs may take
     add_process_ends,  # records of instances also gain the end of their process, and its endpoint for notices
+    INDEX_LOAD,
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from coppice.completion import QuickCalls
+from coppice.completion import QuickCalls, in_thread
 from coppice.errors import Busy, InUse, NameTaken, NotFound
 from coppice.model import Instance, Record, State
 from coppice.model.ownership import no_instance
@@ -105,6 +105,19 @@ class Store(QuickCalls):
             raise no_instance(reference)
         record, *entry = row
         return _decode(record), None if entry[0] is None else _entry(entry)
+
+    async def look_up(self, reference: str) -> tuple[Instance, JournalEntry | None]:
+        """Do as `get_journaled` does, without blocking the event loop.
+
+        If no other thread uses the database, the row is read at once: it takes 50 microseconds, and the way to a
+        thread and back takes longer. Readers never wait for the writers of other processes.
+
+        :raises NotFound: there is none
+        """
+        with self._db.unused() as unused:
+            if unused:
+                return self.get_journaled(reference)
+        return await in_thread(self.get_journaled, reference)
 
     def instances(self) -> list[Instance]:
         """Return all instances, oldest first, without stems: a stem is internal to one

@@ -8,7 +8,6 @@ signals the end. A recycled pid is never mistaken for a VMM.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -129,16 +128,20 @@ async def wait_exit(process: VmmProcess) -> int | None:
         return reap(process)
     try:
         if is_alive(process) or _is_ending(process):
-            loop = asyncio.get_running_loop()
-            ended: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(pidfd, _settle, ended)
-            try:
-                await ended
-            finally:
-                loop.remove_reader(pidfd)
+            await _end_of(pidfd)
         return reap(process)
     finally:
         os.close(pidfd)
+
+
+async def _end_of(pidfd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(pidfd, _settle, ended)
+    try:
+        await ended
+    finally:
+        loop.remove_reader(pidfd)
 
 
 def _is_ending(process: VmmProcess) -> bool:
@@ -163,15 +166,18 @@ async def kill(process: VmmProcess, *, deadline_s: float = _EXIT_DEADLINE_S) -> 
 
     :raises VmmTimeout: the process did not end within `deadline_s`, since it is stuck in the kernel
     """
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(process.pid)
-        try:
-            if is_alive(process):  # checked after opening the pidfd, so the signal cannot reach another process
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        finally:
-            os.close(pidfd)
     try:
-        await asyncio.wait_for(wait_exit(process), deadline_s)
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        reap(process)
+        return
+    try:
+        if is_alive(process):  # checked after opening the pidfd, so the signal cannot reach another process
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        elif not _is_ending(process):
+            return
+        async with asyncio.timeout(deadline_s):
+            await _end_of(pidfd)
     except TimeoutError as error:
         reap(process)
         if not is_alive(process) and not _is_ending(process):
@@ -180,6 +186,9 @@ async def kill(process: VmmProcess, *, deadline_s: float = _EXIT_DEADLINE_S) -> 
             f"VMM process {process.pid} did not end within {deadline_s:g} s after SIGKILL",
             hint=f"run `ps -o pid,state,wchan {process.pid}`: state D is a process stuck in the kernel",
         ) from error
+    finally:
+        os.close(pidfd)
+        reap(process)
 
 
 def by_working_directory(below: Path, executables: Iterable[str]) -> dict[Path, list[VmmProcess]]:

@@ -28,31 +28,28 @@ def find(name: str, variable: str, hint: str, environ: Mapping[str, str] = os.en
         not find its VMMs
     """
     chosen = environ.get(variable)
-    path = _which(chosen or name, environ.get("PATH"))
+    key = chosen or name, environ.get("PATH")
+    found = _found.get(key)
+    if found is None or not os.access(found, os.X_OK):
+        found = _found[key] = _find(name, variable, chosen, key[1], hint)
+    return found
+
+
+_found: dict[tuple[str, str | None], str] = {}  # each fork asks
+
+
+def _find(name: str, variable: str, chosen: str | None, search: str | None, hint: str) -> str:
+    path = shutil.which(chosen or name, path=search)
     if path is None and chosen:
         raise MissingTool(f"{variable} is {chosen}, which is not an executable file", hint=f"run `unset {variable}`")
     if path is None:
         raise MissingTool(f"{name} is not installed", hint=hint)
-    if (found := Path(path).resolve().name) != name:
+    if (target := Path(path).resolve().name) != name:
         raise HostCannot(
-            f"{path} is a program named {found}, not {name}",
+            f"{path} is a program named {target}, not {name}",
             hint=f"set {variable} to a file of that name, for example to a copy",
         )
     return str(Path(path).absolute())
-
-
-_found: dict[tuple[str, str | None], str] = {}
-
-
-def _which(name: str, search: str | None) -> str | None:
-    """Do as `shutil.which` does, and remember what it found as long as that can be executed: each fork asks."""
-    path = _found.get((name, search))
-    if path is None or not os.access(path, os.X_OK):
-        path = shutil.which(name, path=search)
-        if path is None:
-            return None
-        _found[name, search] = path
-    return path
 
 
 async def version(path: str, pattern: str) -> str:
@@ -63,7 +60,7 @@ async def version(path: str, pattern: str) -> str:
 
     :raises HostCannot: the program does not end in time
     """
-    status = Path(path).stat()
+    status = os.stat(path)  # noqa: PTH116 - each fork asks
     key = f"{path}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
     if key not in _versions:
         _versions.update(_remembered())

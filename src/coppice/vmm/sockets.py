@@ -24,7 +24,7 @@ def connect(directory: Path, name: str) -> socket.socket:
 
     :raises OSError: nothing listens on it
     """
-    descriptor = os.open(directory / name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(f"{directory}/{name}", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
@@ -76,11 +76,12 @@ def listening(directory: Path, names: Sequence[str]) -> Iterator[dict[str, socke
     """
     sockets: dict[str, socket.socket] = {}
     with untranslated(f"listen in {directory}"):
-        descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with untranslated(f"listen in {directory}"):
+            for name in {*names}.intersection(os.listdir(descriptor)):  # noqa: PTH208 - a descriptor
+                os.unlink(name, dir_fd=descriptor)
             for name in names:
-                (directory / name).unlink(missing_ok=True)
                 sockets[name] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 sockets[name].bind(f"/proc/self/fd/{descriptor}/{name}")
                 sockets[name].listen(1)

@@ -156,7 +156,7 @@ def _started(said: str, program: str, cwd: Path) -> VmmProcess:
         )
     ticks = start_ticks(pid) or 0
     try:
-        executable = str(Path(f"/proc/{pid}/exe").readlink())
+        executable = os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - a fork does this
     except OSError:  # it has ended already: a zombie has no program
         executable, ticks = program, 0
     process = VmmProcess(pid=pid, start_ticks=ticks, executable=executable)
