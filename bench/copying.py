@@ -90,6 +90,12 @@ class CopyingDriver(VmmDriver):
     async def disk_in_use(self, directory: Path) -> tuple[str, ...]:
         return await self._inner.disk_in_use(directory)
 
+    async def prepare_switch(self, directory: Path, disk: Sequence[str]) -> None:
+        await self._inner.prepare_switch(directory, disk)
+
+    async def finish_switch(self, directory: Path, disk: Sequence[str]) -> None:
+        await self._inner.finish_switch(directory, disk)
+
     async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:
         await self._inner.switch_layer(directory, disk)
 

@@ -2,10 +2,10 @@
 
     python -m bench.disks --home DIR --image IMAGE --output benchmarks/disks.json
 
-The source is a machine at rest whose file system has a file of random bytes. Forks to Stopped are made one
-after the other, and after each a sparse copy of the source's disk in the same file system, as forks
-were made before disks had layers. Compare figures within one run only: the speed of a shared host
-changes.
+The source is a template whose file system has a file of random bytes. Forks are started one after the
+other, and after some of them a sparse copy of the source's disk is made in the same file system, as
+forks were made before disks had layers. After each copy the file system is synced: else the next forks
+would wait for the copy's data. Compare figures within one run only: the speed of a shared host changes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,19 @@ from coppice.client import AsyncHost
 from coppice.linux.clone import clone_file
 from coppice.linux.e2fs import run_e2fs
 from coppice.machine import disk
-from coppice.model import GIB, Instance, Record, State
-from coppice.requests import ForkRequest, RmRequest, RunRequest
+from coppice.model import GIB, Instance, Record
+from coppice.requests import (
+    ExecRequest,
+    ForkRequest,
+    PromoteRequest,
+    RmRequest,
+    RunRequest,
+    StandbyRequest,
+    StartRequest,
+)
 
 _SOURCE, _FORK = "disks-bench", "disks-bench-fork"
+_FORKS_PER_COPY = 5
 
 
 class Way(Record, frozen=True, kw_only=True):
@@ -38,39 +47,47 @@ class Way(Record, frozen=True, kw_only=True):
     place_median_ms: float
     place_least_ms: float
     bytes_written: int  # the most of all samples
+    samples: int
 
 
 class DisksReport(Record, frozen=True, kw_only=True):
     """One run."""
 
     host: HostFacts
-    samples: int
     data_bytes: int  # in the file on the source's disk
     allocated_bytes: int  # of the source's disk
     layer: Way
+    own_bytes: int  # of a fork's own layer when its guest has answered a command, the most of all samples
     copy: Way
     time_ratio: float  # of the medians: copy divided by layer
     bytes_ratio: float
 
 
 async def measure(host: AsyncHost, image: str, data_bytes: int, samples: int) -> DisksReport:
-    """Make the source, fork and copy its disk in turns, and remove everything."""
+    """Make the template, fork and copy its disk in turns, and remove everything."""
     source = await host.call(RunRequest(image=image, name=_SOURCE, overlay_bytes=2 * data_bytes, start=False))
     try:
         directory = host.local.rooms.directory(source.id)
-        await asyncio.to_thread(_fill, directory / "overlay.raw", data_bytes)
-        layers, copies = [], []
+        overlay = directory / "overlay.raw"
+        await asyncio.to_thread(_fill, overlay, data_bytes)
+        await host.call(StartRequest(instance=source.id))
+        await host.call(StandbyRequest(instance=source.id))
+        source = await host.call(PromoteRequest(instance=source.id))
+        layers, copies, own = [], [], []
         await _fork(host, source)  # the first one freezes the disk, and makes the empty layer of this size
-        for _ in range(samples):
-            layers.append(await _fork(host, source))
-            copies.append(await asyncio.to_thread(_copy, directory / "overlay.raw"))
+        for number in range(samples):
+            if number % _FORKS_PER_COPY == 0:
+                copies.append(await asyncio.to_thread(_copy, overlay))
+            spent, written, own_bytes = await _fork(host, source)
+            layers.append((spent, written))
+            own.append(own_bytes)
         layer, copy = _way(layers), _way(copies)
         return DisksReport(
             host=await host_facts(host),
-            samples=samples,
             data_bytes=data_bytes,
             allocated_bytes=disk.allocated(disk.paths(directory, source.disk_layers)),
             layer=layer,
+            own_bytes=max(own),
             copy=copy,
             time_ratio=round(copy.place_median_ms / layer.place_median_ms, 1),
             bytes_ratio=round(copy.bytes_written / max(layer.bytes_written, 1), 1),
@@ -88,13 +105,19 @@ def _fill(overlay: Path, data_bytes: int) -> None:
         run_e2fs("debugfs", "-w", "-R", f"write {file.name} data", str(overlay), deadline_s=300)
 
 
-async def _fork(host: AsyncHost, source: Instance) -> tuple[float, int]:
-    request = ForkRequest(instance=source.id, names=[_FORK], target=State.STOPPED, atomic=True)
+async def _fork(host: AsyncHost, source: Instance) -> tuple[float, int, int]:
+    """Fork the template, ask the fork, and remove it. Return ms and bytes of its place, and the bytes of its layer."""
+    request = ForkRequest(instance=source.id, names=[_FORK], atomic=True)
     (result,) = (await host.call(request)).results
-    if result.instance is None:
-        raise AssertionError("an atomic request raises if a fork fails")
+    if result.instance is None or result.started_ahead:
+        raise AssertionError("an atomic request raises if a fork fails, and this host starts none ahead")
+    answer = await host.call(ExecRequest(instance=result.instance.id, argv=["true"], timeout_s=60))
+    if answer.exit_code:
+        raise AssertionError(answer)
+    paths = disk.paths(host.local.rooms.directory(result.instance.id), result.instance.disk_layers)
+    own_bytes = disk.allocated(paths[-1:])
     await host.call(RmRequest(instance=result.instance.id))
-    return result.stages["place"], result.disk_bytes_written
+    return result.stages["place"], result.disk_bytes_written, own_bytes
 
 
 def _copy(overlay: Path) -> tuple[float, int]:
@@ -103,6 +126,7 @@ def _copy(overlay: Path) -> tuple[float, int]:
     written = clone_file(overlay, out, sync=False).bytes_written
     spent = (time.perf_counter() - begin) * 1000
     out.unlink()
+    os.sync()
     return spent, written
 
 
@@ -112,11 +136,12 @@ def _way(samples: Sequence[tuple[float, int]]) -> Way:
         place_median_ms=round(statistics.median(times), 3),
         place_least_ms=round(min(times), 3),
         bytes_written=max(written for _, written in samples),
+        samples=len(samples),
     )
 
 
 async def _run(options: argparse.Namespace) -> DisksReport:
-    async with AsyncHost(options.home, background="off") as host:
+    async with AsyncHost(options.home, background="off", spares=0) as host:
         return await measure(host, options.image, options.data, options.samples)
 
 
@@ -126,7 +151,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--image", default="debian")
     parser.add_argument("--data", type=int, default=GIB, help="bytes on the source's disk")
-    parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     report = asyncio.run(_run(options))

@@ -183,12 +183,14 @@ def filled(page: str) -> str:
     fan_out = msgspec.json.decode((ROOT / "benchmarks/fan-out.json").read_bytes(), type=FanOutReport)
     capture = msgspec.json.decode((ROOT / "benchmarks/capture.json").read_bytes(), type=CaptureBenchReport)
     firecracker = msgspec.json.decode((ROOT / "benchmarks/firecracker.json").read_bytes(), type=FanOutReport)
+    all_in = msgspec.json.decode((ROOT / "benchmarks/all-in.json").read_bytes(), type=FanOutReport)
     tree = msgspec.json.decode((ROOT / "benchmarks/tree.json").read_bytes(), type=TreeReport)
     recipes = msgspec.json.decode((ROOT / "benchmarks/cookbook.json").read_bytes(), type=CookbookReport)
     tables: dict[str, Callable[[], str]] = {
         **{f"cookbook-{name}": partial(recipe_table, recipes, name) for name in RECIPES},
         "short": lambda: short_table(fan_out),
         "fan-out": lambda: fan_out_table(fan_out),
+        "all-in": lambda: fan_out_table(all_in),
         "firecracker": lambda: fan_out_table(firecracker),
         "capture": lambda: capture_table(capture),
         "tree": lambda: tree_table(tree),

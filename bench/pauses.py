@@ -1,11 +1,12 @@
-"""The pause of a fork of a running fork: pages copied before the pause, compared with all of them in it.
+"""The pause of a fork of a running fork: what is done before or after the pause, compared with all of it in the pause.
 
     python -m bench.pauses --home DIR --image IMAGE --output benchmarks/pauses.json
 
-Two forks of one template run, and both dirty the same amount of memory. Each is forked in turns:
-one of them as it is; the other one by a driver that hides that its VMM's writes can be observed, so
-that all private pages are copied in the pause, as on kernels before 6.7. First both guests are idle,
-then in each a process writes to 8 MiB again and again.
+Three forks of one template run, and all dirty the same amount of memory. Each is forked in turns: one
+as it is; one by a driver that hides that its VMM's writes can be observed, so that all private pages
+are copied in the pause, as on kernels before 6.7; one by a driver that does all of the switch to a new
+layer of the disk in the pause. First all guests are idle, then in each a process writes to 8 MiB again
+and again.
 Compare figures within one run only.
 """
 
@@ -40,12 +41,29 @@ class InPause(QemuDriver):
         return msgspec.structs.replace(super().capabilities, observable=False)
 
 
+class SwitchInPause(QemuDriver):
+    """QEMU, as if nothing of the switch to a new layer could be done before or after the pause."""
+
+    async def prepare_switch(self, directory: Path, disk: Sequence[str]) -> None:
+        pass
+
+    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:
+        await super().prepare_switch(directory, disk)
+        await super().switch_layer(directory, disk)
+        await super().finish_switch(directory, disk)
+
+    async def finish_switch(self, directory: Path, disk: Sequence[str]) -> None:
+        pass
+
+
 class Way(Record, frozen=True, kw_only=True):
-    """One way to copy the pages."""
+    """One way to capture."""
 
     pause_median_ms: float
     pause_least_ms: float
     memory_median_ms: float  # of the pause, for the pages
+    disk_median_ms: float  # of the pause, for the disk
+    disk_least_ms: float
     total_median_ms: float
     dirty_median_bytes: int
 
@@ -55,7 +73,8 @@ class Case(Record, frozen=True, kw_only=True):
 
     name: str
     ahead: Way
-    in_pause: Way
+    in_pause: Way  # the pages
+    switch_in_pause: Way  # the disk
 
 
 class PausesReport(Record, frozen=True, kw_only=True):
@@ -67,7 +86,7 @@ class PausesReport(Record, frozen=True, kw_only=True):
     cases: tuple[Case, ...]
 
 
-async def measure(hosts: tuple[AsyncHost, AsyncHost], plan: argparse.Namespace) -> PausesReport:
+async def measure(hosts: tuple[AsyncHost, ...], plan: argparse.Namespace) -> PausesReport:
     """Run the whole plan. All its machines are removed, also on failure."""
     cases = []
     async with tagged(hosts[0]) as tags:
@@ -77,11 +96,12 @@ async def measure(hosts: tuple[AsyncHost, AsyncHost], plan: argparse.Namespace) 
             if name == "guest that writes":
                 for machine in machines:
                     await machine.exec(("sh", "-c", f"({_WRITER}) >/dev/null 2>&1 </dev/null &"), timeout_s=60)
-            found: tuple[list[CaptureReport], ...] = ([], [])
+            found: tuple[list[CaptureReport], ...] = ([], [], [])
             for _ in range(plan.samples):
                 for host, machine, reports in zip(hosts, machines, found, strict=True):
                     reports.append(await _fork(host, machine, tags))
-            cases.append(Case(name=name, ahead=_way(found[0]), in_pause=_way(found[1])))
+            ahead, in_pause, switch_in_pause = map(_way, found)
+            cases.append(Case(name=name, ahead=ahead, in_pause=in_pause, switch_in_pause=switch_in_pause))
             sys.stderr.write(msgspec.json.encode(cases[-1]).decode() + "\n")
             for machine in machines:
                 await machine.rm()
@@ -113,6 +133,8 @@ def _way(reports: Sequence[CaptureReport]) -> Way:
         pause_median_ms=median(lambda report: report.pause_ms),
         pause_least_ms=round(min(report.pause_ms for report in reports), 1),
         memory_median_ms=median(lambda report: report.stages["memory"]),
+        disk_median_ms=median(lambda report: report.stages["disk"]),
+        disk_least_ms=round(min(report.stages["disk"] for report in reports), 1),
         total_median_ms=median(lambda report: report.total_ms),
         dirty_median_bytes=int(median(lambda report: report.dirty_bytes)),
     )
@@ -121,9 +143,10 @@ def _way(reports: Sequence[CaptureReport]) -> Way:
 async def _run(options: argparse.Namespace) -> PausesReport:
     async with (
         AsyncHost(options.home, driver=QemuDriver(), background="off") as host,
-        AsyncHost(options.home, driver=InPause(), background="off") as other,
+        AsyncHost(options.home, driver=InPause(), background="off") as copying,
+        AsyncHost(options.home, driver=SwitchInPause(), background="off") as switching,
     ):
-        return await measure((host, other), options)
+        return await measure((host, copying, switching), options)
 
 
 def main(arguments: Sequence[str]) -> None:

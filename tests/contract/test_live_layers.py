@@ -156,7 +156,10 @@ async def test_the_record_names_a_layer_before_the_vmm_writes_to_it(fake_host: A
     assert (await get(fake_host)).disk_layers == (1,)
 
 
-STEPS = ("disk_in_use", "switch_layer", "switched", "save", "replace_below", "replaced")
+STEPS = (
+    *("disk_in_use", "prepare_switch", "switch_layer", "switched", "finish_switch"),
+    *("save", "replace_below", "replaced"),
+)
 
 
 @once
@@ -219,6 +222,7 @@ async def test_a_host_that_was_killed_in_a_switch_loses_no_write(
     if came != "layer":
         dead_store.save(msgspec.structs.replace(oak, disk_layers=layers))
     if came == "switch":
+        await driver.prepare_switch(directory, disk.names(layers))
         await driver.pause(directory)
         await driver.switch_layer(directory, disk.names(layers))
         await driver.resume(directory)

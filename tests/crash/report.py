@@ -71,7 +71,7 @@ instants; in an operation that boots a QEMU machine, or that a server carries ou
 new process opens the data directory, and the run checks that
 
 * the journal is empty, and the recorded VMM is the only process that works in an instance's
-  directory;
+  directory; no tool that the killed host has started is left;
 * no directory, socket, temporary file or lock file is left, and each captured memory has as many
   links as holders;
 * the template is unchanged: inode, mode, time, SHA-256;

@@ -71,7 +71,7 @@ class Steps:
 
         def counted_popen(process: subprocess.Popen[Any], argv: list[str], *args: Any, **kwargs: Any) -> None:
             popen(process, argv, *args, **kwargs)
-            steps.step(f"started {_program(argv)}")
+            steps.step(f"started {_program(argv)}", process.pid)
 
         def counted_ptrace(request: int, *args: Any) -> None:
             ptrace(request, *args)
@@ -98,15 +98,22 @@ class Steps:
         """Stop counting."""
         self._armed = False
 
-    def step(self, name: str) -> None:
-        """Record a step."""
+    def step(self, name: str, child: int | None = None) -> None:
+        """Record a step.
+
+        :param child: a process that has just started. It stands still until this process has died, so
+            that it has not yet asked to end with it. The order to go on is `HostProcesses.end`'s.
+        """
         if not self._armed:
             return
         with self._counting:
             self.names.append(name)
             if len(self.names) == self._deadly:
+                self.disarm()  # the signals are no steps
+                if child is not None:
+                    os.kill(child, signal.SIGSTOP)
+                    self._say(f"stopped {child}")
                 self._say(name)
-                self.disarm()  # the SIGKILL is not a step
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
@@ -134,8 +141,9 @@ def _transaction(frame: FrameType) -> str:
 
 
 def _program(argv: list[str]) -> str:
-    """Return the program that a command line starts, without its launchers."""
-    return next((Path(str(word)).name for word in argv if "qemu-system" in str(word)), Path(str(argv[0])).name)
+    """Return the launcher and the program of a command line of QEMU; of another one, its first word."""
+    launcher = Path(str(argv[0])).name
+    return next((f"{launcher} {Path(str(word)).name}" for word in argv if "qemu-system" in str(word)), launcher)
 
 
 def _shown(path: object) -> str:

@@ -18,7 +18,7 @@ from coppice.requests import RestoreRequest
 from crash.kinds import Kind
 from crash.operation import SEED, STUMP, Operation
 from fakes.hosting import assert_tidy, memory_of
-from remains import working_below
+from remains import end, tools_left, working_below
 
 _ZEROS = bytes(PAGE_SIZE)
 
@@ -41,6 +41,13 @@ def assert_links(host: AsyncHost) -> None:
             recorded[status.st_ino] += 1
             links[status.st_ino] = status.st_nlink
     assert links == dict(recorded), f"{links} links, {dict(recorded)} holders"
+
+
+async def assert_no_tools(home: Path) -> None:
+    """Assert that no tool works on a data directory, and end those that do, so that the next check is its own."""
+    left = await asyncio.to_thread(tools_left, home.resolve())
+    await asyncio.to_thread(end, left)
+    assert left == {}, f"tools {left}"
 
 
 Mark = tuple[int, int, int, str]
@@ -86,6 +93,7 @@ async def survey(host: AsyncHost, kind: Kind, operation: Operation, stump: Mark)
     running = {vm.id: {vm.vmm.pid} for vm in recorded.values() if vm.vmm is not None}
     working = working_below(host.local.rooms.layout.instances.resolve())
     assert working == running, f"processes {working}, recorded {running}"
+    await assert_no_tools(host.local.rooms.layout.home)
     assert_links(host)
     (template,) = [vm for vm in host.local.rooms.store.instances() if vm.name == STUMP]
     assert template.state is State.TEMPLATE

@@ -9,6 +9,7 @@ import pytest
 from crash.kills import HostGround
 from crash.kinds import RealKind
 from crash.operation import Operation
+from crash.operations import OPERATIONS
 from crash.plan import chosen, kill_in
 
 
@@ -19,3 +20,15 @@ async def test_a_killed_host_loses_nothing_and_leaves_nothing(real_ground: HostG
     changed.
     """
     await kill_in(real_ground, operation)
+
+
+@pytest.mark.timeout(1200)
+async def test_a_host_killed_as_it_starts_a_tool_leaves_no_tool(real_ground: HostGround) -> None:
+    """The tool is about to ask the kernel for its end with the host, and the host is already gone."""
+    operation = OPERATIONS["restore-that-merges-disk-layers"]
+    steps = (await real_ground.measure(operation)).steps
+    starts = [number for number, name in enumerate(steps, 1) if name.startswith("started setpriv qemu")]
+    for number in starts:
+        assert await real_ground.kill_at_step(operation, number)
+    killed_at = [kill.step or "" for kill in real_ground.kills[-len(starts) :]]
+    assert any(step.startswith("started setpriv qemu") for step in killed_at), f"of {steps}: {killed_at}"

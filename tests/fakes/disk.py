@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from coppice.errors import VmmError
 from coppice.linux.clone import clone_file
 from coppice.linux.extents import data_ranges
 from coppice.linux.files import temporary_beside
@@ -14,6 +15,7 @@ from coppice.vmm.driver import Launch
 
 FORMAT = "fake"
 _USED = "fake-disk"  # the names of the files that the VMM uses
+_NEXT = "fake-disk-next"  # the name of the layer that it has opened
 
 
 def make(path: Path, size_bytes: int) -> None:
@@ -50,6 +52,29 @@ def launch(launch: Launch) -> None:
 def files_in(directory: Path) -> list[Path]:
     """Return the files of the overlay disk that a running machine uses, the topmost one first."""
     return [directory / name for name in reversed((directory / _USED).read_text().split())]
+
+
+def require_top(directory: Path, name: str) -> None:
+    """Refuse an order about another disk than the one that the machine writes to."""
+    if files_in(directory)[0].name != name:
+        raise VmmError("the fake VMM has another disk", hint="see the test")
+
+
+def open_next(directory: Path, name: str) -> None:
+    """Open an empty layer, which the machine does not use yet."""
+    assert not any(data_ranges_of(directory / name)), "the layer is not empty"
+    (directory / _NEXT).write_text(name)
+
+
+def require_open(directory: Path, name: str) -> None:
+    """Assert that the VMM has opened a layer before the pause."""
+    assert (directory / _NEXT).read_text() == name, "the VMM has not opened the layer"
+
+
+def data_ranges_of(path: Path) -> list[tuple[int, int]]:
+    """Return the ranges of a file that are not holes."""
+    with path.open("rb") as file:
+        return list(data_ranges(file.fileno(), path.stat().st_size))
 
 
 def _write(out: Path, layers: Sequence[Path]) -> None:

@@ -232,12 +232,25 @@ class FakeDriver(VmmDriver):
         await self._reach("disk_in_use", directory)
         return tuple(path.name for path in reversed(disk.files_in(directory)))
 
+    async def prepare_switch(self, directory: Path, disk_files: Sequence[str]) -> None:
+        self._require_running(await self._reach("prepare_switch", directory))
+        disk.require_top(directory, disk_files[-2])
+        disk.open_next(directory, disk_files[-1])
+
+    async def finish_switch(self, directory: Path, disk_files: Sequence[str]) -> None:
+        self._require_running(await self._reach("finish_switch", directory))
+        disk.require_top(directory, disk_files[-1])
+
+    def _require_running(self, started: Started) -> None:
+        if is_paused(started.process.pid):
+            raise AssertionError("what needs no pause was done in it")
+
     async def switch_layer(self, directory: Path, disk_files: Sequence[str]) -> None:
         started = await self._reach("switch_layer", directory)
         if not is_paused(started.process.pid):
             raise AssertionError("switch_layer was called on a running machine")
-        if disk.files_in(directory)[0].name != disk_files[-2]:
-            raise VmmError("the fake VMM has another disk", hint="see the test")
+        disk.require_top(directory, disk_files[-2])
+        disk.require_open(directory, disk_files[-1])
         disk.use(directory, disk_files)
         await self.faults.reach("switched", started.process)
 

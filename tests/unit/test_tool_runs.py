@@ -5,17 +5,20 @@ cancellation.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
+import sys
 import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from coppice.completion import in_thread
 from coppice.errors import HostCannot, MissingTool
-from coppice.linux.tool import ENDS_WITH_US, NotFinished, Ran, run_tool
+from coppice.linux.tool import NotFinished, Ran, run_tool
 
 SOURCES = Path(__file__).parents[2] / "src" / "coppice"
 # enough for a loaded machine; without a cancellation the programs here would run for 1000 s
@@ -139,8 +142,75 @@ def test_a_missing_program_is_named(tool: Tool, tmp_path: Path) -> None:
         tool("", environment={"PATH": str(tmp_path / "nothing")})
     assert caught.value.hint == "install it"
     with pytest.raises(MissingTool, match="setpriv"):
-        tool("", environment={"PATH": str(tmp_path)}, launcher=ENDS_WITH_US)
+        tool("", environment={"PATH": str(tmp_path)})
     assert issubclass(NotFinished, HostCannot)
+
+
+HOSTS = {
+    "run_tool": "run_tool('tool', environment=os.environ, deadline_s=60, cure='', grace_s={grace})",
+    "qemu": "from coppice.vmm.qemu import images; images.create(Path('layer'), 1 << 20)",
+}
+
+
+@pytest.fixture
+def anyones_path() -> Iterator[Path]:
+    """Yield a directory that the user without rights may enter."""
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)  # noqa: PTH101, S103
+        yield Path(path)
+
+
+def made_fifo(path: Path) -> Path:
+    """Make a FIFO that every user may open."""
+    os.mkfifo(path)
+    path.chmod(0o666)
+    return path
+
+
+@contextlib.asynccontextmanager
+async def reader_of(fifo: Path, flags: int) -> AsyncIterator[asyncio.StreamReader]:
+    """Yield a reader of a FIFO whose waits can be cancelled."""
+    reader = asyncio.StreamReader()
+    opened = os.fdopen(os.open(fifo, flags | os.O_NONBLOCK), "rb", buffering=0)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, opened)
+    try:
+        yield reader
+    finally:
+        transport.close()
+
+
+@pytest.mark.parametrize(("how", "grace"), [("run_tool", 0), ("run_tool", 5), ("qemu", 0)])
+@pytest.mark.parametrize("late", [True, False], ids=["before it could ask for that", "later"])
+async def test_a_tool_ends_with_a_killed_host(anyones_path: Path, how: str, grace: int, *, late: bool) -> None:
+    """Even if the host is killed before the kernel has learnt that the tool shall end with it."""
+    path, programs = anyones_path, anyones_path / "bin"
+    programs.mkdir(mode=0o755)
+    alive, held, ready = (made_fifo(path / name) for name in ("alive", "held", "ready"))
+    # Late: the launcher waits for the host's end before it becomes setpriv. The tool itself never ends.
+    waiting = {"setpriv": f'exec 8< {alive}\necho here > {ready}\nread line <&8\nexec /usr/bin/setpriv "$@" 8<&-'}
+    scripts = (waiting if late else {}) | dict.fromkeys(
+        ("tool", "qemu-system-x86_64"), f"echo here > {ready}\nexec sleep 60"
+    )
+    for name, script in scripts.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec 9> "{held}"\n{script}\n')
+        (programs / name).chmod(0o755)
+    script = (
+        "import os\nfrom pathlib import Path\nfrom coppice.linux.tool import run_tool\n"
+        f"kept = os.open({str(alive)!r}, os.O_RDWR)\n" + HOSTS[how].format(grace=grace)
+    )
+    environment = {**os.environ, "PATH": f"{programs}:/usr/bin:/bin"}
+    environment |= {"PYTHONPATH": str(SOURCES.parent), "COPPICE_QEMU": str(programs / "qemu-system-x86_64")}
+    async with reader_of(ready, os.O_RDWR) as begun, reader_of(held, os.O_RDONLY) as gone:
+        host = await asyncio.create_subprocess_exec(sys.executable, "-c", script, env=environment, cwd=path)
+        try:
+            async with asyncio.timeout(6 * SOON_S):
+                assert await begun.readline() == b"here\n"
+        finally:
+            host.kill()
+            await host.wait()
+        async with asyncio.timeout(SOON_S):
+            assert await gone.read() == b""
 
 
 def test_there_is_one_way_to_run_a_tool() -> None:

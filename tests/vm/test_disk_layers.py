@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from coppice.client import AsyncHost
+from coppice.errors import VmmError
 from coppice.machine import disk
 from coppice.model import MIB, Instance, State
 from coppice.requests import (
@@ -21,6 +22,7 @@ from coppice.requests import (
     SnapshotRequest,
     SnapshotRmRequest,
     StandbyRequest,
+    StartRequest,
 )
 
 DATA = 16 * MIB
@@ -123,3 +125,35 @@ async def test_a_running_machine_goes_on_in_a_new_layer(
         if kept is not None:
             await host.call(SnapshotRmRequest(snapshot=kept.id))
         await asyncio.gather(*(host.call(RmRequest(instance=each.id)) for each in made))
+
+
+@pytest.mark.timeout(300)
+async def test_a_switch_that_was_not_finished_is_finished_by_the_next(
+    host: AsyncHost, vm: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure after the pause leaves a VMM that can write to the file below, which no fork has then."""
+    directory, driver = host.local.rooms.directory(vm.id), host.local.rooms.driver(vm)
+    request = ForkRequest(instance=vm.id, from_running=True, target=State.STOPPED, atomic=True)
+    (first,) = (await host.call(request)).instances
+    made = [first.id]
+    try:
+
+        async def refuse(*_: object) -> None:
+            raise VmmError("QEMU refused", hint="try again")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(driver), "finish_switch", refuse)
+            with pytest.raises(VmmError):
+                await host.call(request)
+        vm = await host.call(GetRequest(instance=vm.id))
+        assert vm.state is State.RUNNING
+        assert opened_for_writing(vm, directory) == set(disk.names(vm.disk_layers)[-2:])
+        await sh(host, vm, "echo more >/root/word; sync")
+        made += [fork.id for fork in (await host.call(request)).instances]
+        vm = await host.call(GetRequest(instance=vm.id))
+        assert opened_for_writing(vm, directory) == {disk.names(vm.disk_layers)[-1]}
+        assert await sh(host, vm, "cat /root/word") == "more"
+        fork = await host.call(StartRequest(instance=made[-1]))
+        assert await sh(host, fork, "cat /root/word") == "more"
+    finally:
+        await asyncio.gather(*(host.call(RmRequest(instance=each)) for each in made))

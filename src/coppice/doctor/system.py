@@ -36,7 +36,7 @@ _TOOLS = (
     _Tool("mke2fs", "e2fsprogs", "fail", "makes the disks of instances"),
     _Tool("e2fsck", "e2fsprogs", "warn", "checks the disks of instances"),
     _Tool("prlimit", "util-linux", "fail", "limits the files that the repair of a volume writes"),
-    _Tool("setpriv", "util-linux", "warn", "ends the repair of a volume when its parent process ends"),
+    _Tool("setpriv", "util-linux", "fail", "ends every tool when the process that started it is killed"),
     _Tool("apt-get", "apt", "warn", "fetches Debian's kernel"),
     _Tool("dpkg-deb", "dpkg", "warn", "unpacks Debian's kernel"),
     _Tool("mmdebstrap", "mmdebstrap", "warn", "makes images of Debian suites"),

@@ -41,7 +41,7 @@ from coppice.images.oci import (
 )
 from coppice.images.reference import Reference
 from coppice.images.workspace import Limits, Workspace
-from coppice.linux.tool import ENDS_WITH_US, NotFinished, Ran, run_tool
+from coppice.linux.tool import NotFinished, Ran, run_tool
 from coppice.model import MIB, Record
 
 CREDENTIALS_VARIABLE = "COPPICE_REGISTRY_CREDS"
@@ -207,7 +207,7 @@ def download(wanted: Reference, resolved: Resolved, access: Access, blobs: Path,
             environment=environment,
             deadline_s=_DOWNLOAD_S,
             cure=_CURE,
-            launcher=(*ENDS_WITH_US, "prlimit", f"--fsize={limit}", "--"),
+            launcher=("prlimit", f"--fsize={limit}", "--"),
             cwd=workspace.path,
             tick=tick,
         )
@@ -262,7 +262,6 @@ def _manifest(reference: Reference, access: Access, workspace: Workspace) -> byt
             environment=environment,
             deadline_s=_MANIFEST_S,
             cure=_CURE,
-            launcher=ENDS_WITH_US,
             cwd=workspace.path,
             output=output,
         )

@@ -1,8 +1,8 @@
 """Run an external program to its end. Every tool is run this way.
 
 A tool has a deadline and its own process group. When its caller is cancelled, or the wait ends for
-any other reason, the whole group is killed, and the call returns only after the tool is gone.
-Blocks.
+any other reason, the whole group is killed, and the call returns only after the tool is gone. A tool
+ends with this process too, also if this process is killed. Blocks.
 """
 
 from __future__ import annotations
@@ -25,12 +25,9 @@ from coppice.errors import HostCannot, MissingTool
 _POLL_S = 0.1
 _CHUNK = 64 << 10
 _LINES_KEPT = 200
-_LAUNCHERS = ("setpriv", "prlimit")
+_LAUNCHERS = ("setpriv", "sh", "prlimit")
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # any other signal comes from the program itself
-ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
-"""A launcher. The kernel kills the tool when the thread that started it ends, so also when this
-process is killed.
-"""
+_UNLESS_ORPHANED = 'test "$PPID" = "$0" && exec "$@"'
 
 
 class NotFinished(HostCannot):
@@ -51,6 +48,19 @@ class Ran(NamedTuple):
         return " / ".join((marked or [line for line in self.lines if line.strip()])[-4:]) or "no output"
 
 
+def ends_with_us(*options: str, by: str = "KILL") -> tuple[str, ...]:
+    """Return a launcher. The kernel sends the tool a signal when the thread that started it ends, so
+    also when this process is killed.
+
+    The kernel does not know of that wish until the launcher runs, and this process may be gone by
+    then. So the launcher checks its parent afterwards, and does not start the tool for another one.
+
+    :param options: of setpriv, for the rights of the tool
+    :param by: the name of the signal
+    """
+    return ("setpriv", "--pdeathsig", by, *options, "--", "sh", "-c", _UNLESS_ORPHANED, str(os.getpid()))
+
+
 def run_tool(
     program: str,
     *arguments: str,
@@ -68,19 +78,21 @@ def run_tool(
 
     Standard output goes to `output` if it is given; the rest of the output is read here. `line` is
     called with each line, `tick` about ten times a second. `launcher` is a command that executes
-    the program. Before the kill, the group gets SIGTERM and `grace_s` to clean up.
+    the program. Before the kill, the group gets SIGTERM and `grace_s` to clean up. A program that has
+    such a time gets SIGTERM when this process is killed, and others are killed.
 
     :raises MissingTool: it is not in the environment's PATH; `cure` is the hint
     :raises NotFinished: it exceeded its deadline, or was killed from outside
     """
-    for name, hint in ((program, cure), *((name, "install the package util-linux") for name in launcher)):
+    launcher = (*ends_with_us(by="TERM" if grace_s else "KILL"), *launcher)
+    for name, hint in ((program, cure), *((name, "install the packages util-linux and dash") for name in launcher)):
         if (name == program or name in _LAUNCHERS) and shutil.which(name, path=environment["PATH"]) is None:
             raise MissingTool(f"{name} is not installed", hint=hint)
     end = time.monotonic() + deadline_s
     stopping.check()
     process = subprocess.Popen(
         (*launcher, program, *arguments),
-        executable=shutil.which(launcher[0] if launcher else program, path=environment["PATH"]),
+        executable=shutil.which(launcher[0], path=environment["PATH"]),
         env=environment,
         cwd=cwd,
         stdin=subprocess.DEVNULL,

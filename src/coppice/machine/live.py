@@ -106,6 +106,7 @@ async def take_disk(rooms: Rooms, source: Instance, target: Path) -> tuple[disk.
         pause_ms = (time.perf_counter() - begin) * 1000
         if frozen:
             await capture.thaw_disk(rooms, source)
+        await live_disk.share(rooms, source, target, layers)
         await in_thread(rooms.store.save, source, done=True)
     except BaseException:
         await complete(capture.undo(rooms, source, frozen=frozen))
@@ -175,6 +176,8 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
         with stages.stage("thaw"):  # the disk is taken, so the guest may write before its memory is stored
             if frozen:
                 await capture.thaw_disk(rooms, source)
+        with stages.stage("share"):
+            await live_disk.share(rooms, source, target, layers)
         with stages.stage("finish"):
             taken, written = await in_thread(_finish, directory, target, source, private, saved)
             taken = msgspec.structs.replace(taken, open_ports=open_ports, frozen=frozen, shared_random=shared)

@@ -2,7 +2,8 @@
 
 If the VMM can switch layers, nothing is copied: the machine goes on in a new, empty layer, and the
 files that it wrote to until the pause are frozen and linked. Otherwise the topmost file is copied
-in the pause.
+in the pause. All but the switch is done before or after the pause (`prepare`, `share`): once the
+machine writes to the new layer, nothing changes the files below it.
 
 **The record names the new layer before the VMM writes to it**, durably, because a VMM that writes
 to a layer without a record would lose it at the next start. An empty layer changes nothing, so the
@@ -64,13 +65,14 @@ async def prepare(rooms: Rooms, instance: Instance) -> Instance:
     layers = await in_thread(disk.add_layer, directory, layers, size_bytes, driver, rooms.overlays)
     instance = msgspec.structs.replace(instance, disk_layers=layers)
     await in_thread(rooms.store.save, instance, durable=True)
+    await driver.prepare_switch(directory, disk.names(layers))
     return instance
 
 
 async def take(rooms: Rooms, instance: Instance, target: Path) -> disk.Layers:
-    """Give the directory `target` the disks of a paused machine, for which `prepare` was called.
+    """Keep the disks of a paused machine, for which `prepare` was called, as they are now.
 
-    :return: the layers of the overlay disk in `target`
+    :return: the layers of the overlay disk that the directory `target` gets; `share` completes it after the pause
     :raises NoSpace: the disk is full
     :raises VmmError: the VMM refused
     """
@@ -78,17 +80,21 @@ async def take(rooms: Rooms, instance: Instance, target: Path) -> disk.Layers:
     if driver.capabilities.switches_layers:
         await driver.switch_layer(directory, disk.names(layers))
         layers = layers[:-1]
-        await in_thread(_share, instance, directory, target, layers)
     else:
-        await in_thread(_copy, instance, directory, target, layers)
+        await in_thread(disk.copy_running, directory, target, layers)
+    if volumes.written(directory, instance.machine):
+        await in_thread(volumes.place, directory, target, instance.machine)
     return layers
 
 
-def _share(instance: Instance, directory: Path, target: Path, layers: disk.Layers) -> None:
-    disk.share_running(directory, target, layers)
-    volumes.place(directory, target, instance.machine)
+async def share(rooms: Rooms, instance: Instance, target: Path, layers: disk.Layers) -> None:
+    """Complete the disks in the directory `target` after `take`. The machine may run.
 
-
-def _copy(instance: Instance, directory: Path, target: Path, layers: disk.Layers) -> None:
-    disk.copy_running(directory, target, layers)
-    volumes.place(directory, target, instance.machine)
+    :raises NoSpace: the disk is full
+    :raises VmmError: the VMM refused
+    """
+    driver, directory = rooms.driver(instance), rooms.directory(instance.id)
+    if driver.capabilities.switches_layers:
+        await driver.finish_switch(directory, disk.names(instance.disk_layers))
+        await in_thread(disk.share_running, directory, target, layers)
+    await in_thread(volumes.place, directory, target, instance.machine)

@@ -231,7 +231,7 @@ class VmmDriver(ABC):
         """Return the names of the files of the overlay disk that a VMM uses, from the raw one on. It
         writes to the last one alone. Changes nothing.
 
-        Prerequisites: the capability `switches_layers`, as for `switch_layer` and `replace_below`,
+        Prerequisites: the capability `switches_layers`, as for the methods below up to `replace_below`,
         and a VMM runs in the directory.
 
         :raises VmmDied: there is no VMM
@@ -239,17 +239,40 @@ class VmmDriver(ABC):
         """
         raise _raw_only(self.name)
 
-    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
-        """Let a machine write to a new layer of its overlay disk from now on.
+    async def prepare_switch(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
+        """Let a VMM open a new layer of its machine's overlay disk, which it does not use yet.
 
         `disk` has the names of all files of the disk, from the raw one on. The last one is the new
-        layer. Prerequisites: the machine is paused, writes to the last file but one, and the new layer
-        is empty. On success the machine writes to the new layer, and the VMM has no file below it open
-        for writing. On failure the VMM writes to one of the two files: see `disk_in_use`. The disk
-        has the same content in both cases, with and without the new layer.
+        layer. Prerequisites: a VMM runs, whose machine may run and writes to the last file but one, and
+        the new layer is empty. Idempotent. The disk is the same on success and on failure.
 
         :raises VmmDied: there is no VMM
         :raises VmmError: the VMM refused, or writes to another file
+        :raises VmmTimeout: the VMM did not answer
+        """
+        raise _raw_only(self.name)
+
+    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
+        """Let a machine write to a new layer of its overlay disk from now on.
+
+        Prerequisites: the machine is paused, and `prepare_switch` succeeded with the same names. On
+        success the machine writes to the new layer. On failure the VMM writes to one of the two files:
+        see `disk_in_use`. The disk has the same content in both cases, with and without the new layer.
+
+        :raises VmmDied: there is no VMM
+        :raises VmmError: the VMM refused
+        :raises VmmTimeout: the VMM did not answer
+        """
+        raise _raw_only(self.name)
+
+    async def finish_switch(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
+        """Take the files below the topmost layer from a VMM: it has none of them open for writing on success.
+
+        Prerequisites: a VMM runs, whose machine may run and writes to the last file of `disk`.
+        Idempotent. On failure the VMM may still have one open for writing, but the machine does not write to it.
+
+        :raises VmmDied: there is no VMM
+        :raises VmmError: the VMM refused
         :raises VmmTimeout: the VMM did not answer
         """
         raise _raw_only(self.name)

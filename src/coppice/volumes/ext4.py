@@ -9,7 +9,6 @@ from coppice.errors import HostCannot, IntegrityError
 from coppice.linux.clone import clone_file
 from coppice.linux.e2fs import run_e2fs, tail
 from coppice.linux.files import os_errors, sync, temporary_beside
-from coppice.linux.tool import ENDS_WITH_US
 
 _SUPERBLOCK_OFFSET = 1024
 _INCOMPAT_OFFSET = 0x60  # s_feature_incompat, little endian
@@ -58,7 +57,7 @@ def replay_journal(path: Path, *, deadline_s: float = 300.0) -> bool:
     """
     if not needs_recovery(path):
         return False
-    launcher = (*ENDS_WITH_US, *_within_its_size(path))
+    launcher = _within_its_size(path)
     done = run_e2fs("e2fsck", "-y", "-E", "journal_only", str(path), deadline_s=deadline_s, launcher=launcher)
     if needs_recovery(path):
         raise IntegrityError(

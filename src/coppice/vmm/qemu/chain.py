@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -60,20 +60,38 @@ async def flush(qmp: Monitor) -> None:
         )
 
 
-async def switch(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
-    """Do as `VmmDriver.switch_layer` does."""
+async def prepare(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
+    """Do as `VmmDriver.prepare_switch` does."""
     *_, old, new = disk
     if (now := await written(qmp)) != old:
         raise VmmError(f"QEMU writes to {now} and not to {old}", hint="try again")
     await _drop(qmp, new)  # of an earlier call that was interrupted
     await _add_layer(qmp, new, None, await _add_file(qmp, directory, new, os.O_RDWR))
+
+
+async def switch(qmp: Monitor, disk: Sequence[str]) -> None:
+    """Do as `VmmDriver.switch_layer` does."""
+    *_, old, new = disk
     await qmp.execute("blockdev-snapshot", {"node": old, "overlay": new})
-    # The forks share the frozen file. QEMU would reopen it by its name, which it cannot, and go on with
-    # a descriptor that can write: a guest that controls QEMU could change the disks of all forks.
-    below = disk[-3] if len(disk) > 2 else None
-    await _reopen(qmp, old, below, await _add_file(qmp, directory, old, os.O_RDONLY))
-    await _tidy(qmp, f"{old}.")
-    await _close(qmp, lambda file: file == f"{old}{_WRITABLE}")
+
+
+async def finish(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
+    """Do as `VmmDriver.finish_switch` does.
+
+    The forks share the files below. QEMU would reopen a file by its name, which it cannot, and go on
+    with a descriptor that can write: a guest that controls QEMU could change the disks of all forks.
+    An earlier call may have been interrupted, so all of them are looked at.
+    """
+    *below, new = disk
+    if (now := await written(qmp)) != new:
+        raise VmmError(f"QEMU writes to {now} and not to {new}", hint="try again")
+    nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
+    writable = {node["node-name"] for node in nodes if not node["ro"]}
+    writable |= {name.rpartition(".")[0] for name in writable}  # the node of an open file: see `_add_file`
+    for under, name in zip((None, *below), below, strict=False):
+        if name in writable or name == below[-1]:
+            await _reopen(qmp, name, under, await _add_file(qmp, directory, name, os.O_RDONLY))
+    await _tidy(qmp, disk)
 
 
 async def replace(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
@@ -82,8 +100,7 @@ async def replace(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
     await _drop(qmp, merged)  # of an earlier call that was interrupted
     await _add_layer(qmp, merged, base, await _add_file(qmp, directory, merged, os.O_RDONLY))
     await _reopen(qmp, top, merged, await _add_file(qmp, directory, top, os.O_RDWR))
-    await _tidy(qmp, _PREFIX)
-    await _close(qmp, lambda file: file.startswith(_PREFIX) and file.removesuffix(_WRITABLE) not in disk)
+    await _tidy(qmp, disk)
 
 
 async def _add_layer(qmp: Monitor, name: str, below: str | None, file: _File) -> None:
@@ -99,17 +116,17 @@ async def _reopen(qmp: Monitor, name: str, below: str | None, file: _File) -> No
     await qmp.execute("blockdev-reopen", {"options": [{**node, "file": file.node}]})
 
 
-async def _tidy(qmp: Monitor, prefix: str) -> None:
-    """Remove the nodes whose names begin so, unless something uses them."""
+async def _tidy(qmp: Monitor, disk: Sequence[str]) -> None:
+    """Remove nodes that nothing uses, and close descriptors of other files than the disk's, and those that can
+    write to files below the topmost one. QEMU keeps descriptors that it uses open until their nodes are gone.
+    """
     for node in await qmp.execute("query-named-block-nodes", {"flat": True}):
-        if node["node-name"].startswith(prefix):
-            await _drop(qmp, node["node-name"])
-
-
-async def _close(qmp: Monitor, unwanted: Callable[[str], bool]) -> None:
-    """Close descriptors that QEMU keeps. Those in use stay open until their nodes are gone."""
+        if (name := node["node-name"]).startswith(_PREFIX) and name not in disk:
+            await _drop(qmp, name)
+    kept = {*disk, disk[-1] + _WRITABLE}
     for fdset in await qmp.execute("query-fdsets"):
-        if any(unwanted(each.get("opaque", "")) for each in fdset["fds"]):
+        files = [each.get("opaque", "") for each in fdset["fds"]]
+        if any(file.startswith(_PREFIX) and file not in kept for file in files):
             await qmp.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
 
 
@@ -129,7 +146,7 @@ class _File(NamedTuple):
 async def _add_file(qmp: Monitor, directory: Path, name: str, flags: int) -> _File:
     """Open a file, pass it to QEMU, and make a node of it.
 
-    QEMU keeps the descriptor besides: it may need another one of the same file (see `_close`).
+    QEMU keeps the descriptor besides: it may need another one of the same file (see `_tidy`).
     """
     with os_errors(f"open the disk {directory / name}"):
         descriptor = os.open(directory / name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -210,9 +210,17 @@ class QemuDriver(VmmDriver):
         async with monitor(directory, command.QMP_SOCKET) as qmp:
             return await chain.in_use(qmp)
 
+    async def prepare_switch(self, directory: Path, disk: Sequence[str]) -> None:
+        async with monitor(directory, command.QMP_SOCKET) as qmp:
+            await chain.prepare(qmp, directory, disk)
+
     async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
-            await chain.switch(qmp, directory, disk)
+            await chain.switch(qmp, disk)
+
+    async def finish_switch(self, directory: Path, disk: Sequence[str]) -> None:
+        async with monitor(directory, command.QMP_SOCKET) as qmp:
+            await chain.finish(qmp, directory, disk)
 
     async def replace_below(self, directory: Path, disk: Sequence[str]) -> None:
         async with monitor(directory, command.QMP_SOCKET) as qmp:

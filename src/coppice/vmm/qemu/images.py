@@ -20,7 +20,7 @@ from typing import Any, Final
 from coppice import stopping
 from coppice.errors import HostCannot, MissingTool, NoSpace, VmmTimeout
 from coppice.linux.files import os_errors
-from coppice.linux.tool import ENDS_WITH_US
+from coppice.linux.tool import ends_with_us
 from coppice.vmm.confinement import NOBODY
 from coppice.vmm.qemu import host, releases
 
@@ -29,8 +29,8 @@ _STALLED_S: Final = 120.0  # a job without progress
 _POLL_S: Final = 0.002  # QEMU sends an event for a change of state, but none for progress
 _MOST_POLL_S: Final = 0.1
 _WITHOUT_RIGHTS: Final = (
-    "setpriv", "--pdeathsig", "KILL", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
-    "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--",
+    f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
+    "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all",
 )  # fmt: skip
 _KEPT: Final = {"auto-dismiss": False}  # so that the result of a finished job can be read
 _CURE: Final = "see the free space with `df`, and the kernel's messages with `dmesg`"
@@ -111,7 +111,7 @@ class Tool:
         ours, theirs = socket.socketpair()
         try:
             argv = [
-                *(_WITHOUT_RIGHTS if os.geteuid() == 0 else ENDS_WITH_US), host.program(),
+                *ends_with_us(*(_WITHOUT_RIGHTS if os.geteuid() == 0 else ())), host.program(),
                 "-M", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S",
                 "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
                 "-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-qmp", "chardev:qmp",
