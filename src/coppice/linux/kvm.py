@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -35,8 +36,6 @@ class CpuFacts:
     @property
     def flags_digest(self) -> str:
         """Return a digest that identifies the CPU as a guest under KVM sees it."""
-        import hashlib  # takes long, and an emulated guest needs no digest
-
         return hashlib.sha256(" ".join([self.model, *sorted(self.flags)]).encode()).hexdigest()[:16]
 
 

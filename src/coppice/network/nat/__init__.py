@@ -5,6 +5,7 @@ guest -- tap0 [slot: namespace, filter, NAT] wan -- veth [this host: NAT, publis
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,4 @@ RUNTIME: Final = Path("/run/coppice")  # the pools of all data directories; a re
 
 def key_of(home: Path) -> str:
     """Return the key that the names of a data directory's links, namespaces and tables contain."""
-    import hashlib  # takes long, and listing machines does not need it
-
     return hashlib.sha256(bytes(home.resolve())).hexdigest()[:6]
