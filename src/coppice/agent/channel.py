@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -97,7 +97,7 @@ class Channel:
         """Return the handshake, and begin to listen; nothing if that was done before."""
         if self._tasks:
             return b""
-        nonce = secrets.token_bytes(NONCE_SIZE)
+        nonce = os.urandom(NONCE_SIZE)
         self._decoder = FrameDecoder(nonce)
         self._heard = asyncio.get_running_loop().time()
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._keep_alive())]

@@ -106,12 +106,12 @@ def egress(word: str | None) -> Egress | None:
 
     :raises UsageError: the word has none of these forms
     """
+    if word is None:
+        return None
     from ipaddress import ip_network
 
     from coppice.model import Egress
 
-    if word is None:
-        return None
     mode, _, listed = word.partition("=")
     if (mode == "allow") != bool(listed) or mode not in ("none", "all", "allow"):
         raise UsageError(f"{word!r} is not an egress policy", hint="write none, all, or allow=NETWORK,NAME")

@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Final
 
 _SELDOM_USED: Final = (
-    *("hashlib", "inspect", "ipaddress", "linecache", "random", "shutil", "ssl", "textwrap", "tokenize"),
+    *("bz2", "ctypes", "hashlib", "inspect", "ipaddress", "json", "linecache", "lzma", "random", "shutil"),
+    *("ssl", "textwrap", "tokenize", "zlib"),
     *("asyncio.sslproto", "msgspec.inspect"),
 )
 _replacing: Final = threading.Lock()

@@ -7,9 +7,10 @@ import functools
 import hashlib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from coppice.model import Record
 
 KvmDevice = Literal["ok", "missing", "denied", "broken"]
 
@@ -19,8 +20,7 @@ _KVM_CHECK_EXTENSION = 0xAE03
 _KVM_API_VERSION = 12  # the same since 2007
 
 
-@dataclass(frozen=True)
-class CpuFacts:
+class CpuFacts(Record, frozen=True, kw_only=True):
     """The lines of /proc/cpuinfo that decide where a capture can be restored."""
 
     flags: frozenset[str]
