@@ -18,7 +18,7 @@ from bench.records import Cache, CaptureBenchReport, FanOutReport, Method, TreeR
 from bench.report import capture_table, fan_out_table, tree_table
 from bench.tree import TreePlan, measure_tree
 from bench.trial import Say
-from coppice.cli.context import Cli
+from coppice.cli.context import Cli, open_host
 from coppice.client import AsyncHost
 from coppice.errors import UsageError
 from coppice.model import MIB
@@ -249,7 +249,7 @@ class _Results(NamedTuple, Generic[R]):
 
 def _on(home: Path | None, accel: str, as_json: bool, vmm: str | None = None) -> Cli:
     """Return the host to measure on. No background work runs during the measurement."""
-    return Cli(home=home, vmm=vmm, accel=accel, json=as_json, background="off")
+    return Cli(home=home, vmm=vmm, accel=accel, json=as_json, background="off", host_factory=open_host)
 
 
 def _measure(cli: Cli, run: Callable[[AsyncHost, Say], Awaitable[R]], results: _Results[R]) -> None:
@@ -257,7 +257,9 @@ def _measure(cli: Cli, run: Callable[[AsyncHost, Say], Awaitable[R]], results: _
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"there is no directory {path.parent}", hint=f"run `mkdir -p {path.parent}`")
     status = Console(stderr=True)
-    report = cli.call(lambda host: run(host, lambda line: status.print(line, style="dim", highlight=False)))
+    report = cli.call(
+        lambda host: run(AsyncHost(backend=host), lambda line: status.print(line, style="dim", highlight=False))
+    )
     if results.output is not None:
         write_report(report, results.output)
     if results.plot is not None and results.draw is not None:

@@ -3,20 +3,21 @@ program.
 
     python -m bench.client_cpu [--home DIR --image IMAGE] [--before DIR] --output benchmarks/client-cpu.json
 
-With an image, a machine of it is captured and forked. `--before` names another checkout, whose
-`--version` and `ls` take turns with those of this one. Compare figures within one run only: the speed of
-a shared host changes.
+With an image, a machine of it is captured and forked. `--before` names another checkout, whose commands
+take turns with those of this one; with an image both use the same data directory, so both must know its
+schema. Compare figures within one run only: the speed of a shared host changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,7 +35,7 @@ _BASELINES = {
         "import typer; app = typer.Typer(); app.command()(lambda: None); app([], standalone_mode=False)",
     ],
 }
-_TEMPLATE, _FORK = "client-cpu", "client-cpu-fork"
+_TEMPLATE = "client-cpu"
 
 
 class Cost(Record, frozen=True, kw_only=True):
@@ -114,6 +115,28 @@ def coppice(*words: str) -> list[str]:
     return [sys.executable, "-m", "coppice", *words]
 
 
+def commands(label: str, *, forks: bool) -> dict[str, list[str]]:
+    """Return the words of each measured command by its name; those of forks use the template."""
+    fork = f"{_TEMPLATE}-{'fork' if not label else 'before'}"
+    of_forks = {"fork": ["fork", _TEMPLATE, "--name", fork], "exec": ["exec", fork, "true"], "rm": ["rm", fork]}
+    return {"--version": ["--version"], "ls": ["ls"], **(of_forks if forks else {})}
+
+
+@contextlib.contextmanager
+def template(image: str | None, env: Mapping[str, str]) -> Iterator[None]:
+    """Keep a template of an image for a block, and remove it with its forks."""
+    if image is None:
+        yield
+        return
+    try:
+        for words in (("run", image, "--name", _TEMPLATE), ("standby", _TEMPLATE), ("promote", _TEMPLATE)):
+            subprocess.run(coppice(*words), env=env, check=True)
+        yield
+    finally:
+        leftovers = [f"{_TEMPLATE}-fork", f"{_TEMPLATE}-before", _TEMPLATE]
+        subprocess.run(coppice("rm", "-f", *leftovers), env=env, check=False)
+
+
 def show(report: ClientCpuReport) -> None:
     """Print the figures."""
     for name, cost in report.costs.items():
@@ -135,24 +158,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Keep compiled modules, as an installation does.
         env = {**os.environ, "COPPICE_HOME": str(home)}
         env.pop("PYTHONDONTWRITEBYTECODE", None)
-        lines = {**baselines(), "coppice --version": coppice("--version"), "coppice ls": coppice("ls")}
-        variables = {}
+        checkouts: dict[str, dict[str, str]] = {"": {}}
         if options.before:
-            source = {"PYTHONPATH": str(options.before / "src"), "COPPICE_HOME": str(Path(temporary) / "before")}
-            for word in ("--version", "ls"):
-                lines[f"{BEFORE}coppice {word}"] = coppice(word)
-                variables[f"{BEFORE}coppice {word}"] = source
-        if options.image:
-            for words in (("run", options.image, "--name", _TEMPLATE), ("standby", _TEMPLATE), ("promote", _TEMPLATE)):
-                subprocess.run(coppice(*words), env=env, check=True)
-            lines["coppice fork"] = coppice("fork", _TEMPLATE, "--name", _FORK)
-            lines["coppice exec"] = coppice("exec", _FORK, "true")
-            lines["coppice rm"] = coppice("rm", _FORK)
-        try:
+            checkouts[BEFORE] = {"PYTHONPATH": str(options.before / "src")}
+            if not options.image:
+                checkouts[BEFORE]["COPPICE_HOME"] = str(Path(temporary) / "before")
+        lines, variables = baselines(), {}
+        for label, own in checkouts.items():
+            for name, words in commands(label, forks=bool(options.image)).items():
+                lines[f"{label}coppice {name}"] = coppice(*words)
+                variables[f"{label}coppice {name}"] = own
+        with template(options.image, env):
             report = measure(lines, options.samples, env, variables=variables)
-        finally:
-            if options.image:
-                subprocess.run(coppice("rm", "-f", _FORK, _TEMPLATE), env=env, check=False)
     show(report)
     if options.output:
         write_report(report, options.output)

@@ -39,7 +39,7 @@ from coppice.requests import (
 )
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -96,10 +96,10 @@ class FakeHost:
         self.opened = False
         self.closed = False
 
-    def factory(self, options: Cli) -> AsyncHost:
+    def factory(self, options: Cli) -> Backend:
         """Return this host; `main` takes this method as `host_factory`."""
         self.options = options
-        return cast("AsyncHost", self)
+        return cast("Backend", self)
 
     def asked(self, operation: str) -> dict[str, Any]:
         """Return the fields of the only request for an operation."""
@@ -111,11 +111,13 @@ class FakeHost:
         """Return the requested operations, in order."""
         return [each.operation for each in self.calls]
 
-    async def __aenter__(self) -> Self:
+    async def open(self) -> Self:
+        """Note that it was opened."""
         self.opened = True
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def close(self) -> None:
+        """Note that it was closed."""
         self.closed = True
 
     async def call(self, request: Request[Any], progress: ProgressSink | None = None) -> Any:

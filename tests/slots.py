@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from pathlib import Path
 
 import dns.message
 import dns.query
 import dns.rcode
+import msgspec
 
 from coppice.host.opened import RoomsOpener, default_rooms
 from coppice.linux import netns, nft
@@ -33,7 +33,7 @@ def rooms_with_slots(home: Path, namespace: Path | None, runtime: Path) -> Rooms
     def open_rooms(layout: Layout, drivers: Drivers, deadlines: Deadlines) -> Rooms:
         slots = NatNetwork(home, Pool(key_of(home), namespace, runtime, runtime / "resolv.conf"))
         rooms = default_rooms(layout, drivers, deadlines)
-        return dataclasses.replace(rooms, networks=Networks([slots, Unconnected()]))
+        return msgspec.structs.replace(rooms, networks=Networks([slots, Unconnected()]))
 
     return open_rooms
 

@@ -63,7 +63,7 @@ def _command(context: click.Context, title: str, level: int) -> Iterator[str]:
 
 def _entry(context: click.Context) -> str:
     """Return a help fragment as a whole sentence."""
-    sentence = re.split(r"(?<=\.)\s", context.command.help or "", maxsplit=1)[0]
+    sentence = re.split(r"(?<=\.)\s", inspect.cleandoc(context.command.help or ""), maxsplit=1)[0]
     return f"* [`{context.info_name}`](#{context.command_path.replace(' ', '-')}): {sentence}"
 
 

@@ -15,10 +15,10 @@ from typing import TypeVar
 from coppice.errors import InvalidName, UsageError
 from coppice.model import GIB, MIB, Limits, State, VolumeMount
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_NAME = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 _ID = re.compile(r"[a-z][a-z0-9]{23}")
-_TAG_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
-_ENV_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TAG_KEY = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
+_ENV_KEY = r"[A-Za-z_][A-Za-z0-9_]*"
 HostPath = TypeVar("HostPath", str, Path, str | Path)
 _ALPHABET = string.ascii_lowercase + string.digits
 NAME_MAX = 63
@@ -45,7 +45,7 @@ def check_name(name: str) -> str:
 
     :raises InvalidName: it is not `^[a-z0-9]([a-z0-9-]*[a-z0-9])?$` or is over 63 characters
     """
-    if len(name) > NAME_MAX or not _NAME.fullmatch(name):
+    if len(name) > NAME_MAX or not re.fullmatch(_NAME, name):
         shown = name if len(name) <= 80 else name[:77] + "..."
         raise InvalidName(
             f"{shown!r} is not a valid name",
@@ -110,7 +110,7 @@ def check_tags(tags: Mapping[str, str]) -> dict[str, str]:
     :raises UsageError: a key is malformed, or a value is over 256 characters
     """
     for key, value in tags.items():
-        if not _TAG_KEY.fullmatch(key) or len(value) > 256:
+        if not re.fullmatch(_TAG_KEY, key) or len(value) > 256:
             raise UsageError(
                 f"{key!r} is not a valid tag",
                 hint="keys are letters, digits and ._/- (128 at most), values 256 characters",
@@ -159,7 +159,7 @@ def check_env(env: Mapping[str, str]) -> dict[str, str]:
     :raises UsageError: a key is not an identifier, or there is a NUL in a value
     """
     for key, value in env.items():
-        if not _ENV_KEY.fullmatch(key) or "\0" in value:
+        if not re.fullmatch(_ENV_KEY, key) or "\0" in value:
             raise UsageError(
                 f"{key!r} is not a valid environment variable", hint="use KEY=VALUE, KEY of letters, digits and _"
             )
@@ -374,7 +374,7 @@ def check_payloads(
     return each
 
 
-_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_SIZE = r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([KMGT]?)(?:i?B)?"
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -383,7 +383,7 @@ def parse_size(text: str) -> int:
 
     :raises UsageError: it is not a size
     """
-    found = _SIZE.fullmatch(text.strip(string.whitespace))
+    found = re.fullmatch(_SIZE, text.strip(string.whitespace), re.IGNORECASE | re.ASCII)
     if not found:
         raise UsageError(f"{text!r} is not a size", hint="write 512M, 1G or a number of bytes")
     from fractions import Fraction

@@ -15,11 +15,11 @@ BUNDLE: Final = "/etc/ssl/certs/ca-certificates.crt"
 """The guest's trusted certificates. The agent adds to it, and makes it if the image has none."""
 MAX_CERTIFICATES: Final = 32
 _MAX_TEXT: Final = 256 << 10
-_PEM = re.compile(r"-----BEGIN CERTIFICATE-----\s[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
+_PEM = r"-----BEGIN CERTIFICATE-----\s[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----"
 # Programs that do not read the bundle by themselves: they have certificates of their own, or look
 # elsewhere.
 _VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
-_LOOPBACK = re.compile(r"localhost|127\.[0-9.]+|::1")
+_LOOPBACK = r"localhost|127\.[0-9.]+|::1"
 
 
 def certificates_in(texts: Iterable[str]) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def certificates_in(texts: Iterable[str]) -> tuple[str, ...]:
 
     found: dict[str, None] = {}
     for text in texts:
-        certificates = _PEM.findall(text[:_MAX_TEXT])
+        certificates = re.findall(_PEM, text[:_MAX_TEXT])
         if not certificates:
             raise UsageError(
                 "the file of certificates has none in PEM format",
@@ -81,7 +81,7 @@ def check_guest_proxy(url: str | None) -> None:
     :raises UsageError: as for `check_proxy`, or it names the guest's own loopback
     """
     check_proxy(url)
-    if url is not None and _LOOPBACK.fullmatch(urlsplit(url).hostname or ""):
+    if url is not None and re.fullmatch(_LOOPBACK, urlsplit(url).hostname or ""):
         raise UsageError(
             "in a guest, localhost is the guest itself",
             hint="on the network `user` this host's loopback is 10.0.2.2: write http://10.0.2.2:PORT",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import shutil
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from conftest import HostFactory
@@ -272,7 +272,7 @@ async def test_an_atomic_fan_out_of_a_killed_host_leaves_all_or_none(
 ) -> None:
     """The host dies with one complete child; it stays only without `atomic`."""
     oak = await make(fake_host, State.TEMPLATE)
-    rooms = dataclasses.replace(fake_host.local.rooms, store=dead_store)
+    rooms = msgspec.structs.replace(fake_host.local.rooms, store=dead_store)
     request = ForkRequest(instance="oak", count=2, names=["elm", "fir"], target=target, atomic=atomic)
 
     class Killed(BaseException):

@@ -34,7 +34,7 @@ from coppice.requests import (
     StartRequest,
     StopRequest,
 )
-from coppice.requests.machines import InstanceRequest
+from coppice.requests.base import InstanceRequest
 from coppice.state.journal import JournalOperation
 from coppice.vmm import driver as files
 from fakes.driver import FakeDriver

@@ -59,7 +59,7 @@ async def test_an_address_is_kept_and_given_back(fake_host: AsyncHost, monkeypat
 
     If the pool is empty a fork is refused as a whole, and a removal frees an address.
     """
-    monkeypatch.setattr(user, "_POOL", ip_network("127.64.0.0/30"))
+    monkeypatch.setattr(user, "_POOL", "127.64.0.0/30")
     await make(fake_host, State.TEMPLATE)
     forks = (await fake_host.call(ForkRequest(instance="oak", count=4, publish=[OWN]))).instances
     assert set(addresses_of(*forks)) == {f"127.64.0.{number}" for number in range(4)}

@@ -58,7 +58,7 @@ class FakeKernels(KernelStore):
         return self.get(KERNEL)
 
 
-class FakeRooms(Rooms):
+class FakeRooms(Rooms, frozen=True):
     """Rooms with one kernel and a prepared initramfs."""
 
     @cached_property

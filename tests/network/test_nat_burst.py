@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -56,7 +55,7 @@ async def host(fake_vmm: Path, fake_home: Path, pool: Pool) -> AsyncIterator[Asy
 
     def open_with_slots(layout: Layout, drivers: Drivers, deadlines: Deadlines) -> Rooms:
         networks = Networks([NatNetwork(fake_home, pool)])
-        return dataclasses.replace(open_rooms(layout, drivers, deadlines), networks=networks)
+        return msgspec.structs.replace(open_rooms(layout, drivers, deadlines), networks=networks)
 
     async with AsyncExitStack() as stack:
         stack.push_async_callback(driver.end, fake_home / "instances")

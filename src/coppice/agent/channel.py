@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Final, cast
@@ -47,7 +47,7 @@ class Channel(asyncio.Protocol):
         self._is_paused = is_paused
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport  # from `connection_made` on
-        self._nonce = secrets.token_bytes(NONCE_SIZE)
+        self._nonce = os.urandom(NONCE_SIZE)
         self._decoder = FrameDecoder(self._nonce)
         self._streams: dict[int, RemoteStream] = {}
         self._next_id = 0

@@ -1,4 +1,4 @@
-"""The command line: `coppice`. A thin layer over AsyncHost that adds parsing, printing and exit
+"""The command line: `coppice`. A thin layer over a backend that adds parsing, printing and exit
 codes.
 
 `coppice --help` must answer at once. Modules here therefore import the host, asyncio, rich and
@@ -22,8 +22,9 @@ def main(arguments: Sequence[str] | None = None, *, host_factory: HostFactory | 
     `host_factory` makes the host from the global options; tests give a fake one.
     """
     try:
-        from coppice.cli.start import without_collection
+        from coppice.cli.start import defer_imports, without_collection
 
+        defer_imports()
         with without_collection():
             from coppice.cli import program
 

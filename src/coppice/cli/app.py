@@ -10,7 +10,7 @@ import click
 
 from coppice.cli import output
 from coppice.cli.context import Cli
-from coppice.cli.declare import Commands, Option, ProgramExit, parameters
+from coppice.cli.declare import Commands, Option, flag, parameters
 from coppice.cli.habits import ALIASES, advice
 from coppice.errors import UsageError
 
@@ -77,12 +77,10 @@ class _Root(Commands):
         return super().resolve_command(ctx, args)
 
 
-def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted and not ctx.resilient_parsing:
-        from coppice import __version__
+def _version(_: click.Context) -> None:
+    from coppice import __version__
 
-        output.line(f"coppice {__version__}")
-        raise ProgramExit(0)
+    output.line(f"coppice {__version__}")
 
 
 def options(
@@ -169,9 +167,7 @@ app = _Root(
     _PLACES,
     params=[
         *parameters(options),
-        click.Option(
-            ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Print the version."
-        ),
+        flag("--version", help="Print the version.", action=_version),
     ],
     callback=click.pass_context(options),
     help=options.__doc__,

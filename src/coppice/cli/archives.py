@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from coppice.cli import complete, format, output, start
+from coppice.cli import complete, format, output
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Option
 from coppice.errors import UsageError
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
 
 _STDIN, _STDOUT = "/dev/stdin", 1
 _STREAM = "-"
@@ -48,7 +48,6 @@ def export(
 
 
 def _to_output(cli: Cli, name: str, *, bare: bool) -> None:
-    start.import_asyncio()
     from coppice.cli import terminal
     from coppice.requests import OpenExportRequest
 
@@ -56,7 +55,7 @@ def _to_output(cli: Cli, name: str, *, bare: bool) -> None:
         where = "JSON" if cli.json else "a terminal"
         raise UsageError(f"an archive cannot be written to {where}", hint="use `-o FILE`, or a pipe")
 
-    async def send(host: AsyncHost) -> None:
+    async def send(host: Backend) -> None:
         async with host.stream(OpenExportRequest(instance=name, bare=bare)) as archive:
             async for piece in archive:
                 output.write(piece)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from coppice.cli import complete, format, guest, options, output, start
+from coppice.cli import complete, format, guest, options, output
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Option, ProgramExit
 from coppice.cli.ending import Left
 from coppice.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model.guest import Exit, GuestCommand
 
 CommandId = Annotated[
@@ -84,14 +84,13 @@ def attach(
     command, which goes on. Without a terminal, Ctrl-C is for the command, and the third one
     leaves it; with -n, the first one does.
     """
-    start.import_asyncio()
     from coppice.cli import session
     from coppice.requests import CommandAttachRequest, CommandLsRequest
 
     cli = Cli.of(ctx)
     captured = session.Captured() if cli.json else None
 
-    async def work(host: AsyncHost) -> Exit:
+    async def work(host: Backend) -> Exit:
         found = _named(await host.call(CommandLsRequest(instance=name)), name, command)
         stdin = found.stdin and found.exit_code is None and not no_stdin and guest.is_open(0)
         raw = stdin and found.tty and os.isatty(0)

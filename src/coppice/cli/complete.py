@@ -93,19 +93,18 @@ def commands(ctx: click.Context, incomplete: str) -> list[str]:
     """Return the ids of the commands of a running instance, asked from its agent."""
     import asyncio
 
-    from coppice.cli.context import Cli, HostFactory, open_host
+    from coppice.cli.context import Cli, HostFactory, open_host, opened
     from coppice.requests import CommandLsRequest
 
     root, name = ctx.find_root().params, str(ctx.params.get("name"))
     server = root.get("host") or os.environ.get("COPPICE_HOST") or None
     if server is None and name not in _instances(ctx, name, "Running"):
         return []
-    cli = Cli(home=_home(ctx), owner=_owner(ctx), server=server, background="off")
-
     make_host: HostFactory = ctx.find_root().obj or open_host
+    cli = Cli(home=_home(ctx), owner=_owner(ctx), server=server, background="off", host_factory=make_host)
 
     async def ask() -> list[str]:
-        async with asyncio.timeout(_PATIENCE_S), make_host(cli) as host:
+        async with asyncio.timeout(_PATIENCE_S), opened(make_host(cli)) as host:
             return [each.id for each in await host.call(CommandLsRequest(instance=name))]
 
     with contextlib.suppress(Exception):

@@ -6,40 +6,49 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 
 from coppice.cli import output, progress, start
+from coppice.cli.declare import Values
 from coppice.errors import CoppiceError, HostCannot, NoSpace
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model import ProgressSink
     from coppice.requests import Request
 
 T = TypeVar("T")
-HostFactory = Callable[["Cli"], "AsyncHost"]
+HostFactory = Callable[["Cli"], "Backend"]
 
 
-def open_host(cli: Cli) -> AsyncHost:
+def open_host(cli: Cli) -> Backend:
     """Return the real host over the chosen data directory, or that of the chosen server."""
     if cli.server is not None:
-        from coppice.client.connecting import connect_async
+        from coppice.client.connecting import remote_backend
 
-        return connect_async(cli.server)
-    from coppice.client.aio.host import AsyncHost
+        return remote_backend(cli.server)
+    from coppice.host import LocalBackend
 
     # No spares: a command forks only once.
-    return AsyncHost(cli.home, vmm=cli.vmm, accel=cli.accel, owner=cli.owner, background=cli.background, spares=0)
+    return LocalBackend(cli.home, vmm=cli.vmm, accel=cli.accel, owner=cli.owner, background=cli.background, spares=0)
 
 
-@dataclass(frozen=True)
-class Cli:
+@contextlib.asynccontextmanager
+async def opened(host: Backend) -> AsyncIterator[Backend]:
+    """Open a host for a block."""
+    await host.open()
+    try:
+        yield host
+    finally:
+        await host.close()
+
+
+class Cli(Values):
     """The global options. `home` None: the default data directory. `owner` None: the operator.
 
     `server` is the address of a server that carries out the requests. None: this machine.
@@ -53,7 +62,7 @@ class Cli:
     json: bool = False
     debug: bool = False
     background: Literal["detached", "off"] = "detached"  # a command does not wait for the hashing of its captures
-    host_factory: HostFactory = open_host
+    host_factory: HostFactory
 
     @staticmethod
     def of(context: click.Context) -> Cli:
@@ -63,21 +72,22 @@ class Cli:
             raise RuntimeError("the command was invoked without the program around it")
         return found
 
-    def call(self, work: Callable[[AsyncHost], Awaitable[T]], *, opened: bool = True) -> T:
-        """Run `work` with the host, and open the host first unless told otherwise.
+    def call(self, work: Callable[[Backend], Awaitable[T]], *, needs_data: bool = True) -> T:
+        """Run `work` with the host, and open its data directory first if the work needs it.
 
         A signal cancels the work and waits for its cleanup.
 
         :raises CoppiceError: the error of the work; an OSError becomes a CoppiceError
         :raises Interrupted: a signal ended the work
         """
-        start.import_asyncio()
         from coppice.cli.interrupt import run_to_end
 
         async def whole() -> T:
             host = self.host_factory(self)
             start.collect_again()
-            async with host if opened else contextlib.nullcontext():
+            if not needs_data:
+                return await work(host)
+            async with opened(host):
                 return await work(host)
 
         try:
@@ -85,13 +95,13 @@ class Cli:
         except OSError as error:
             raise of_the_host(error) from error
 
-    def request(self, request: Request[T], *, opened: bool = True) -> T:
+    def request(self, request: Request[T], *, needs_data: bool = True) -> T:
         """Carry out one operation, with a progress bar if it reports progress. Parameters are as in
         `call`.
         """
-        return self.call(lambda host: self.carry_out(host, request), opened=opened)
+        return self.call(lambda host: self.carry_out(host, request), needs_data=needs_data)
 
-    async def carry_out(self, host: AsyncHost, request: Request[T]) -> T:
+    async def carry_out(self, host: Backend, request: Request[T]) -> T:
         """Carry out one operation with an open host, with a progress bar if it reports progress."""
         if not request.reports_progress:
             return await host.call(request)

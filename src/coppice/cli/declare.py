@@ -7,20 +7,21 @@ the command is looked up.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import click
 
-from coppice.cli import start
+from coppice.cli import output, start
 
 Completer = Callable[[click.Context, str], list[str]]
 """Returns the values that begin with the typed text."""
+
+_HELP, _HELP_TEXT = ("--help", "-h"), "Show this message and exit."
+_REQUIRED: Final = object()  # in place of a default
 
 ProgramExit = click.exceptions.Exit
 """Ends the program with an exit status."""
@@ -51,6 +52,17 @@ class Option:
         self.settings = {"help": help, **more, **_completion(autocompletion)}
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Values:
+    """A value with named fields: the annotated attributes of a subclass, with their defaults.
+
+    A dataclass would do, but Python compiles the methods of each one anew in every process.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
 def _completion(complete: Completer | None) -> dict[str, Any]:
     return {} if complete is None else {"shell_complete": lambda ctx, _, incomplete: complete(ctx, incomplete)}
 
@@ -62,9 +74,8 @@ class Commands(click.Group):
     """
 
     def __init__(self, name: str | None = None, places: Mapping[str, str] | None = None, **settings: Any) -> None:
-        super().__init__(
-            name, no_args_is_help=False, context_settings={"help_option_names": ["--help", "-h"]}, **settings
-        )
+        super().__init__(name, no_args_is_help=False, add_help_option=False, **settings)
+        self.params.append(flag(*_HELP, help=_HELP_TEXT, action=_show_help))
         self._declared: dict[str, str | Callable[..., None]] = dict(places or {})
 
     def declare(self, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -96,11 +107,36 @@ def own_words(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+class _Option(click.Option):
+    def __init__(self, *words: Any, help: str, **settings: Any) -> None:
+        super().__init__(*words, **settings)
+        self.help = help  # click would clean it, and import `inspect` for that
+
+
 class _Positional(click.Argument):
+    def __init__(self, *words: Any, help: str, **settings: Any) -> None:
+        super().__init__(*words, **settings)
+        self.help = help
+
     def make_metavar(self, ctx: click.Context) -> str:  # noqa: ARG002 - click's signature
         """Return the argument's form in the usage line: `NAME`, `[NAME]`, `NAME...`."""
         shown = self.human_readable_name if self.required else f"[{self.human_readable_name}]"
         return shown if self.nargs == 1 else f"{shown}..."
+
+
+def flag(*names: str, help: str, action: Callable[[click.Context], None]) -> click.Option:
+    """Return an option that does its action instead of the command, such as `--help`."""
+
+    def called(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+        if wanted and not ctx.resilient_parsing:
+            action(ctx)
+            raise ProgramExit(0)
+
+    return _Option(names, help=help, is_flag=True, is_eager=True, expose_value=False, callback=called)
+
+
+def _show_help(ctx: click.Context) -> None:
+    output.line(ctx.get_help())
 
 
 def command(name: str, function: Callable[..., None]) -> click.Command:
@@ -110,11 +146,11 @@ def command(name: str, function: Callable[..., None]) -> click.Command:
     """
     return click.Command(
         name,
-        params=parameters(function),
+        params=[*parameters(function), flag(*_HELP, help=_HELP_TEXT, action=_show_help)],
         callback=_called(function),
-        help=inspect.getdoc(function),
+        help=function.__doc__,
+        add_help_option=False,
         context_settings={
-            "help_option_names": ["--help", "-h"],
             "allow_interspersed_args": vars(function).get("interspersed", True),
             "show_default": True,
         },
@@ -122,53 +158,79 @@ def command(name: str, function: Callable[..., None]) -> click.Command:
 
 
 def parameters(function: Callable[..., Any]) -> list[click.Parameter]:
-    """Return click's parameters of a function, without the context. A dataclass adds its fields."""
+    """Return click's parameters of a function, without the context. A value adds its fields."""
     found: list[click.Parameter] = []
-    for name, hint in _hints(function).items():
-        if isinstance(hint, type) and is_dataclass(hint):
+    for name, (hint, default) in _declared(function).items():
+        if _has_fields(hint):
             found += parameters(hint)
         else:
-            found.append(_parameter(inspect.signature(function).parameters[name], hint))
+            found.append(_parameter(name, hint, default))
     return found
 
 
+def _has_fields(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Values)
+
+
 @functools.cache
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of a command's parameters without the context, or of a dataclass's
-    fields.
+def _declared(place: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the annotation and the default of each parameter of a command without the context, or
+    of each field.
     """
-    hints = get_type_hints(function, include_extras=True)
-    names = list(inspect.signature(function).parameters)
-    return {name: hints[name] for name in (names if is_dataclass(function) else names[1:])}
+    hints = get_type_hints(place, include_extras=True)
+    if isinstance(place, type):
+        return {name: (hint, getattr(place, name)) for name, hint in hints.items()}
+    # As `inspect.signature` does, whose import takes milliseconds.
+    code = place.__code__
+    positional, names = code.co_argcount, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    given = zip(reversed(names[:positional]), reversed(place.__defaults__ or ()), strict=False)
+    defaults = {**dict(given), **(place.__kwdefaults__ or {})}
+    return {name: (hints[name], defaults.get(name, _REQUIRED)) for name in names[1:]}
 
 
 def _called(function: Callable[..., None]) -> Callable[..., None]:
     def called(ctx: click.Context, /, **values: Any) -> None:
         start.import_msgspec()
         given = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
-        for name, hint in _hints(function).items():
-            if isinstance(hint, type) and is_dataclass(hint):
-                given[name] = hint(**{key: given.pop(key) for key in _hints(hint)})
+        for name, (hint, _) in _declared(function).items():
+            if _has_fields(hint):
+                given[name] = hint(**{key: given.pop(key) for key in _declared(hint)})
         function(ctx, **given)
 
     return click.pass_context(called)
 
 
-def _parameter(parameter: inspect.Parameter, hint: Any) -> click.Parameter:
+def _parameter(name: str, hint: Any, default: Any) -> click.Parameter:
     if get_origin(hint) is not Annotated:
-        raise TypeError(f"annotate the parameter {parameter.name} with Option or Argument")
+        raise TypeError(f"annotate the parameter {name} with Option or Argument")
     kind, declared = get_args(hint)
     kind, many = _single(kind)
-    required = parameter.default is parameter.empty
+    required = default is _REQUIRED
     if isinstance(declared, Argument):
         settings = {"type": _type(kind, None), "required": required, "nargs": -1 if many else 1, **declared.settings}
-        return _Positional([parameter.name], **settings)
-    default: dict[str, Any] = {} if required or many or parameter.default is None else {"default": parameter.default}
+        return _Positional([name], **settings)
+    given: dict[str, Any] = {} if required or many or default is None else {"default": default}
     if kind is bool:
-        default = {"default": parameter.default, "is_flag": True}
+        given = {"default": default, "is_flag": True}
     else:
-        default |= {"type": _type(kind, declared.min), "multiple": many}
-    return click.Option([parameter.name, *declared.names], required=required, **default, **declared.settings)
+        given |= {"type": _type(kind, declared.min), "multiple": many}
+    return _Option([name, *declared.names], required=required, **given, **declared.settings)
+
+
+class _Path(click.ParamType[Path]):
+    """A path, as click's own type, which however translates its name, and imports `locale` for that."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002
+        """Return the word as a path."""
+        return Path(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:  # noqa: ARG002
+        """Leave the completion to the shell."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
 
 
 def _single(kind: Any) -> tuple[Any, bool]:
@@ -182,7 +244,7 @@ def _type(kind: Any, least: int | None) -> click.ParamType[Any]:
     if get_origin(kind) is Literal:
         return click.Choice(get_args(kind))
     if kind is Path:
-        return click.Path(path_type=Path)
+        return _Path()
     if kind is int and least is not None:
         return click.IntRange(min=least)
     return {str: click.STRING, int: click.INT, float: click.FLOAT}[kind]

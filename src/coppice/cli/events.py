@@ -11,7 +11,7 @@ from coppice.cli.context import Cli
 from coppice.cli.declare import Option
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model.events import Event
 
 
@@ -32,7 +32,7 @@ def events(
     cli = Cli.of(ctx)
     kept: list[Event] = []
 
-    async def read(host: AsyncHost) -> None:
+    async def read(host: Backend) -> None:
         async with host.stream(EventsRequest(after=after, follow=follow)) as found:
             async for event in found:
                 if not cli.json:

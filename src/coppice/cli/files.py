@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from coppice.cli import complete, format, output, start
+from coppice.cli import complete, format, output
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Commands, Option
 from coppice.errors import UsageError
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model import FileEvent, FileStat
 
 files_app = Commands("files", help="List, make, move, remove and watch files in a Running guest.")
@@ -42,13 +42,12 @@ def ls(
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print only the names.")] = False,
 ) -> None:
     """List a directory by name, with kind, mode, owner, size and time. Links are not followed."""
-    start.import_asyncio()
     from coppice.requests import FileLsRequest
 
     cli = Cli.of(ctx)
     name, path = _place(place)
 
-    async def read(host: AsyncHost) -> list[FileStat]:
+    async def read(host: Backend) -> list[FileStat]:
         async with host.stream(FileLsRequest(instance=name, path=path)) as entries:
             return [each async for each in entries]
 
@@ -184,14 +183,13 @@ def watch(
     The line `watching` comes first: later changes are printed. `overflow` means that the guest's kernel
     has dropped some. With --json: one JSON document per line.
     """
-    start.import_asyncio()
     from coppice.cli import terminal
     from coppice.requests import FileWatchRequest
 
     cli = Cli.of(ctx)
     name, path = _place(place)
 
-    async def read(host: AsyncHost) -> None:
+    async def read(host: Backend) -> None:
         async with host.stream(FileWatchRequest(instance=name, path=path, recursive=recursive)) as events:
             async for event in events:
                 output.write(_line(event, as_json=cli.json))

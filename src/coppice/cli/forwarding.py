@@ -19,7 +19,7 @@ from coppice.flow import CHUNK, joined, named, pass_on
 from coppice.requests import ConnectRequest, HealthRequest
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
 
 _STDIN, _STDOUT = 0, 1
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: closing the socket breaks the connection
@@ -39,7 +39,7 @@ def check_address(address: str) -> None:
 
 
 async def forward(
-    host: AsyncHost, name: str, wanted: Sequence[tuple[int | str, int]], address: str, *, as_json: bool
+    host: Backend, name: str, wanted: Sequence[tuple[int | str, int]], address: str, *, as_json: bool
 ) -> None:
     """Forward ports until this task is cancelled.
 
@@ -84,7 +84,7 @@ async def _listening(forward: _Forward, address: str, port: int) -> AsyncIterato
 class _Forward:
     """One server in the guest, and the connections to it."""
 
-    def __init__(self, host: AsyncHost, request: ConnectRequest) -> None:
+    def __init__(self, host: Backend, request: ConnectRequest) -> None:
         self._host = host
         self._request = request
         self._tasks: set[asyncio.Task[None]] = set()
@@ -132,7 +132,7 @@ class _Standard:
         output.discard()  # so that the reader sees the end, even if the input goes on
 
 
-async def connect(host: AsyncHost, name: str, to: int | str) -> None:
+async def connect(host: Backend, name: str, to: int | str) -> None:
     """Pass standard input to a server in a guest, and its bytes to standard output.
 
     End when both directions have ended, or with the server's if a terminal is the input.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import click
 
-from coppice.cli import complete, format, options, output, parse, start
+from coppice.cli import complete, format, options, output, parse
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Option, ProgramExit, own_words
 from coppice.cli.ending import Interrupted, OutputClosed
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from coppice.cli.session import Captured
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model.guest import Exit
 
 _STDIN, _STDOUT = 0, 1
@@ -78,7 +78,6 @@ def exec_(
     Exit status: the command's, or 124 timed out, 126 cannot be started, 127 no such command in the
     guest.
     """
-    start.import_asyncio()
     from coppice.cli import session
     from coppice.model.guest import KEPT_BYTES
     from coppice.names import parse_size
@@ -139,7 +138,7 @@ def exec_(
         pids_limit=pids_limit,
     )
 
-    async def work(host: AsyncHost) -> Exit:
+    async def work(host: Backend) -> Exit:
         async with host.stream(request) as opened:
             return await session.attach(opened, stdin=stdin, raw=stdin and terminal, forward=not tty, captured=captured)
 
@@ -223,7 +222,6 @@ def cp(
 
 def _stream(cli: Cli, name: str, path: str, *, into: bool) -> None:
     """Unpack an archive from standard input, or write one to standard output."""
-    start.import_asyncio()
     from coppice.agent.copy import archive_in, archive_out
     from coppice.cli import terminal
     from coppice.requests import OpenCopyRequest
@@ -239,11 +237,11 @@ def _stream(cli: Cli, name: str, path: str, *, into: bool) -> None:
         while data := await terminal.read(_STDIN):
             yield data
 
-    async def receive(host: AsyncHost) -> int:
+    async def receive(host: Backend) -> int:
         async with host.stream(request) as session:
             return (await archive_in(session, read(), path)).content_bytes
 
-    async def send(host: AsyncHost) -> None:
+    async def send(host: Backend) -> None:
         async with host.stream(request) as session:
             await archive_out(session, path, lambda data: terminal.write(_STDOUT, data))
 
@@ -264,7 +262,6 @@ def logs(
     vmm: Annotated[bool, Option("--vmm", help="Print the VMM's log instead of the guest's console.")] = False,
 ) -> None:
     """Print the console of a guest. On a terminal, control characters are escaped."""
-    start.import_asyncio()
     from coppice.cli import terminal
     from coppice.requests import LogsRequest
 
@@ -274,7 +271,7 @@ def logs(
     document = _LinesDocument() if cli.json else None
     request = LogsRequest(instance=name, source="vmm" if vmm else "console", tail=lines, follow=follow)
 
-    async def read(host: AsyncHost) -> None:
+    async def read(host: Backend) -> None:
         on_terminal = sys.stdout.isatty()
         async with host.stream(request) as log:
             async for line in log:

@@ -294,7 +294,7 @@ def doctor(ctx: click.Context) -> None:
 
     cli = Cli.of(ctx)
     # Not opened: an unusable data directory is one of the failures to report.
-    checks = cli.request(DoctorRequest(), opened=False)
+    checks = cli.request(DoctorRequest(), needs_data=False)
     cli.show(checks, lambda: _print_checks(checks))
     if any(check.status == "fail" for check in checks):
         raise ProgramExit(5)

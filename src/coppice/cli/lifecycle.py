@@ -14,7 +14,7 @@ from coppice.cli.declare import Argument, Option
 from coppice.errors import CoppiceError, NotFound, UsageError
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model import CaptureReport, EgressReport, Instance
 
 
@@ -359,7 +359,7 @@ def rm(
         raise UsageError("--all removes every instance of this data directory", hint="add --yes to confirm")
     tags = parse.pairs(tag or (), "tag")
 
-    async def work(host: AsyncHost) -> tuple[list[str], dict[str, CoppiceError]]:
+    async def work(host: Backend) -> tuple[list[str], dict[str, CoppiceError]]:
         from coppice.completion import each_of
         from coppice.requests import GetRequest, LsRequest, RmRequest
 

@@ -13,7 +13,7 @@ from coppice.cli.declare import Argument, Option, ProgramExit
 from coppice.errors import kind_of
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model import ForkReport, ForkResult, TreeNode
 
 
@@ -140,7 +140,7 @@ def tree(
     """
     cli = Cli.of(ctx)
 
-    async def work(host: AsyncHost) -> tuple[list[TreeNode], dict[str, str]]:
+    async def work(host: Backend) -> tuple[list[TreeNode], dict[str, str]]:
         from coppice.requests import TreeRequest, UnloadableRequest
 
         found = [node for name in names or (None,) for node in await host.call(TreeRequest(instance=name))]

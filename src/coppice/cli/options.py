@@ -1,13 +1,10 @@
 """Arguments and options that several commands share."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from coppice.cli import complete, parse
-from coppice.cli.declare import Argument, Option
+from coppice.cli.declare import Argument, Option, Values
 
 if TYPE_CHECKING:
     from coppice.requests import FanOut
@@ -128,8 +125,7 @@ Notify = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class PolicyOptions:
+class PolicyOptions(Values):
     """The options of every command that sets policies."""
 
     ttl: Ttl = None
@@ -200,7 +196,6 @@ class PolicyOptions:
         }
 
 
-@dataclass(frozen=True)
 class ForkOptions(PolicyOptions):
     """The options of every command that grows forks. They correspond to the fields of `FanOut`; memory is always measured."""
 

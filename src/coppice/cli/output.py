@@ -18,8 +18,8 @@ from coppice.errors import CoppiceError
 Field = tuple[str, str | None]
 
 # Sequences that could move the cursor or set the terminal's title. Colours (SGR) are allowed.
-_UNSAFE = re.compile(rb"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]|\xc2[\x80-\x9f]")
-_UNSAFE_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNSAFE = rb"\x1b(?!\[[0-9;]*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]|\xc2[\x80-\x9f]"
+_UNSAFE_TEXT = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 _WIDE = 1 << 14  # the width without a terminal: lines are never folded
 
 
@@ -103,12 +103,12 @@ def warn_of_shared_random(source: str, processes: Sequence[str]) -> None:
 
 def printable(text: str) -> str:
     """Return the text with escaped control characters."""
-    return _UNSAFE_TEXT.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return re.sub(_UNSAFE_TEXT, lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def harmless(data: bytes) -> bytes:
     """Return bytes from a guest with escaped control characters, except colours."""
-    return _UNSAFE.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in found[0]).encode(), data)
+    return re.sub(_UNSAFE, lambda found: "".join(f"\\x{byte:02x}" for byte in found[0]).encode(), data)
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, optional: Collection[str] = ()) -> None:

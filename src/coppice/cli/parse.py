@@ -15,13 +15,12 @@ from coppice.errors import UsageError
 if TYPE_CHECKING:
     from coppice.model import Egress, HealthCheck, Limits, Publish, RestartPolicy, State, VolumeMount
 
-_PUBLISH = re.compile(
-    r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}|auto):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
-)
-_VOLUME = re.compile(r"(?P<name>[^:]+):(?P<path>/[^:]*)(?::(?P<mode>ro|rw))?", re.DOTALL)
+# Compiled at their first use: that takes longer than most commands have for them.
+_PUBLISH = r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}|auto):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
+_VOLUME = r"(?P<name>[^:]+):(?P<path>/[^:]*)(?::(?P<mode>ro|rw))?"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_PAYLOADS_FILE = 256 << 20
-_REMOTE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9-]*):(?P<path>.*)", re.DOTALL)
+_REMOTE = r"(?P<name>[A-Za-z0-9][A-Za-z0-9-]*):(?P<path>.*)"
 
 
 def pairs(words: Iterable[str], what: str) -> dict[str, str]:
@@ -107,12 +106,12 @@ def egress(word: str | None) -> Egress | None:
 
     :raises UsageError: the word has none of these forms
     """
+    if word is None:
+        return None
     from ipaddress import ip_network
 
     from coppice.model import Egress
 
-    if word is None:
-        return None
     mode, _, listed = word.partition("=")
     if (mode == "allow") != bool(listed) or mode not in ("none", "all", "allow"):
         raise UsageError(f"{word!r} is not an egress policy", hint="write none, all, or allow=NETWORK,NAME")
@@ -158,7 +157,7 @@ def publish(words: Iterable[str]) -> tuple[Publish, ...]:
 
     ports: list[Publish] = []
     for word in words:
-        found = _PUBLISH.fullmatch(word)
+        found = re.fullmatch(_PUBLISH, word)
         if not found:
             raise UsageError(
                 f"{word!r} is not a published port",
@@ -204,7 +203,7 @@ def volumes(words: Iterable[str]) -> tuple[VolumeMount, ...]:
 
     mounts: list[VolumeMount] = []
     for word in words:
-        found = _VOLUME.fullmatch(word)
+        found = re.fullmatch(_VOLUME, word, re.DOTALL)
         if not found:
             raise UsageError(f"{word!r} is not a volume with its path", hint="write NAME:/path or NAME:/path:ro")
         mounts.append(VolumeMount(volume=found["name"], mount_path=found["path"], readonly=found["mode"] == "ro"))
@@ -396,7 +395,7 @@ def copy_ends(source: str, target: str) -> tuple[str, str, bool]:
 
     :raises UsageError: not exactly one end is in an instance, or its path is empty
     """
-    remote_source, remote_target = _REMOTE.fullmatch(source), _REMOTE.fullmatch(target)
+    remote_source, remote_target = (re.fullmatch(_REMOTE, end, re.DOTALL) for end in (source, target))
     if bool(remote_source) is bool(remote_target):
         both = "both ends are" if remote_source else "neither end is"
         raise UsageError(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import click
 
-from coppice.cli import options, output, start
+from coppice.cli import options, output
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Option, ProgramExit
 from coppice.cli.ending import Interrupted
@@ -37,7 +37,6 @@ def port_forward(
     standard output say which ports are forwarded. If a server cannot be reached, the client's
     connection is closed, and standard error says why once.
     """
-    start.import_asyncio()
     from coppice.cli import forwarding
 
     cli = Cli.of(ctx)
@@ -64,7 +63,6 @@ def connect(
     As a ProxyCommand it lets ssh, scp and rsync reach a guest that has no network:
     `ssh -o ProxyCommand='coppice connect NAME 22' root@NAME`.
     """
-    start.import_asyncio()
     from coppice.cli import forwarding
 
     cli = Cli.of(ctx)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coppice.cli import output, terminal
@@ -23,12 +22,12 @@ _MAX_CAPTURED = 64 * MIB
 _Action = Callable[[], Coroutine[Any, Any, None]]
 
 
-@dataclass
 class Captured:
     """Output that is collected instead of passed on."""
 
-    stdout: bytearray = field(default_factory=bytearray)
-    stderr: bytearray = field(default_factory=bytearray)
+    def __init__(self) -> None:
+        self.stdout = bytearray()
+        self.stderr = bytearray()
 
     def add(self, stream: str, data: bytes) -> None:
         """Append data of a stream.

@@ -11,7 +11,7 @@ from coppice.cli.declare import ProgramExit
 from coppice.errors import CoppiceError, NotFound
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model import Instance
     from coppice.requests import Request
 
@@ -78,7 +78,7 @@ def _each(cli: Cli, names: Sequence[str], ask: Ask[T]) -> tuple[list[T], dict[st
     """Carry out the request for each name; return the results, and the errors by name."""
     wanted = list(dict.fromkeys(names))
 
-    async def work(host: AsyncHost) -> list[T | BaseException]:
+    async def work(host: Backend) -> list[T | BaseException]:
         from coppice.completion import each_of
 
         async def one(name: str) -> T:

@@ -11,7 +11,7 @@ from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Commands, Option, ProgramExit
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model import Snapshot
     from coppice.model.inspection import SnapshotInspection
 
@@ -69,7 +69,7 @@ def ls(
     cli = Cli.of(ctx)
     tags = parse.pairs(tag or (), "tag")
 
-    async def work(host: AsyncHost) -> tuple[list[Snapshot], dict[str, str]]:
+    async def work(host: Backend) -> tuple[list[Snapshot], dict[str, str]]:
         found = await host.call(SnapshotLsRequest(source=source, tags=tags))
         if quiet and not cli.json:
             return found, {}

@@ -11,7 +11,7 @@ from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Option
 
 if TYPE_CHECKING:
-    from coppice.client import AsyncHost
+    from coppice.client.backend import Backend
     from coppice.model import BudgetUse, Instance, MemoryReport, Usage, VolumeDisk
     from coppice.model.inspection import Inspection
 
@@ -41,7 +41,7 @@ def ls(
     cli = Cli.of(ctx)
     wanted, tags = parse.states(state or ()), parse.pairs(tag or (), "tag")
 
-    async def work(host: AsyncHost) -> tuple[list[Instance], dict[str, str]]:
+    async def work(host: Backend) -> tuple[list[Instance], dict[str, str]]:
         found = await host.call(LsRequest(state=wanted[0] if len(wanted) == 1 else None, tags=tags))
         found = [instance for instance in found if not wanted or instance.state in wanted]
         if quiet and not cli.json:
@@ -232,7 +232,7 @@ def stats(
         cli.show(use, lambda: output.fields(_budget(use)))
         return
 
-    async def work(host: AsyncHost) -> dict[str, MemoryReport]:
+    async def work(host: Backend) -> dict[str, MemoryReport]:
         found: dict[str, MemoryReport] = {}
         for name in names or (None,):
             reports = await host.call(StatsRequest(instance=name))

@@ -25,7 +25,7 @@ def connect(address: str, *, token: str | None = None) -> Host:
     """
     from coppice.client.blocking.host import Host
 
-    return Host(backend=_backend(address, token))
+    return Host(backend=remote_backend(address, token))
 
 
 def connect_async(address: str, *, token: str | None = None) -> AsyncHost:
@@ -38,10 +38,16 @@ def connect_async(address: str, *, token: str | None = None) -> AsyncHost:
     """
     from coppice.client.aio.host import AsyncHost
 
-    return AsyncHost(backend=_backend(address, token))
+    return AsyncHost(backend=remote_backend(address, token))
 
 
-def _backend(address: str, token: str | None) -> Backend:
+def remote_backend(address: str, token: str | None = None) -> Backend:
+    """Return the backend of a server, to be opened before the first request. Parameters are as in
+    `connect`.
+
+    :raises UsageError: the address is malformed
+    :raises MissingTool: this installation lacks the packages of the client
+    """
     try:
         from coppice.client.remote.backend import RemoteBackend
     except ModuleNotFoundError as error:

@@ -12,8 +12,6 @@ of the forks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from coppice.completion import complete, in_thread
@@ -28,8 +26,7 @@ from coppice.requests import FanOut
 from coppice.state import locks
 
 
-@dataclass(eq=False)
-class Spare:
+class Spare(msgspec.Struct, eq=False):
     """One spare of this host process. `lock` is its lock's descriptor, None once given away."""
 
     id: str

@@ -16,9 +16,8 @@ from coppice.host import recovery
 from coppice.machine.rooms import Deadlines, Rooms
 from coppice.model import Budgets
 from coppice.names import check_owner, check_spares
-from coppice.state.budgets import load_budgets
 from coppice.state.layout import Layout, default_home
-from coppice.state.settings import hashes_in_background
+from coppice.state.settings import asked_budgets, hashes_in_background
 from coppice.state.store import Store
 from coppice.vmm.process import own_process
 from coppice.vmm.registry import DEFAULT, Drivers
@@ -99,6 +98,7 @@ class OpenedHost:
         self.drivers = Drivers(driver or vmm or DEFAULT, accel=accel)
         self._deadlines = deadlines or Deadlines()
         self._given_budgets = budgets
+        self._asked_budgets: dict[str, float] = {}
         self._budgets: Budgets | None = None
         self._open_rooms = open_rooms or default_rooms
         self.reach: PublicHosts | None = None  # limits the hosts that images come from; None: any
@@ -135,8 +135,12 @@ class OpenedHost:
 
         :raises RuntimeError: the host is not open
         """
-        if self._opened is None or self._budgets is None:
+        if self._opened is None:
             raise RuntimeError("open the host first: `async with AsyncHost() as host:`")
+        if self._budgets is None:
+            from coppice.state.budgets import with_defaults  # reads dozens of files, and few commands need a budget
+
+            self._budgets = with_defaults(self._asked_budgets, self._opened.layout.home)
         return self._budgets
 
     async def open(self) -> Self:
@@ -148,10 +152,10 @@ class OpenedHost:
         """
         if self._opened is None:
             try:
-                await in_thread(self._open)
-                await recovery.recover(self.rooms)
-                await recovery.sweep(self.rooms)
-                await self._expire()
+                if await in_thread(self._open):
+                    await recovery.recover(self.rooms)
+                    await recovery.sweep(self.rooms)
+                    await self._expire()
                 if self._hashes and self._background == "owned":
                     self.hashing.resume()
             except BaseException:
@@ -166,12 +170,19 @@ class OpenedHost:
 
             await Upkeep(self).expire_now(expired)
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
+        """Open the rooms. Return whether something is to be recovered, removed or expired.
+
+        One call in a thread asks all, since most commands find nothing.
+        """
         layout = Layout(self._home.absolute())
         layout.create()
-        self._budgets = self._given_budgets or load_budgets(layout.home)
+        self._budgets = self._given_budgets
+        if self._budgets is None:
+            self._asked_budgets = asked_budgets(layout.home)
         self._hashes = hashes_in_background(layout.home)
-        self._opened = self._open_rooms(layout, self.drivers, self._deadlines)
+        self._opened = rooms = self._open_rooms(layout, self.drivers, self._deadlines)
+        return recovery.is_needed(rooms) or bool(rooms.store.supervised.expired(time.time()))
 
     @property
     def hashing(self) -> Hashing:

@@ -29,6 +29,15 @@ _RETRY_S = 0.005  # a free flock has no event that can be awaited with a deadlin
 _WITH_VMM = frozenset({State.INITIALIZING, State.RUNNING, State.PAUSED, State.SHUTDOWN})
 
 
+def is_needed(rooms: Rooms) -> bool:
+    """Return whether `recover` or `sweep` would find something to do. Blocks."""
+    return (
+        any(is_interrupted(entry) for entry in rooms.store.journal())
+        or _has_half_made(rooms.layout.images)
+        or bool(_without_record(rooms))
+    )
+
+
 async def recover(rooms: Rooms, *, only: str | None = None) -> list[str]:
     """Resolve every interrupted operation, or that of the instance `only`; return a line for each.
 

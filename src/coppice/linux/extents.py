@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import struct
 from collections.abc import Iterator
@@ -27,8 +28,12 @@ _HEADER = struct.Struct("=QQIIII")  # start, length, flags, mapped_extents, exte
 _EXTENT = struct.Struct("=QQQ16xI12x")  # logical, physical, length, flags
 _BATCH = 512
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return library
 
 
 class Occupancy(NamedTuple):
@@ -90,6 +95,6 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
     Raises OSError, with EOPNOTSUPP if the file system does not support it.
     """
-    if _libc.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) != 0:
+    if _libc().fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from coppice.model import Record
 
 KvmDevice = Literal["ok", "missing", "denied", "broken"]
 
@@ -18,8 +20,7 @@ _KVM_CHECK_EXTENSION = 0xAE03
 _KVM_API_VERSION = 12  # the same since 2007
 
 
-@dataclass(frozen=True)
-class CpuFacts:
+class CpuFacts(Record, frozen=True, kw_only=True):
     """The lines of /proc/cpuinfo that decide where a capture can be restored."""
 
     flags: frozenset[str]
@@ -35,8 +36,6 @@ class CpuFacts:
     @property
     def flags_digest(self) -> str:
         """Return a digest that identifies the CPU as a guest under KVM sees it."""
-        import hashlib  # takes long, and an emulated guest needs no digest
-
         return hashlib.sha256(" ".join([self.model, *sorted(self.flags)]).encode()).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ setns(2) and unshare(2) change the calling thread alone.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -20,7 +21,11 @@ RUNTIME: Final = Path("/run/netns")  # where `ip netns` looks
 _CLONE_NEWNET: Final = 0x40000000
 _MS_BIND: Final = 4096
 _MNT_DETACH: Final = 2
-_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def inside(namespace: Path | None, work: Callable[[], T]) -> T:
@@ -39,7 +44,7 @@ def inside(namespace: Path | None, work: Callable[[], T]) -> T:
         try:
             return work()
         finally:
-            if _libc.setns(own, _CLONE_NEWNET) != 0:
+            if _libc().setns(own, _CLONE_NEWNET) != 0:
                 os.abort()  # all further work of this thread would run in the wrong namespace
     finally:
         os.close(own)
@@ -62,7 +67,7 @@ def enter(namespace: Path) -> None:
     """
     descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _check(_libc.setns(descriptor, _CLONE_NEWNET), namespace)
+        _check(_libc().setns(descriptor, _CLONE_NEWNET), namespace)
     finally:
         os.close(descriptor)
 
@@ -76,9 +81,9 @@ def create(path: Path, work: Callable[[], T]) -> T:
     def made() -> T:
         path.parent.mkdir(exist_ok=True)
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
-        _check(_libc.unshare(_CLONE_NEWNET), path)
+        _check(_libc().unshare(_CLONE_NEWNET), path)
         source = f"/proc/self/task/{threading.get_native_id()}/ns/net"
-        _check(_libc.mount(source.encode(), bytes(path), b"none", _MS_BIND, None), path)
+        _check(_libc().mount(source.encode(), bytes(path), b"none", _MS_BIND, None), path)
         return work()
 
     with ThreadPoolExecutor(1, thread_name_prefix="netns") as thread:  # this thread stays in the new namespace
@@ -90,7 +95,7 @@ def remove(path: Path) -> None:
 
     The kernel removes the namespace after its last user. Idempotent. Blocks.
     """
-    while _libc.umount2(bytes(path), _MNT_DETACH) == 0:
+    while _libc().umount2(bytes(path), _MNT_DETACH) == 0:
         pass
     path.unlink(missing_ok=True)
 

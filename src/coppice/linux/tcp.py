@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 import struct
 from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +18,7 @@ def count_connections(address: str, port: int) -> int:
 
     0.0.0.0 and :: stand for every local address.
     """
-    wanted = ip_address(address)
+    wanted = ipaddress.ip_address(address)
     return sum(
         1
         for local, number in _open()
@@ -26,7 +26,7 @@ def count_connections(address: str, port: int) -> int:
     )
 
 
-def _open() -> Iterator[tuple[IPv4Address | IPv6Address, int]]:
+def _open() -> Iterator[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]]:
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
             for line in Path("/proc/net", name).read_text().splitlines()[1:]:
@@ -36,7 +36,7 @@ def _open() -> Iterator[tuple[IPv4Address | IPv6Address, int]]:
                     yield _address(bytes.fromhex(address)), int(port, 16)
 
 
-def _address(words: bytes) -> IPv4Address | IPv6Address:
+def _address(words: bytes) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """Return an address from words in the byte order of this machine."""
     packed = b"".join(struct.pack("!I", word) for (word,) in struct.iter_unpack("=I", words))
-    return ip_address(socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed))
+    return ipaddress.ip_address(socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed))

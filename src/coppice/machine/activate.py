@@ -12,14 +12,13 @@ import time
 from collections.abc import Awaitable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from coppice.agent.control import Acknowledged
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, GuestTimeout, HostCannot, IntegrityError, Refused, VmmDied
-from coppice.linux.remap import Layer
 from coppice.machine import directory as directories
 from coppice.machine import disk, limits
 from coppice.machine.identity import identity_message, next_serial
@@ -32,6 +31,9 @@ from coppice.model import Capture, Instance, Manifest, MemoryReport, Sharing, St
 from coppice.timing import Stages
 from coppice.vmm import driver as files
 from coppice.vmm.driver import Launch
+
+if TYPE_CHECKING:
+    from coppice.linux.remap import Layer
 
 T = TypeVar("T")
 _DEATH_S = 5.0

@@ -6,12 +6,11 @@ them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coppice.model import Instance, Snapshot
+from coppice.model import Instance, Record, Snapshot
 from coppice.state.layout import Layout
 
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
     from coppice.vmm.registry import Drivers
 
 
-@dataclass(frozen=True)
-class Deadlines:
+class Deadlines(Record, frozen=True, kw_only=True):
     """Deadlines in seconds, generous: an emulated guest on a loaded host is slow, not broken."""
 
     boot: float = 180.0
@@ -37,8 +35,7 @@ class Deadlines:
     lock: float = 60.0
 
 
-@dataclass(frozen=True)
-class Rooms:
+class Rooms(Record, frozen=True, kw_only=True, dict=True):
     """One opened data directory."""
 
     layout: Layout
@@ -47,7 +44,7 @@ class Rooms:
     networks: Networks
     agent: Path  # the guest agent's binary
     guest_files: tuple[Path, ...] = ()  # which the agent copies to /run/coppice
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    deadlines: Deadlines = Deadlines()
 
     @cached_property
     def images(self) -> ImageCatalog:

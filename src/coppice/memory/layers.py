@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
@@ -31,9 +31,11 @@ from coppice.linux.clone import clone_file, nonzero_parts, open_source, write_al
 from coppice.linux.extents import punch_hole
 from coppice.linux.files import os_errors, temporary_beside
 from coppice.linux.pagemap import PrivateRange
-from coppice.linux.remap import Layer
 from coppice.memory.memfile import freeze
 from coppice.model import PAGE_SIZE, MemFile, MemLayer, Sharing
+
+if TYPE_CHECKING:
+    from coppice.linux.remap import Layer
 
 MOST = 8
 """Layers over one base, at most. A capture of a machine with so many merges them into one."""
@@ -99,6 +101,8 @@ def map_of(base: Path, layers: Sequence[MemLayer]) -> list[Extent]:
 
 def ranges_over(base: Path, layers: Sequence[MemLayer]) -> tuple[Layer, ...]:
     """Return what a VMM maps over the base. Raises as `read_map` does."""
+    from coppice.linux.remap import Layer  # takes long, and most memory has no layers
+
     names = [path_of(base, number).name for number in range(1, len(layers) + 1)]
     return tuple(
         Layer(names[number - 1], offset, length, position) for offset, length, number, position in map_of(base, layers)

@@ -4,8 +4,6 @@ Names contain the units: `_bytes`, `_ms`, `_s`. Times of day are seconds since t
 msgspec turns each type into JSON; with `--json` a command prints the type that it shows.
 """
 
-from __future__ import annotations
-
 from coppice.model.capture import Capture, Manifest, MemFile, MemLayer, Sharing
 from coppice.model.images import Image, ImageConfig
 from coppice.model.instance import Instance, ProcessEnd, State, VmmProcess

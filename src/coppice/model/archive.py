@@ -1,7 +1,5 @@
 """Archives of templates, as streams."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Protocol
 

@@ -1,8 +1,7 @@
 """Captures: the memory of a machine at one instant, and the facts that a restore needs."""
 
-from __future__ import annotations
-
 from enum import StrEnum
+from typing import Self
 
 import msgspec
 
@@ -92,7 +91,7 @@ class Capture(Record, frozen=True, kw_only=True):
         """The first file of the memory that is a copy and not a link; None if there is none."""
         return next((file for file in self.memory if file.sharing is Sharing.COPY), None)
 
-    def with_sha256(self, inode: int, digest: str) -> Capture | None:
+    def with_sha256(self, inode: int, digest: str) -> Self | None:
         """Return the capture with the digest of one of its files; None if none with that inode lacks one."""
         if self.mem_file.inode == inode and self.mem_file.sha256 is None:
             return msgspec.structs.replace(self, mem_file=msgspec.structs.replace(self.mem_file, sha256=digest))

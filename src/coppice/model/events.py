@@ -1,7 +1,5 @@
 """Events: what happened to instances, in order."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from coppice.model.instance import State

@@ -1,7 +1,5 @@
 """A guest's report on itself, and the interface of a command that runs in it."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Literal, Protocol
 

@@ -1,7 +1,5 @@
 """Images: read-only root file systems, each with the configuration of its process."""
 
-from __future__ import annotations
-
 from coppice.model.record import Record
 
 

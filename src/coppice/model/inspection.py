@@ -1,7 +1,5 @@
 """Reports that combine records and measurements of one object."""
 
-from __future__ import annotations
-
 from coppice.model.instance import Instance
 from coppice.model.record import Record
 from coppice.model.reports import CaptureReport, MemoryReport

@@ -1,7 +1,5 @@
 """Instances: one record for each virtual machine."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 from coppice.model.capture import Capture, Manifest, MemFile

@@ -1,7 +1,5 @@
 """A guest kernel."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from coppice.errors import NotFound

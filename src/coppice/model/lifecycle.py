@@ -3,8 +3,6 @@
 An operation calls `require` before its first side effect.
 """
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 from coppice.errors import IllegalTransition, InUse

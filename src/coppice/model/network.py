@@ -1,7 +1,5 @@
 """NICs as plain data: the parameters of a VMM, and the network settings of a guest."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 from coppice.model import Publish, Record

@@ -10,8 +10,6 @@ protection against a user who can read the data directory or choose the owner. N
 across owners, so a taken name reveals that it exists.
 """
 
-from __future__ import annotations
-
 from coppice.errors import NotFound, Refused
 from coppice.model import Image, Instance, Snapshot, State, Volume
 

@@ -1,7 +1,5 @@
 """The progress of a long operation, and the callback that receives it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Reports of operations: timings, sizes, outcomes."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from coppice.model.capture import Sharing

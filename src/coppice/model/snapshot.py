@@ -1,7 +1,5 @@
 """Snapshots: the named state of an instance at one instant."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 from coppice.model.capture import Capture, MemFile

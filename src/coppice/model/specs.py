@@ -1,7 +1,5 @@
 """The parts of a machine: hardware, volumes, published ports, process."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from coppice.model.record import GIB, MIB, Record

@@ -1,7 +1,5 @@
 """What the supervisor of a data directory does with an instance by itself, and what it has seen."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from coppice.model.record import Record

@@ -1,7 +1,5 @@
 """Volumes: named disks that outlive the instances they are attached to."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from coppice.model.record import Record

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 
 def mac_address(instance_id: str) -> str:
     """Return the MAC address of an instance: locally administered, unicast, and constant all its
@@ -10,7 +12,5 @@ def mac_address(instance_id: str) -> str:
     Among 4096 instances, two have the same with a chance of 8 in a million. That is harmless on a
     user-mode network, where each NIC is alone.
     """
-    import hashlib  # takes long, and listing machines does not need it
-
     digest = hashlib.sha256(f"coppice:mac:{instance_id}".encode()).digest()
     return bytes([0x02, *digest[:5]]).hex(":")

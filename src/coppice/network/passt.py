@@ -9,6 +9,7 @@ Inside, all guests have the same addresses, and passt has the same MAC for all.
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,8 +53,6 @@ class PasstNetwork(NetworkProvider):
         return NicBackend.STREAM
 
     def missing(self) -> str:
-        import shutil  # takes long, and few commands choose a network
-
         return "" if shutil.which("passt") else "passt is not installed"
 
     def check(self, ports: Sequence[Publish]) -> None:

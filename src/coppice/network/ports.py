@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
 import sqlite3
 from collections.abc import Container
@@ -107,8 +108,6 @@ def pick(port: Publish, database: Path | None, taken: Container[int] = ()) -> so
 
     :raises HostCannot: no port is free, or the address is not this host's
     """
-    import random  # a command that lists machines does not need it
-
     first, last = map(int, _RANGE.read_text().split())
     able = next((found for ports in (_PREFERRED, _ABLE) if (found := [n for n in ports if not first <= n <= last])), [])
     family = socket.AF_INET6 if ":" in port.host_address else socket.AF_INET

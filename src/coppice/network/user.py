@@ -8,9 +8,10 @@ address. On Linux all of 127.0.0.0/8 is this host, so this needs no configuratio
 
 from __future__ import annotations
 
+import hashlib
+import ipaddress
 import sqlite3
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Network
 from pathlib import Path
 
 import msgspec
@@ -29,7 +30,7 @@ _DNS = ("10.0.2.3",)
 
 # A quarter of the loopback addresses. The search starts at a hash of the instance's id: data
 # directories, which do not know of each other, then seldom pick the same address.
-_POOL = IPv4Network("127.64.0.0/10")
+_POOL = "127.64.0.0/10"
 _IN_USE = """
     SELECT DISTINCT json_extract(port.value, '$.host_address')
     FROM instances, json_each(CAST(record AS TEXT), '$.publish') AS port
@@ -99,13 +100,12 @@ def with_own_address(instance: Instance, taken: set[str]) -> Instance:
     """
     if all(port.host_address != OWN_ADDRESS for port in instance.publish):
         return instance
-    size = _POOL.num_addresses
+    pool = ipaddress.IPv4Network(_POOL)
+    size = pool.num_addresses
     if len(taken) >= size:
         raise NoSpace("no loopback address is left", hint="remove instances, or publish without `own`")
-    import hashlib  # takes long, and listing machines does not need it
-
     number = int.from_bytes(hashlib.sha256(instance.id.encode()).digest()[:4]) % size
-    while (address := str(_POOL[number])) in taken:
+    while (address := str(pool[number])) in taken:
         number = (number + 1) % size
     taken.add(address)
     return msgspec.structs.replace(

@@ -1,7 +1,5 @@
 """Requests that move templates between data directories."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 from msgspec import Meta
@@ -9,8 +7,7 @@ from msgspec import Meta
 from coppice.model import Instance
 from coppice.model.archive import ExportSession, ImportSession
 from coppice.names import check_host_path, check_name
-from coppice.requests.base import PATH, R, Request, StreamRequest
-from coppice.requests.machines import InstanceRequest
+from coppice.requests.base import PATH, InstanceRequest, R, Request, StreamRequest
 
 ArchivePath = Annotated[str, Meta(description="A path on this machine.", extra=PATH)]
 

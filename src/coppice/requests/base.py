@@ -1,7 +1,5 @@
 """The base of all requests: validation at construction, and a `repr` without secrets."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re
@@ -12,10 +10,10 @@ import msgspec
 
 from coppice.errors import UsageError
 from coppice.model import Record
+from coppice.names import check_reference
 
 R = TypeVar("R", covariant=True)
-_WORD = re.compile(r"(?<!^)(?=[A-Z])")
-_MISMATCH = re.compile(r"Expected `([^`]*)`, got `([^`]*)`(?: - at (.*))?")
+_MISMATCH = r"Expected `([^`]*)`, got `([^`]*)`(?: - at (.*))?"
 _NAMES = {"array": "list", "object": "dict", "null": "None"}
 
 SECRET = {"secret": True}
@@ -45,7 +43,7 @@ def operation_name(class_name: str) -> str:
     """Return the name of the operation that a request class defines: `VolumeCreateRequest` ->
     `volume_create`.
     """
-    return _WORD.sub("_", class_name.removesuffix("Request")).lower()
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", class_name.removesuffix("Request")).lower()
 
 
 class Request(
@@ -96,6 +94,16 @@ class Request(
 
 class StreamRequest(Request[R], Generic[R], frozen=True, kw_only=True):
     """A request whose result R stays open while it is used: a running command, a followed log."""
+
+
+class InstanceRequest(Request[R], frozen=True, kw_only=True):
+    """A request that concerns one instance."""
+
+    instance: InstanceKey
+
+    def check(self) -> None:
+        """Check the name or id."""
+        check_reference(self.instance)
 
 
 @functools.cache
@@ -178,7 +186,7 @@ def _frozen(value: Any) -> Any:
 
 def _explained(text: str, value: Any) -> str:
     """Reword a message of msgspec with the names of Python: `must be bytes or None, not str`."""
-    found = _MISMATCH.match(text)
+    found = re.match(_MISMATCH, text)
     if found is None:
         return f"is invalid: {text[:1].lower()}{text[1:]}"
     wanted = " or ".join(_NAMES.get(each, each) for each in found[1].split(" | "))

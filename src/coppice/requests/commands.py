@@ -1,7 +1,5 @@
 """Requests about commands that go on without their client."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 from msgspec import Meta
@@ -9,9 +7,8 @@ from msgspec import Meta
 from coppice.commands import check_command_id, check_kept, check_new_id, check_signal
 from coppice.model.guest import KEPT_BYTES, ExecSession, Exit, GuestCommand, StartedCommand, TerminalSize
 from coppice.names import check_limit, check_terminal, check_timeout
-from coppice.requests.base import R, StreamRequest
+from coppice.requests.base import InstanceRequest, R, StreamRequest
 from coppice.requests.guest import CommandRequest
-from coppice.requests.machines import InstanceRequest
 
 CommandKey = Annotated[str, Meta(description="Id of the command.")]
 

@@ -1,7 +1,5 @@
 """Requests about names in a guest's file systems: list, make, move, remove, watch."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -9,9 +7,8 @@ from msgspec import Meta
 
 from coppice.model import FileEvent, FileStat
 from coppice.names import check_mode
-from coppice.requests.base import StreamRequest
+from coppice.requests.base import InstanceRequest, StreamRequest
 from coppice.requests.guest import GuestPath
-from coppice.requests.machines import InstanceRequest
 
 
 class FileLsRequest(

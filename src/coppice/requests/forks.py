@@ -1,7 +1,5 @@
 """Requests that make forks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -19,8 +17,7 @@ from coppice.names import (
     check_tags,
     check_target,
 )
-from coppice.requests.base import SECRET, InstanceKey, Notify, Request, Tags
-from coppice.requests.machines import InstanceRequest
+from coppice.requests.base import SECRET, InstanceKey, InstanceRequest, Notify, Request, Tags
 from coppice.requests.supervision import (
     AutoStandbyS,
     ExpiresAt,

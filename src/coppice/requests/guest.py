@@ -1,7 +1,5 @@
 """Requests inside a running guest: commands, files, logs."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -21,8 +19,7 @@ from coppice.names import (
     check_terminal,
     check_timeout,
 )
-from coppice.requests.base import PATH, SECRET, InstanceKey, R, StreamRequest
-from coppice.requests.machines import InstanceRequest
+from coppice.requests.base import PATH, SECRET, InstanceKey, InstanceRequest, R, StreamRequest
 
 LogSource = Literal["console", "vmm"]
 GuestPath = Annotated[str, Meta(description="A path in the guest.")]

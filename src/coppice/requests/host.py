@@ -1,7 +1,5 @@
 """Requests that read instances, and requests for the whole data directory or this machine."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, ClassVar
 
@@ -11,8 +9,7 @@ from coppice.model import BudgetUse, Check, GcReport, Instance, MemoryReport, St
 from coppice.model.events import Event
 from coppice.model.inspection import Inspection
 from coppice.names import check_limit, check_reference
-from coppice.requests.base import Request, StreamRequest, TagFilter
-from coppice.requests.machines import InstanceRequest
+from coppice.requests.base import InstanceRequest, Request, StreamRequest, TagFilter
 
 
 class GetRequest(InstanceRequest[Instance], frozen=True, kw_only=True):

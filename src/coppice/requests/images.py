@@ -1,7 +1,5 @@
 """Requests for images and kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 

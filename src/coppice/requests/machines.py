@@ -1,7 +1,5 @@
 """Requests that change an instance: run, start, stop, standby, restore, promote, update, rm."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -19,10 +17,9 @@ from coppice.names import (
     check_mounts,
     check_name,
     check_recorded,
-    check_reference,
     check_tags,
 )
-from coppice.requests.base import SECRET, Certificates, InstanceKey, Notify, R, Request, Tags
+from coppice.requests.base import SECRET, Certificates, InstanceRequest, Notify, Request, Tags
 from coppice.requests.supervision import (
     AutoStandbyS,
     ExpiresAt,
@@ -34,16 +31,6 @@ from coppice.requests.supervision import (
     check_policies,
 )
 from coppice.trust import certificates_in, check_guest_proxy
-
-
-class InstanceRequest(Request[R], frozen=True, kw_only=True):
-    """A request that concerns one instance."""
-
-    instance: InstanceKey
-
-    def check(self) -> None:
-        """Check the name or id."""
-        check_reference(self.instance)
 
 
 class RunRequest(Request[Instance], frozen=True, kw_only=True):

@@ -1,7 +1,5 @@
 """Requests for snapshots: saved states of instances."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from msgspec import Meta
@@ -9,8 +7,7 @@ from msgspec import Meta
 from coppice.model import Instance, Snapshot, SnapshotKind
 from coppice.model.inspection import SnapshotInspection
 from coppice.names import check_name, check_reference, check_tags
-from coppice.requests.base import R, Request, TagFilter, Tags
-from coppice.requests.machines import InstanceRequest
+from coppice.requests.base import InstanceRequest, R, Request, TagFilter, Tags
 
 
 class SnapshotRequest(InstanceRequest[Snapshot], frozen=True, kw_only=True):

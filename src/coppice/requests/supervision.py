@@ -1,7 +1,5 @@
 """The policies of an instance as parameters of requests. Several requests have the same ones."""
 
-from __future__ import annotations
-
 from typing import Annotated, Protocol
 
 import msgspec

@@ -1,7 +1,5 @@
 """Requests for volumes: named disks that outlive the instances that they are attached to."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar
 
 from msgspec import Meta

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from coppice.errors import CoppiceError, UsageError
+import msgspec
+
 from coppice.linux.cgroups import pid_max, read_limits
 from coppice.model import GIB, Budgets, BudgetUse
-from coppice.names import parse_size
 from coppice.state.load import Load
-from coppice.state.settings import BUDGET_VARIABLES, config_file, read_table
+from coppice.state.settings import asked_budgets
 
 _OVERCOMMIT = 16.0  # a fork of a warm 512 MiB guest has a few MiB of its own; this allows 32
 _MEMORY_SHARE = 0.9
@@ -35,19 +35,12 @@ def load_budgets(home: Path, disk: Path | None = None, environ: Mapping[str, str
 
     :raises UsageError: config.toml or a variable is invalid; the message says which
     """
-    found = {key: (f"{key} in {config_file(home)}", value) for key, value in read_table(home, "budgets").items()}
-    for key, variable in BUDGET_VARIABLES.items():
-        if environ.get(variable):
-            found[key] = (variable, environ[variable])
-    defaults = default_budgets(disk or home)
-    return Budgets(
-        max_instances=int(_number(*found["max_instances"])) if "max_instances" in found else defaults.max_instances,
-        memory_bytes=_size(*found["memory"]) if "memory" in found else defaults.memory_bytes,
-        memory_overcommit=_number(*found["memory_overcommit"])
-        if "memory_overcommit" in found
-        else defaults.memory_overcommit,
-        disk_floor_bytes=_size(*found["disk_floor"]) if "disk_floor" in found else defaults.disk_floor_bytes,
-    )
+    return with_defaults(asked_budgets(home, environ), disk or home)
+
+
+def with_defaults(asked: Mapping[str, float], directory: Path) -> Budgets:
+    """Return the budgets that the user has asked for, and the host's for the rest. Blocks."""
+    return msgspec.structs.replace(default_budgets(directory), **asked)
 
 
 def default_budgets(directory: Path) -> Budgets:
@@ -87,21 +80,3 @@ def use_of(budgets: Budgets, load: Load, disk_free_bytes: int) -> BudgetUse:
         disk_free_bytes=disk_free_bytes,
         disk_floor_bytes=budgets.disk_floor_bytes,
     )
-
-
-def _number(where: str, value: object) -> float:
-    """Return the value as a number, which must be at least 1."""
-    try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0.0
-    except ValueError:
-        number = 0.0
-    if not 1 <= number < float("inf"):
-        raise UsageError(f"{where} is {value!r}", hint="give a number of at least 1")
-    return number
-
-
-def _size(where: str, value: object) -> int:
-    try:
-        return parse_size(str(value))
-    except CoppiceError as error:
-        raise UsageError(f"{where} is {value!r}, which is not a size", hint=error.hint) from error

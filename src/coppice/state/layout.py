@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from coppice.errors import HostCannot
 from coppice.linux.files import sync
+from coppice.model import Record
 from coppice.names import is_id
 
 PROBE_PREFIX = ".coppice-doctor-"
@@ -33,8 +33,7 @@ def default_home() -> Path:
         ) from error
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Record, frozen=True, dict=True):
     """The data directory."""
 
     home: Path

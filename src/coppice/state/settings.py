@@ -7,10 +7,11 @@ background = true             # COPPICE_HASHING=on|off
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from coppice.errors import UsageError
+from coppice.errors import CoppiceError, UsageError
+from coppice.names import parse_size
 
 BUDGET_VARIABLES = {
     "max_instances": "COPPICE_MAX_INSTANCES",
@@ -69,3 +70,46 @@ def hashes_in_background(home: Path, environ: Mapping[str, str] = os.environ) ->
     if not isinstance(said, bool):
         raise UsageError(f"background in {config_file(home)} is {said!r}", hint="use true or false")
     return said
+
+
+def asked_budgets(home: Path, environ: Mapping[str, str] = os.environ) -> dict[str, float]:
+    """Return the budgets that the environment or config.toml set, by the names of their fields in
+    `Budgets`. Blocks.
+
+    :raises UsageError: one of them is invalid; the message says which
+    """
+    found = {key: (f"{key} in {config_file(home)}", value) for key, value in read_table(home, "budgets").items()}
+    for key, variable in BUDGET_VARIABLES.items():
+        if environ.get(variable):
+            found[key] = (variable, environ[variable])
+    return {field: read(*found[key]) for key, (field, read) in _BUDGETS.items() if key in found}
+
+
+def _whole(where: str, value: object) -> int:
+    return int(_number(where, value))
+
+
+def _number(where: str, value: object) -> float:
+    """Return the value as a number, which must be at least 1."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0.0
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < float("inf"):
+        raise UsageError(f"{where} is {value!r}", hint="give a number of at least 1")
+    return number
+
+
+def _size(where: str, value: object) -> int:
+    try:
+        return parse_size(str(value))
+    except CoppiceError as error:
+        raise UsageError(f"{where} is {value!r}, which is not a size", hint=error.hint) from error
+
+
+_BUDGETS: dict[str, tuple[str, Callable[[str, object], float]]] = {
+    "max_instances": ("max_instances", _whole),
+    "memory": ("memory_bytes", _size),
+    "memory_overcommit": ("memory_overcommit", _number),
+    "disk_floor": ("disk_floor_bytes", _size),
+}

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 _log = logging.getLogger(__name__)
-_HEX = re.compile(r"[0-9a-f]{64}")
+_HEX = r"[0-9a-f]{64}"
 
 
 def take_over_images(connection: sqlite3.Connection) -> None:
@@ -39,7 +39,7 @@ def take_over_images(connection: sqlite3.Connection) -> None:
     connection.execute("CREATE UNIQUE INDEX images_name ON images (name) WHERE name <> ''")
     (_, _, database), *_ = connection.execute("PRAGMA database_list")
     root = Path(database).parent / "images"
-    present = {f"sha256:{path.parent.name}" for path in root.glob("*/root.img") if _HEX.fullmatch(path.parent.name)}
+    present = {f"sha256:{path.parent.name}" for path in root.glob("*/root.img") if re.fullmatch(_HEX, path.parent.name)}
     named = [image for image in _read(root.glob("names/*.json")) if image["digest"] in present and image["name"]]
     made = [image for image in _read(root.glob("*/image.json")) if image["digest"] in present]
     # If an image's own record is damaged, its oldest name stands for it.

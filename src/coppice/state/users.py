@@ -11,6 +11,7 @@ n*m in a billion.
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 
 from coppice.errors import NoSpace
@@ -29,8 +30,6 @@ def allocate(connection: sqlite3.Connection, instance_id: str) -> int:
         return int(mine[0])
     if connection.execute("SELECT count(*) FROM vmm_users").fetchone()[0] >= COUNT:
         raise NoSpace("no user id is left for another VMM", hint="remove instances with `coppice rm`")
-    import hashlib  # takes long, and listing machines does not need it
-
     offset = int.from_bytes(hashlib.sha256(instance_id.encode()).digest()[:4]) % COUNT
     while connection.execute("SELECT 1 FROM vmm_users WHERE number = ?", (FIRST + offset,)).fetchone():
         offset = (offset + 1) % COUNT

@@ -6,12 +6,12 @@ it. Inside, all slots have the same addresses. Outside, a slot's number determin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Final
 
 from coppice.linux import netns
+from coppice.model import Record
 
 INSIDE4: Final = IPv4Network("198.19.255.252/30")
 INSIDE6: Final = IPv6Network("fdc0:bb1c:e001::/126")
@@ -28,8 +28,7 @@ WAN: Final = "wan"  # the slot's end of its veth pair
 TAP_MAC: Final = "02:c0:bb:1c:e0:01"
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(Record, frozen=True):
     """One slot by its number. The slot need not exist."""
 
     key: str

@@ -31,7 +31,7 @@ from typing import Any, Final
 from coppice.errors import NoSpace
 from coppice.linux import netns, nft
 from coppice.model import Egress, EgressReport, Publish, to_builtins
-from coppice.network.nat import RUNTIME, addresses, egress, link, resolver, rules
+from coppice.network.nat import RUNTIME, addresses, egress, link, resolver, rows, rules
 from coppice.network.nat.addresses import Slot
 from coppice.network.nat.filtering import needs_names, read_policy, read_refused, start_names
 
@@ -88,10 +88,7 @@ class Pool:
         return None
 
     def _names(self, directory: str) -> list[str]:
-        try:
-            return os.listdir(self.root / directory)  # noqa: PTH208 - on the path of each fork
-        except FileNotFoundError:
-            return []
+        return rows(self.root, directory)
 
     # ---- making and removing ----
 

@@ -19,7 +19,7 @@ from coppice.errors import UsageError
 from coppice.model import ANY_PORT, OWN_ADDRESS, Egress, EgressReport, Instance, Publish
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
 from coppice.network.mac import mac_address
-from coppice.network.nat import RUNTIME, key_of
+from coppice.network.nat import RUNTIME, is_wanted, key_of, rows
 from coppice.network.provider import NetworkProvider
 from coppice.network.user import loopback_in_use, with_own_address
 
@@ -34,6 +34,7 @@ class NatNetwork(NetworkProvider):
     def __init__(self, home: Path, pool: Pool | None = None) -> None:
         """`pool` replaces the data directory's own."""
         self._home = home
+        self._database = home / "coppice.db"
         self._given = pool
 
     @functools.cached_property
@@ -42,14 +43,15 @@ class NatNetwork(NetworkProvider):
         from coppice.network.nat.pool import Pool
         from coppice.network.nat.slots import Slots
 
-        return Slots(self._given or Pool(key_of(self._home)), self._home / "coppice.db")
+        return Slots(self._given or Pool(key_of(self._home)), self._database)
 
     def _is_used(self) -> bool:
         """Return whether the data directory may have slots."""
-        if self._given:
-            return self._given.root.exists()
         # The key takes long to compute, and most hosts have no slots at all.
-        return RUNTIME.exists() and any(RUNTIME.iterdir()) and (RUNTIME / key_of(self._home)).exists()
+        return bool(self._given or (RUNTIME.exists() and any(RUNTIME.iterdir()))) and self._root().exists()
+
+    def _root(self) -> Path:
+        return self._given.root if self._given else RUNTIME / key_of(self._home)
 
     @property
     def name(self) -> str:
@@ -131,7 +133,15 @@ class NatNetwork(NetworkProvider):
         """Do as the contract says, and remove the partial slots of killed processes, which have no
         id.
         """
-        return self.slots.leftovers(known) if self._is_used() else set()
+        if not self._is_used():
+            return set()
+        pool, used = self._root(), set(rows(self._root(), "used"))
+        # Most commands find nothing to do, and the code for slots takes milliseconds to import.
+        if any(rows(pool, each) for each in ("making", "removing", "egress")) or not (
+            used or is_wanted(self._database)
+        ):
+            return self.slots.leftovers(known)
+        return used - known()
 
     def slot_counts(self) -> SlotCounts:
         """Count the slots of the data directory."""

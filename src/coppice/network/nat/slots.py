@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +14,7 @@ from coppice.errors import CoppiceError, HostCannot, InUse
 from coppice.linux import netns, nft
 from coppice.model import ANY_PORT, EgressReport, Instance, Publish
 from coppice.network.mac import mac_address
-from coppice.network.nat import link
+from coppice.network.nat import is_wanted, link
 from coppice.network.nat.addresses import Slot
 from coppice.network.nat.conntrack import count_inbound
 from coppice.network.nat.pool import Pool
@@ -94,7 +92,7 @@ class Slots:
         with _host_errors(f"detach the network of {instance_id}"):
             self.pool.release(instance_id)
             if not self.pool.used():
-                self.pool.tidy(keep=self._is_wanted(instance_id))
+                self.pool.tidy(keep=is_wanted(self._database, instance_id))
 
     def leftovers(self, known: Callable[[], set[str]]) -> set[str]:
         """Remove the partial slots of killed processes and restart the filter of names.
@@ -104,24 +102,11 @@ class Slots:
         used = self.pool.used()
         try:
             with _host_errors("remove leftover network slots"):
-                self.pool.tidy(keep=bool(used) or self._is_wanted(None))
+                self.pool.tidy(keep=bool(used) or is_wanted(self._database))
                 self.pool.revive_names()
         except CoppiceError as error:
             _log.warning("%s", error)
         return used - known()
-
-    def _is_wanted(self, but: str | None) -> bool:
-        """Return whether a snapshot, or an instance other than `but`, has this network: then free
-        slots are kept.
-        """
-        if not self._database.exists():
-            return False
-        query = " UNION ALL ".join(
-            f"SELECT id FROM {table} WHERE json_extract(CAST(record AS TEXT), '$.machine.network') = 'nat'"  # noqa: S608
-            for table in ("instances", "snapshots")
-        )
-        with closing(sqlite3.connect(f"{self._database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            return any(row[0] != but for row in connection.execute(query))
 
     def permit(self, instance: Instance) -> None:
         """Apply the policy of an instance's record to its slot, from the guest's next packet on."""
