@@ -18,6 +18,12 @@ from coppice.server.context import TheCaller, TheServer
 _TAGS: Final = ["server"]
 _API: Final = "0.3.0"  # the version of hypeman's document that the routes follow
 _MISSING: Final = ("devices", "ingresses", "builds", "builders", "pushes")
+_MISSING_PATHS: Final = {
+    "schedules of snapshots": "/instances/{key:str}/snapshot-schedule",
+    "status of an automatic standby": "/instances/{key:str}/auto-standby/status",
+    "hold of an automatic standby": "/instances/{key:str}/auto-standby/hold",
+    "reclaim of memory": "/resources/memory/reclaim",
+}
 
 
 class ServerInfo(Record, frozen=True, kw_only=True):
@@ -180,9 +186,9 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _missing(name: str) -> HTTPRouteHandler:
+def _missing(name: str, *paths: str) -> HTTPRouteHandler:
     @route(
-        [f"/{name}", f"/{name}/{{rest:path}}"],
+        list(paths),
         http_method=[HttpMethod.GET, HttpMethod.POST, HttpMethod.PUT, HttpMethod.DELETE],
         name=name,
         include_in_schema=False,
@@ -193,4 +199,9 @@ def _missing(name: str) -> HTTPRouteHandler:
     return missing
 
 
-ROUTES: Final[list[Any]] = [capabilities, resources, *map(_missing, _MISSING)]
+ROUTES: Final[list[Any]] = [
+    capabilities,
+    resources,
+    *(_missing(each, f"/{each}", f"/{each}/{{rest:path}}") for each in _MISSING),
+    *(_missing(name, path) for name, path in _MISSING_PATHS.items()),
+]
