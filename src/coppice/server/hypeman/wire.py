@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -30,6 +30,7 @@ from coppice.server.hypeman.sizes import show_size
 from coppice.server.running import OperationView
 
 Kind = Literal["Standby", "Stopped"]
+_FETCHING: Final = ("manifest", "download")  # stages of a pull
 ImageStatus = Literal["pending", "pulling", "converting", "ready", "failed"]
 
 
@@ -272,7 +273,7 @@ def image_under_way(name: str, pull: OperationView, position: int | None, tags: 
 
     :param position: among the pulls that wait; None: it does not wait
     """
-    converting = pull.progress is not None and pull.progress.stage != "download"
+    converting = pull.progress is not None and pull.progress.stage not in _FETCHING
     status: ImageStatus = "converting" if converting else "pulling" if position is None else "pending"
     return Image(
         name=name,
