@@ -13,6 +13,7 @@ import pytest
 from hypeman import AsyncHypeman
 from hypeman.lib import exec_async
 
+from coppice.images.cache import SLOTS
 from coppice.server.auth import make_token
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
@@ -239,23 +240,24 @@ async def test_pulls_wait_in_order(client: AsyncHypeman) -> None:
     """A few pull at once, the others are pending with their place. The list has all of them."""
     silent = await asyncio.start_server(lambda _, __: asyncio.sleep(600), "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]
-    names = [f"127.0.0.1:{port}/app:{number}" for number in range(6)]
+    names = [f"127.0.0.1:{port}/app:{number}" for number in range(SLOTS + 2)]
     try:
         made = [await client.images.create(name=name, tags={"number": name[-1]}) for name in names]
         assert [(each.status, each.queue_position) for each in made] == [
-            *[("pulling", None)] * 4,
+            *[("pulling", None)] * SLOTS,
             ("pending", 1),
             ("pending", 2),
         ]
-        assert (await client.images.get(names[5])).queue_position == 2
-        assert (await client.images.create(name=names[5])).queue_position == 2
-        listed = await client.images.list(tags={"number": "4"})
-        assert [(each.name, each.status) for each in listed] == [(names[4], "pending")]
+        first, last = names[SLOTS], names[SLOTS + 1]
+        assert (await client.images.get(last)).queue_position == 2
+        assert (await client.images.create(name=last)).queue_position == 2
+        listed = await client.images.list(tags={"number": first[-1]})
+        assert [(each.name, each.status) for each in listed] == [(first, "pending")]
         operations: Any = await client.get("/operations", cast_to=object)
         await client.delete(f"/operations/{operations[0]['id']}", cast_to=object)
         assert (await client.images.get(names[0])).status == "failed"
-        assert (await client.images.get(names[4])).status == "pulling"
-        assert (await client.images.get(names[5])).queue_position == 1
+        assert (await client.images.get(first)).status == "pulling"
+        assert (await client.images.get(last)).queue_position == 1
     finally:
         silent.close()
 

@@ -1,4 +1,4 @@
-"""Pulls of images that a server has under way: a few at once, the others wait in order."""
+"""Pulls of images that a server has under way: as many at once as the data directory allows. The others wait in order."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Final
 
+from coppice.images.cache import SLOTS
 from coppice.requests import ImagePullRequest
 from coppice.server.running import Operation
 
-_AT_ONCE: Final = 4  # more would share the network and the disk, and each would end later
 _MOST: Final = 1000  # remembered, of all owners
 
 
@@ -28,7 +28,7 @@ class Pulls:
     """The latest pull of each owner and name since the server's start."""
 
     def __init__(self) -> None:
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(SLOTS)
         self._pulls: dict[tuple[str | None, str], Pull] = {}
 
     def get(self, owner: str | None, name: str) -> Pull | None:
