@@ -20,6 +20,7 @@ import pytest
 from conftest import HostFactory
 from coppice.model import State
 from coppice.requests import RunRequest
+from coppice.server.auth import load_key, make_token
 from coppice.server.serving import Listening
 from fakes.driver import FakeDriver
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
@@ -122,9 +123,7 @@ def test_a_unit_runs_the_command(tmp_path: Path) -> None:
 async def test_a_log_of_json_lines(tmp_path: Path) -> None:
     """One for each request, with its id and its caller, and nothing else on standard error."""
     home = ("--home", str(tmp_path / "home"))
-    token = subprocess.run(
-        [*COPPICE, *home, "token", "create", "--for", "ann"], check=True, capture_output=True, text=True
-    )
+    token = make_token(load_key(tmp_path / "home"), owner="ann")
     server = await asyncio.create_subprocess_exec(
         *(*COPPICE, *home, "serve", "--listen", "127.0.0.1:0", "--log-format", "json"),
         stdout=asyncio.subprocess.PIPE,
@@ -134,7 +133,7 @@ async def test_a_log_of_json_lines(tmp_path: Path) -> None:
         assert server.stdout is not None
         async with asyncio.timeout(DEADLINE_S):
             address = (await server.stdout.readline()).decode().split()[-1]
-            headers = {"authorization": f"Bearer {token.stdout.strip()}", "x-request-id": "mine"}
+            headers = {"authorization": f"Bearer {token}", "x-request-id": "mine"}
             async with httpx.AsyncClient(base_url=address, headers=headers) as client:
                 assert (await client.get("/instances/secret-name")).status_code == 404
                 assert (await client.get("/instances", headers={"authorization": "Bearer x"})).status_code == 401
