@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from coppice.client.connecting import connect_async
+from coppice.requests import Request
 from coppice.requests.base import fields_of
 from coppice.server.auth import make_token
 from coppice.server.table import CALLS
@@ -47,7 +48,7 @@ async def secrets_of_ann(tcp_address: str) -> AsyncIterator[list[str]]:
         yield [machine.id, saved.id, volume.id, fork.id, "told-by-none"]
 
 
-def body_for(kind: type[Any]) -> dict[str, Any]:
+def body_for(kind: type[Request[Any]]) -> dict[str, Any]:
     """Return a valid body of an operation, about ann's objects if it has any target."""
     found: dict[str, Any] = {}
     for name in fields_of(kind):
