@@ -298,9 +298,20 @@ async def test_what_would_have_no_effect_is_refused(client: AsyncHypeman) -> Non
             await call
         assert caught.value.response.status_code == 501
         assert caught.value.response.headers["x-should-retry"] == "false"
-    await client.instances.create(name="oak", **SMALL)
+    made = await client.instances.create(name="oak", **SMALL)
     with pytest.raises(hypeman.BadRequestError):
         await client.get("/instances/oak/wait?state=Unknown", cast_to=object)
+    with pytest.raises(hypeman.InternalServerError, match="compression"):
+        await client.instances.standby(made.id, compression={"enabled": True})
+    assert (await client.instances.get(made.id)).state == "Running"
+    saved = await client.instances.snapshots.create(made.id, kind="Standby", compression={"enabled": False})
+    assert (await client.instances.standby(made.id, compression={"enabled": False})).state == "Standby"
+    with pytest.raises(hypeman.InternalServerError, match="Stopped"):
+        await client.instances.snapshots.restore(saved.id, id=made.id, target_state="Stopped")
+    restored = await client.instances.snapshots.restore(saved.id, id=made.id, target_state="Standby")
+    assert restored.state == "Standby"
+    with pytest.raises(hypeman.InternalServerError):
+        await client.volumes.create_from_archive(b"", name="data", size_gb=1, id="mine")
 
 
 async def test_a_template_is_reached_by_plain_requests(client: AsyncHypeman) -> None:

@@ -37,6 +37,7 @@ from coppice.server.hypeman.wire import (
     Instance,
     InstanceCreate,
     InstanceFork,
+    InstanceStandby,
     InstanceStart,
     InstanceUpdate,
     Waited,
@@ -156,8 +157,11 @@ async def instance_stop(key: FromPath[str], server: TheServer, caller: TheCaller
 
 
 @post("/instances/{key:str}/standby", summary="Capture an instance.", tags=TAGS, status_code=200, opt=WRITE)
-async def instance_standby(key: FromPath[str], server: TheServer, caller: TheCaller) -> Instance:
+async def instance_standby(
+    key: FromPath[str], data: JSONBody[InstanceStandby | None], server: TheServer, caller: TheCaller
+) -> Instance:
     """Save memory and disk, and end the VMM. An instance in standby stays as it is."""
+    refuse({"compression": data and data.compression and data.compression.enabled})
     found = await find(await server.host(caller), key)
     return instance_of((await server.carry_out(caller, StandbyRequest(instance=found.id))).instance)
 

@@ -58,8 +58,10 @@ async def volume_from_archive(
     caller: TheCaller,
     name: Annotated[str, QueryParameter(description="Name of the volume.")],
     size_gb: Annotated[int, QueryParameter(description="Size of the volume in GiB.")],
+    wanted: Annotated[str | None, QueryParameter(name="id", description="Not supported: ids are generated.")] = None,
 ) -> Volume:
     """Make a volume whose first content is the body, a tar archive that may be compressed."""
+    refuse({"id": wanted})
     size = _bytes(size_gb)
     tags = tags_in(list(request.query_params.multi_items()))
     async with server.uploads.make(caller.owner, "archive") as upload:

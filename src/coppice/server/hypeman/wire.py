@@ -193,6 +193,18 @@ class InstanceFork(Record, frozen=True, kw_only=True):
     target_hypervisor: str | None = None
 
 
+class Compression(Record, frozen=True, kw_only=True):
+    """Whether saved memory is compressed. Not supported."""
+
+    enabled: bool = False
+
+
+class InstanceStandby(Record, frozen=True, kw_only=True):
+    """A request to put an instance into standby."""
+
+    compression: Compression | None = None
+
+
 class InstanceStart(Record, frozen=True, kw_only=True):
     """A request to start a stopped instance."""
 
@@ -350,7 +362,7 @@ class SnapshotCreate(Record, frozen=True, kw_only=True):
     kind: Kind
     name: str | None = None
     tags: dict[str, str] = {}
-    compression: object = None
+    compression: Compression | None = None
 
 
 class SnapshotRestore(Record, frozen=True, kw_only=True):
