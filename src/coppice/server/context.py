@@ -90,11 +90,9 @@ class Server:
                 self.metrics.made(result)
                 return result
 
-        key = caller.key
-        name = request.operation
-        begun = self.once.begin(host, key, request, work) if key else self.operations.start(name, caller.owner, work)
-        await asyncio.sleep(0)  # its first step runs in a thread, while this one makes the head of the answer
-        return begun
+        if caller.key is not None:
+            return self.once.begin(host, caller.key, request, work)
+        return self.operations.start(request.operation, caller.owner, work)
 
     async def begin_waiting(self, caller: Caller, request: Request[Any]) -> Operation:
         """Begin an operation that changes nothing, and that the client may have to wait long for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 from litestar import Request as HttpRequest
@@ -63,6 +64,7 @@ async def image_create(data: JSONBody[ImageCreate], server: TheServer, caller: T
         )
         pull.operation = await server.begin(caller, pull.request, server.pulls.turn(pull))
         server.pulls.add(caller.owner, data.name, pull)
+        await asyncio.sleep(0)  # if nobody waits, its turn is now
     return _under_way(server, data.name, pull)
 
 
