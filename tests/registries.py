@@ -19,6 +19,7 @@ LOGIN = "open:sesame"
 _HTPASSWD = "open:$2b$05$fK0GHeaROrL/Un3waczV8u/pj/GF/eaDYnZ61yizFF/oZrYAmpWiS\n"
 _START_S = 20.0
 _CHUNK = 64 << 10
+_PROGRAM = '#include <stdio.h>\n#include <unistd.h>\nint main(int n, char **v) { if (n > 1) pause(); puts("from the registry"); }\n'
 
 
 class Answer(NamedTuple):
@@ -171,3 +172,8 @@ def push(layout: Path, target: str, *, all_platforms: bool = False, login: str |
         capture_output=True,
         timeout=60,
     )
+
+
+def make_program(path: Path) -> None:
+    """Compile a program for images: it prints a line, or waits if it has an argument."""
+    subprocess.run(["gcc", "-static", "-o", path, "-xc", "-"], input=_PROGRAM, text=True, check=True, timeout=60)

@@ -62,7 +62,7 @@ def _modules() -> dict[str, tuple[str, list[tuple[str, str, str, Operations]]]]:
         for kind in _of(machines, forks, snapshots, archives, guest, host)
         if "instance" in kind.__struct_fields__ and _name(kind) not in _METHODS_OF_HOST
     ]
-    inside = [kind for kind in of_machine if kind.__module__ in (guest.__name__, host.__name__)]
+    inside = [kind for kind in of_machine if kind.__module__ in (guest.__name__, host.__name__, archives.__name__)]
     life = [kind for kind in of_machine if kind not in inside]
     others = [kind for kind in _of(machines, archives, host) if kind not in of_machine]
 
@@ -75,8 +75,8 @@ def _modules() -> dict[str, tuple[str, list[tuple[str, str, str, Operations]]]]:
             [("MachineLifecycle", "MachineBase", "The operations that change or fork a machine.", life)],
         ),
         "guest": (
-            "Operations inside a machine.",
-            [("MachineGuest", "MachineBase", "Commands, connections, files and logs of a machine.", inside)],
+            "Operations inside a machine, and what can be read of it.",
+            [("MachineGuest", "MachineBase", "Commands, connections, files, logs and archives of a machine.", inside)],
         ),
         "commands": (
             "The manager of a machine's commands.",

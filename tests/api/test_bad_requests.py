@@ -160,3 +160,11 @@ async def test_a_trick_in_a_header_is_harmless(socket_address: str, header: str)
                 answer = await client.request(method, path, content=body, headers=[(header.encode(), value)])
                 assert answer.status_code < 500, (header, value[:20], answer.text[:300])
                 assert value not in answer.headers.get("x-request-id", "").encode()
+
+
+async def test_a_wrong_type_names_its_field(socket_address: str) -> None:
+    """The message says which field has the wrong type."""
+    async with client_of(socket_address) as client:
+        answer = await client.post("/call/wait", json={"instance": "oak", "deadline_s": "soon"})
+        assert answer.status_code == 400
+        assert "deadline_s" in answer.json()["message"]

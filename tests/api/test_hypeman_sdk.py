@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 from hypeman import AsyncHypeman
 from hypeman.lib import exec_async
 
+from coppice.images.cache import SLOTS
 from coppice.server.auth import make_token
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
+from image_archives import file, tar
 from servers import KEY
 
 SMALL: dict[str, Any] = {"image": IMAGE, "size": f"{MEMORY_BYTES >> 20}MB", "overlay_size": f"{OVERLAY_BYTES >> 20}MB"}
@@ -198,6 +201,117 @@ async def test_automatic_standby(client: AsyncHypeman) -> None:
     assert (await client.instances.update("oak", auto_standby={"enabled": False})).auto_standby is None
     with pytest.raises(hypeman.InternalServerError):
         await client.instances.update("oak", auto_standby=idle | {"ignore_destination_ports": [22]})
+
+
+async def test_another_command_at_start(client: AsyncHypeman) -> None:
+    """It is recorded, and a running instance must be stopped first."""
+    made = await client.instances.create(name="oak", **SMALL)
+    with pytest.raises(hypeman.ConflictError):
+        await client.instances.start("oak", cmd=["sleep", "1"])
+    await client.instances.stop("oak")
+    assert (await client.instances.start("oak", entrypoint=["/bin/serve"], cmd=["--port", "1"])).state == "Running"
+    raw: Any = await client.post("/call/get", body={"instance": made.id}, cast_to=object)
+    assert raw["process"]["argv"] == ["/bin/serve", "--port", "1"]
+    await client.instances.stop("oak")
+    await client.instances.start("oak")
+    raw = await client.post("/call/get", body={"instance": made.id}, cast_to=object)
+    assert raw["process"]["argv"] == ["/bin/serve", "--port", "1"]
+
+
+async def test_the_log_of_the_host(client: AsyncHypeman) -> None:
+    """The source `hypeman` has the events of one instance, its last ones and new ones."""
+    made = await client.instances.create(name="oak", **SMALL)
+    await client.instances.create(name="elm", **SMALL)
+    await client.instances.standby(made.id)
+    stream = await client.instances.logs(made.id, tail=1, follow=True, source="hypeman")
+    lines = stream.__aiter__()
+    async with asyncio.timeout(20):
+        assert (await anext(lines)).endswith("state Standby")
+        await client.instances.restore(made.id)
+        while not (await anext(lines)).endswith("state Running"):
+            pass
+    await stream.close()
+    lines_so_far = [each async for each in await client.instances.logs(made.id, source="hypeman")]
+    assert lines_so_far[0].split()[1:] == ["made", "Created"]
+    assert all("Z" in each or "+00:00" in each for each in lines_so_far)
+
+
+async def test_pulls_wait_in_order(client: AsyncHypeman) -> None:
+    """A few pull at once, the others are pending with their place. The list has all of them."""
+    silent = await asyncio.start_server(lambda _, __: asyncio.sleep(600), "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    names = [f"127.0.0.1:{port}/app:{number}" for number in range(SLOTS + 2)]
+    try:
+        made = [await client.images.create(name=name, tags={"number": name[-1]}) for name in names]
+        assert [(each.status, each.queue_position) for each in made] == [
+            *[("pulling", None)] * SLOTS,
+            ("pending", 1),
+            ("pending", 2),
+        ]
+        first, last = names[SLOTS], names[SLOTS + 1]
+        assert (await client.images.get(last)).queue_position == 2
+        assert (await client.images.create(name=last)).queue_position == 2
+        listed = await client.images.list(tags={"number": first[-1]})
+        assert [(each.name, each.status) for each in listed] == [(first, "pending")]
+        operations: Any = await client.get("/operations", cast_to=object)
+        await client.delete(f"/operations/{operations[0]['id']}", cast_to=object)
+        assert (await client.images.get(names[0])).status == "failed"
+        assert (await client.images.get(first)).status == "pulling"
+        assert (await client.images.get(last)).queue_position == 1
+    finally:
+        silent.close()
+
+
+async def test_an_archive_is_sent_again(client: AsyncHypeman) -> None:
+    """The same archive with the same key makes one volume; another archive with that key is refused."""
+    archives = [gzip.compress(tar(file("data", content))) for content in (b"one", b"two")]
+    options: Any = {"name": "data", "size_gb": 1, "extra_headers": {"idempotency-key": "one"}}
+    first = await client.volumes.create_from_archive(archives[0], **options)
+    assert (await client.volumes.create_from_archive(archives[0], **options)).id == first.id
+    with pytest.raises(hypeman.UnprocessableEntityError):
+        await client.volumes.create_from_archive(archives[1], **options)
+    assert [each.id for each in await client.volumes.list()] == [first.id]
+
+
+async def test_what_would_have_no_effect_is_refused(client: AsyncHypeman) -> None:
+    """No field that asks for something is ignored, and no route of the API is unknown."""
+    for field in (
+        {"network": {"bandwidth_download": "1Gbps"}},
+        {"network": {"egress": {"enabled": True}}},
+        {"volumes": [{"volume_id": "data", "mount_path": "/data", "readonly": True, "overlay": True}]},
+        {"platform": "linux/arm64"},
+        {"skip_guest_agent": True},
+        {"disk_io_bps": "100MB/s"},
+    ):
+        with pytest.raises(hypeman.InternalServerError) as caught:
+            await client.instances.create(name="oak", **SMALL, **field)
+        assert caught.value.response.status_code == 501
+    assert await client.instances.list() == []
+    calls = (
+        client.instances.auto_standby.status("oak"),
+        client.instances.auto_standby.hold("oak"),
+        client.instances.snapshot_schedule.get("oak"),
+        client.resources.reclaim_memory(reclaim_bytes=1 << 20),
+    )
+    for call in calls:
+        with pytest.raises(hypeman.InternalServerError) as caught:
+            await call
+        assert caught.value.response.status_code == 501
+        assert caught.value.response.headers["x-should-retry"] == "false"
+    made = await client.instances.create(name="oak", **SMALL)
+    with pytest.raises(hypeman.BadRequestError):
+        await client.get("/instances/oak/wait?state=Unknown", cast_to=object)
+    with pytest.raises(hypeman.InternalServerError, match="compression"):
+        await client.instances.standby(made.id, compression={"enabled": True})
+    assert (await client.instances.get(made.id)).state == "Running"
+    saved = await client.instances.snapshots.create(made.id, kind="Standby", compression={"enabled": False})
+    assert (await client.instances.standby(made.id, compression={"enabled": False})).state == "Standby"
+    with pytest.raises(hypeman.InternalServerError, match="Stopped"):
+        await client.instances.snapshots.restore(saved.id, id=made.id, target_state="Stopped")
+    restored = await client.instances.snapshots.restore(saved.id, id=made.id, target_state="Standby")
+    assert restored.state == "Standby"
+    with pytest.raises(hypeman.InternalServerError):
+        await client.volumes.create_from_archive(b"", name="data", size_gb=1, id="mine")
 
 
 async def test_a_template_is_reached_by_plain_requests(client: AsyncHypeman) -> None:

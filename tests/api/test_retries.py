@@ -20,7 +20,7 @@ from coppice.model import State
 from coppice.requests import ExecRequest, ForkRequest, RunRequest
 from coppice.server import keys
 from coppice.server.auth import make_token
-from coppice.server.database import DATABASE
+from coppice.server.database import DATABASE, open_database
 from coppice.server.serving import Listening
 from fakes.driver import FakeDriver
 from fakes.hosting import boot, make
@@ -112,20 +112,22 @@ async def test_requests_are_recorded_by_their_digest(socket_address: str, fake_h
     found = b"".join(path.read_bytes() for path in fake_home.glob("server.db*"))
     assert b"one" in found
     assert b"PASSWORD" in found  # of the result, which is the instance's record
-    store = keys.Keys(fake_home)
+    database = open_database(fake_home)
+    store = keys.Keys(database)
     assert store.claim(None, "three", RunRequest(**data), {"name": "a-b"}).status == "new"
-    store.close()
+    database.close()
 
 
 async def test_an_old_key_is_forgotten(fake_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a day the key can be used for another request."""
-    store = keys.Keys(fake_home)
+    database = open_database(fake_home)
+    store = keys.Keys(database)
     assert store.claim(None, "one", RunRequest(**RUN), {}).status == "new"
     store.succeeded(None, "one", {"id": "x"})
     assert store.claim(None, "one", RunRequest(**RUN), {}).status == "succeeded"
     monkeypatch.setattr(keys, "KEPT_S", -1.0)
     assert store.claim(None, "one", RunRequest(**RUN, name="elm"), {}).status == "new"
-    store.close()
+    database.close()
 
 
 async def test_a_result_that_is_too_large_is_not_kept(socket_address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import configparser
+import json
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ import pytest
 from conftest import HostFactory
 from coppice.model import State
 from coppice.requests import RunRequest
+from coppice.server.auth import load_key, make_token
 from coppice.server.serving import Listening
 from fakes.driver import FakeDriver
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
@@ -116,3 +118,38 @@ def test_a_unit_runs_the_command(tmp_path: Path) -> None:
     run = unit["Service"]["ExecStart"].replace("%%", "%").replace("$$", "$")
     assert shlex.split(run) == command
     assert not (tmp_path / "coppice.db").exists()
+
+
+async def test_a_log_of_json_lines(tmp_path: Path) -> None:
+    """One for each request, with its id and its caller, and nothing else on standard error."""
+    home = ("--home", str(tmp_path / "home"))
+    token = make_token(load_key(tmp_path / "home"), owner="ann")
+    server = await asyncio.create_subprocess_exec(
+        *(*COPPICE, *home, "serve", "--listen", "127.0.0.1:0", "--log-format", "json"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert server.stdout is not None
+        async with asyncio.timeout(DEADLINE_S):
+            address = (await server.stdout.readline()).decode().split()[-1]
+            headers = {"authorization": f"Bearer {token}", "x-request-id": "mine"}
+            async with httpx.AsyncClient(base_url=address, headers=headers) as client:
+                assert (await client.get("/instances/secret-name")).status_code == 404
+                assert (await client.get("/instances", headers={"authorization": "Bearer x"})).status_code == 401
+    finally:
+        server.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(DEADLINE_S):
+            _, errors = await server.communicate()
+    lines = [json.loads(each) for each in errors.splitlines()]
+    found, refused = (each for each in lines if each["message"] == "request")
+    assert {name: found[name] for name in ("request_id", "owner", "method", "route", "status", "level")} == {
+        "request_id": "mine",
+        "owner": "ann",
+        "method": "GET",
+        "route": "/instances/{key}",
+        "status": 404,
+        "level": "info",
+    }
+    assert (refused["owner"], refused["status"]) == (None, 401)
+    assert b"secret-name" not in errors

@@ -5,6 +5,7 @@ programs.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -51,15 +52,30 @@ def test_pull(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     """`pull` and `image pull` are one command. Credentials come from a file or the environment."""
     monkeypatch.delenv("COPPICE_REGISTRY_CREDS", raising=False)
     line = f"debian is {DIGEST}, 200.0 MiB\n"
-    asked = {"reference": "alpine", "name": None, "platform": None, "tls_verify": None, "public": False}
+    asked: dict[str, Any] = {
+        "reference": "alpine",
+        "name": None,
+        "platform": None,
+        "tls_verify": None,
+        "public": False,
+        "tags": {},
+    }
     for words in (("pull",), ("image", "pull")):
         host = FakeHost(image_pull=IMAGE)
         assert output_of(capsys, host, *words, "alpine") == line
         assert host.asked("image_pull") == {**asked, "credentials": None}
     monkeypatch.setenv("COPPICE_REGISTRY_CREDS", "user:of-environment")
     host = FakeHost(image_pull=IMAGE)
-    output_of(capsys, host, "pull", "alpine", "--no-tls-verify", "--platform", "linux/amd64", "--name", "mine")
-    given = {"tls_verify": False, "platform": "linux/amd64", "name": "mine", "credentials": "user:of-environment"}
+    output_of(
+        capsys, host, "pull", "alpine", "--no-tls-verify", "--platform", "linux/amd64", "--name", "mine", "--tag", "a=b"
+    )
+    given = {
+        "tags": {"a": "b"},
+        "tls_verify": False,
+        "platform": "linux/amd64",
+        "name": "mine",
+        "credentials": "user:of-environment",
+    }
     assert host.asked("image_pull") == asked | given
     creds = tmp_path / "creds"
     creds.write_text("user:of:file\n")

@@ -174,6 +174,22 @@ def test_a_changing_command_prints_the_new_state(command: str, capsys: pytest.Ca
     assert (found["name"], found["state"]) == ("vm", "Template")
 
 
+def test_another_command_at_a_start(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its words are split as by a shell; without it the machine keeps its command."""
+    for words, command, entrypoint in (
+        ([], None, None),
+        (["--command", "serve '--name=a b'"], ["serve", "--name=a b"], None),
+        (["--entrypoint", "/bin/sh", "--command", ""], [], ["/bin/sh"]),
+    ):
+        host = FakeHost(start=VM)
+        output_of(capsys, host, "start", "vm", *words)
+        asked = host.asked("start")
+        given = (asked["command"], asked["entrypoint"])
+        assert tuple(None if each is None else list(each) for each in given) == (command, entrypoint)
+    assert run(FakeHost(start=VM), "start", "vm", "--command", "'open") == 2
+    assert run(FakeHost(run=VM), "run", "debian", "--health", "exec:'open") == 2
+
+
 def test_the_grace_of_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
     """--grace 0 is no grace; without --grace the host's default applies."""
     for words, grace in ((["--grace", "0"], 0.0), ([], None)):

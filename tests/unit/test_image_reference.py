@@ -112,3 +112,10 @@ def test_only_a_loopback_address_is_loopback() -> None:
         assert parse_reference(name).is_loopback
     for name in ("localhost.example.org/a", "127.0.0.1.example.org/a", "10.0.0.1:5000/a", "alpine"):
         assert not parse_reference(name).is_loopback
+
+
+def test_an_ipv6_address_is_no_registry() -> None:
+    """skopeo takes none, and the hint says what to do."""
+    with pytest.raises(InvalidName) as caught:
+        parse_reference("[::1]:5000/app:1")
+    assert "/etc/hosts" in (caught.value.hint or "")

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 from coppice.client import AsyncHost
 from coppice.requests import ExecRequest, ForkRequest, RunRequest, StandbyRequest
 from image_archives import Layout, file, tar
-from registries import docker_registry, push
-
-PROGRAM = '#include <stdio.h>\n#include <unistd.h>\nint main(int n, char **v) { if (n > 1) pause(); puts("from the registry"); }\n'
-
-
-def make_program(path: Path) -> None:
-    """Compile PROGRAM."""
-    subprocess.run(["gcc", "-static", "-o", path, "-xc", "-"], input=PROGRAM, text=True, check=True, timeout=60)
+from registries import docker_registry, make_program, push
 
 
 async def test_a_pulled_image_runs_and_forks(host: AsyncHost, tmp_path: Path) -> None:

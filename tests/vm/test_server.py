@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-from hypeman import AsyncHypeman
-from hypeman.lib import cp_from_instance_async, cp_to_instance_async, exec_async
+from hypeman import AsyncHypeman, Hypeman
+from hypeman.lib import cp_from_instance, cp_from_instance_async, cp_to_instance, cp_to_instance_async, exec, exec_async
 
 from coppice.client import AsyncHost
 from coppice.host import LocalBackend
 from coppice.model import Instance
-from coppice.server.auth import make_token
+from coppice.server.auth import load_key, make_token
 from coppice.server.serving import Listening
-from servers import KEY, served
+from image_archives import Layout, file, tar
+from registries import docker_registry, make_program, push
+from servers import KEY, SERVER_START_S, served
+
+PULLED_S = 120.0
+AT_ONCE = 10
 
 
 async def test_the_client_of_another_system_works_in_a_guest(host: AsyncHost, vm: Instance, tmp_path: Path) -> None:
@@ -56,3 +67,81 @@ async def test_the_client_of_another_system_works_in_a_guest(host: AsyncHost, vm
         fork = await client.instances.fork(vm.id, name=f"{vm.name}-fork", from_running=True, target_state="Running")
         assert (await exec_async(client, fork.id, ["hostname"])).output == f"{fork.name}\n".encode()
         await client.instances.delete(fork.id, graceful_shutdown=False)
+
+
+@contextlib.asynccontextmanager
+async def serve_command(home: Path) -> AsyncIterator[str]:
+    """Run `coppice serve` for a block. Yield its address."""
+    command = (sys.executable, "-m", "coppice", "--home", str(home), "serve", "--listen", "127.0.0.1:0")
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(SERVER_START_S):
+            yield (await process.stdout.readline()).decode().split()[-1]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        await process.wait()
+
+
+def exercise(client: Hypeman, image: str, directory: Path) -> str:
+    """Do what a new user tries first, with the blocking client. Return the id of the instance, in standby."""
+    assert client.health.check().status == "ok"
+    client.images.create(name=image)
+    end = time.monotonic() + PULLED_S
+    while (found := client.images.get(image)).status != "ready":
+        assert found.status in ("pending", "pulling", "converting"), found
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    made = client.instances.create(image=image, name="sdk", hypervisor="qemu", size="128MB", vcpus=1)
+    assert client.instances.wait(made.id, state="Running", api_timeout="30s").state == "Running"
+    assert exec(client, made.id, ["/bin/app"], wait_for_agent=30).output == b"from the registry\n"
+    assert all(isinstance(each, str) for each in client.instances.logs(made.id, tail=5, follow=False, source="app"))
+    assert client.instances.standby(made.id).state == "Standby"
+    assert client.instances.restore(made.id).state == "Running"
+
+    content = os.urandom(100_000)
+    (directory / "data").write_bytes(content)
+    cp_to_instance(client, made.id, directory / "data", "/srv/deep/data")  # the image has no mkdir
+    cp_from_instance(client, made.id, "/srv/deep/data", directory / "back")
+    (copied,) = (each for each in (directory / "back", *(directory / "back").rglob("*")) if each.is_file())
+    assert copied.read_bytes() == content
+    assert client.instances.stat(made.id, path="/srv/deep/data").size == len(content)
+    assert client.instances.stats(made.id).memory_rss_bytes > 0
+
+    fork = client.instances.fork(made.id, name="sdk-fork", from_running=True, target_state="Running")
+    saved = client.instances.snapshots.create(made.id, kind="Standby", name="sdk-saved")
+    assert [each.id for each in client.snapshots.list(source_instance_id=made.id, kind="Standby")] == [saved.id]
+    other = client.snapshots.fork(saved.id, name="sdk-other")
+    assert exec(client, other.id, ["/bin/app"]).exit_code == 0
+    assert client.instances.stop(made.id).state == "Stopped"
+    assert client.instances.snapshots.restore(saved.id, id=made.id).state == "Running"
+    client.snapshots.delete(saved.id)
+    assert client.instances.stop(fork.id).state == "Stopped"
+    assert client.instances.start(fork.id).state == "Running"
+    for each in (fork, other):
+        client.instances.delete(each.id, graceful_shutdown=False)
+    assert client.instances.standby(made.id).state == "Standby"
+    return made.id
+
+
+async def test_the_first_exercise_with_real_machines(host: AsyncHost, tmp_path: Path) -> None:
+    """An image of a registry, its machine, forks, snapshots and copies, then ten forks at once."""
+    make_program(tmp_path / "app")
+    layout = Layout(tmp_path / "layout")
+    layer = tar(file("bin/app", (tmp_path / "app").read_bytes(), mode=0o755))
+    with docker_registry(tmp_path / "registry") as registry:
+        image = f"{registry}/team/sdk:1"
+        push(layout.index(layout.image(layer, process={"Cmd": ["/bin/app", "wait"]})), image)
+        async with serve_command(host.home) as address:
+            token = make_token(load_key(host.home), owner=None)
+            with Hypeman(api_key=token, base_url=address, _strict_response_validation=True) as client:
+                source = await asyncio.to_thread(exercise, client, image, tmp_path)
+            async with AsyncHypeman(api_key=token, base_url=address, _strict_response_validation=True) as several:
+                names = [f"sdk-{number}" for number in range(AT_ONCE)]
+                forking = (several.instances.fork(source, name=name, target_state="Running") for name in names)
+                forks = await asyncio.gather(*forking)
+                ran = await asyncio.gather(*(exec_async(several, each.id, ["/bin/app"]) for each in forks))
+                assert {each.output for each in ran} == {b"from the registry\n"}
+                await asyncio.gather(*(several.instances.delete(each.id, graceful_shutdown=False) for each in forks))
+                await several.instances.delete(source)
+                await several.images.delete(image)

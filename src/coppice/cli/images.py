@@ -101,6 +101,7 @@ def pull(
         ),
     ] = None,
     public: options.Public = False,
+    tag: options.Tags = None,
 ) -> None:
     """Pull an image from a registry. `alpine` means docker.io/library/alpine:latest."""
     from coppice.requests import ImagePullRequest
@@ -113,6 +114,7 @@ def pull(
         credentials=parse.credentials(creds_file),
         tls_verify=tls_verify,
         public=public,
+        tags=parse.pairs(tag or (), "tag"),
     )
     _made(cli, cli.request(request))
 

@@ -163,16 +163,29 @@ def run(
 
 
 def start(
-    ctx: click.Context, names: options.Names, ttl: options.Ttl = None, on_expiry: options.OnExpiry = None
+    ctx: click.Context,
+    names: options.Names,
+    command: Annotated[
+        str | None,
+        Option("--command", metavar="WORDS", help="Another command, from now on; the image's entrypoint stays."),
+    ] = None,
+    entrypoint: Annotated[
+        str | None,
+        Option("--entrypoint", metavar="PROGRAM", help="Another entrypoint, from now on; --command is its arguments."),
+    ] = None,
+    ttl: options.Ttl = None,
+    on_expiry: options.OnExpiry = None,
 ) -> None:
     """Boot Stopped instances from their disks."""
     from coppice.requests import StartRequest
 
     ttl_s = parse.ttl(ttl)
+    words = None if command is None else parse.words(command)
+    first = None if entrypoint is None else [entrypoint]
     several.change(
         Cli.of(ctx),
         names,
-        lambda name: StartRequest(instance=name, ttl_s=ttl_s, on_expiry=on_expiry),
+        lambda name: StartRequest(instance=name, command=words, entrypoint=first, ttl_s=ttl_s, on_expiry=on_expiry),
         several.is_now,
     )
 

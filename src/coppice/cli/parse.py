@@ -376,15 +376,23 @@ def health(
     if kind == "none" and not rest:
         return HealthCheck()
     if kind == "exec" and rest:
-        import shlex
-
-        return HealthCheck(kind="exec", command=tuple(shlex.split(rest)), **options)
+        return HealthCheck(kind="exec", command=words(rest), **options)
     number, slash, path = rest.partition("/")
     if number.isdecimal() and kind == "tcp" and not slash:
         return HealthCheck(kind="tcp", port=int(number), **options)
     if number.isdecimal() and kind == "http":
         return HealthCheck(kind="http", port=int(number), path=f"/{path}", **options)
     raise UsageError(f"there is no health check {word!r}", hint="write exec:COMMAND, tcp:80 or http:80/health")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words of a command, as a shell splits them."""
+    import shlex
+
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"cannot split {text!r} into words: {error}", hint="close every quotation mark") from error
 
 
 def copy_ends(source: str, target: str) -> tuple[str, str, bool]:

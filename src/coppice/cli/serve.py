@@ -7,7 +7,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
@@ -63,6 +63,13 @@ def serve(
             help="Let tokens with an owner pull from this host, though its address is not public; repeat.",
         ),
     ] = [],  # noqa: B006 - click copies it
+    log_format: Annotated[
+        Literal["text", "json"],
+        Option(
+            "--log-format",
+            help="The log on standard error: text with warnings, or lines of JSON with a line for each request.",
+        ),
+    ] = "text",
     print_unit: Annotated[
         bool, Option("--print-unit", help="Print a unit of systemd that runs this command, and end.")
     ] = False,
@@ -74,7 +81,7 @@ def serve(
     """
     cli = Cli.of(context)
     if cli.server is not None:
-        raise UsageError("a server cannot use another server", hint="leave out --host")
+        raise UsageError("a server cannot use another server", hint="leave out --host, and unset COPPICE_HOST")
     if print_unit:
         output.line(_unit(sys.argv))
         return
@@ -86,6 +93,7 @@ def serve(
     try:
         from coppice.server.app import make_app
         from coppice.server.auth import load_key
+        from coppice.server.logs import log_json
         from coppice.server.running import Limits
         from coppice.server.serving import LOOPBACK, Listening
         from coppice.server.serving import serve as serve_app
@@ -96,6 +104,8 @@ def serve(
     from coppice.images.reach import PublicHosts
     from coppice.state.layout import default_home
 
+    if log_format == "json":
+        log_json()
     path, address, port = _where(listen)
     where = Listening(socket=path, address=address, port=port, certificate=tls_cert, key=tls_key)
     if insecure_no_auth and where.socket is None and where.address not in LOOPBACK:

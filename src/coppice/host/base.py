@@ -87,7 +87,7 @@ class UseCases:
             access=access,
             name=request.name,
             cache=LayerCache(self.rooms.layout.blobs, self.owner),
-            options=BuildOptions(owner=self.owner, public=request.public),
+            options=BuildOptions(owner=self.owner, public=request.public, tags=dict(request.tags)),
             progress=progress,
         )
 

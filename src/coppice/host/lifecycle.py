@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
 
 from coppice.addresses import NOBODY, told
 from coppice.completion import complete, in_thread
-from coppice.errors import CoppiceError, Expired, NotFound
+from coppice.errors import CoppiceError, Expired, IllegalTransition, NotFound
 from coppice.host import ports, settling
 from coppice.host.activity import idle_s
 from coppice.host.admission import demand_of_activation, demand_of_capture, demand_of_run
@@ -93,7 +93,7 @@ class Lifecycle(Volumes):
             image_name=found.name,
             machine=msgspec.structs.replace(machine, kernel=kernel.key, acpi=kernel.acpi, volumes=disks),
             process=ProcessSpec(
-                argv=_argv(config, request),
+                argv=_argv(config, request.entrypoint, request.command),
                 env={
                     **certificate_environment(certificates),
                     **config.env,
@@ -170,10 +170,27 @@ class Lifecycle(Volumes):
         """Boot the instance unless it is running."""
         async with self._hold(request.instance, Operation.START) as (instance, target):
             instance = await self._supervised(instance, with_expiry(instance.supervision, request, time.time()))
+            other = request.command is not None or request.entrypoint is not None
             if instance.state is target:
+                if other:
+                    raise IllegalTransition(
+                        f"{instance.name} is {instance.state} with its present command",
+                        hint=f"run `coppice stop {instance.name}` first",
+                    )
                 return await self._run_on(instance)
+            if other:
+                argv = await self._other_argv(instance, request)
+                process = msgspec.structs.replace(instance.process, argv=argv)
+                instance = msgspec.structs.replace(instance, process=process)
             progress(Progress(stage="boot"))
             return await self._activate(instance, JournalOperation.START, boot=True)
+
+    async def _other_argv(self, instance: Instance, request: StartRequest) -> tuple[str, ...]:
+        """Return the words of the command that a machine is to be started with."""
+        config = ImageConfig()
+        if request.entrypoint is None:
+            config = (await in_thread(self.rooms.images.get, instance.image, self._usable)).config
+        return _argv(config, request.entrypoint, request.command or ())
 
     async def restore(self, request: RestoreRequest) -> Instance:
         """Load the captured memory unless the instance is running."""
@@ -319,10 +336,10 @@ def _stem(image_name: str) -> str:
     return "".join(char if char.isalnum() else "-" for char in last.lower()).strip("-") or "vm"
 
 
-def _argv(config: ImageConfig, request: RunRequest) -> tuple[str, ...]:
+def _argv(config: ImageConfig, entrypoint: Sequence[str] | None, command: Sequence[str]) -> tuple[str, ...]:
     """Return the words of an instance's process. As in OCI runtimes, an entrypoint that is given
     also replaces the image's command.
     """
-    if request.entrypoint is not None:
-        return (*request.entrypoint, *request.command)
-    return (*config.entrypoint, *(request.command or config.cmd))
+    if entrypoint is not None:
+        return (*entrypoint, *command)
+    return (*config.entrypoint, *(command or config.cmd))

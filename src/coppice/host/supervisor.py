@@ -31,7 +31,7 @@ from coppice.state import locks
 _log = logging.getLogger(__name__)
 _LEASE_S: Final = 5.0  # between two attempts to become the supervisor: a free flock is no event
 _SOON_S: Final = 1.0
-_CALM_S: Final = 0.1  # between two looks at the changes
+_CALM_S: Final = 0.1  # from a change to the look at it
 _AGAIN_S: Final = 30.0  # after a failure
 _LONGEST_S: Final = 60.0  # of one sleep: the clock of the day may be set, or the host be suspended
 _AT_ONCE: Final = 64
@@ -107,11 +107,10 @@ class Supervisor:
             self._endings.follow(await in_thread(store.supervised.running))
             for key in await in_thread(store.supervised.ids):
                 self._attend(key)
-            loop = asyncio.get_running_loop()
             while True:
-                looked_at = loop.time()
                 self._changed.clear()
-                while True:
+                more = True
+                while more:
                     changes = await in_thread(store.supervised.changes, last)
                     touched = changes.supervised | (changes.others & self._known())
                     if changes.lost:
@@ -121,14 +120,12 @@ class Supervisor:
                     self._endings.drop((changes.supervised | changes.others) - changes.running)
                     for key in touched:
                         self._attend(key)
-                    if changes.last == last:
-                        break
-                    last = changes.last
+                    last, more = changes.last, changes.more
                 for key in self._pop_due():
                     self._attend(key)
                 until = self._deadlines[0][0] if self._deadlines else self._clock.now() + _LONGEST_S
                 await self._clock.wait(self._changed, until)
-                await asyncio.sleep(looked_at + _CALM_S - loop.time())  # an operation commits several times
+                await asyncio.sleep(_CALM_S)  # an operation commits several times, and is not delayed by looks
 
     @contextlib.contextmanager
     def _watching(self, log: Path) -> Iterator[None]:

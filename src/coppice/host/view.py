@@ -90,7 +90,7 @@ class View(UseCases):
         return Inspection(
             instance=await self._with_observed(instance),
             fork_count=len(forks),
-            forks=tuple(fork.name for fork in forks),
+            forks=tuple(fork.name for fork in forks if owns(self.owner, fork)),
             directory=str(directory),
             disk_bytes=await in_thread(disk.allocated, own),
             memory=await self._memory(instance),

@@ -210,7 +210,9 @@ class ImageCatalog(ImageStore):
             if image.name and image.manifest_digest == digest and image.owner == options.owner:
                 with contextlib.suppress(NotFound):  # removed meanwhile
                     self.root_file(image)
-                    named = msgspec.structs.replace(image, name=name, public=options.public, created_at=time.time())
+                    named = msgspec.structs.replace(
+                        image, name=name, public=options.public, tags=options.tags, created_at=time.time()
+                    )
                     self.records.tag(named)
                     return named
         return None

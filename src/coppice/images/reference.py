@@ -116,11 +116,14 @@ def parse_reference(text: str) -> Reference:
         rest = f"library/{rest}"
     found = _REFERENCE.fullmatch(f"{registry}/{rest}")
     if found is None or len(text) > MAX_NAME or _HEX.fullmatch(text):
-        raise InvalidName(
-            f"{text[:MAX_NAME]!r} does not name an image in a registry",
-            hint="write [REGISTRY/]NAME[:TAG], as in alpine:3.20 or localhost:5000/team/web@sha256:...",
-        )
+        raise InvalidName(f"{text[:MAX_NAME]!r} does not name an image in a registry", hint=_hint(text))
     return Reference(found[1], found[2], found[3] or "latest", found[4])
+
+
+def _hint(text: str) -> str:
+    if text.startswith("["):
+        return "skopeo takes no IPv6 address; give the registry a name, such as one in /etc/hosts"
+    return "write [REGISTRY/]NAME[:TAG], as in alpine:3.20 or localhost:5000/team/web@sha256:..."
 
 
 def full_name(name: str) -> str:

@@ -7,8 +7,8 @@ from msgspec import Meta
 
 from coppice.model import Image
 from coppice.model.kernel import Kernel
-from coppice.names import check_host_path
-from coppice.requests.base import PATH, SECRET, Certificates, Request
+from coppice.names import check_host_path, check_tags
+from coppice.requests.base import PATH, SECRET, Certificates, Request, Tags
 from coppice.trust import certificates_in, check_proxy
 
 ImageKey = Annotated[str, Meta(description="Name, digest or unique prefix of the digest of an image.")]
@@ -102,6 +102,11 @@ class ImagePullRequest(Request[Image], frozen=True, kw_only=True):
         ),
     ] = None
     public: Public = False
+    tags: Tags = {}
+
+    def check(self) -> None:
+        """Check the tags."""
+        check_tags(self.tags)
 
 
 class ImageLsRequest(Request[list[Image]], frozen=True, kw_only=True):

@@ -148,19 +148,32 @@ class RunRequest(Request[Instance], frozen=True, kw_only=True):
 class StartRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
     """Boot a Stopped instance from its disk. A Running instance keeps running, as with `restore`.
 
+    Another command is recorded, and so is that of later boots too.
+
+    :raises IllegalTransition: a Running instance is to run another command
+    :raises NotFound: the command needs the image's entrypoint, and the image was removed
     :raises VmmDied: the machine ended before its agent answered; it is Stopped again
     :raises InUse: another program uses a port that the instance publishes
     """
 
     reports_progress: ClassVar[bool] = True
 
+    command: Annotated[
+        Sequence[str] | None,
+        Meta(description="Another command for its process; the image's entrypoint stays. Default: unchanged."),
+    ] = None
+    entrypoint: Annotated[
+        Sequence[str] | None,
+        Meta(description="Another entrypoint, which also replaces the image's command. Default: unchanged."),
+    ] = None
     ttl_s: TtlS = None
     expires_at: ExpiresAt = None
     on_expiry: OnExpiryOption = None
 
     def check(self) -> None:
-        """Also check the expiry."""
+        """Also check the command and the expiry."""
         super().check()
+        check_recorded(*check_argv(self.command or ()), *check_argv(self.entrypoint or ()))
         check_expiry(self)
 
 

@@ -13,6 +13,7 @@ from litestar.middleware import DefineMiddleware
 from litestar.middleware.rate_limit import RateLimitConfig
 from litestar.types import ASGIApp, Middleware
 
+from coppice.completion import in_thread
 from coppice.host.supervisor import Clock, Supervisor
 from coppice.model import Record
 from coppice.server import (
@@ -32,6 +33,7 @@ from coppice.server.audit import Audit
 from coppice.server.auth import Caller
 from coppice.server.bodies import JsonRequest
 from coppice.server.context import Authentication, Server, provide_caller, provide_server, require_scope
+from coppice.server.database import open_database
 from coppice.server.denial import Denials, remember
 from coppice.server.failures import respond
 from coppice.server.hosts import HostMaker, Hosts
@@ -40,6 +42,7 @@ from coppice.server.hypeman.paths import EncodedSlashes
 from coppice.server.metrics import Metrics
 from coppice.server.observing import Observed
 from coppice.server.once import Once
+from coppice.server.pulls import Pulls
 from coppice.server.running import Limits, Operations
 from coppice.server.tracing import Traced, Traces
 from coppice.server.uploads import Uploads
@@ -89,7 +92,7 @@ def make_app(
     uploads = Uploads()
     once = Once(operations, uploads, metrics.made)
     server = Server(
-        Hosts(make_host), operations, once, uploads, key, {}, Audit(), metrics, ending or asyncio.Event(), traces
+        Hosts(make_host), operations, once, uploads, key, Pulls(), Audit(), metrics, ending or asyncio.Event(), traces
     )
     middleware: list[Middleware] = [DefineMiddleware(Authentication, exclude=_PUBLIC)]
     if per_minute is not None:
@@ -100,18 +103,19 @@ def make_app(
     async def running(app: Litestar) -> AsyncIterator[None]:
         app.state["server"] = server
         operator = await server.hosts.of(None)  # recovers interrupted operations before the first request
+        database = await in_thread(open_database, operator.home)  # one connection: two would wait for each other
+        server.once.open(database)
+        server.audit.open(database)
         supervisor = asyncio.create_task(Supervisor(operator, clock).run(), name="supervisor")
         try:
-            await server.once.open(operator.home)
-            await server.audit.open(operator.home)
             await server.uploads.open(operator.home)
             yield
         finally:
             supervisor.cancel()
             await asyncio.wait({supervisor})
             await server.operations.close()
-            await server.once.close()
-            await server.audit.close()
+            await server.audit.written()
+            database.close()
             await server.hosts.close()
             if traces is not None:
                 await traces.close()

@@ -1,7 +1,8 @@
 """The audit log: who did what, in `server.db`.
 
 An entry has no payload, no argument of a command and no error message, since these may hold
-secrets. Entries are written in groups by one task, so that no request waits for it.
+secrets. Entries are written in groups by one task, so that no request waits for it. The end of an
+operation is written a moment later, so that it does not delay the answer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -22,13 +22,14 @@ from coppice.model import Record
 from coppice.names import new_id
 from coppice.requests import Request
 from coppice.server.auth import Caller
-from coppice.server.database import open_database
 from coppice.server.failures import code_of
+from coppice.state.database import Database
 
 MOST_ENTRIES: Final = 100_000
 """Older entries are removed."""
 _TARGETS: Final = ("instance", "snapshot", "volume", "name", "image", "kernel", "reference")
 _LONGEST: Final = 255  # characters of a target
+_ENDS_S: Final = 0.2  # from the end of an operation to its entry
 _log = logging.getLogger(__name__)
 
 
@@ -50,11 +51,8 @@ class Entry(Record, frozen=True, kw_only=True):
 class _Table(QuickCalls):
     """The table of a data directory. All methods block for milliseconds."""
 
-    def __init__(self, home: Path) -> None:
-        self._db = open_database(home)
-
-    def close(self) -> None:
-        self._db.close()
+    def __init__(self, database: Database) -> None:
+        self._db = database
 
     def write(self, entries: list[Entry]) -> None:
         """Insert entries, or replace those that were written before."""
@@ -83,16 +81,11 @@ class Audit:
         self._opened: _Table | None = None
         self._waiting: dict[str, Entry] = {}
         self._writing: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def open(self, home: Path) -> None:
-        """Open the database of a data directory."""
-        self._opened = await in_thread(_Table, home)
-
-    async def close(self) -> None:
-        """Write what waits, and close the database. Idempotent."""
-        if self._opened is not None:
-            await self.written()
-            self._opened.close()
+    def open(self, database: Database) -> None:
+        """Use an open database."""
+        self._opened = _Table(database)
 
     @contextlib.contextmanager
     def recorded(self, caller: Caller, owner: str | None, operation: str, target: str | None) -> Iterator[None]:
@@ -106,7 +99,10 @@ class Audit:
             outcome = code_of(error)
             raise
         finally:
-            self._put(msgspec.structs.replace(entry, outcome=outcome, seconds=round(time.time() - entry.at, 4)))
+            ended = msgspec.structs.replace(entry, outcome=outcome, seconds=round(time.time() - entry.at, 4))
+            self._waiting[entry.id] = ended
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_ENDS_S, self._begin)
 
     def refused(self, caller: Caller, operation: str, error: Exception) -> None:
         """Record a request that its caller may not make."""
@@ -115,6 +111,13 @@ class Audit:
 
     def _put(self, entry: Entry) -> None:
         self._waiting[entry.id] = entry
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin to write what waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write(), name="audit")
 
@@ -127,7 +130,8 @@ class Audit:
                 _log.error("%d entries of the audit log are lost: %s", len(entries), error)
 
     async def written(self) -> None:
-        """Wait until all entries are in the database."""
+        """Write what waits. Return when all entries are in the database."""
+        self._begin()
         while self._writing is not None and not self._writing.done():
             await asyncio.wait({self._writing})
 

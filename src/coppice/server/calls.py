@@ -27,6 +27,7 @@ from coppice.server.sse import EventStream
 from coppice.server.table import CALLS, WAITS, scope_of
 
 OPERATION_HEADER = "coppice-operation"
+ACCEPTED = {202: ResponseSpec(OperationView, description="The operation, which goes on.")}
 KEEPALIVE_S = 15.0
 """A client hears from an operation at least this often, so that it can tell a lost connection."""
 
@@ -73,13 +74,7 @@ def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
             return Response(await unless_ending(read, server.ending), status_code=200)
         else:
             operation = await server.begin(caller, data)
-        headers = {OPERATION_HEADER: operation.id}
-        if "respond-async" in prefer:
-            location = {"location": str(request.url_for("operation_get", key=operation.id))}
-            return Response(operation.view(), status_code=202, headers=headers | location)
-        if EVENTS in accept:
-            return EventStream(_events(operation), headers=headers)
-        return Response(await operation.result(), status_code=200, headers=headers)
+        return await answer(request, operation, accept, prefer)
 
     call.__annotations__ |= {
         "data": JSONBody[kind],  # type: ignore[valid-type, misc]  # read by Litestar
@@ -99,10 +94,21 @@ def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
         tags=["operations"],
         status_code=200,
         opt={"scope": scope_of(name)},
-        responses=None
-        if reads and name not in WAITS
-        else {202: ResponseSpec(OperationView, description="The operation, which goes on.")},
+        responses=None if reads and name not in WAITS else ACCEPTED,
     )(call)
+
+
+async def answer(
+    request: HttpRequest[Caller, Any, Any], operation: Operation, accept: str, prefer: str
+) -> Response[Any]:
+    """Return the answer that a client wants of an operation: its result, its events, or the operation itself."""
+    headers = {OPERATION_HEADER: operation.id}
+    if "respond-async" in prefer:
+        location = {"location": str(request.url_for("operation_get", key=operation.id))}
+        return Response(operation.view(), status_code=202, headers=headers | location)
+    if EVENTS in accept:
+        return EventStream(_events(operation), headers=headers)
+    return Response(await operation.result(), status_code=200, headers=headers)
 
 
 async def _events(operation: Operation) -> AsyncIterator[ServerSentEventMessage]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -28,13 +29,12 @@ from coppice.server.hosts import Hosts
 from coppice.server.keys import MOST_CHARACTERS
 from coppice.server.metrics import Metrics
 from coppice.server.once import Once
+from coppice.server.pulls import Pulls
 from coppice.server.running import Operation, Operations
 from coppice.server.tracing import Traces
 from coppice.server.uploads import Uploads
 
 R = TypeVar("R")
-Pulls: TypeAlias = dict[tuple[str | None, str], Operation]
-"""The latest pull of each owner and image name since the server's start."""
 IDEMPOTENCY: Final = "idempotency-key"
 REQUEST_ID: Final = "coppice_request_id"
 """Where the state of a connection has the id of its request."""
@@ -63,9 +63,12 @@ class Server:
         """Return the open host of the caller's owner."""
         return await self.hosts.of(caller.owner)
 
-    async def begin(self, caller: Caller, request: Request[Any]) -> Operation:
+    async def begin(
+        self, caller: Caller, request: Request[Any], turn: AbstractAsyncContextManager[None] | None = None
+    ) -> Operation:
         """Begin an operation, or return the one that was begun with the caller's idempotency key.
 
+        :param turn: entered for the time of the work; it may wait
         :raises KeyReused: the key was sent with another request
         :raises TooManyOperations: the caller's owner has too many running operations
         :raises Overloaded: all owners together have too many
@@ -73,6 +76,10 @@ class Server:
         host = await self.host(caller)
 
         async def work(progress: ProgressSink) -> Any:
+            async with turn or contextlib.nullcontext():
+                return await carry_out(progress)
+
+        async def carry_out(progress: ProgressSink) -> Any:
             with self.observed(caller, host, request):
                 if self.traces is not None:
                     progress = self.traces.forks(progress)

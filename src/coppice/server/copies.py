@@ -44,7 +44,7 @@ from coppice.server.streams import Socket, answering, decoded, first_frame, fram
 from coppice.server.table import REQUESTS, scope_of
 from coppice.server.uploads import Upload as UploadedFile
 
-_CHECK_EVERY: Final = 16 * MIB  # received bytes between two checks of the free space
+CHECK_EVERY: Final = 16 * MIB  # received bytes between two checks of the free space
 _CHUNK: Final = 1 << 16
 
 
@@ -183,11 +183,11 @@ async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, fir
                     output.write(chunk)
 
     async def pass_on(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        unchecked = _CHECK_EVERY
+        unchecked = CHECK_EVERY
         async for chunk in content_frames(socket):
             unchecked += len(chunk)
-            if unchecked >= _CHECK_EVERY:
-                _require_space(host, upload.directory)
+            if unchecked >= CHECK_EVERY:
+                require_space(host, upload.directory)
                 unchecked = 0
             writer.write(chunk)
             await writer.drain()
@@ -199,9 +199,13 @@ async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, fir
         raise UsageError(error.message.replace("the guest", "the client"), hint="send a tar archive") from error
 
 
-def _require_space(host: LocalBackend, directory: Path) -> None:
+def require_space(host: LocalBackend, directory: Path) -> None:
+    """Require the free space that the budgets reserve, after `CHECK_EVERY` more bytes.
+
+    :raises NoSpace: there is less
+    """
     disk = os.statvfs(directory)
-    if disk.f_bavail * disk.f_frsize - _CHECK_EVERY < host.budgets.disk_floor_bytes:
+    if disk.f_bavail * disk.f_frsize - CHECK_EVERY < host.budgets.disk_floor_bytes:
         raise NoSpace(
             "the server has no disk space for this file",
             hint="free space there with `coppice rm` and `coppice gc --caches`",

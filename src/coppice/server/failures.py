@@ -72,9 +72,14 @@ def failure_of(error: Exception) -> tuple[int, Failure]:
 
 def _detail(error: HTTPException) -> str:
     """Return the message of a framework's error, with the reasons of a failed validation."""
-    extra = error.extra
-    reasons = [str(each.get("message", each)) if isinstance(each, dict) else str(each) for each in extra or []]
+    reasons = [_reason(each) if isinstance(each, dict) else str(each) for each in error.extra or []]
     return "; ".join([error.detail, *reasons] if reasons else [error.detail])
+
+
+def _reason(reason: dict[str, Any]) -> str:
+    """Return one reason of a failed validation, with the field that it is about."""
+    message, field = str(reason.get("message", reason)), reason.get("key")
+    return f"{field}: {message}" if field else message
 
 
 def is_transient(error: Exception) -> bool:

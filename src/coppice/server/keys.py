@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -14,8 +13,8 @@ from coppice.completion import QuickCalls
 from coppice.errors import KeyReused
 from coppice.model import Record, to_json
 from coppice.requests import Request
-from coppice.server.database import open_database
 from coppice.server.failures import Failure
+from coppice.state.database import Database
 from coppice.vmm.process import own_process, start_ticks
 
 KEPT_S: Final = 24 * 3600.0
@@ -47,13 +46,9 @@ def digest_of(request: Request[Any]) -> str:
 class Keys(QuickCalls):
     """The keys of a data directory. All methods block for milliseconds."""
 
-    def __init__(self, home: Path) -> None:
-        self._db = open_database(home)
+    def __init__(self, database: Database) -> None:
+        self._db = database
         self._process = own_process()
-
-    def close(self) -> None:
-        """Close the database. Idempotent."""
-        self._db.close()
 
     def claim(self, owner: str | None, key: str, request: Request[Any], generated: Mapping[str, Any]) -> Claim:
         """Record a key and the fields that the server generates for its request, or return what was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from typing import Annotated, Any, Final
@@ -15,8 +16,10 @@ from coppice.model import Record
 from coppice.names import new_id
 from coppice.server.audit import Entry
 from coppice.server.context import REQUEST_ID, TheCaller, TheServer
+from coppice.server.logs import FIELDS
 from coppice.server.metrics import Metrics
 
+_log = logging.getLogger(__name__)
 _HEADER: Final = b"x-request-id"
 _ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 _STARTS: Final = {"http.response.start", "websocket.http.response.start", "websocket.accept"}
@@ -55,7 +58,7 @@ async def metrics_get(server: TheServer, caller: TheCaller, accept: Accept = "")
 
 
 class Observed:
-    """ASGI middleware: give each request an id, which the answer repeats, and count the answer.
+    """ASGI middleware: give each request an id, which the answer repeats; count and log the answer.
 
     An id that the client sends in `x-request-id` is kept.
     """
@@ -81,8 +84,25 @@ class Observed:
                 status = found.get("status", _SWITCHED)
                 route = str(scope.get("path_template") or "none")
                 method = scope.get("method", "WEBSOCKET")
-                self._metrics.answered(str(method), route, status, time.perf_counter() - begin)
+                seconds = time.perf_counter() - begin
+                self._metrics.answered(str(method), route, status, seconds)
+                if _log.isEnabledFor(logging.INFO):
+                    _log.info("request", extra={FIELDS: _line(scope, str(method), route, status, seconds)})
                 found["headers"] = [*found.get("headers", []), (_HEADER, request_id)]
             await send(found)  # type: ignore[arg-type]  # a message with one more header
 
         await self._app(scope, receive, sending)
+
+
+def _line(scope: Scope, method: str, route: str, status: int, seconds: float) -> dict[str, Any]:
+    """Return the fields of a request's line. The route is the template of the path, which names no object."""
+    caller, client = scope.get("user"), scope.get("client")
+    return {
+        "request_id": scope["state"][REQUEST_ID],
+        "client": client[0] if client else "",
+        "owner": getattr(caller, "owner", None),
+        "method": method,
+        "route": route,
+        "status": status,
+        "seconds": round(seconds, 6),
+    }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -24,6 +23,7 @@ from coppice.server.keys import Claim, Keys, digest_of, key_reused
 from coppice.server.resuming import completed, generated, resume
 from coppice.server.running import Operation, Operations, Work
 from coppice.server.uploads import Uploads
+from coppice.state.database import Database
 
 _POLL_S: Final = 0.1  # another server process has the key, and sends no event when its operation ends
 
@@ -39,14 +39,9 @@ class Once:
         self._under_way: dict[tuple[str | None, str], tuple[str, Operation]] = {}
         self._opened: Keys | None = None
 
-    async def open(self, home: Path) -> None:
-        """Open the database of a data directory."""
-        self._opened = await in_thread(Keys, home)
-
-    async def close(self) -> None:
-        """Close the database. Idempotent."""
-        if self._opened is not None:
-            self._opened.close()
+    def open(self, database: Database) -> None:
+        """Use an open database."""
+        self._opened = Keys(database)
 
     @property
     def _keys(self) -> Keys:

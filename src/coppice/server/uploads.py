@@ -38,6 +38,7 @@ class Upload:
         self.directory = directory
         self.name = name
         self.complete = False
+        self.by_content = self.token  # a second name, which a repeated request has too
         self.holders = 1
         self.closing = ExitStack()
 
@@ -108,8 +109,9 @@ class Uploads:
                 f"a server does not read the {name} of {request.operation} from its own disk",
                 hint="send the file: `coppice --host URL` does, and so does `coppice.connect`",
             )
-        upload = self._uploads.get(token)
-        if upload is None or upload.owner != owner or not upload.complete:
+        complete = (each for each in self._uploads.values() if each.owner == owner and each.complete)
+        upload = next((each for each in complete if token in (each.token, each.by_content)), None)
+        if upload is None:
             raise NotFound(f"there is no upload {token!r}", hint="repeat the command, which sends the file again")
         return upload
 

@@ -21,6 +21,7 @@ class Changes(Record, frozen=True, kw_only=True):
     """The instances that changed after an event."""
 
     last: int  # the newest event
+    more: bool  # there are further events
     lost: bool  # older events are no longer kept: look at all instances
     supervised: frozenset[str]  # ids of those with policies
     others: frozenset[str]  # ids of those without, and of removed ones
@@ -62,6 +63,7 @@ class Supervised(QuickCalls):
             ).fetchall()
         return Changes(
             last=rows[-1][0] if rows else after,
+            more=len(rows) == _PAGE,
             lost=bool(rows) and rows[0][0] > after + 1,
             supervised=frozenset(instance for _, instance, supervised, _ in rows if supervised),
             others=frozenset(instance for _, instance, supervised, _ in rows if not supervised),

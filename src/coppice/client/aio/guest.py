@@ -1,6 +1,6 @@
 # Written by tools/generate_client.py: change coppice.requests, then run it.
 
-"""Operations inside a machine."""
+"""Operations inside a machine, and what can be read of it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from coppice.requests import (
     CpInRequest,
     CpOutRequest,
     ExecRequest,
+    ExportRequest,
     HealthRequest,
     InspectRequest,
     LogsRequest,
@@ -41,7 +42,24 @@ if TYPE_CHECKING:
 
 
 class MachineGuest(MachineBase):
-    """Commands, connections, files and logs of a machine."""
+    """Commands, connections, files, logs and archives of a machine."""
+
+    async def export(self, path: Path | str, *, bare: bool = False, progress: ProgressSink = no_progress) -> int:
+        """Write a template or Standby instance to an archive; return the bytes of the archive.
+
+        The archive has the memory, device state, disk, image and kernel, without their holes. The
+        instance cannot be removed or changed meanwhile. An existing file is replaced when the
+        archive is whole.
+
+        :param path: A path on this machine.
+        :param bare: Leave out the image and the kernel; only a host that has both can import the
+            archive.
+        :param progress: Called with each step of the work.
+        :raises IllegalTransition: the instance is not a template or in standby
+        :raises NotSupported: it has volumes
+        :raises IntegrityError: a captured file has changed
+        """
+        return await self._backend.call(ExportRequest(instance=self.id, bare=bare, path=text_of(path)), progress)
 
     async def exec(
         self,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +108,7 @@ class AsyncImages(Bound):
         credentials: str | None = None,
         tls_verify: bool | None = None,
         public: bool = False,
+        tags: Mapping[str, str] | None = None,
         progress: ProgressSink = no_progress,
     ) -> Image:
         """Pull an image from a registry. It gets the name `reference`, as typed, unless `name` is
@@ -125,6 +126,7 @@ class AsyncImages(Bound):
         :param tls_verify: Require HTTPS with a trusted certificate. Default: unless the registry is
             on a loopback address.
         :param public: Other owners may run it too.
+        :param tags: Tags of the new records.
         :param progress: Called with each step of the work.
         :raises MissingTool: skopeo is not installed
         :raises NotFound: the registry has no such image, or none for this machine
@@ -141,6 +143,7 @@ class AsyncImages(Bound):
                 credentials=credentials,
                 tls_verify=tls_verify,
                 public=public,
+                tags={} if tags is None else tags,
             ),
             progress,
         )

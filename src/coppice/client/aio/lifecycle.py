@@ -5,10 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from coppice.client.aio.base import MachineBase, text_of
+from coppice.client.aio.base import MachineBase
 from coppice.client.backend import Opening
 from coppice.model import (
     CaptureReport,
@@ -27,7 +26,6 @@ from coppice.model import (
 from coppice.requests import (
     DemoteRequest,
     EgressRequest,
-    ExportRequest,
     ForkRequest,
     PromoteRequest,
     RestoreRequest,
@@ -51,6 +49,8 @@ class MachineLifecycle(MachineBase):
     async def start(
         self,
         *,
+        command: Sequence[str] | None = None,
+        entrypoint: Sequence[str] | None = None,
         ttl_s: float | None = None,
         expires_at: float | None = None,
         on_expiry: Literal["remove", "standby", "stop"] | None = None,
@@ -58,6 +58,12 @@ class MachineLifecycle(MachineBase):
     ) -> Self:
         """Boot a Stopped instance from its disk. A Running instance keeps running, as with `restore`.
 
+        Another command is recorded, and so is that of later boots too.
+
+        :param command: Another command for its process; the image's entrypoint stays. Default:
+            unchanged.
+        :param entrypoint: Another entrypoint, which also replaces the image's command. Default:
+            unchanged.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead
@@ -65,12 +71,22 @@ class MachineLifecycle(MachineBase):
         :param on_expiry: What happens then: `remove`, `standby` or `stop`. Default: unchanged, or
             remove.
         :param progress: Called with each step of the work.
+        :raises IllegalTransition: a Running instance is to run another command
+        :raises NotFound: the command needs the image's entrypoint, and the image was removed
         :raises VmmDied: the machine ended before its agent answered; it is Stopped again
         :raises InUse: another program uses a port that the instance publishes
         """
         return self._became(
             await self._backend.call(
-                StartRequest(instance=self.id, ttl_s=ttl_s, expires_at=expires_at, on_expiry=on_expiry), progress
+                StartRequest(
+                    instance=self.id,
+                    command=command,
+                    entrypoint=entrypoint,
+                    ttl_s=ttl_s,
+                    expires_at=expires_at,
+                    on_expiry=on_expiry,
+                ),
+                progress,
             )
         )
 
@@ -425,20 +441,3 @@ class MachineLifecycle(MachineBase):
         return await self._backend.call(
             SnapshotRequest(instance=self.id, name=name, kind=kind, tags={} if tags is None else tags)
         )
-
-    async def export(self, path: Path | str, *, bare: bool = False, progress: ProgressSink = no_progress) -> int:
-        """Write a template or Standby instance to an archive; return the bytes of the archive.
-
-        The archive has the memory, device state, disk, image and kernel, without their holes. The
-        instance cannot be removed or changed meanwhile. An existing file is replaced when the
-        archive is whole.
-
-        :param path: A path on this machine.
-        :param bare: Leave out the image and the kernel; only a host that has both can import the
-            archive.
-        :param progress: Called with each step of the work.
-        :raises IllegalTransition: the instance is not a template or in standby
-        :raises NotSupported: it has volumes
-        :raises IntegrityError: a captured file has changed
-        """
-        return await self._backend.call(ExportRequest(instance=self.id, bare=bare, path=text_of(path)), progress)

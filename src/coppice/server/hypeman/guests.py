@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -18,13 +19,14 @@ from coppice.completion import in_thread
 from coppice.errors import GuestRefused
 from coppice.host import LocalBackend
 from coppice.model import Instance
-from coppice.requests import LogsRequest, StatRequest, StatsRequest
-from coppice.server.context import TheCaller, TheServer
+from coppice.model.events import Event
+from coppice.requests import EventsRequest, LogsRequest, StatRequest, StatsRequest
+from coppice.server.context import Server, TheCaller, TheServer
 from coppice.server.document import EVENTS
 from coppice.server.ending import following
 from coppice.server.hypeman.instances import READ, TAGS
 from coppice.server.hypeman.paths import find
-from coppice.server.hypeman.wire import InstanceStats, PathInfo
+from coppice.server.hypeman.wire import InstanceStats, PathInfo, moment
 from coppice.server.sse import EventStream
 
 _TICKS: Final = 100.0  # per second, in /proc/PID/stat
@@ -42,7 +44,8 @@ async def instance_logs(
     server: TheServer,
     caller: TheCaller,
     origin: Annotated[
-        Source, QueryParameter(name="source", description="app: the console; vmm: the VMM's log; hypeman: empty.")
+        Source,
+        QueryParameter(name="source", description="app: the console; vmm: the VMM's log; hypeman: its events."),
     ] = "app",
     tail: FromQuery[int] = 100,
     follow: FromQuery[bool] = False,
@@ -50,17 +53,37 @@ async def instance_logs(
     """Send the lines of a log as events; the data of each is a JSON string."""
     host = await server.host(caller)
     found = await find(host, key)
-    if origin == "hypeman":  # Coppice logs to the journal of the service, not per instance
-        return EventStream(_none())
+    if origin == "hypeman":
+        return EventStream(_history(server, host, found, tail, follow=follow))
     request = LogsRequest(instance=found.id, source=_SOURCES[origin], tail=tail, follow=follow)
     stream = host.stream(request)
     lines = await stream.__aenter__()  # a missing log is an error of the request, not of the stream
     return EventStream(_events(lines, stream, server.ending))
 
 
-async def _none() -> AsyncIterator[ServerSentEventMessage]:
-    return
-    yield
+async def _history(
+    server: Server, host: LocalBackend, found: Instance, tail: int, *, follow: bool
+) -> AsyncIterator[ServerSentEventMessage]:
+    """Yield what happened to an instance, as lines."""
+    last = await in_thread(host.rooms.store.events.newest)
+    async with host.stream(EventsRequest(after=0)) as events:
+        kept = deque([each async for each in events if each.instance == found.id and each.id <= last], maxlen=tail)
+    for event in kept:
+        yield _line(event)
+    if not follow:
+        return
+    async with (
+        host.stream(EventsRequest(after=last, follow=True)) as events,
+        contextlib.aclosing(following(events, server.ending)) as coming,
+    ):
+        async for each in coming:
+            if each is not None and each.instance == found.id:
+                yield _line(each)
+
+
+def _line(event: Event) -> ServerSentEventMessage:
+    words = (moment(event.at).isoformat(timespec="milliseconds"), event.kind, event.state or "", event.detail)
+    return ServerSentEventMessage(data=msgspec.json.encode(" ".join(each for each in words if each)).decode())
 
 
 async def _events(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 from litestar import Request as HttpRequest
@@ -11,24 +12,32 @@ from litestar.params import FromPath, JSONBody
 from coppice.errors import NotFound
 from coppice.requests import ImageInspectRequest, ImageLsRequest, ImagePullRequest, ImageRmRequest, ImageTagRequest
 from coppice.server.auth import Caller
-from coppice.server.context import TheCaller, TheServer
+from coppice.server.context import Server, TheCaller, TheServer
 from coppice.server.hypeman.instances import refuse
 from coppice.server.hypeman.paths import name_in_path, tags_in
 from coppice.server.hypeman.wire import Image, ImageCreate, ImageTag, image_of, image_under_way
+from coppice.server.pulls import Pull
 
 _READ: Final = {"scope": "image:read"}
 _WRITE: Final = {"scope": "image:write"}
 _TAGS: Final = ["images"]
-_MOST_PULLS: Final = 1000  # remembered
 
 
 @get("/images", summary="List images.", tags=_TAGS, opt=_READ)
 async def images_list(request: HttpRequest[Caller, Any, Any], server: TheServer, caller: TheCaller) -> list[Image]:
-    """List the images that the caller may run, filtered by `tags[k]=v`."""
+    """List the images that the caller may run, and those that are being pulled, filtered by `tags[k]=v`."""
     host = await server.host(caller)
     tags = tags_in(list(request.query_params.multi_items()))
-    found = await host.call(ImageLsRequest())
-    return [image_of(each) for each in found if tags.items() <= each.tags.items()]
+    found = [image_of(each) for each in await host.call(ImageLsRequest())]
+    ready = {each.name for each in found}
+    pulls = server.pulls.all(caller.owner)
+    found += [_under_way(server, name, pull) for name, pull in pulls.items() if name not in ready]
+    return [each for each in found if tags.items() <= each.tags.items()]
+
+
+def _under_way(server: Server, name: str, pull: Pull) -> Image:
+    position = server.pulls.position(pull)
+    return image_under_way(name, pull.operation.view(), position, pull.request.tags)
 
 
 @post("/images", summary="Get an image ready.", tags=_TAGS, status_code=202, opt=_WRITE)
@@ -41,21 +50,22 @@ async def image_create(data: JSONBody[ImageCreate], server: TheServer, caller: T
         return image_of(await host.call(ImageInspectRequest(image=data.name)), data.name)
     except NotFound:
         pass
-    place = (caller.owner, data.name)
-    pull = server.pulls.get(place)
-    if pull is None or pull.ended:
+    pull = server.pulls.get(caller.owner, data.name)
+    if pull is None or pull.operation.ended:
         login = data.credentials
         refuse({"registry_token": login and login.registry_token})
-        request = ImagePullRequest(
-            reference=data.name,
-            platform=data.platform,
-            credentials=f"{login.username}:{login.password}" if login else None,
+        pull = Pull(
+            ImagePullRequest(
+                reference=data.name,
+                platform=data.platform,
+                credentials=f"{login.username}:{login.password}" if login else None,
+                tags=data.tags,
+            )
         )
-        pull = await server.begin(caller, request)
-        for old in list(server.pulls)[:-_MOST_PULLS]:
-            del server.pulls[old]
-        server.pulls[place] = pull
-    return image_under_way(data.name, pull.view())
+        pull.operation = await server.begin(caller, pull.request, server.pulls.turn(pull))
+        server.pulls.add(caller.owner, data.name, pull)
+        await asyncio.sleep(0)  # if nobody waits, its turn is now
+    return _under_way(server, data.name, pull)
 
 
 @get("/images/{name:str}", summary="Get an image.", tags=_TAGS, opt=_READ)
@@ -65,10 +75,10 @@ async def image_get(name: FromPath[str], server: TheServer, caller: TheCaller) -
     try:
         return image_of(await (await server.host(caller)).call(ImageInspectRequest(image=wanted)), wanted)
     except NotFound:
-        pull = server.pulls.get((caller.owner, wanted))
-        if pull is None or pull.view().status == "succeeded":  # it was pulled, and removed again
+        pull = server.pulls.all(caller.owner).get(wanted)
+        if pull is None:
             raise
-        return image_under_way(wanted, pull.view())
+        return _under_way(server, wanted, pull)
 
 
 @delete("/images/{name:str}", summary="Remove an image.", tags=_TAGS, opt={"scope": "image:delete"})

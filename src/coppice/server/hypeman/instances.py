@@ -9,12 +9,14 @@ from litestar import Request as HttpRequest
 from litestar import delete, get, patch, post
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 
-from coppice.errors import NotSupported, kind_of
+from coppice.completion import in_thread
+from coppice.errors import NotSupported, UsageError, kind_of
 from coppice.model import ForkReport, State
 from coppice.model import VolumeMount as Mount
 from coppice.requests import (
     DemoteRequest,
     ForkRequest,
+    InspectRequest,
     LsRequest,
     PromoteRequest,
     RestoreRequest,
@@ -35,9 +37,11 @@ from coppice.server.hypeman.wire import (
     Instance,
     InstanceCreate,
     InstanceFork,
+    InstanceStandby,
     InstanceStart,
     InstanceUpdate,
     Waited,
+    inspected,
     instance_of,
 )
 
@@ -45,7 +49,8 @@ READ: Final = {"scope": "instance:read"}
 WRITE: Final = {"scope": "instance:write"}
 DELETE: Final = {"scope": "instance:delete"}
 TAGS: Final = ["instances"]
-_MISSING: Final = (*("devices", "gpu", "credentials", "snapshot_policy"),)
+PLATFORM: Final = "linux/amd64"
+_MISSING: Final = ("devices", "gpu", "credentials", "snapshot_policy", "skip_guest_agent", "disk_io_bps")
 _POLL_S: Final = 0.05  # another process can change the state, which has no event
 _LONGEST_WAIT_S: Final = 300.0
 _FINAL: Final = frozenset({State.UNKNOWN, State.STOPPED, State.STANDBY})
@@ -61,13 +66,22 @@ async def instances_list(
     """List the caller's instances, filtered by state and by `tags[k]=v`."""
     host = await server.host(caller)
     found = await host.call(LsRequest(state=wanted, tags=tags_in(list(request.query_params.multi_items()))))
-    return [instance_of(each) for each in found]
+    counts = await in_thread(host.rooms.store.fork_counts)
+    return [instance_of(each, counts.get(each.id, 0)) for each in found]
 
 
 @post("/instances", summary="Create an instance and start it.", tags=TAGS, opt=WRITE)
 async def instance_create(data: JSONBody[InstanceCreate], server: TheServer, caller: TheCaller) -> Instance:
     """Boot an instance of an image. The answer comes when its agent has answered."""
     refuse({name: getattr(data, name) for name in _MISSING})
+    refuse(
+        {
+            "platform": data.platform not in (None, "", PLATFORM),
+            "network.bandwidth": data.network.bandwidth_download or data.network.bandwidth_upload,
+            "network.egress": data.network.egress and data.network.egress.enabled,
+            "volumes.overlay": any(each.overlay for each in data.volumes),
+        }
+    )
     made = await server.carry_out(
         caller,
         RunRequest(
@@ -94,8 +108,10 @@ async def instance_create(data: JSONBody[InstanceCreate], server: TheServer, cal
 
 @get("/instances/{key:str}", summary="Get an instance.", tags=TAGS, opt=READ)
 async def instance_get(key: FromPath[str], server: TheServer, caller: TheCaller) -> Instance:
-    """Return an instance by id, name, or the beginning of its id."""
-    return instance_of(await find(await server.host(caller), key))
+    """Return an instance by id, name, or the beginning of its id, with its forks and its memory."""
+    host = await server.host(caller)
+    found = await find(host, key)
+    return inspected(await host.call(InspectRequest(instance=found.id)))
 
 
 @patch("/instances/{key:str}", summary="Change the policies of an instance.", tags=TAGS, opt=WRITE)
@@ -124,9 +140,11 @@ async def instance_start(
     key: FromPath[str], data: JSONBody[InstanceStart | None], server: TheServer, caller: TheCaller
 ) -> Instance:
     """Boot an instance from its disk. A running instance stays as it is."""
-    refuse({"entrypoint": data and data.entrypoint, "cmd": data and data.cmd})
     found = await find(await server.host(caller), key)
-    return instance_of(await server.carry_out(caller, StartRequest(instance=found.id)))
+    given = data or InstanceStart()
+    # Empty lists change nothing there.
+    request = StartRequest(instance=found.id, command=given.cmd or None, entrypoint=given.entrypoint or None)
+    return instance_of(await server.carry_out(caller, request))
 
 
 @post("/instances/{key:str}/stop", summary="Stop an instance.", tags=TAGS, status_code=200, opt=WRITE)
@@ -139,8 +157,11 @@ async def instance_stop(key: FromPath[str], server: TheServer, caller: TheCaller
 
 
 @post("/instances/{key:str}/standby", summary="Capture an instance.", tags=TAGS, status_code=200, opt=WRITE)
-async def instance_standby(key: FromPath[str], server: TheServer, caller: TheCaller) -> Instance:
+async def instance_standby(
+    key: FromPath[str], data: JSONBody[InstanceStandby | None], server: TheServer, caller: TheCaller
+) -> Instance:
     """Save memory and disk, and end the VMM. An instance in standby stays as it is."""
+    refuse({"compression": data and data.compression and data.compression.enabled})
     found = await find(await server.host(caller), key)
     return instance_of((await server.carry_out(caller, StandbyRequest(instance=found.id))).instance)
 
@@ -213,6 +234,8 @@ async def instance_wait(
     limit: Annotated[str, QueryParameter(name="timeout", description="Longest wait, such as 30s; at most 5m.")] = "60s",
 ) -> Waited:
     """Wait until an instance is in a state, or in one that it does not leave by itself."""
+    if wanted is State.UNKNOWN:
+        raise UsageError("no instance is awaited to be Unknown", hint="wait for another state")
     host = await server.host(caller)
     found = await find(host, key)
     loop = asyncio.get_running_loop()

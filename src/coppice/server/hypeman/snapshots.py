@@ -8,7 +8,7 @@ from litestar import Request as HttpRequest
 from litestar import delete, get, post
 from litestar.params import FromPath, JSONBody, QueryParameter
 
-from coppice.errors import UsageError
+from coppice.errors import NotSupported, UsageError
 from coppice.model import SnapshotKind, State
 from coppice.requests import (
     SnapshotForkRequest,
@@ -43,7 +43,7 @@ async def snapshot_create(
     key: FromPath[str], data: JSONBody[SnapshotCreate], server: TheServer, caller: TheCaller
 ) -> Snapshot:
     """Save the state of an instance. A running instance continues."""
-    refuse({"compression": data.compression})
+    refuse({"compression": data.compression and data.compression.enabled})
     found = await find(await server.host(caller), key)
     request = SnapshotRequest(instance=found.id, name=data.name, kind=SnapshotKind(data.kind), tags=data.tags)
     return snapshot_of(await server.carry_out(caller, request))
@@ -116,8 +116,13 @@ async def snapshot_restore(
             f"the snapshot {found.name} is not of {instance.name}",
             hint="GET /snapshots?source_instance_id=ID lists them",
         )
-    start = data.target_state in (None, "Running") and found.kind is SnapshotKind.STANDBY
-    start = start or data.target_state == "Running"
+    saved = str(found.kind)  # also the state of an instance that has just been restored to it
+    if data.target_state not in (None, "Running", saved):
+        raise NotSupported(
+            f"the {saved} snapshot {found.name} cannot be restored to {data.target_state}",
+            hint=f"restore it to {saved} or Running",
+        )
+    start = (data.target_state or ("Running" if found.kind is SnapshotKind.STANDBY else saved)) == "Running"
     return instance_of(await server.carry_out(caller, SnapshotRestoreRequest(snapshot=found.id, start=start)))
 
 

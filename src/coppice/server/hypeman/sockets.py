@@ -22,7 +22,7 @@ from coppice.errors import CoppiceError, IllegalTransition, UsageError
 from coppice.host import LocalBackend
 from coppice.model import Instance, State
 from coppice.model.guest import ExecSession
-from coppice.requests import CpInRequest, CpOutRequest, ExecRequest, OpenExecRequest, StatRequest
+from coppice.requests import CpInRequest, CpOutRequest, ExecRequest, FileMkdirRequest, OpenExecRequest, StatRequest
 from coppice.server.browsers import accept
 from coppice.server.context import TheCaller, TheServer
 from coppice.server.failures import failure_of
@@ -173,8 +173,8 @@ async def _copy_to(socket: Socket, host: LocalBackend, found: Instance, copy: Co
     if _decoded(frame, dict[str, Any]).get("type") != "end":
         raise UsageError("the content ends with another frame than end", hint="see the API document")
     source.chmod(copy.mode & 0o7777 or (0o755 if copy.is_dir else 0o644))
-    parent = str(Path(copy.guest_path).parent)
-    await host.call(ExecRequest(instance=found.id, argv=["mkdir", "-p", copy.guest_path if copy.is_dir else parent]))
+    made = copy.guest_path if copy.is_dir else str(Path(copy.guest_path).parent)
+    await host.call(FileMkdirRequest(instance=found.id, path=made, parents=True))
     if not copy.is_dir:
         await host.call(CpInRequest(instance=found.id, host_path=str(source), guest_path=copy.guest_path))
     if copy.uid is not None or copy.gid is not None:

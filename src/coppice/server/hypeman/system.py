@@ -14,10 +14,17 @@ from coppice.host import LocalBackend
 from coppice.model import MachineSpec, Record, State
 from coppice.requests import BudgetRequest, LsRequest
 from coppice.server.context import TheCaller, TheServer
+from coppice.vmm.driver import AgentDevice
 
 _TAGS: Final = ["server"]
 _API: Final = "0.3.0"  # the version of hypeman's document that the routes follow
 _MISSING: Final = ("devices", "ingresses", "builds", "builders", "pushes")
+_MISSING_PATHS: Final = {
+    "schedules of snapshots": "/instances/{key:str}/snapshot-schedule",
+    "status of an automatic standby": "/instances/{key:str}/auto-standby/status",
+    "hold of an automatic standby": "/instances/{key:str}/auto-standby/hold",
+    "reclaim of memory": "/resources/memory/reclaim",
+}
 
 
 class ServerInfo(Record, frozen=True, kw_only=True):
@@ -50,12 +57,10 @@ class DefaultRuntime(Record, frozen=True, kw_only=True):
 
 
 class NetworkInfo(Record, frozen=True, kw_only=True):
-    """The network of instances."""
+    """The network of instances. Each has a subnet and a gateway of its own."""
 
     model: str = "nat"
     guest_to_guest: bool = False
-    gateway: str = "10.0.2.2"
-    subnet: str = "10.0.2.0/24"
 
 
 class ImagesInfo(Record, frozen=True, kw_only=True):
@@ -122,12 +127,14 @@ async def capabilities(server: TheServer, caller: TheCaller) -> Capabilities:
 
 
 async def _runtime(host: LocalBackend, name: str) -> Runtime:
+    driver = host.rooms.drivers.named(name)
     try:
-        await host.rooms.drivers.named(name).manifest(MachineSpec())
+        await driver.manifest(MachineSpec())
         available = True
     except CoppiceError:  # it is not installed, or this host cannot run it
         available = False
-    return Runtime(name=name, available=available, features=["snapshots", "standby", "fork", "pause"])
+    vsock = ["vsock"] if driver.capabilities.agent_device is AgentDevice.VSOCK else []
+    return Runtime(name=name, available=available, features=["snapshots", "standby", "fork", "pause", *vsock])
 
 
 @get("/resources", summary="Capacity and use.", tags=_TAGS, opt={"scope": "resource:read"})
@@ -180,9 +187,9 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _missing(name: str) -> HTTPRouteHandler:
+def _missing(name: str, *paths: str) -> HTTPRouteHandler:
     @route(
-        [f"/{name}", f"/{name}/{{rest:path}}"],
+        list(paths),
         http_method=[HttpMethod.GET, HttpMethod.POST, HttpMethod.PUT, HttpMethod.DELETE],
         name=name,
         include_in_schema=False,
@@ -193,4 +200,9 @@ def _missing(name: str) -> HTTPRouteHandler:
     return missing
 
 
-ROUTES: Final[list[Any]] = [capabilities, resources, *map(_missing, _MISSING)]
+ROUTES: Final[list[Any]] = [
+    capabilities,
+    resources,
+    *(_missing(each, f"/{each}", f"/{each}/{{rest:path}}") for each in _MISSING),
+    *(_missing(name, path) for name, path in _MISSING_PATHS.items()),
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -12,13 +12,16 @@ from litestar.params import FromPath, JSONBody, QueryParameter
 
 from coppice.completion import in_thread
 from coppice.errors import UsageError
+from coppice.host import LocalBackend
 from coppice.model import GIB
 from coppice.requests import VolumeCreateRequest, VolumeInspectRequest, VolumeLsRequest, VolumeRmRequest
 from coppice.server.auth import Caller
 from coppice.server.context import TheCaller, TheServer
+from coppice.server.copies import CHECK_EVERY, require_space
 from coppice.server.hypeman.instances import refuse
 from coppice.server.hypeman.paths import tags_in
 from coppice.server.hypeman.wire import Volume, VolumeCreate, volume_of
+from coppice.server.uploads import PREFIX
 
 _READ: Final = {"scope": "volume:read"}
 _WRITE: Final = {"scope": "volume:write"}
@@ -55,31 +58,42 @@ async def volume_from_archive(
     caller: TheCaller,
     name: Annotated[str, QueryParameter(description="Name of the volume.")],
     size_gb: Annotated[int, QueryParameter(description="Size of the volume in GiB.")],
+    wanted: Annotated[str | None, QueryParameter(name="id", description="Not supported: ids are generated.")] = None,
 ) -> Volume:
     """Make a volume whose first content is the body, a tar archive that may be compressed."""
+    refuse({"id": wanted})
     size = _bytes(size_gb)
     tags = tags_in(list(request.query_params.multi_items()))
-    with tempfile.TemporaryDirectory(prefix="coppice-archive-") as directory:
-        archive = Path(directory, "archive")
-        await _spool(request, archive, limit=size)
-        made = VolumeCreateRequest(name=name, size_bytes=size, archive=str(archive), tags=tags)
-        host = await server.host(caller)
-        with server.observed(caller, host, made):
-            return volume_of(await host.call(made))
+    async with server.uploads.make(caller.owner, "archive") as upload:
+        digest = await _spool(request, await server.host(caller), upload.path, limit=size)
+        upload.by_content, upload.complete = f"{PREFIX}{digest}", True
+        made = VolumeCreateRequest(name=name, size_bytes=size, archive=upload.by_content, tags=tags)
+        return volume_of(await server.carry_out(caller, made))
 
 
-async def _spool(request: HttpRequest[Caller, Any, Any], file: Path, *, limit: int) -> None:
-    """Write the body of a request to a file.
+async def _spool(request: HttpRequest[Caller, Any, Any], host: LocalBackend, file: Path, *, limit: int) -> str:
+    """Write the body of a request to a file. Return its SHA-256.
 
     :raises UsageError: the body is larger than `limit`
+    :raises NoSpace: it would take the free space that the budgets reserve
     """
-    written = 0
+    written, unchecked, digest = 0, CHECK_EVERY, hashlib.sha256()
+
+    def take(chunk: bytes) -> None:
+        digest.update(chunk)
+        output.write(chunk)
+
     with file.open("xb") as output:
         async for chunk in request.stream():
             written += len(chunk)
             if written > limit:
                 raise UsageError("the archive is larger than the volume", hint="make a larger volume")
-            await in_thread(output.write, chunk)
+            unchecked += len(chunk)
+            if unchecked >= CHECK_EVERY:
+                require_space(host, file.parent)
+                unchecked = 0
+            await in_thread(take, chunk)
+    return digest.hexdigest()
 
 
 def _bytes(size_gb: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Final, Literal
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from coppice import model
-from coppice.model import GIB, Record, State
+from coppice.model import GIB, MemoryReport, Record, State
+from coppice.model.inspection import Inspection
 from coppice.model.instance import said
 from coppice.server.hypeman.policies import (
     AutoStandby,
@@ -27,6 +30,8 @@ from coppice.server.hypeman.sizes import show_size
 from coppice.server.running import OperationView
 
 Kind = Literal["Standby", "Stopped"]
+_FETCHING: Final = ("manifest", "download")  # stages of a pull
+ImageStatus = Literal["pending", "pulling", "converting", "ready", "failed"]
 
 
 def moment(seconds: float) -> datetime:
@@ -41,6 +46,21 @@ class Network(Record, frozen=True, kw_only=True):
     name: str | UnsetType = UNSET
 
 
+class NetworkCreate(Record, frozen=True, kw_only=True):
+    """The network of a new instance."""
+
+    enabled: bool = True
+    bandwidth_download: str = ""
+    bandwidth_upload: str = ""
+    egress: NetworkEgress | None = None
+
+
+class NetworkEgress(Record, frozen=True, kw_only=True):
+    """A proxy for what an instance sends. Not supported."""
+
+    enabled: bool = False
+
+
 class VolumeMount(Record, frozen=True, kw_only=True):
     """A volume attached to an instance."""
 
@@ -50,7 +70,9 @@ class VolumeMount(Record, frozen=True, kw_only=True):
 
 
 class Instance(Record, frozen=True, kw_only=True):
-    """An instance. `parent` and `template` fields are Coppice's own."""
+    """An instance. The last fields are Coppice's own: `memory` and the names of its forks are in answers about
+    one instance alone.
+    """
 
     id: str
     name: str
@@ -77,9 +99,12 @@ class Instance(Record, frozen=True, kw_only=True):
     auto_standby: AutoStandby | UnsetType = UNSET
     parent: str | None = None
     snapshot: str | None = None
+    fork_count: int | UnsetType = UNSET
+    forks: tuple[str, ...] | UnsetType = UNSET
+    memory: MemoryReport | UnsetType = UNSET
 
 
-def instance_of(record: model.Instance) -> Instance:
+def instance_of(record: model.Instance, fork_count: int | UnsetType = UNSET) -> Instance:
     """Return an instance for a client."""
     machine, end = record.machine, record.process_end
     return Instance(
@@ -112,7 +137,21 @@ def instance_of(record: model.Instance) -> Instance:
         auto_standby=auto_standby_of(record),
         parent=record.parent,
         snapshot=record.snapshot,
+        fork_count=fork_count,
     )
+
+
+def inspected(found: Inspection) -> Instance:
+    """Return an instance with its forks and its memory."""
+    memory = UNSET if found.memory is None else found.memory
+    shown = instance_of(found.instance, found.fork_count)
+    return msgspec.structs.replace(shown, forks=found.forks, memory=memory)
+
+
+class VolumeMountCreate(VolumeMount, frozen=True, kw_only=True):
+    """A volume to attach to a new instance."""
+
+    overlay: bool = False
 
 
 class InstanceCreate(PolicyFields, frozen=True, kw_only=True):
@@ -126,10 +165,12 @@ class InstanceCreate(PolicyFields, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     entrypoint: list[str] | None = None
     cmd: list[str] | None = None
-    network: Network = Network()
-    volumes: list[VolumeMount] = []
+    network: NetworkCreate = NetworkCreate()
+    volumes: list[VolumeMountCreate] = []
     hypervisor: str | None = None
     tags: dict[str, str] = {}
+    skip_guest_agent: bool = False
+    disk_io_bps: str = ""
     devices: list[object] = []
     gpu: object = None
     platform: str | None = None
@@ -150,6 +191,18 @@ class InstanceFork(Record, frozen=True, kw_only=True):
     from_running: bool = False
     target_state: Literal["Stopped", "Standby", "Running"] | None = None
     target_hypervisor: str | None = None
+
+
+class Compression(Record, frozen=True, kw_only=True):
+    """Whether saved memory is compressed. Not supported."""
+
+    enabled: bool = False
+
+
+class InstanceStandby(Record, frozen=True, kw_only=True):
+    """A request to put an instance into standby."""
+
+    compression: Compression | None = None
 
 
 class InstanceStart(Record, frozen=True, kw_only=True):
@@ -198,7 +251,7 @@ class Image(Record, frozen=True, kw_only=True):
 
     name: str
     digest: str
-    status: Literal["pending", "pulling", "converting", "ready", "failed"]
+    status: ImageStatus
     created_at: datetime
     size_bytes: int
     entrypoint: list[str]
@@ -206,6 +259,7 @@ class Image(Record, frozen=True, kw_only=True):
     env: dict[str, str]
     working_dir: str
     tags: dict[str, str]
+    queue_position: int | UnsetType = UNSET
     error: str | UnsetType = UNSET
 
 
@@ -226,22 +280,26 @@ def image_of(record: model.Image, name: str | None = None) -> Image:
     )
 
 
-def image_under_way(name: str, pull: OperationView) -> Image:
-    """Return an image that is being pulled, or whose pull has failed."""
-    failure = pull.error
-    converting = pull.progress is not None and pull.progress.stage != "download"
+def image_under_way(name: str, pull: OperationView, position: int | None, tags: Mapping[str, str]) -> Image:
+    """Return an image that is being pulled, or whose pull has failed.
+
+    :param position: among the pulls that wait; None: it does not wait
+    """
+    converting = pull.progress is not None and pull.progress.stage not in _FETCHING
+    status: ImageStatus = "converting" if converting else "pulling" if position is None else "pending"
     return Image(
         name=name,
         digest="",
-        status="failed" if pull.status != "running" else "converting" if converting else "pulling",
+        status=status if pull.status == "running" else "failed",
         created_at=moment(pull.created_at),
         size_bytes=0,
         entrypoint=[],
         cmd=[],
         env={},
         working_dir="/",
-        tags={},
-        error=UNSET if failure is None else failure.message,
+        tags=dict(tags),
+        queue_position=UNSET if position is None else position,
+        error=UNSET if pull.error is None else pull.error.message,
     )
 
 
@@ -304,7 +362,7 @@ class SnapshotCreate(Record, frozen=True, kw_only=True):
     kind: Kind
     name: str | None = None
     tags: dict[str, str] = {}
-    compression: object = None
+    compression: Compression | None = None
 
 
 class SnapshotRestore(Record, frozen=True, kw_only=True):
