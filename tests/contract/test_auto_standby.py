@@ -99,6 +99,20 @@ async def test_sessions_keep_a_machine_awake(fake_host: AsyncHost, other: AsyncH
         assert await ask(fake_host, "elm", "echo", "on") == "on"
 
 
+async def test_a_clock_that_is_set_back_delays_no_standby(fake_host: AsyncHost, clock: FakeClock) -> None:
+    """The machine was started in the future then. Its idle time begins at the new time."""
+    async with supervised(fake_host, clock):
+        await boot(fake_host, "oak", auto_standby_s=IDLE_S)
+        clock.back(100_000)
+        async with asyncio.timeout(SOON_S):
+            while (observed := (await fake_host.call(GetRequest(instance="oak"))).observed) is None or (
+                observed.active_at != clock.now()
+            ):
+                pass
+        clock.forward(IDLE_S + 5)
+        await until_state(fake_host, "oak", State.STANDBY)
+
+
 async def test_connections_keep_a_machine_awake(fake_host: AsyncHost, clock: FakeClock) -> None:
     """Open ones, also silent ones."""
     port = free_port()

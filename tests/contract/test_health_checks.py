@@ -101,6 +101,17 @@ async def test_a_run_has_its_own_health(fake_host: AsyncHost, clock: FakeClock) 
         assert (await seen(fake_host)).health_of == restored.record.started_at
 
 
+async def test_a_clock_that_is_set_back_delays_no_check(fake_host: AsyncHost, clock: FakeClock) -> None:
+    """The time of the last check is in the future then."""
+    async with supervised(fake_host, clock):
+        await boot(fake_host, "oak", health_check=by(*GOOD))
+        await health(fake_host, "healthy")
+        clock.back(100_000)
+        async with asyncio.timeout(SOON_S):
+            while (await seen(fake_host)).checked_at != clock.now():
+                pass
+
+
 async def test_an_unhealthy_machine_is_started_again(fake_host: AsyncHost, clock: FakeClock) -> None:
     """If its check says so."""
     restart = RestartPolicy(when="on-failure", backoff_s=10)

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from coppice.client import AsyncHost
-from coppice.errors import GuestTimeout, IllegalTransition
+from coppice.errors import GuestTimeout, IllegalTransition, NotFound
 from coppice.model import MIB, Instance, State
 from coppice.model.events import Event
 from coppice.requests import (
@@ -17,13 +17,16 @@ from coppice.requests import (
     ForkRequest,
     GetRequest,
     InspectRequest,
+    LogsRequest,
     LsRequest,
     PromoteRequest,
     RestoreRequest,
+    RmRequest,
     StandbyRequest,
     StartRequest,
     StopRequest,
     WaitProcessRequest,
+    WaitRequest,
 )
 from coppice.state import locks
 from coppice.vmm import driver as files
@@ -222,6 +225,46 @@ async def test_a_wait_ends_with_the_machine(fake_host: AsyncHost, other: AsyncHo
         found = await waiting
     assert (found.state, found.ending, found.process_end) == (State.STOPPED, "failed", None)
     assert await other.call(WaitProcessRequest(instance="oak")) == found
+
+
+@pytest.mark.parametrize("request_", [WaitProcessRequest(instance="oak"), WaitRequest(instance="oak", deadline_s=30)])
+async def test_a_wait_ends_after_the_stop(
+    fake_host: AsyncHost, other: AsyncHost, driver: FakeDriver, request_: WaitProcessRequest | WaitRequest
+) -> None:
+    """And not with its VMM: until the stop is recorded, the record says that the machine runs."""
+    await boot(fake_host, "oak")
+    waiting = asyncio.create_task(other.call(request_))
+    gate = driver.faults.hold_at("quit")  # the guest has powered off by then
+    stopping = asyncio.create_task(fake_host.call(StopRequest(instance="oak")))
+    async with asyncio.timeout(30):
+        await gate.reached.wait()
+        await asyncio.wait({waiting}, timeout=0.5)
+        gate.release.set()
+        assert (await stopping).state is State.STOPPED
+        assert (await waiting).state is State.STOPPED
+
+
+@pytest.mark.parametrize("request_", [WaitProcessRequest(instance="oak"), WaitRequest(instance="oak", deadline_s=30)])
+async def test_a_wait_names_a_machine_that_was_removed(
+    fake_host: AsyncHost, other: AsyncHost, request_: WaitProcessRequest | WaitRequest
+) -> None:
+    """A removal ends a wait with an error that has the name which the caller gave."""
+    await boot(fake_host, "oak")
+    waiting = asyncio.create_task(other.call(request_))
+    await asyncio.wait({waiting}, timeout=0.2)
+    await fake_host.call(RmRequest(instance="oak"))
+    async with asyncio.timeout(30):
+        with pytest.raises(NotFound, match=r"\boak\b"):
+            await waiting
+
+
+async def test_a_followed_log_ends_with_the_removal(fake_host: AsyncHost, other: AsyncHost) -> None:
+    """Without an error: all lines were read."""
+    oak = await boot(fake_host, "oak")
+    (fake_host.local.rooms.directory(oak.id) / files.CONSOLE_LOG).write_text("ready\n")
+    async with asyncio.timeout(30), other.stream(LogsRequest(instance="oak", follow=True)) as lines:
+        await fake_host.call(RmRequest(instance="oak"))
+        assert [line async for line in lines] == [b"ready"]
 
 
 async def test_a_wait_has_a_deadline(fake_host: AsyncHost) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from coppice.requests import (
 from fakes.clock import FakeClock
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, boot
-from fakes.supervising import event_of, scheduled, supervised, until_state
+from fakes.supervising import SOON_S, event_of, scheduled, supervised, until_state
 
 ALWAYS = RestartPolicy(when="always", backoff_s=10)
 ON_FAILURE = RestartPolicy(when="on-failure", backoff_s=10, max_attempts=2)
@@ -63,6 +64,21 @@ async def test_a_killed_vmm_is_started_again(fake_host: AsyncHost, clock: FakeCl
             pass
         kill(oak)
         assert await scheduled(fake_host, "oak") - clock.now() == pytest.approx(10)
+
+
+async def test_a_clock_that_is_set_back_delays_no_attempt(fake_host: AsyncHost, clock: FakeClock) -> None:
+    """The recorded time of the attempt would come much later. The back-off begins again."""
+    async with supervised(fake_host, clock):
+        kill(await boot(fake_host, "oak", restart=ALWAYS))
+        before = await scheduled(fake_host, "oak")
+        clock.back(100_000)
+        async with asyncio.timeout(SOON_S):
+            while (at := await scheduled(fake_host, "oak")) == before:
+                pass
+        assert at - clock.now() == pytest.approx(10)
+        clock.forward(10)
+        await event_of(fake_host, attempt(1))
+        await until_state(fake_host, "oak", State.RUNNING)
 
 
 @pytest.mark.parametrize(

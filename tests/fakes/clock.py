@@ -1,4 +1,4 @@
-"""A clock that tests set forward."""
+"""A clock that tests set."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ class FakeClock(Clock):
         self._moved.set()
         self._moved = asyncio.Event()
 
+    def back(self, seconds: float) -> None:
+        """Set the clock back. That ends waits, as a real wait ends within a minute."""
+        self.forward(-seconds)
+
     async def wait(self, event: asyncio.Event, until: float) -> None:
         """Wait in real time for the event, and in this clock's time for `until`."""
-        while self._now < until and not event.is_set():
+        begin = self._now
+        while begin <= self._now < until and not event.is_set():
             waiting = [asyncio.ensure_future(each.wait()) for each in (event, self._moved)]
             try:
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

@@ -23,7 +23,16 @@ from coppice.agent.pack import pack
 from coppice.agent.records import Content, End, Item
 from coppice.agent.session import Session
 from coppice.agent.unpack import unpack
-from coppice.errors import CoppiceError, GuestProtocolError, GuestRefused, HostCannot, NoSpace, NotFound, UnsafePath
+from coppice.errors import (
+    CoppiceError,
+    GuestProtocolError,
+    GuestRefused,
+    HostCannot,
+    NoSpace,
+    NotFound,
+    UnsafePath,
+    UsageError,
+)
 from coppice.model import Progress
 from coppice.model.guest import Unpacked
 from guest_trees import entry, file, tree
@@ -56,6 +65,37 @@ def describe(root: Path) -> dict[str, tuple[int, object]]:
         )
         for path in sorted(root.rglob("*"))
     }
+
+
+@pytest.mark.parametrize("way", ["in", "out"])
+@pytest.mark.parametrize("target", ["pipe", "link", "."])
+async def test_no_copy_replaces_a_pipe_or_device(session: Session, tmp_path: Path, way: str, target: str) -> None:
+    """`coppice cp NAME:FILE /dev/null` must leave /dev/null as it is, for all programs of the host."""
+    there = tmp_path / "there"
+    there.mkdir()
+    os.mkfifo(there / "pipe")
+    (there / "link").symlink_to("pipe")
+    (tmp_path / "pipe").write_text("content")
+    copy = (
+        copy_in(session, tmp_path / "pipe", str(there / target))
+        if way == "in"
+        else copy_out(session, str(tmp_path / "pipe"), str(there / target))
+    )
+    with pytest.raises(UsageError, match=r"pipe is a device, a pipe or a socket|link is a device"):
+        await copy
+    assert (there / "pipe").is_fifo()
+    assert (there / "link").is_symlink()
+
+
+async def test_no_tree_replaces_a_pipe_or_device_of_the_host(session: Session, tmp_path: Path) -> None:
+    """Nor does one that is deep in a tree."""
+    (tmp_path / "tree" / "deep").mkdir(parents=True)
+    (tmp_path / "tree" / "deep" / "pipe").write_text("content")
+    (tmp_path / "there" / "tree" / "deep").mkdir(parents=True)
+    os.mkfifo(tmp_path / "there" / "tree" / "deep" / "pipe")
+    with pytest.raises(UnsafePath, match="in place of a device"):
+        await copy_out(session, str(tmp_path / "tree"), tmp_path / "there")
+    assert (tmp_path / "there" / "tree" / "deep" / "pipe").is_fifo()
 
 
 async def test_a_tree_survives_a_copy_in_and_out(session: Session, tmp_path: Path) -> None:

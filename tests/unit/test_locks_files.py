@@ -360,11 +360,11 @@ async def test_a_lock_of_a_missing_record_leaves_no_file(tmp_path: Path) -> None
 
     async def meets(error: Exception) -> None:
         async with locks.hold(path):
-            with locks.of_record(path):
+            with locks.of_record(path, "vm"):
                 raise error
 
-    for error, stays in ((ZeroDivisionError(), True), (NotFound("it is gone", hint=""), False)):
-        with pytest.raises(type(error)):
+    for error, stays, message in ((ZeroDivisionError("x"), True, "x"), (NotFound("no 'id'"), False, "vm was removed")):
+        with pytest.raises(type(error), match=message):
             await meets(error)
         assert path.exists() is stays
 

@@ -97,7 +97,8 @@ async def copy_out(
     """
     destination = os.fspath(destination)
     found = await session.stat(source)
-    if found.kind == "f" and Path(destination).is_symlink() and not destination.endswith("/"):
+    through = found.kind == "f" and not destination.endswith("/") and _kind_here(destination, True) in (None, "f")
+    if through and Path(destination).is_symlink():
         destination = str(Path(destination).resolve())  # write through the link, as cp does
     parent, name = await place(source, found.kind, destination, _look_here, "mkdir -p")
 

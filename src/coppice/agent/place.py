@@ -18,6 +18,9 @@ None means that the path does not exist, or that a parent is not a directory.
 """
 
 
+_REPLACED = (None, "d", "l", "f")
+
+
 class Place(NamedTuple):
     """A directory and the name of the copy in it; None puts the source's contents into it."""
 
@@ -36,7 +39,7 @@ async def place(source: str, kind: str, destination: str, look: Look, make: str)
     :param kind: the kind of the source, as `Look` returns it
     :param make: the command that makes a directory on the destination's side, for the hint
     :raises NotFound: the directory to copy into does not exist
-    :raises UsageError: a directory would replace a file, or a file a directory
+    :raises UsageError: a directory would replace a file, a file a directory, or anything a device
     """
     found = await look(destination, True)
     if found == "d":
@@ -47,6 +50,7 @@ async def place(source: str, kind: str, destination: str, look: Look, make: str)
             raise UsageError(f"{source} has no name for its copy", hint="give the new name as the destination")
         await _require_fit(source, kind, posixpath.join(destination, name), look)
         return Place(destination, name)
+    _require_replaceable(destination, found)  # also behind a link, as /dev/stdout is
     bare = destination.rstrip("/") or "/"
     directory, name = posixpath.split(bare)
     directory = directory or "."
@@ -65,9 +69,18 @@ def _no_directory(make: str, directory: str) -> NotFound:
     return NotFound(f"the directory {directory} does not exist", hint=f"make it first: `{make} {directory}`")
 
 
+def _require_replaceable(target: str, kind: str | None) -> None:
+    if kind not in _REPLACED:  # such as /dev/null, which all programs of that machine would lose
+        raise UsageError(
+            f"{target} is a device, a pipe or a socket, and a copy would replace it",
+            hint="give the name of a file; `coppice exec NAME -- cat PATH` prints a file",
+        )
+
+
 async def _require_fit(source: str, kind: str, target: str, look: Look) -> None:
-    """Refuse to replace anything else by a directory, and a directory by anything else."""
+    """Refuse to replace anything else by a directory, and a directory or a device by anything else."""
     there = await look(target, False)
+    _require_replaceable(target, there)
     if kind == "d" and there not in (None, "d"):
         raise UsageError(f"{target} is not a directory, and {source} is", hint="remove it, or give another name")
     if kind != "d" and there == "d":

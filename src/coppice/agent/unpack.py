@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -127,8 +128,7 @@ def _make(items: Iterator[Item], budget: Budget, directory: int, base: str, entr
         os.fchmod(inner, entry.mode & 0o755 | 0o700)
         os.close(inner)
         return
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(base, dir_fd=directory)
+    _clear(directory, base)
     if entry.kind == "f":
         _write(items, budget, directory, base, entry)
     elif entry.kind == "l":
@@ -147,6 +147,21 @@ def _make(items: Iterator[Item], budget: Budget, directory: int, base: str, entr
             os.link(source_base, base, src_dir_fd=source, dst_dir_fd=directory, follow_symlinks=False)
     else:
         raise UnsafePath(f"the guest sends {entry.path[:200]!r}, which is a device or a pipe", hint=_HINT)
+
+
+def _clear(directory: int, base: str) -> None:
+    """Remove the file or link that an entry replaces.
+
+    :raises UnsafePath: a device, a pipe or a socket of this host has its name
+    """
+    try:
+        mode = os.lstat(base, dir_fd=directory).st_mode
+    except FileNotFoundError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+        raise UnsafePath(f"the guest sends {base[:200]!r} in place of a device, a pipe or a socket", hint=_HINT)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(base, dir_fd=directory)
 
 
 def stays_inside(target: str, depth: int) -> bool:

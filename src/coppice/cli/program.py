@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def run(arguments: Sequence[str] | None, host_factory: HostFactory | None) -> in
     except OutputClosed:
         return _BROKEN_PIPE
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # click's Abort: Ctrl-C before the operation, or after it
+            error = Interrupted(signal.SIGINT)
         if "--debug" in ours:
             traceback.print_exc()
         if isinstance(error, OSError):  # printing the help failed; an operation's OSError is translated

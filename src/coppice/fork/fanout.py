@@ -193,7 +193,7 @@ async def _grow(
                 if spare is None:
                     placed = await in_thread(place, rooms, origin, source, child, target, recorded=True)
                 else:
-                    placed = await in_thread(adopt, rooms, spare, source)
+                    placed = await in_thread(adopt, rooms, spare, source, child)
                     if placed.capture is not None and placed.capture.copied:
                         # The spare's VMM has mapped the source's mem-file, and a capture needs the
                         # child's own.

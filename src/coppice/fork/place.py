@@ -24,7 +24,7 @@ def place(
     :raises NoSpace: the disk is full
     """
     if recorded:
-        rooms.store.get(child.id)
+        rooms.store.require(child)
     directory = rooms.directory(child.id)
     with_memory = takes_memory(source, target)
     if with_memory:

@@ -62,9 +62,24 @@ class UseCases:
         require_instance(self.owner, found, key, to_fork=to_fork)
         if entry is not None and recovery.is_interrupted(entry):
             await recovery.recover(self.rooms, only=found.id)
-            found, _ = await self.rooms.store.look_up(found.id)
+            found, _ = await self.rooms.store.look_up(key)  # the recovery may have removed it
             require_instance(self.owner, found, key, to_fork=to_fork)
         return await recovery.look(self.rooms, found)
+
+    async def _settled(self, instance: Instance) -> Instance:
+        """Return an instance whose VMM has ended, after the operation that has ended it.
+
+        Such an operation holds the lock until the outcome is recorded; until then, the record says
+        that the machine runs.
+
+        :raises NotFound: the operation has removed it
+        :raises Busy: the operation takes longer than the deadline of the data directory
+        """
+        lock = self.rooms.layout.lock(instance.id)
+        async with locks.hold(lock, deadline_s=self.rooms.deadlines.lock, what=instance.name):
+            with locks.of_record(lock, instance.name):
+                journaled = await self.rooms.store.look_up(instance.id)
+                return await recovery.look_locked(self.rooms, *journaled)
 
     def _usable(self, image: Image) -> bool:
         return may_use_image(self.owner, image)
@@ -125,7 +140,7 @@ class UseCases:
         end_s = self.rooms.deadlines.lock if deadline_s is None else deadline_s
         with untranslated(f"{operation} {instance.name}"):
             async with locks.hold(lock, shared=shared, deadline_s=end_s, what=instance.name):
-                with locks.of_record(lock):
+                with locks.of_record(lock, instance.name):
                     instance, entry = await self.rooms.store.look_up(instance.id)
                     if not shared:
                         instance = await recovery.look_locked(self.rooms, instance, entry)

@@ -30,7 +30,7 @@ class Checks(Restarts):
                 checked_at=None,
                 health_error="",
             )
-        if seen.checked_at is not None and now < seen.checked_at + check.interval_s:
+        if seen.checked_at is not None and seen.checked_at <= now < seen.checked_at + check.interval_s:
             return seen, seen.checked_at + check.interval_s
         error = await probe(self.rooms, instance, check)
         current = await in_thread(self.rooms.store.get, instance.id)

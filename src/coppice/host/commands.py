@@ -12,7 +12,7 @@ import msgspec
 from coppice.agent.client import Session
 from coppice.commands import PROCESS, new_command_id
 from coppice.errors import GuestTimeout, IllegalTransition, InUse, NotFound, VmmDied
-from coppice.host import process, recovery
+from coppice.host import process
 from coppice.host.guest import Guest, started
 from coppice.model import Instance, ProcessEnd, State
 from coppice.model.guest import ExecSession, Exit, GuestCommand, StartedCommand
@@ -108,11 +108,16 @@ class Commands(Guest):
             if instance.vmm is None:
                 raise AssertionError("a running instance has a VMM") from None
             await self.rooms.driver(instance).wait_exit(self.rooms.directory(instance.id), instance.vmm)
-        instance = await recovery.look(self.rooms, await self._get(instance.id))
-        if instance.state is not State.STOPPED:
+        instance = await self._settled(instance)
+        if instance.state is State.STANDBY:
             raise IllegalTransition(
                 f"{instance.name} was put into standby before its process ended",
                 hint=f"run `coppice restore {instance.name}`, then wait again",
+            )
+        if instance.state is not State.STOPPED:
+            raise IllegalTransition(
+                f"{instance.name} was started again before its process told how it ended",
+                hint=f"run `coppice wait {instance.name}` again",
             )
         return instance
 

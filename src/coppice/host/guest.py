@@ -169,19 +169,24 @@ class Guest(UseCases):
         """Open the log file, and follow it if requested."""
         instance = await self._get(request.instance)
         path = self.rooms.directory(instance.id) / _LOG_FILES[request.source]
-        if not path.exists():
+        try:
+            log = path.open("rb")  # at once: a removal of the machine does not take it away any more
+        except FileNotFoundError as error:
             raise NotFound(
                 f"{instance.name} has no {request.source} log yet", hint=f"`coppice start {instance.name}` starts it"
-            )
+            ) from error
 
         async def ended() -> bool:
-            current = await recovery.look(self.rooms, await self._get(instance.id))
+            try:
+                current = await recovery.look(self.rooms, await self._get(instance.id))
+            except NotFound:  # another operation has removed it
+                return True
             return current.vmm is None
 
-        async with contextlib.aclosing(
-            follow_file(path, tail=request.tail, follow=request.follow, ended=ended)
-        ) as lines:
-            yield lines
+        followed = follow_file(log, tail=request.tail, follow=request.follow, ended=ended)
+        with log:
+            async with contextlib.aclosing(followed) as lines:
+                yield lines
 
     async def _running(self, key: str) -> Instance:
         instance = await self._current(key)
@@ -256,4 +261,5 @@ class Guest(UseCases):
                     f"{instance.name} still runs after {request.deadline_s:g} s",
                     hint=f"wait longer, or end it with `coppice stop {instance.name}`",
                 ) from error
-        return await recovery.look(self.rooms, await self._get(instance.id))
+            instance = await self._settled(instance)
+        return instance

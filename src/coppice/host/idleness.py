@@ -36,8 +36,11 @@ class Idleness(Checks):
         used = await in_thread(_is_locked, path) or await self.rooms.networks.of(instance.machine).connections(instance)
         if used and now - (seen.active_at or 0.0) > limit / _SAMPLES:
             seen = await self._observe(instance, seen, active_at=now)
-        last = max(instance.started_at or 0.0, seen.active_at or 0.0, await in_thread(_changed_at, path))
-        due = (now if used else last) + limit
+        times = (instance.started_at, seen.active_at, await in_thread(_changed_at, path))
+        known = [at for at in times if at and at <= now + limit]  # a later one is from before the clock was set back
+        if not known:
+            seen = await self._observe(instance, seen, active_at=now)
+        due = (now if used else max(known, default=now)) + limit
         if now >= due:
             if not await self._rest(instance):  # a command runs in it
                 return await self._observe(instance, seen, active_at=now), now + limit

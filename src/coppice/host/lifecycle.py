@@ -141,7 +141,7 @@ class Lifecycle(Volumes):
             (instance,) = await in_thread(self.rooms.store.create, [instance], JournalOperation.RUN, check)
             async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
                 # Another process may have removed the instance before this one locked it.
-                await in_thread(self.rooms.store.get, instance.id)
+                await in_thread(self.rooms.store.require, instance)
                 await in_thread(self._place_new, instance)
                 await volume_disks.place(self.rooms, instance)
                 if start:

@@ -77,7 +77,7 @@ async def record(rooms: Rooms, instance: Instance, end: ProcessEnd) -> Instance:
     if descriptor is None:
         raise Busy(f"{instance.name} is being changed", hint="wait, then try again")
     try:
-        with locks.of_record(lock):
+        with locks.of_record(lock, instance.name):
             current = await in_thread(rooms.store.get, instance.id)
             if not may_end(current) or current.vmm != instance.vmm:
                 return current

@@ -174,7 +174,7 @@ async def look(rooms: Rooms, instance: Instance) -> Instance:
     if descriptor is None:
         return instance
     try:
-        with locks.of_record(lock):
+        with locks.of_record(lock, instance.name):
             return await look_locked(rooms, *await in_thread(rooms.store.get_journaled, instance.id))
     finally:
         locks.release(descriptor)

@@ -59,12 +59,12 @@ class Restarts(Lifecycle):
             return seen, None
         if seen.gave_up:  # a command has started it since
             seen = await self._observe(instance, seen, gave_up=False, attempts=0)
-        if seen.next_attempt_at is None:
+        longest = max(policy.backoff_s, _LONGEST_BACKOFF_S)
+        if seen.next_attempt_at is None or seen.next_attempt_at > now + longest:  # the clock was set back
             if policy.max_attempts and seen.attempts >= policy.max_attempts:
                 detail = f"gave up after {seen.attempts} attempts: {instance.exit_reason}"
                 given_up = {"gave_up": True, "gave_up_on": instance.started_at}
                 return await self._observe(instance, seen, "restart", detail, **given_up), None
-            longest = max(policy.backoff_s, _LONGEST_BACKOFF_S)
             delay = min(policy.backoff_s * 2.0 ** min(seen.attempts, 32), longest)
             seen = await self._observe(instance, seen, next_attempt_at=now + delay)
         if seen.next_attempt_at is not None and now < seen.next_attempt_at:

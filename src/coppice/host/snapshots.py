@@ -157,6 +157,6 @@ class Snapshots(Lifecycle):
         lock = self.rooms.layout.lock(found.id)
         with untranslated(f"use the snapshot {found.name}"):
             async with locks.hold(lock, shared=shared, deadline_s=self.rooms.deadlines.lock, what=found.name):
-                with locks.of_record(lock):
+                with locks.of_record(lock, f"the snapshot {found.name}"):
                     found = await self._snapshot(found.id)
                 yield found

@@ -63,6 +63,7 @@ class Supervisor:
         self._upkeep = host.group(Upkeep)
         self._changed = asyncio.Event()
         self._deadlines: list[tuple[float, str]] = []
+        self._latest = self._clock.now()
         self._due: dict[str, float] = {}  # the valid deadline of each instance; others are outdated
         self._attending: dict[str, asyncio.Task[None]] = {}
         self._again: set[str] = set()
@@ -147,10 +148,14 @@ class Supervisor:
         return {*self._due, *self._attending, *self._ends}
 
     def _pop_due(self) -> Iterator[str]:
-        """Yield the instances whose deadline is now or earlier. Drop outdated deadlines."""
+        """Yield the instances whose deadline is now or earlier. Drop outdated deadlines.
+
+        If the clock was set back, all deadlines are of another time: yield every instance.
+        """
         now = self._clock.now()
+        set_back, self._latest = now < self._latest - _SOON_S, now
         while self._deadlines and (
-            self._deadlines[0][0] <= now or self._due.get(self._deadlines[0][1]) != self._deadlines[0][0]
+            set_back or self._deadlines[0][0] <= now or self._due.get(self._deadlines[0][1]) != self._deadlines[0][0]
         ):
             at, key = heapq.heappop(self._deadlines)
             if self._due.get(key) == at:

@@ -79,7 +79,7 @@ class Volumes(Admission):
         lock = self.rooms.layout.lock(found.id)
         with untranslated(f"remove the volume {found.name}"):
             async with locks.hold(lock, deadline_s=self.rooms.deadlines.lock, what=found.name):
-                with locks.of_record(lock):
+                with locks.of_record(lock, f"the volume {found.name}"):
                     found = await self._volume(found.id)
                 await complete(self._remove_volume(found))
 

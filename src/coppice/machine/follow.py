@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from pathlib import Path
 from typing import BinaryIO
 
 _POLL_S = 0.1  # only inotify reports growth of a regular file, and asyncio has no support for it
@@ -14,33 +13,32 @@ _LINE_MAX = 1 << 20  # longer lines of a guest are split into pieces of about th
 
 
 async def follow_file(
-    path: Path, *, tail: int | None, follow: bool, ended: Callable[[], Awaitable[bool]]
+    stream: BinaryIO, *, tail: int | None, follow: bool, ended: Callable[[], Awaitable[bool]]
 ) -> AsyncGenerator[bytes, None]:
-    """Yield lines without their line ends.
+    """Yield the lines of an open file without their line ends.
 
     :param tail: the number of last lines to begin with; None for all
     :param follow: then yield new lines until `ended` returns true
     """
-    with path.open("rb") as stream:
-        if tail is not None:
-            await asyncio.to_thread(_seek_tail, stream, tail)
-        rest = b""
-        over = not follow
-        while True:
-            while chunk := await asyncio.to_thread(stream.read, _CHUNK):
-                *whole, rest = (rest + chunk).split(b"\n")
-                for line in whole:
-                    yield line
-                if len(rest) >= _LINE_MAX:
-                    yield rest
-                    rest = b""
-            if over:
-                break
-            over = await ended()  # before the last read, which gets everything written before the end
-            if not over:
-                await asyncio.sleep(_POLL_S)
-        if rest:
-            yield rest
+    if tail is not None:
+        await asyncio.to_thread(_seek_tail, stream, tail)
+    rest = b""
+    over = not follow
+    while True:
+        while chunk := await asyncio.to_thread(stream.read, _CHUNK):
+            *whole, rest = (rest + chunk).split(b"\n")
+            for line in whole:
+                yield line
+            if len(rest) >= _LINE_MAX:
+                yield rest
+                rest = b""
+        if over:
+            break
+        over = await ended()  # before the last read, which gets everything written before the end
+        if not over:
+            await asyncio.sleep(_POLL_S)
+    if rest:
+        yield rest
 
 
 def _seek_tail(stream: BinaryIO, lines: int) -> None:

@@ -245,12 +245,14 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def of_record(path: Path) -> Iterator[None]:
+def of_record(path: Path, what: str) -> Iterator[None]:
     """Look up the record of a lock that the caller holds: if the block raises NotFound, `remove`
     the lock file.
+
+    :param what: the name that the record had, for the error. The caller may not know its id
     """
     try:
         yield
-    except NotFound:
+    except NotFound as error:
         remove(path)
-        raise
+        raise NotFound(f"{what} was removed by another operation", hint=error.hint) from error

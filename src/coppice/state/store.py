@@ -119,6 +119,15 @@ class Store(QuickCalls):
                 return self.get_journaled(reference)
         return await in_thread(self.get_journaled, reference)
 
+    def require(self, instance: Instance) -> None:
+        """Check that an instance is still recorded.
+
+        :raises NotFound: another operation has removed it
+        """
+        with self._db.read() as connection:
+            if not connection.execute("SELECT 1 FROM instances WHERE id = ?", (instance.id,)).fetchone():
+                raise gone(instance)
+
     def instances(self) -> list[Instance]:
         """Return all instances, oldest first, without stems: a stem is internal to one
         operation.
