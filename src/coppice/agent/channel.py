@@ -226,7 +226,7 @@ class Channel:
             if silent < self.patience_s:
                 with contextlib.suppress(CoppiceError):
                     self.post(encode_frame(FrameType.PING, 0))
-            elif await self._waits_for_resume():
+            elif await self.waits_for_resume():
                 self._heard = loop.time()
             else:
                 self._fail(
@@ -236,7 +236,8 @@ class Channel:
                     )
                 )
 
-    async def _waits_for_resume(self) -> bool:
+    async def waits_for_resume(self) -> bool:
+        """Return whether the guest is silent because its machine is paused."""
         try:
             return self._is_paused is not None and await self._is_paused()
         except CoppiceError:  # there is no VMM, or it does not answer either

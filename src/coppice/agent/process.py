@@ -16,7 +16,7 @@ import msgspec
 from coppice.agent.channel import Channel
 from coppice.agent.collecting import Collecting
 from coppice.agent.protocol import LIMITS, Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
-from coppice.agent.stream import REFUSED, RemoteStream, deadline, unexpected
+from coppice.agent.stream import REFUSED, RemoteStream, deadline
 from coppice.commands import check_signal, new_command_id
 from coppice.errors import (
     Busy,
@@ -108,13 +108,9 @@ class ExecSession(Collecting):
         """
         try:
             async with self._limit():
-                frame = await self._stream.receive()
+                frame = await self._stream.opened()
         except (VmmDied, GuestTimeout, GuestProtocolError) as error:
             raise _lost(error, f"{self._name} may have been started as command {self.id}") from error
-        if frame.type == FrameType.ERROR:
-            self._stream.final(frame)
-        if frame.type != FrameType.STARTED:
-            raise unexpected(frame)
         fields = Fields(frame.payload)
         self.pid, self._stream.window, self.offset = fields.integer(1), fields.integer(2), fields.integer(3)
 

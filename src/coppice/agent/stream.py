@@ -129,6 +129,28 @@ class RemoteStream:
             self._taken += len(frame.payload)
         return frame
 
+    async def opened(self) -> Frame:
+        """Return the first frame, which says whether what was asked for has begun. A paused machine is
+        waited for.
+
+        :raises GuestTimeout: it did not come in time, even if frames that mean nothing did
+        :raises GuestRefused: the agent answered with an error
+        :raises GuestProtocolError: it is another frame than STARTED
+        """
+        while True:
+            try:
+                async with deadline(self._channel.patience_s, "it does not say whether it has begun"):
+                    frame = await self.receive()
+            except GuestTimeout:
+                if self._failure or not await self._channel.waits_for_resume():
+                    raise
+            else:
+                if frame.type == FrameType.ERROR:
+                    self.final(frame)
+                if frame.type != FrameType.STARTED:
+                    raise unexpected(frame)
+                return frame
+
     async def _grant(self) -> None:
         """Let the guest send as much as was taken. Waits while the guest does not read: otherwise a
         guest that only sends would fill this end's buffer."""
