@@ -280,6 +280,7 @@ SHAPES = {
     17: "2de743abdc7b7d2f",
     18: "b14a7c55d7bb631e",
     19: "ad66fc9d78dd0549",
+    20: "41cebab00b63cd63",
 }  # by schema version
 
 

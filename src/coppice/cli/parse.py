@@ -380,12 +380,16 @@ def health(
         import shlex
 
         return HealthCheck(kind="exec", command=tuple(shlex.split(rest)), **options)
+    if kind == "log" and rest:
+        return HealthCheck(kind="log", text=rest, **options)
     number, slash, path = rest.partition("/")
     if number.isdecimal() and kind == "tcp" and not slash:
         return HealthCheck(kind="tcp", port=int(number), **options)
     if number.isdecimal() and kind == "http":
         return HealthCheck(kind="http", port=int(number), path=f"/{path}", **options)
-    raise UsageError(f"there is no health check {word!r}", hint="write exec:COMMAND, tcp:80 or http:80/health")
+    raise UsageError(
+        f"there is no health check {word!r}", hint="write exec:COMMAND, tcp:80, http:80/health or log:TEXT"
+    )
 
 
 def copy_ends(source: str, target: str) -> tuple[str, str, bool]:
