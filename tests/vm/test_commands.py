@@ -140,9 +140,14 @@ async def test_many_commands_lose_nothing_and_leave_nothing(host: AsyncHost, vm:
             ended = await asyncio.gather(*(machine.exec(["echo", str(number)]) for number in numbers))
             assert [each.stdout for each in ended] == [b"%d\n" % number for number in numbers]
         cpu, wall = time.process_time() - cpu, time.monotonic() - began
+        alone = time.process_time()
+        for _ in range(SHORT // 10):
+            await machine.exec(["true"])
+        alone = (time.process_time() - alone) / (SHORT // 10)
         after = await _agent_bytes(machine)
     sys.stdout.write(  # shown with -s, for the documentation
-        f"{AT_ONCE} at once; {SHORT} short: {cpu / SHORT * 1000:.2f} ms of CPU and {wall / SHORT * 1000:.1f} ms each; "
+        f"{AT_ONCE} at once; {SHORT} short: {cpu / SHORT * 1000:.2f} ms of CPU and {wall / SHORT * 1000:.1f} ms each, "
+        f"{alone * 1000:.2f} ms of CPU one after another; "
         f"agent {before >> 10} KiB before, {after >> 10} KiB after\n"
     )
     assert after - before < MIB

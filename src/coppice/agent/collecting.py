@@ -20,9 +20,10 @@ _TIMEOUT_GRACE_S = 15.0  # added to the guest's own timeout, in case the guest d
 class Collecting(ABC):
     """Base of running commands, in a guest of this machine or of a server."""
 
-    def __init__(self, name: str, timeout_s: float | None) -> None:
+    def __init__(self, name: str, timeout_s: float | None, *, has_stdin: bool = True) -> None:
         self._name = name
         self._timeout_s = timeout_s
+        self._has_stdin = has_stdin  # otherwise its standard input is empty from the start
         self._began = time.perf_counter()
         self._exit: Exit | None = None  # known at the end of the output
 
@@ -44,8 +45,9 @@ class Collecting(ABC):
 
     async def wait(self) -> Exit:
         """Wait for the end and return it. Unread output is discarded."""
-        async for _ in self:
-            pass
+        if self._exit is None:
+            async for _ in self:
+                pass
         if self._exit is None:
             raise AssertionError("the output ends with the exit or with an error")
         return self._exit
@@ -67,7 +69,7 @@ class Collecting(ABC):
         collected: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
         sinks: dict[Stream, OutputSink | None] = {"stdout": on_stdout, "stderr": on_stderr}
         limit = None if self._timeout_s is None else self._timeout_s + _TIMEOUT_GRACE_S
-        feeder = asyncio.create_task(self._feed(stdin))
+        feeder = asyncio.create_task(self._feed(stdin)) if self._has_stdin else None
         try:
             async with deadline(limit, f"{self._name} does not end"):
                 async for stream, data in self:
@@ -77,11 +79,12 @@ class Collecting(ABC):
                     elif inspect.isawaitable(taken := sink(data)):
                         await taken
             ended = await self.wait()
-            if feeder.done():
+            if feeder is not None and feeder.done():
                 feeder.result()
         finally:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
+            if feeder is not None:
+                feeder.cancel()
+                await asyncio.gather(feeder, return_exceptions=True)
         if ended.timed_out:
             raise GuestTimeout(
                 f"{self._name} ran longer than {self._timeout_s or 0:g} s and was ended",

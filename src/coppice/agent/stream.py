@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Final
 
 from coppice.agent.hints import hint_for
@@ -32,12 +33,16 @@ _LAST = frozenset({FrameType.OK, FrameType.ERROR, FrameType.EXIT})
 _OUTPUT = frozenset({FrameType.STDOUT, FrameType.STDERR, FrameType.DATA})
 
 
-@contextlib.asynccontextmanager
-async def deadline(seconds: float | None, waiting_for: str) -> AsyncIterator[None]:
+def deadline(seconds: float | None, waiting_for: str) -> AbstractAsyncContextManager[None]:
     """Limit the block to `seconds`; None sets no limit.
 
     :raises GuestTimeout: the block did not end in time
     """
+    return contextlib.nullcontext() if seconds is None else _deadline(seconds, waiting_for)
+
+
+@contextlib.asynccontextmanager
+async def _deadline(seconds: float, waiting_for: str) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(seconds):
             yield

@@ -20,6 +20,7 @@ from coppice.state import locks
 if TYPE_CHECKING:
     from coppice.host.hashing import Hashing
     from coppice.requests import ImagePullRequest
+    from coppice.state.journal import JournalEntry
 
 
 class UseCases:
@@ -53,12 +54,18 @@ class UseCases:
         require_instance(self.owner, found, key)
         return found
 
-    async def _current(self, key: str, *, to_fork: bool = False) -> Instance:
+    async def _recalled(self, key: str) -> tuple[Instance, JournalEntry | None]:
+        recalled = self.rooms.store.recall(key)
+        return await in_thread(self.rooms.store.look_up, key) if recalled is None else recalled
+
+    async def _current(self, key: str, *, to_fork: bool = False, often: bool = False) -> Instance:
         """Return the instance in its true state.
 
         First recover an operation that was interrupted, then check whether its VMM still runs.
+
+        :param often: it is asked for again and again, as for each command
         """
-        found, entry = await in_thread(self.rooms.store.get_journaled, key)
+        found, entry = await (self._recalled(key) if often else in_thread(self.rooms.store.get_journaled, key))
         require_instance(self.owner, found, key, to_fork=to_fork)
         if entry is not None and recovery.is_interrupted(entry):
             await recovery.recover(self.rooms, only=found.id)

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import AsyncIterator
+from functools import partial
 
 from coppice.agent.client import Session
 from coppice.commands import new_command_id
-from coppice.completion import in_thread
+from coppice.completion import in_thread, later
 from coppice.errors import CommandNotStarted, CoppiceError, GuestError, GuestTimeout, NameTaken, NotFound
 from coppice.host import recovery
 from coppice.host.activity import active, idle_s
@@ -184,7 +185,7 @@ class Guest(UseCases):
             yield lines
 
     async def _running(self, key: str) -> Instance:
-        instance = await self._current(key)
+        instance = await self._current(key, often=True)
         require(Operation.EXEC, instance)
         return instance
 
@@ -202,13 +203,12 @@ class Guest(UseCases):
 
         Take no instance lock: sessions run in parallel, and a capture does not wait for them.
         """
-        async with self._awake(key) as instance, self.rooms.ports(instance).session(_PORT_DEADLINE_S) as session:
-            watching = asyncio.create_task(self._watch(instance, session))
-            try:
-                yield session
-            finally:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+        async with (
+            self._awake(key) as instance,
+            self.rooms.ports(instance).session(_PORT_DEADLINE_S) as session,
+            later(_LOOK_S, partial(self._watch, instance, session)),
+        ):
+            yield session
 
     async def _watch(self, instance: Instance, session: Session) -> None:
         """End the session if the guest's kernel has ended and its VMM has not.
@@ -218,7 +218,6 @@ class Guest(UseCases):
         """
         console = self.rooms.directory(instance.id) / files.CONSOLE_LOG
         while True:
-            await asyncio.sleep(_LOOK_S)
             words = await in_thread(last_words.of_end, console, instance.started_at or 0.0)
             if words and await self._is_silent(instance):
                 session.give_up(
@@ -228,6 +227,7 @@ class Guest(UseCases):
                     )
                 )
                 return
+            await asyncio.sleep(_LOOK_S)
 
     async def _is_silent(self, instance: Instance) -> bool:
         try:

@@ -148,6 +148,18 @@ class Database:
             except sqlite3.Error as error:
                 raise _translated(error, self._path) from error
 
+    @contextlib.contextmanager
+    def read_at_once(self) -> Iterator[sqlite3.Connection | None]:
+        """Run single statements as `read` does; None instead of a connection if another thread uses it."""
+        if not self._lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            with self.read() as connection:
+                yield connection
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         """Close the connection. Idempotent."""
         with self._lock:

@@ -46,7 +46,13 @@ _WITH_JOURNAL = """
     FROM instances LEFT JOIN journal ON journal.instance = instances.id
     WHERE id = ?1 OR name = ?1 ORDER BY id = ?1 DESC
 """
+_REMEMBERED = 256
 Allocate = Callable[[sqlite3.Connection, Sequence[Instance]], list[Instance]]
+
+
+def _version(connection: sqlite3.Connection) -> tuple[int, int]:
+    """Return a value that changes with each commit of another connection, and each change of this one."""
+    return connection.execute("PRAGMA data_version").fetchone()[0], connection.total_changes
 
 
 def _as_asked(_: sqlite3.Connection, instances: Sequence[Instance]) -> list[Instance]:
@@ -69,6 +75,7 @@ class Store(QuickCalls):
         self._allocate = allocate
         self._listed: list[Instance] = []
         self._listed_at: tuple[int, int] | None = None  # versions of the database, see `instances`
+        self._looked_up: dict[str, tuple[tuple[int, int], tuple[Instance, JournalEntry | None]]] = {}  # the same
         self.images = ImageRecords(self._db)
         self.events = EventLog(self._db)
         self.supervised = Supervised(self._db)
@@ -106,6 +113,28 @@ class Store(QuickCalls):
         record, *entry = row
         return _decode(record), None if entry[0] is None else _entry(entry)
 
+    def look_up(self, reference: str) -> tuple[Instance, JournalEntry | None]:
+        """Do as `get_journaled` does, and remember the result for `recall`."""
+        with self._db.read() as connection:
+            version = _version(connection)
+            found = self.get_journaled(reference)
+            if len(self._looked_up) >= _REMEMBERED:
+                self._looked_up.clear()
+            self._looked_up[reference] = version, found
+        return found
+
+    def recall(self, reference: str) -> tuple[Instance, JournalEntry | None] | None:
+        """Return the result of `look_up` if it is still right. None if any process has written since, or
+        a thread is using the connection.
+
+        This waits for no other thread and no disk, so an event loop may call it. A thread would cost it
+        several times the work.
+        """
+        if (known := self._looked_up.get(reference)) is None:
+            return None
+        with self._db.read_at_once() as connection:
+            return known[1] if connection is not None and _version(connection) == known[0] else None
+
     def instances(self) -> list[Instance]:
         """Return all instances, oldest first, without stems: a stem is internal to one
         operation.
@@ -113,7 +142,7 @@ class Store(QuickCalls):
         Nothing is read if no process has written since the last call: a list and its marks need two.
         """
         with self._db.read() as connection:
-            version = (connection.execute("PRAGMA data_version").fetchone()[0], connection.total_changes)
+            version = _version(connection)
             if version != self._listed_at:
                 rows = connection.execute("SELECT record FROM instances ORDER BY created_at, rowid").fetchall()
                 self._listed = [found for row in rows if (found := _decode(row[0])).stem_of is None]
