@@ -66,6 +66,44 @@ def test_a_list_is_read_again_when_any_process_has_written(store: Store) -> None
         assert [each.name for each in store.instances()] == ["oak"]
 
 
+def test_a_look_up_is_recalled_until_any_process_writes(store: Store) -> None:
+    """It waits for no thread that uses the database, and knows nothing then."""
+    store.create([make_instance("oak")], JournalOperation.RUN)
+    assert store.recall("oak") is None
+    found = store.look_up("oak")
+    assert found == store.get_journaled("oak")
+    assert store.recall("oak") is found
+    assert store.recall("elm") is None
+    with contextlib.closing(Store(store.path, own_process())) as other:
+        for writer in (store, other):
+            assert store.look_up("oak") is store.recall("oak")
+            oak = msgspec.structs.replace(store.get("oak"), tags={"by": str(id(writer))})
+            writer.save(oak)
+            assert store.recall("oak") is None
+            assert store.look_up("oak")[0] == oak
+    for number in range(300):
+        store.create([make_instance(f"elm-{number}")], JournalOperation.RUN)
+        store.look_up(f"elm-{number}")
+    assert len(store._looked_up._known) <= 256
+    used, over = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with store._db.read():
+            used.set()
+            over.wait(20)
+
+    store.look_up("oak")
+    user = threading.Thread(target=use)
+    user.start()
+    assert used.wait(20)
+    assert store.recall("oak") is None
+    over.set()
+    user.join()
+    assert store.recall("oak") is not None
+    store.forget(store.get("oak").id)
+    assert store.recall("oak") is None
+
+
 def test_an_id_takes_precedence_over_a_name(store: Store) -> None:
     """An instance whose name is another's id cannot stand in for it."""
     victim = recorded(store, "victim")

@@ -25,6 +25,7 @@ from coppice.state.events import EventLog
 from coppice.state.images import ImageRecords
 from coppice.state.journal import COMMITS, JournalEntry, JournalOperation
 from coppice.state.load import Load, read_load
+from coppice.state.remembered import Remembered
 from coppice.state.snapshots import SnapshotStore
 from coppice.state.supervised import Supervised
 from coppice.state.volumes import SHOWN_NAME, VolumeStore, require_attachable
@@ -46,13 +47,12 @@ _WITH_JOURNAL = """
     FROM instances LEFT JOIN journal ON journal.instance = instances.id
     WHERE id = ?1 OR name = ?1 ORDER BY id = ?1 DESC
 """
-_REMEMBERED = 256
 Allocate = Callable[[sqlite3.Connection, Sequence[Instance]], list[Instance]]
 
 
-def _version(connection: sqlite3.Connection) -> tuple[int, int]:
-    """Return a value that changes with each commit of another connection, and each change of this one."""
-    return connection.execute("PRAGMA data_version").fetchone()[0], connection.total_changes
+def _read_all(connection: sqlite3.Connection) -> list[Instance]:
+    rows = connection.execute("SELECT record FROM instances ORDER BY created_at, rowid").fetchall()
+    return [found for row in rows if (found := _decode(row[0])).stem_of is None]
 
 
 def _as_asked(_: sqlite3.Connection, instances: Sequence[Instance]) -> list[Instance]:
@@ -73,9 +73,8 @@ class Store(QuickCalls):
         self._db = Database(path)
         self._owner = owner
         self._allocate = allocate
-        self._listed: list[Instance] = []
-        self._listed_at: tuple[int, int] | None = None  # versions of the database, see `instances`
-        self._looked_up: dict[str, tuple[tuple[int, int], tuple[Instance, JournalEntry | None]]] = {}  # the same
+        self._listed: Remembered[list[Instance]] = Remembered(self._db)
+        self._looked_up: Remembered[tuple[Instance, JournalEntry | None]] = Remembered(self._db)
         self.images = ImageRecords(self._db)
         self.events = EventLog(self._db)
         self.supervised = Supervised(self._db)
@@ -115,25 +114,11 @@ class Store(QuickCalls):
 
     def look_up(self, reference: str) -> tuple[Instance, JournalEntry | None]:
         """Do as `get_journaled` does, and remember the result for `recall`."""
-        with self._db.read() as connection:
-            version = _version(connection)
-            found = self.get_journaled(reference)
-            if len(self._looked_up) >= _REMEMBERED:
-                self._looked_up.clear()
-            self._looked_up[reference] = version, found
-        return found
+        return self._looked_up.get(reference, lambda _: self.get_journaled(reference))
 
     def recall(self, reference: str) -> tuple[Instance, JournalEntry | None] | None:
-        """Return the result of `look_up` if it is still right. None if any process has written since, or
-        a thread is using the connection.
-
-        This waits for no other thread and no disk, so an event loop may call it. A thread would cost it
-        several times the work.
-        """
-        if (known := self._looked_up.get(reference)) is None:
-            return None
-        with self._db.read_at_once() as connection:
-            return known[1] if connection is not None and _version(connection) == known[0] else None
+        """Return the result of `look_up` if it is still right; None if that is not known. Does not block."""
+        return self._looked_up.at_once(reference)
 
     def instances(self) -> list[Instance]:
         """Return all instances, oldest first, without stems: a stem is internal to one
@@ -141,13 +126,7 @@ class Store(QuickCalls):
 
         Nothing is read if no process has written since the last call: a list and its marks need two.
         """
-        with self._db.read() as connection:
-            version = _version(connection)
-            if version != self._listed_at:
-                rows = connection.execute("SELECT record FROM instances ORDER BY created_at, rowid").fetchall()
-                self._listed = [found for row in rows if (found := _decode(row[0])).stem_of is None]
-                self._listed_at = version
-            return list(self._listed)
+        return list(self._listed.get("", _read_all))
 
     def ids(self) -> set[str]:
         """Return the ids of all instances."""
