@@ -16,7 +16,7 @@ import pytest
 
 from coppice.client import AsyncHost, AsyncMachine
 from coppice.commands import PROCESS
-from coppice.errors import GuestTimeout
+from coppice.errors import GuestError, GuestTimeout
 from coppice.model import MIB, Instance
 from coppice.model.guest import ExecSession
 
@@ -200,6 +200,20 @@ async def test_a_detached_command_goes_on_in_standby_and_forks_and_ends_whole(ho
     await machine.commands.kill("job")
     assert await _alive(machine, pids) == 0
     assert (await machine.commands.wait("job")).exit_code == 143
+
+
+async def test_a_command_that_kills_everything_in_the_guest(host: AsyncHost, vm: Instance) -> None:
+    """Whoever waits learns of the end in time. Process 1 serves the guest's ports, so the next command runs."""
+    machine = host.machine(vm)
+    async with asyncio.timeout(WAIT_S), machine.open_exec(["sleep", "1000"]) as other:
+        copying = asyncio.create_task(machine.read_file("/dev/zero", max_bytes=1 << 40))
+        killed = await machine.exec(["sh", "-c", "kill -9 -1"], timeout_s=3)
+        assert killed.exit_code == 0  # a process does not signal itself so
+        assert (await other.wait()).signal == signal.SIGKILL
+        with pytest.raises(GuestError):
+            await copying
+        assert (await machine.exec(["echo", "still"])).stdout == b"still\n"
+        assert (await machine.wait_process(WAIT_S)).record.process_end is not None
 
 
 async def test_limits_of_a_command(host: AsyncHost, vm: Instance) -> None:
