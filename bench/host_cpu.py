@@ -81,6 +81,7 @@ async def operations(host: AsyncHost, samples: int) -> dict[str, Spent]:
         name = f"{_TEMPLATE}-{number}"
         await measure("fork", lambda name=name: host.call(ForkRequest(instance=_TEMPLATE, names=(name,), atomic=True)))  # type: ignore[misc]
         await measure("exec", lambda name=name: host.call(ExecRequest(instance=name, argv=("true",))))  # type: ignore[misc]
+        await measure("exec again", lambda name=name: host.call(ExecRequest(instance=name, argv=("true",))))  # type: ignore[misc]
         await measure("rm", lambda name=name: host.call(RmRequest(instance=name)))  # type: ignore[misc]
         await measure("ls", lambda: host.call(LsRequest()))
         await measure("tree", lambda: host.call(TreeRequest()))

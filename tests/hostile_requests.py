@@ -5,11 +5,14 @@ OPERATIONS is the one place that lists the host's requests, and `legal` what an 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import struct
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from coppice.agent.channel import Channel
 from coppice.agent.control import Control, Identity
@@ -24,7 +27,9 @@ from coppice.agent.protocol import (
 from coppice.agent.records import Content, End, Entry, Item, write
 from coppice.agent.session import Session
 
+T = TypeVar("T")
 COLLECTED_MAX: Final = 1 << 20
+_BEGIN_S: Final = 20.0
 
 
 class Choices:
@@ -66,9 +71,21 @@ async def _exec(channel: Channel, choices: Choices, _: Path) -> object:
     )
 
 
+@contextlib.asynccontextmanager
+async def _begun(opening: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
+    """Enter a block that lasts as long as its caller wants. Only its beginning has a limit."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(_BEGIN_S):
+                value = await stack.enter_async_context(opening)
+        except TimeoutError:
+            raise AssertionError("a guest alone keeps a request from its beginning") from None
+        yield value
+
+
 async def _attach(channel: Channel, choices: Choices, _: Path) -> object:
     how = choices.below(8)
-    async with Session(channel).attach("some", output=how != 1, stdin=True) as running:
+    async with _begun(Session(channel).attach("some", output=how != 1, stdin=True)) as running:
         await running.send_stdin(bytes(100_000 if how & 2 else 10))
         if how & 4:
             await running.signal(15)
@@ -79,7 +96,7 @@ async def _attach(channel: Channel, choices: Choices, _: Path) -> object:
 
 
 async def _connect(channel: Channel, choices: Choices, _directory: Path) -> None:
-    async with Session(channel).connect(80 if choices.below(2) else "unix:/run/x") as connection:
+    async with _begun(Session(channel).connect(80 if choices.below(2) else "unix:/run/x")) as connection:
         for _ in range(20):
             await connection.send(bytes(choices.below(256) * 100))
             if not await connection.receive():

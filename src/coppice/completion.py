@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -120,6 +120,24 @@ async def beside(side: Coroutine[Any, Any, None], main: Coroutine[Any, Any, T]) 
         helping.cancel()
         working.cancel()
         await asyncio.wait({helping, working})
+
+
+@contextlib.asynccontextmanager
+async def later(seconds: float, side: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Run `side` next to a block that lasts longer than `seconds`, and cancel it at its end.
+
+    A shorter block, as most are, has no task.
+    """
+    started: list[asyncio.Task[None]] = []
+    timer = asyncio.get_running_loop().call_later(seconds, lambda: started.append(asyncio.create_task(side())))
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for task in started:
+            task.cancel()
+        if started:
+            await asyncio.gather(*started, return_exceptions=True)
 
 
 async def both(one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None]) -> None:

@@ -147,7 +147,7 @@ async def test_files_and_text(fake_host: AsyncHost) -> None:
         await session.send_stdin(b"data")
         await session.eof()
         assert b"".join([data async for _, data in session]) == b"data"
-    assert [line async for line in vm.logs(tail=1)] == [b"the fake guest runs"]
+    assert [line async for line in vm.logs(tail=1)] == [b"the fake guest boots"]
 
 
 async def test_handles_of_one_machine_are_equal(fake_host: AsyncHost) -> None:

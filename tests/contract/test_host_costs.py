@@ -74,6 +74,7 @@ async def _costs(host: AsyncHost, count: Counting, name: str) -> dict[str, Costs
     return {
         "fork": await count(host, _fork(host, name)),
         "exec": await count(host, lambda: host.call(ExecRequest(instance=name, argv=("recall", "x")))),
+        "exec again": await count(host, lambda: host.call(ExecRequest(instance=name, argv=("recall", "x")))),
         "rm": await count(host, lambda: host.call(RmRequest(instance=name))),
     }
 
@@ -91,6 +92,8 @@ async def test_an_operation_takes_few_hops_turns_and_statements(fake_host: Async
     assert costs["rm"].turns <= 25
     assert costs["fork"].statements <= 35  # with the triggers of events
     assert costs["exec"].statements <= 1
+    assert costs["exec again"].hops == 0
+    assert costs["exec again"].statements <= 1
     assert costs["rm"].statements <= 22
 
 

@@ -79,7 +79,7 @@ async def test_a_vmm_that_dies_at_the_start_is_explained(fake_host: AsyncHost, d
 
     The hint names the logs, if the machine was not removed with them.
     """
-    why = re.escape("ended before it answered: signal 9; its console ended with 'the fake guest runs'")
+    why = re.escape("ended before it answered: signal 9; its console ended with 'the fake guest boots'")
     driver.faults.die_at("identity")
     with pytest.raises(VmmDied, match=why) as of_a_new_one:
         await boot(fake_host)

@@ -62,15 +62,17 @@ async def test_a_log_that_was_full_goes_on_at_the_next_start(fake_host: AsyncHos
     before = log.read_bytes()
     log.write_bytes(before + b"noise of the guest\n" * (1 << 20))
     await fake_host.call(RestoreRequest(instance=vm.id))
+    await ask(fake_host, vm, "print", "a new line")
     lines = log.read_bytes().splitlines()
     assert directories.LOG_KEPT - 100 < log.stat().st_size < directories.LOG_KEPT + 100
     assert set(lines[:-1]) == {b"noise of the guest"}
-    assert lines[-1] == b"the fake guest runs"
+    assert lines[-1] == b"a new line"
     await fake_host.call(StandbyRequest(instance=vm.id))
     small = log.read_bytes()[-100:].partition(b"\n")[2]
     log.write_bytes(small)
     await fake_host.call(RestoreRequest(instance=vm.id))
-    assert log.read_bytes() == small + b"the fake guest runs\n"
+    await ask(fake_host, vm, "print", "a newer line")
+    assert log.read_bytes() == small + b"a newer line"
 
 
 @pytest.mark.parametrize("call", [Operation.RESTORE, Operation.START])

@@ -63,7 +63,7 @@ class DoubledDriver(FakeDriver):
 
     async def _run(self, step: str, launch: Launch, starting: Any, *, first: bool) -> VmmProcess:
         with (launch.directory / files.CONSOLE_LOG).open("a") as console:
-            console.write("the fake guest runs\n")
+            console.write("the fake guest boots\n" if first else "")
         with sockets.listening(launch.directory, [GUEST_SOCKET]) as bound:
             listener = bound[GUEST_SOCKET].dup()
             (launch.directory / GUEST_SOCKET).chmod(0o666)  # the double runs as another user

@@ -200,7 +200,7 @@ class FakeDriver(VmmDriver):
         with log.open("a") as opened:
             opened.write(f"started {kind}\n")
         with (launch.directory / files.CONSOLE_LOG).open("a") as console:
-            console.write("the fake guest runs\n")
+            console.write("the fake guest boots\n" if kind in ("shared", "anonymous") else "")
         ready, tell = os.pipe()
         try:
             argv = [str(self._program), kind, memory, str(launch.machine.memory_bytes), str(tell)]

@@ -337,8 +337,16 @@ class FakeGuest:
         self._ram.change(remembered={**self._ram.state.remembered, key: value, **more})
         if key == "exited":
             self._ended.set()
-            with (self.directory / files.CONSOLE_LOG).open("a") as console:
-                console.write(f"coppice-agent: the machine's process exited with status {value}\n")
+            self._say(f"coppice-agent: the machine's process exited with status {value}\n")
+        return 0
+
+    def _say(self, text: str) -> None:
+        with (self.directory / files.CONSOLE_LOG).open("a") as console:
+            console.write(text)
+
+    async def _print(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
+        """`print TEXT`: on the console, without the end of a line."""
+        self._say(arguments[0])
         return 0
 
     async def _recall(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
@@ -416,6 +424,7 @@ _COMMANDS = {
     "hostname": FakeGuest._hostname,
     "load": FakeGuest._load,
     "payload": FakeGuest._payload,
+    "print": FakeGuest._print,
     "recall": FakeGuest._recall,
     "remember": FakeGuest._remember,
     "save": FakeGuest._save,

@@ -19,10 +19,10 @@ import pytest
 
 from coppice import completion
 from coppice.client import AsyncHost
-from coppice.host.process import SEEN
 from coppice.linux.files import is_temporary
 from coppice.machine import directory as directories
 from coppice.machine import disk
+from coppice.machine.console import SEEN
 from coppice.model import Instance, Snapshot, State
 from coppice.requests import ExecRequest, PromoteRequest, RunRequest, StandbyRequest
 from coppice.server.database import DATABASE

@@ -121,7 +121,11 @@ Answer = Callable[[Peer, Frame], Awaitable[None]]
 
 @contextlib.asynccontextmanager
 async def talking_to(
-    answer: Answer, patience_s: float, *, features: tuple[str, ...] = (LIMITS,)
+    answer: Answer,
+    patience_s: float,
+    *,
+    features: tuple[str, ...] = (LIMITS,),
+    is_paused: Callable[[], Awaitable[bool]] | None = None,
 ) -> AsyncIterator[Channel]:
     """Open a channel to a guest with custom answers."""
     ours, theirs = socket.socketpair()
@@ -133,7 +137,7 @@ async def talking_to(
                 await answer(peer, frame)
 
     guest = asyncio.create_task(serve())
-    channel = await Channel.over(ours, patience_s)
+    channel = await Channel.over(ours, patience_s, is_paused)
     try:
         yield channel
     finally:

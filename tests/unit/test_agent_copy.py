@@ -233,6 +233,31 @@ async def test_a_file_that_shrinks_here_is_an_error(
             list(pack(tmp_path / "file", "top", moved=shrink))
 
 
+async def test_a_part_of_a_file_does_not_pass_for_the_file(session: Session, tmp_path: Path) -> None:
+    """A copy that fails in the middle of a file, in either direction, leaves no part of
+    it.
+    """
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a").write_bytes(b"whole")
+    write_ranges(tree / "b", [(0, 4 << 20)], 4 << 20)
+
+    def shrink(step: Progress) -> None:
+        if step.done > 100 and (tree / "b").stat().st_size > 3 << 20:
+            os.truncate(tree / "b", 3 << 20)
+
+    with pytest.raises(HostCannot, match="shorter"):
+        await copy_in(session, tree, str(tmp_path / "inside"), progress=shrink)
+    assert "b" not in names(tmp_path / "inside")
+    write_ranges(tree / "b", [(0, 4 << 20)], 4 << 20)
+    with pytest.raises(GuestRefused, match="shorter"):
+        await copy_out(session, str(tree), tmp_path / "outside", progress=shrink)
+    assert "b" not in names(tmp_path / "outside")
+    with pytest.raises(NoSpace):
+        await copy_out(session, str(tree / "b"), tmp_path / "bounded", max_bytes=1 << 20)
+    assert not (tmp_path / "bounded").exists()
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pieces=st.lists(

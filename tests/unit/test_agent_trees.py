@@ -99,11 +99,14 @@ async def test_a_linked_directory_stays_a_link(session: Session, tmp_path: Path)
 
 async def test_a_truncated_tree_is_refused(session: Session, tmp_path: Path) -> None:
     """A tree without its end is an error, wherever it was cut."""
-    whole = tree(*file("file", b"x" * 50))
+    content = file("file", b"x" * 50)
+    whole = tree(*content)
     for size in range(len(whole)):
         with pytest.raises(GuestRefused) as caught:
             await session.tree_in(str(tmp_path), whole[:size])
         assert caught.value.errno == errno.EINVAL
+        # A part of a file does not pass for the file. Each record before the end of the tree has 5 bytes at least.
+        assert names(tmp_path) == (["file"] if size >= len(whole) - 5 else [])
 
 
 MALFORMED: dict[str, list[Item]] = {
@@ -128,7 +131,7 @@ async def test_a_malformed_tree_is_refused(session: Session, tmp_path: Path, cas
     with pytest.raises(GuestRefused) as caught:
         await session.tree_in(str(tmp_path), packed)
     assert caught.value.errno == errno.EINVAL
-    assert "next" not in names(tmp_path)
+    assert names(tmp_path) in ([], ["d"]) or case == "two ends"
     with pytest.raises(GuestProtocolError):
         list(records.read(io.BytesIO(packed)))
 

@@ -342,6 +342,7 @@ def test_an_invalid_policy_is_refused(word: str) -> None:
             {"health_check": HealthCheck(kind="tcp", port=5432, start_period_s=120)},
         ),
         (["--health", "http:80"], {"health_check": HealthCheck(kind="http", port=80)}),
+        (["--health", "log:up: ready"], {"health_check": HealthCheck(kind="log", text="up: ready")}),
         (["--health", "none"], {"health_check": HealthCheck()}),
     ],
 )
@@ -371,6 +372,7 @@ def test_update_changes_what_is_given(
         ["--health", "ping"],
         ["--health", "tcp:80/x"],
         ["--health", "exec:"],
+        ["--health", "log:"],
         ["--health-timeout", "3s"],
         ["--ttl", "soon"],
     ],

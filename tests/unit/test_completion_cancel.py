@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from coppice import completion, stopping
-from coppice.completion import all_of, complete, in_own_thread, in_thread
+from coppice.completion import all_of, complete, in_own_thread, in_thread, later
 
 
 async def test_the_result_is_passed_on() -> None:
@@ -298,3 +298,37 @@ async def test_a_caller_that_is_cancelled_in_each_turn_of_the_loop_sees_the_end(
     async with asyncio.timeout(30):
         await asyncio.wait({task})
     assert task.cancelled()
+
+
+async def test_work_next_to_a_long_block_only() -> None:
+    """A short block starts no task. In a longer one the work runs, and is cancelled at the end of the block."""
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def side() -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    before = asyncio.all_tasks()
+    async with later(1000, side):
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
+    async with asyncio.timeout(20), later(0.001, side):
+        await began.wait()
+        assert not ended.is_set()
+    assert ended.is_set()
+    assert asyncio.all_tasks() == before
+
+
+async def test_an_error_of_the_work_does_not_reach_the_block() -> None:
+    """It only looks for what would end the block."""
+    failed = asyncio.Event()
+
+    async def side() -> None:
+        failed.set()
+        raise OSError
+
+    async with asyncio.timeout(20), later(0.001, side):
+        await failed.wait()

@@ -33,6 +33,41 @@ async def test_a_guest_that_never_answers_is_a_timeout() -> None:
                 await Control(channel).freeze(1)
 
 
+@pytest.mark.parametrize("kind", [FrameType.EXEC, FrameType.ATTACH, FrameType.CONNECT])
+async def test_a_guest_that_chatters_and_never_begins_is_a_timeout(kind: FrameType) -> None:
+    """A keepalive would not notice it: the guest is not silent. A paused machine is waited for."""
+    asked_twice = asyncio.Event()
+    pauses = iter((True, False))
+
+    async def is_paused() -> bool:
+        paused = next(pauses)
+        if not paused:
+            asked_twice.set()
+        return paused
+
+    async def chatter(peer: Peer, frame: Frame) -> None:
+        while True:
+            await peer.open_window(frame.stream, 1)
+            await peer.send(FrameType.PONG, 0)
+            await asyncio.sleep(0.001)
+
+    async def ask(session: Session) -> None:
+        match kind:
+            case FrameType.EXEC:
+                await session.exec(["cat"])
+            case FrameType.ATTACH:
+                async with session.attach("some"):
+                    pass
+            case _:
+                async with session.connect(80):
+                    pass
+
+    async with talking_to(chatter, 0.2, is_paused=is_paused) as channel, asyncio.timeout(20):
+        with pytest.raises(GuestTimeout, match="has begun"):
+            await ask(Session(channel))
+    assert asked_twice.is_set()
+
+
 async def test_an_invalid_number_is_ignored() -> None:
     """The steps of an identity and the end of the process are only for reports: a nonsensical number must
     not fail a fork or its siblings.

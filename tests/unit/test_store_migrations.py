@@ -281,6 +281,7 @@ SHAPES = {
     18: "b14a7c55d7bb631e",
     19: "ad66fc9d78dd0549",
     20: "ad66fc9d78dd0549",
+    21: "41cebab00b63cd63",
 }  # by schema version
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from coppice.client import AsyncHost, AsyncMachine
 from coppice.commands import PROCESS
-from coppice.errors import GuestTimeout
+from coppice.errors import GuestError, GuestTimeout
 from coppice.model import MIB, Instance
 from coppice.model.guest import ExecSession
 
@@ -140,9 +140,14 @@ async def test_many_commands_lose_nothing_and_leave_nothing(host: AsyncHost, vm:
             ended = await asyncio.gather(*(machine.exec(["echo", str(number)]) for number in numbers))
             assert [each.stdout for each in ended] == [b"%d\n" % number for number in numbers]
         cpu, wall = time.process_time() - cpu, time.monotonic() - began
+        alone = time.process_time()
+        for _ in range(SHORT // 10):
+            await machine.exec(["true"])
+        alone = (time.process_time() - alone) / (SHORT // 10)
         after = await _agent_bytes(machine)
     sys.stdout.write(  # shown with -s, for the documentation
-        f"{AT_ONCE} at once; {SHORT} short: {cpu / SHORT * 1000:.2f} ms of CPU and {wall / SHORT * 1000:.1f} ms each; "
+        f"{AT_ONCE} at once; {SHORT} short: {cpu / SHORT * 1000:.2f} ms of CPU and {wall / SHORT * 1000:.1f} ms each, "
+        f"{alone * 1000:.2f} ms of CPU one after another; "
         f"agent {before >> 10} KiB before, {after >> 10} KiB after\n"
     )
     assert after - before < MIB
@@ -211,6 +216,20 @@ async def test_each_command_begins_in_a_group_of_its_own(host: AsyncHost, vm: In
     async with machine.fork_one(name=f"{vm.name}-other", from_running=True) as child:
         await child.exec(["sh", "-c", "rmdir /sys/fs/cgroup/coppice/* 2>/dev/null"])
         assert (await child.exec(show)).stdout.startswith(b"0::/coppice/")
+
+
+async def test_a_command_that_kills_everything_in_the_guest(host: AsyncHost, vm: Instance) -> None:
+    """Whoever waits learns of the end in time. Process 1 serves the guest's ports, so the next command runs."""
+    machine = host.machine(vm)
+    async with asyncio.timeout(WAIT_S), machine.open_exec(["sleep", "1000"]) as other:
+        copying = asyncio.create_task(machine.read_file("/dev/zero", max_bytes=1 << 40))
+        killed = await machine.exec(["sh", "-c", "kill -9 -1"], timeout_s=3)
+        assert killed.exit_code == 0  # a process does not signal itself so
+        assert (await other.wait()).signal == signal.SIGKILL
+        with pytest.raises(GuestError):
+            await copying
+        assert (await machine.exec(["echo", "still"])).stdout == b"still\n"
+        assert (await machine.wait_process(WAIT_S)).record.process_end is not None
 
 
 async def test_limits_of_a_command(host: AsyncHost, vm: Instance) -> None:

@@ -90,6 +90,19 @@ async def test_copy_both_ways(host: AsyncHost, vm: Instance, tmp_path: Path) -> 
     assert (seen.kind, seen.mode & 0o777) == ("f", 0o755)
 
 
+async def test_a_copy_is_the_content(host: AsyncHost, vm: Instance, tmp_path: Path) -> None:
+    """Files of /proc have no true size: they are read to their end, and an endless one is refused."""
+    machine = host.machine(vm)
+    await machine.cp_out("/proc/cpuinfo", tmp_path / "cpuinfo")
+    said = (await machine.exec(["cat", "/proc/cpuinfo"])).stdout
+    assert (tmp_path / "cpuinfo").read_bytes() == said != b""
+    await machine.cp_in("/proc/version", "/run/version")
+    assert await machine.read_file("/run/version") == Path("/proc/version").read_bytes()
+    with pytest.raises(GuestRefused):
+        await machine.cp_out("/proc/kcore", tmp_path / "kcore")
+    assert not (tmp_path / "kcore").exists()
+
+
 async def test_files_are_watched_moved_and_removed(host: AsyncHost, vm: Instance) -> None:
     """The guest's kernel reports the changes of its overlay, made by its programs and by the host."""
     files = (await host.get(vm.id)).files

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from coppice.client import AsyncHost
 from coppice.commands import PROCESS
+from coppice.errors import GuestTimeout
 from coppice.host import LocalBackend
-from coppice.model import Instance, State
+from coppice.model import HealthCheck, Instance, State
 from coppice.requests import GetRequest, LsRequest
 from coppice.server.serving import Listening
 from fakes.supervising import event_of
@@ -66,6 +69,23 @@ async def test_the_end_of_a_process_is_seen_everywhere(host: AsyncHost, vm: Inst
             event = await event_of(host, lambda each: (each.kind, each.instance) == ("exited", killed.id))
             assert event.detail == "status 137 (signal 9)"
             assert (await host.call(GetRequest(instance=killed.id))).process_end is not None
+
+
+async def test_a_line_of_the_console_is_readiness_in_forks(host: AsyncHost, vm: Instance) -> None:
+    """A service says once that it is ready. Its forks are, though their consoles begin empty."""
+    machine = await host.get(vm.id)
+    await machine.update(health_check=HealthCheck(kind="log", text="the model is loaded"))
+    async with await machine.fork_one(from_running=True) as early:
+        await machine.exec(["sh", "-c", "echo 'now the model is loaded' >/dev/console"])
+        await machine.ready(deadline_s=WAIT_S)
+        async with await machine.fork_one(from_running=True) as late:
+            assert [line async for line in late.logs()] == []
+            await late.ready(deadline_s=WAIT_S)
+        with pytest.raises(GuestTimeout, match="its console does not show 'the model is loaded'"):
+            await early.ready(deadline_s=3)
+    await machine.standby()
+    await machine.restore()
+    await machine.ready(deadline_s=WAIT_S)
 
 
 async def test_a_warm_process_takes_the_notice_of_a_fork(host: AsyncHost, vm: Instance) -> None:

@@ -257,7 +257,7 @@ class Channel(asyncio.Protocol):
 
     async def _judge(self, silent: float) -> None:
         """Fail the streams of a silent guest, unless its machine is paused."""
-        if await self._waits_for_resume():
+        if await self.waits_for_resume():
             self._heard = self._loop.time()
             self._look_later()
             return
@@ -268,7 +268,8 @@ class Channel(asyncio.Protocol):
             )
         )
 
-    async def _waits_for_resume(self) -> bool:
+    async def waits_for_resume(self) -> bool:
+        """Return whether the guest is silent because its machine is paused."""
         try:
             return self._is_paused is not None and await self._is_paused()
         except CoppiceError:  # there is no VMM, or it does not answer either

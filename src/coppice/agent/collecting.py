@@ -21,9 +21,10 @@ _TIMEOUT_GRACE_S = 15.0  # added to the guest's own timeout, in case the guest d
 class Collecting(ABC):
     """Base of running commands, in a guest of this machine or of a server."""
 
-    def __init__(self, name: str, timeout_s: float | None) -> None:
+    def __init__(self, name: str, timeout_s: float | None, *, has_stdin: bool = True) -> None:
         self._name = name
         self._timeout_s = timeout_s
+        self._has_stdin = has_stdin  # otherwise its standard input is empty from the start
         self._began = time.perf_counter()
         self._exit: Exit | None = None  # known at the end of the output
 
@@ -45,8 +46,9 @@ class Collecting(ABC):
 
     async def wait(self) -> Exit:
         """Wait for the end and return it. Unread output is discarded."""
-        async for _ in self:
-            pass
+        if self._exit is None:
+            async for _ in self:
+                pass
         if self._exit is None:
             raise AssertionError("the output ends with the exit or with an error")
         return self._exit
@@ -71,7 +73,7 @@ class Collecting(ABC):
         feeder = None if stdin is None else asyncio.create_task(self._feed(stdin))
         try:
             async with deadline(limit, f"{self._name} does not end"):
-                if feeder is None:
+                if feeder is None and self._has_stdin:
                     with contextlib.suppress(CoppiceError):  # the output ends with the same error, and says more
                         await self.eof()
                 async for stream, data in self:

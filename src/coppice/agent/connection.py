@@ -97,11 +97,7 @@ async def _opened(channel: Channel, to: int | str) -> RemoteStream:
     while True:
         stream = await channel.open(FrameType.CONNECT, encode_fields([target]))
         try:
-            frame = await stream.receive()
-            if frame.type == FrameType.ERROR:
-                stream.final(frame)
-            if frame.type != FrameType.STARTED:
-                raise unexpected(frame)
+            await stream.opened()
         except GuestRefused as error:
             # The queue of a unix socket is full. The kernel has no event for free space in it.
             if error.errno != errno.EAGAIN or asyncio.get_running_loop().time() >= end:

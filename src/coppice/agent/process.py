@@ -10,13 +10,14 @@ import contextlib
 import errno
 import signal
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 
 from coppice.agent.channel import Channel
 from coppice.agent.collecting import Collecting
 from coppice.agent.protocol import LIMITS, Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
-from coppice.agent.stream import REFUSED, RemoteStream, deadline, unexpected
+from coppice.agent.stream import REFUSED, RemoteStream, deadline
 from coppice.commands import check_signal, new_command_id
 from coppice.errors import (
     Busy,
@@ -90,13 +91,20 @@ class ExecSession(Collecting):
     """
 
     def __init__(
-        self, channel: Channel, stream: RemoteStream, command_id: str, name: str, timeout_s: float | None
+        self,
+        channel: Channel,
+        stream: RemoteStream,
+        command_id: str,
+        name: str,
+        timeout_s: float | None,
+        *,
+        has_stdin: bool = True,
     ) -> None:
         self.id = command_id
         self.pid = 0
         self.offset = 0
         self.dropped_bytes = 0
-        super().__init__(name, timeout_s)
+        super().__init__(name, timeout_s, has_stdin=has_stdin)
         self._channel = channel
         self._stream = stream
         self._ends_at = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s + _TIMEOUT_GRACE_S
@@ -108,22 +116,18 @@ class ExecSession(Collecting):
         """
         try:
             async with self._limit():
-                frame = await self._stream.receive()
+                frame = await self._stream.opened()
         except (VmmDied, GuestTimeout, GuestProtocolError) as error:
             raise _lost(error, f"{self._name} may have been started as command {self.id}") from error
-        if frame.type == FrameType.ERROR:
-            self._stream.final(frame)
-        if frame.type != FrameType.STARTED:
-            raise unexpected(frame)
         fields = Fields(frame.payload)
         self.pid, self._stream.window, self.offset = fields.integer(1), fields.integer(2), fields.integer(3)
 
-    @contextlib.asynccontextmanager
-    async def _limit(self) -> AsyncIterator[None]:
+    def _limit(self) -> AbstractAsyncContextManager[None]:
         """Keep the time limit of the command here too, in case the guest does not."""
-        if self._ends_at is None:
-            yield
-            return
+        return contextlib.nullcontext() if self._ends_at is None else self._until_its_end()
+
+    @contextlib.asynccontextmanager
+    async def _until_its_end(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout_at(self._ends_at):
                 yield
@@ -232,7 +236,7 @@ async def start(channel: Channel, command: Command) -> AsyncIterator[ExecSession
     name, command_id = command.argv[0], command.id or new_command_id()
     payload = encode_command(msgspec.structs.replace(command, id=command_id))
     stream = await channel.open(FrameType.EXEC, payload)
-    running = ExecSession(channel, stream, command_id, name, command.timeout_s)
+    running = ExecSession(channel, stream, command_id, name, command.timeout_s, has_stdin=command.has_stdin)
     try:
         try:
             await running.opened()

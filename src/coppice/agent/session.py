@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
@@ -231,7 +232,7 @@ class Session:
         :raises GuestRefused: an entry cannot be made; the entries before it remain
         """
         fields = encode_fields([(1, directory), (2, _MAKE_DIRECTORY if make else 0)])
-        reply = await self._upload(FrameType.TREE_IN, fields, records)
+        reply = await self._upload(FrameType.TREE_IN, fields, records, marks_its_end=True)
         return Unpacked(members=reply.integer(1), content_bytes=reply.integer(2))
 
     # ---- transfers ----
@@ -244,13 +245,24 @@ class Session:
         finally:
             stream.abandon()
 
-    async def _upload(self, kind: FrameType, fields: bytes, source: Source) -> Fields:
+    async def _upload(self, kind: FrameType, fields: bytes, source: Source, *, marks_its_end: bool = False) -> Fields:
+        """Send data and return the fields of the reply.
+
+        :param marks_its_end: data that is cut off is an error for the agent, which then removes what is incomplete
+        """
         stream = await self._channel.open(kind, fields)
         try:
-            async for chunk in chunks_of(source):
-                await stream.send_data(FrameType.DATA, chunk)
-                if stream.ended:
-                    break
+            try:
+                async for chunk in chunks_of(source):
+                    await stream.send_data(FrameType.DATA, chunk)
+                    if stream.ended:
+                        break
+            except Exception:
+                if marks_its_end:
+                    with contextlib.suppress(CoppiceError):
+                        await stream.send(FrameType.DATA_EOF)
+                        await stream.reply()
+                raise
             await stream.send(FrameType.DATA_EOF)
             return await stream.reply()
         finally:

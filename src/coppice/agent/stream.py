@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Final
 
 from coppice.agent.hints import hint_for
@@ -32,15 +33,16 @@ _LAST = frozenset({FrameType.OK, FrameType.ERROR, FrameType.EXIT})
 _OUTPUT = frozenset({FrameType.STDOUT, FrameType.STDERR, FrameType.DATA})
 
 
-@contextlib.asynccontextmanager
-async def deadline(seconds: float | None, waiting_for: str) -> AsyncIterator[None]:
+def deadline(seconds: float | None, waiting_for: str) -> AbstractAsyncContextManager[None]:
     """Limit the block to `seconds`; None sets no limit.
 
     :raises GuestTimeout: the block did not end in time
     """
-    if seconds is None:
-        yield
-        return
+    return contextlib.nullcontext() if seconds is None else _deadline(seconds, waiting_for)
+
+
+@contextlib.asynccontextmanager
+async def _deadline(seconds: float, waiting_for: str) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -131,6 +133,28 @@ class RemoteStream:
         if frame.type in _OUTPUT:
             self._taken += len(frame.payload)
         return frame
+
+    async def opened(self) -> Frame:
+        """Return the first frame, which says whether what was asked for has begun. A paused machine is
+        waited for.
+
+        :raises GuestTimeout: it did not come in time, even if frames that mean nothing did
+        :raises GuestRefused: the agent answered with an error
+        :raises GuestProtocolError: it is another frame than STARTED
+        """
+        while True:
+            try:
+                async with deadline(self._channel.patience_s, "it does not say whether it has begun"):
+                    frame = await self.receive()
+            except GuestTimeout:
+                if self._failure or not await self._channel.waits_for_resume():
+                    raise
+            else:
+                if frame.type == FrameType.ERROR:
+                    self.final(frame)
+                if frame.type != FrameType.STARTED:
+                    raise unexpected(frame)
+                return frame
 
     async def _grant(self) -> None:
         """Let the guest send as much as was taken. Waits while the guest does not read: otherwise a

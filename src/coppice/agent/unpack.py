@@ -177,6 +177,7 @@ def stays_inside(target: str, depth: int) -> bool:
 
 def _write(items: Iterator[Item], budget: Budget, directory: int, base: str, entry: Entry) -> None:
     handle = os.open(base, _NEW_FILE, 0o600, dir_fd=directory)
+    complete = False
     try:
         end = 0
         for item in items:
@@ -189,6 +190,7 @@ def _write(items: Iterator[Item], budget: Budget, directory: int, base: str, ent
                 os.fchmod(handle, entry.mode & 0o755 | 0o600)
                 os.utime(handle, ns=(entry.mtime_ns, entry.mtime_ns))
                 budget.moved(reached - end)
+                complete = True
                 return
             if item.data.count(0) < len(item.data):  # else a hole: a sparse file must not fill this disk
                 _write_all(handle, item)
@@ -196,6 +198,9 @@ def _write(items: Iterator[Item], budget: Budget, directory: int, base: str, ent
             end = reached
     finally:
         os.close(handle)
+        if not complete:  # a part of a file must not pass for the file
+            with contextlib.suppress(OSError):
+                os.unlink(base, dir_fd=directory)
     raise GuestProtocolError("the guest sent a file without its end", hint="try again")
 
 

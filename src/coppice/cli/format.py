@@ -61,6 +61,8 @@ def policies(supervision: Supervision | None) -> str:
         found.append(f"restart {restart.when}{most}")
     if check.kind == "exec":
         found.append(f"health check {printable(' '.join(check.command))!r} every {check.interval_s:g} s")
+    elif check.kind == "log":
+        found.append(f"health check log:{printable(check.text)} every {check.interval_s:g} s")
     elif check.kind != "none":
         path = printable(check.path) if check.kind == "http" else ""
         found.append(f"health check {check.kind}:{check.port}{path} every {check.interval_s:g} s")

@@ -148,8 +148,9 @@ class PolicyOptions(Values):
         str | None,
         Option(
             "--health",
-            metavar="exec:COMMAND|tcp:PORT|http:PORT[/PATH]|none",
-            help="How a server, or `ready`, checks its health. PORT is of the guest's own loopback.",
+            metavar="exec:COMMAND|tcp:PORT|http:PORT[/PATH]|log:TEXT|none",
+            help="How a server, or `ready`, checks its health. PORT is of the guest's own loopback, TEXT a part of a "
+            "line of the console.",
         ),
     ] = None
     health_interval: Annotated[

@@ -377,12 +377,16 @@ def health(
         return HealthCheck()
     if kind == "exec" and rest:
         return HealthCheck(kind="exec", command=words(rest), **options)
+    if kind == "log" and rest:
+        return HealthCheck(kind="log", text=rest, **options)
     number, slash, path = rest.partition("/")
     if number.isdecimal() and kind == "tcp" and not slash:
         return HealthCheck(kind="tcp", port=int(number), **options)
     if number.isdecimal() and kind == "http":
         return HealthCheck(kind="http", port=int(number), path=f"/{path}", **options)
-    raise UsageError(f"there is no health check {word!r}", hint="write exec:COMMAND, tcp:80 or http:80/health")
+    raise UsageError(
+        f"there is no health check {word!r}", hint="write exec:COMMAND, tcp:80, http:80/health or log:TEXT"
+    )
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
 
@@ -26,15 +27,16 @@ def activity_file(rooms: Rooms, instance: Instance) -> Path:
     return rooms.directory(instance.id) / _ACTIVITY
 
 
-@contextlib.asynccontextmanager
-async def active(rooms: Rooms, instance: Instance) -> AsyncIterator[None]:
+def active(rooms: Rooms, instance: Instance) -> AbstractAsyncContextManager[None]:
     """Keep a machine from an automatic standby for a block, in any process.
 
     :raises Busy: an automatic standby took too long
     """
-    if not idle_s(instance):
-        yield
-        return
+    return _active(rooms, instance) if idle_s(instance) else contextlib.nullcontext()
+
+
+@contextlib.asynccontextmanager
+async def _active(rooms: Rooms, instance: Instance) -> AsyncIterator[None]:
     path = activity_file(rooms, instance)
     async with locks.hold(path, shared=True, deadline_s=_WAIT_S, what=instance.name):
         try:

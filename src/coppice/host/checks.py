@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coppice.completion import in_thread
-from coppice.host.probes import probe
+from coppice.host.probes import Probe
 from coppice.host.restarts import Restarts
 from coppice.model import HealthCheck, Instance, Observed, State
 from coppice.model.supervision import HealthState
@@ -32,7 +32,7 @@ class Checks(Restarts):
             )
         if seen.checked_at is not None and seen.checked_at <= now < seen.checked_at + check.interval_s:
             return seen, seen.checked_at + check.interval_s
-        error = await probe(self.rooms, instance, check)
+        error = await Probe(self.rooms, instance, check).failure()
         current = await in_thread(self.rooms.store.get, instance.id)
         if current.state is not State.RUNNING or current.started_at != instance.started_at:
             return seen, None  # the check met another state: its event brings the next look

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import AsyncIterator
+from functools import partial
 
 from coppice.agent.client import Session
 from coppice.commands import new_command_id
-from coppice.completion import in_thread
+from coppice.completion import in_thread, later
 from coppice.errors import CommandNotStarted, CoppiceError, GuestError, GuestTimeout, NameTaken, NotFound
 from coppice.host import recovery
 from coppice.host.activity import active, idle_s
@@ -207,18 +208,12 @@ class Guest(UseCases):
 
         Take no instance lock: sessions run in parallel, and a capture does not wait for them.
         """
-        async with self._awake(key) as instance, self.rooms.ports(instance).session(_PORT_DEADLINE_S) as session:
-            watching: list[asyncio.Task[None]] = []
-            loop = asyncio.get_running_loop()
-            # Most sessions end before the first look, and need no task.
-            watch = loop.call_later(_LOOK_S, lambda: watching.append(loop.create_task(self._watch(instance, session))))
-            try:
-                yield session
-            finally:
-                watch.cancel()
-                for task in watching:
-                    task.cancel()
-                    await asyncio.wait({task})
+        async with (
+            self._awake(key) as instance,
+            self.rooms.ports(instance).session(_PORT_DEADLINE_S) as session,
+            later(_LOOK_S, partial(self._watch, instance, session)),
+        ):
+            yield session
 
     async def _watch(self, instance: Instance, session: Session) -> None:
         """End the session if the guest's kernel has ended and its VMM has not.

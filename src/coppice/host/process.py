@@ -22,7 +22,6 @@ from coppice.model import MIB, Instance, ProcessEnd, State
 from coppice.state import locks
 
 ASK_S: Final = 2.0
-SEEN: Final = "process.seen"  # the size of the console when the agent was last asked
 _AT_ONCE: Final = 16
 _MAYBE_FULL_BYTES: Final = 32 * MIB  # of a console: a VMM writes no more than some limit, and so not the agent's line
 
@@ -34,21 +33,14 @@ def may_end(instance: Instance) -> bool:
 
 def has_news(directory: Path) -> bool:
     """Return whether a machine's console has grown since its agent was last asked, or may be full. Blocks."""
+    from coppice.machine import console  # a list without running machines does not need it
+
     try:
-        seen = int((directory / SEEN).read_bytes())
+        seen = int((directory / console.SEEN).read_bytes())
     except (OSError, ValueError):
         seen = 0
-    size = _console_bytes(directory)
+    size = console.size(directory)
     return size != seen or size >= _MAYBE_FULL_BYTES
-
-
-def _console_bytes(directory: Path) -> int:
-    from coppice.vmm import driver as files  # a list without running machines does not need it
-
-    try:
-        return (directory / files.CONSOLE_LOG).stat().st_size
-    except OSError:
-        return 0
 
 
 async def ask(rooms: Rooms, instance: Instance) -> ProcessEnd | None:
@@ -56,13 +48,15 @@ async def ask(rooms: Rooms, instance: Instance) -> ProcessEnd | None:
 
     :raises CoppiceError: the agent does not answer
     """
+    from coppice.machine import console
+
     directory = rooms.directory(instance.id)
-    size = await in_thread(_console_bytes, directory)  # before the question: the line comes after the end
+    size = await in_thread(console.size, directory)  # before the question: the line comes after the end
     async with rooms.ports(instance).control(ASK_S) as control:
         end = (await control.health()).process_end
     if end is None:
         with contextlib.suppress(OSError):  # the machine was removed, or the disk is full
-            await in_thread((directory / SEEN).write_text, str(size))
+            await in_thread((directory / console.SEEN).write_text, str(size))
     return end
 
 

@@ -9,7 +9,7 @@ from coppice.completion import beside
 from coppice.errors import GuestTimeout, UsageError, VmmDied
 from coppice.host import process
 from coppice.host.guest import Guest
-from coppice.host.probes import probe
+from coppice.host.probes import Probe
 from coppice.model import HealthCheck, Instance
 from coppice.model.instance import said
 from coppice.requests import ReadyRequest
@@ -56,9 +56,9 @@ class Readiness(Guest):
 
     async def _answered(self, instance: Instance, check: HealthCheck, wrong: list[str]) -> None:
         """Return after as many successes in a row as the check wants. Keep the latest failure."""
-        pause, successes = _FIRST_PAUSE_S, 0
+        pause, successes, probe = _FIRST_PAUSE_S, 0, Probe(self.rooms, instance, check)
         while successes < check.successes:
-            if failure := await probe(self.rooms, instance, check):
+            if failure := await probe.failure():
                 wrong[0], successes = failure, 0
                 await asyncio.sleep(pause)  # no event tells that a service begins to answer
                 pause = min(pause * 2, _LONGEST_PAUSE_S)

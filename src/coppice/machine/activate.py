@@ -19,8 +19,8 @@ import msgspec
 from coppice.agent.control import Acknowledged
 from coppice.completion import complete, in_thread
 from coppice.errors import CoppiceError, GuestTimeout, HostCannot, IntegrityError, Refused, VmmDied
+from coppice.machine import console, disk, limits
 from coppice.machine import directory as directories
-from coppice.machine import disk, limits
 from coppice.machine.identity import identity_message, next_serial
 from coppice.machine.last_words import cure, of_start
 from coppice.machine.loadable import differences
@@ -211,6 +211,7 @@ async def _run(
     if process is None:
         with stages.stage("check"):
             prepared = await launch(rooms, instance)
+    console_from = console.size(directory)  # before the guest writes to it
     known_as = instance  # the record that remains if the start fails (a new instance is then removed)
     try:
         with stages.stage("start"):
@@ -220,7 +221,12 @@ async def _run(
             else:
                 process = await (driver.boot if booted else driver.restore)(prepared)
             instance = msgspec.structs.replace(
-                instance, state=State.INITIALIZING, vmm=process, started_at=time.time(), exit_reason=None
+                instance,
+                state=State.INITIALIZING,
+                vmm=process,
+                started_at=time.time(),
+                console_from=console_from,
+                exit_reason=None,
             )
             await in_thread(rooms.store.save, instance)
         if instance.publish:

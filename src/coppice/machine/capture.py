@@ -18,8 +18,8 @@ from coppice.completion import complete, in_thread
 from coppice.errors import Busy, CoppiceError, GuestError, GuestTimeout, IntegrityError, VmmDied
 from coppice.linux.files import os_errors, sync
 from coppice.linux.maps import identify, read_maps
+from coppice.machine import console, limits, live_disk
 from coppice.machine import directory as directories
-from coppice.machine import limits, live_disk
 from coppice.machine.activate import require_loadable
 from coppice.machine.rooms import Rooms
 from coppice.memory import memfile
@@ -85,7 +85,8 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
         with stages.stage("secure"):  # before the commit: a later failure would cost the guest
             await in_thread(directories.sync_capture, directory, instance, mem_file, memory)
         with stages.stage("commit"):
-            capture = new_capture(instance, mem_file, layers, open_ports, shared)
+            printed = await in_thread(console.printed, directory, instance, console.size(directory))
+            capture = new_capture(instance, mem_file, layers, open_ports, shared, printed)
             committed = msgspec.structs.replace(instance, capture=capture)
             await in_thread(rooms.store.begin, committed, JournalOperation.STANDBY_COMMIT)
     except BaseException:
@@ -136,8 +137,7 @@ def new_capture(
     layers: tuple[MemLayer, ...] = (),
     open_ports: tuple[int, ...] = (),
     shared: tuple[str, ...] = (),
-    *,
-    frozen: bool = False,
+    printed: str = "",
 ) -> Capture:
     """Return the record of a running instance's new capture, without its disk stamp."""
     if instance.manifest is None:
@@ -148,9 +148,9 @@ def new_capture(
         manifest=instance.manifest,
         captured_at=time.time(),
         open_ports=open_ports,
-        frozen=frozen,
         identity_serial=instance.identity_serial,
         shared_random=shared,
+        printed=printed,
     )
 
 

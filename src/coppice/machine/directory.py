@@ -20,7 +20,7 @@ from coppice.content.overlay import OverlayStore
 from coppice.errors import IntegrityError
 from coppice.linux.files import is_temporary, os_errors, sync, temporary_beside
 from coppice.linux.link import IMMUTABLE, link_or_copy
-from coppice.machine import disk, volumes
+from coppice.machine import console, disk, volumes
 from coppice.memory import layers, memfile
 from coppice.model import Capture, Instance, MachineSpec, MemFile, Sharing
 from coppice.vmm import driver as files
@@ -33,7 +33,7 @@ _REMOVED = ".removed"
 _SEE_LOG = "see its log with `coppice logs --vmm NAME`"
 LOG_KEPT = 8 << 20  # bytes
 _REMOVALS = 8  # attempts: a process with the directory open may still make a lock file for each port
-_RUNTIME = (files.LIVE_MEMORY, files.VMSTATE_NEW, files.MEMORY_NEW)
+_RUNTIME = (files.LIVE_MEMORY, files.VMSTATE_NEW, files.MEMORY_NEW, console.SEEN)
 _SOCKET = ".sock"
 
 

@@ -30,7 +30,7 @@ from coppice.errors import HostCannot
 from coppice.linux.clone import clone_file
 from coppice.linux.files import os_errors
 from coppice.linux.remap import make_private
-from coppice.machine import capture, destroy, disk, live_disk, volumes
+from coppice.machine import capture, console, destroy, disk, live_disk, volumes
 from coppice.machine import directory as directories
 from coppice.machine.activate import require_loadable
 from coppice.machine.rooms import Rooms
@@ -156,7 +156,7 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
         try:
             with stages.stage("pause"):
                 await driver.pause(directory)
-            open_ports = rooms.ports(source).sessions_open()
+            open_ports, console_end = rooms.ports(source).sessions_open(), console.size(directory)
             with stages.stage("devices"):
                 saved = await driver.save(directory)
             with stages.stage("disk"):
@@ -180,7 +180,13 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
             await live_disk.share(rooms, source, target, layers)
         with stages.stage("finish"):
             taken, written = await in_thread(_finish, directory, target, source, private, saved)
-            taken = msgspec.structs.replace(taken, open_ports=open_ports, frozen=frozen, shared_random=shared)
+            taken = msgspec.structs.replace(
+                taken,
+                open_ports=open_ports,
+                frozen=frozen,
+                shared_random=shared,
+                printed=await in_thread(console.printed, directory, source, console_end),
+            )
         captured = directories.captured_here(taken, target, layers)
         ready = msgspec.structs.replace(stem, state=State.STANDBY, capture=captured, disk_layers=layers)
         await in_thread(rooms.store.save, source, done=True)

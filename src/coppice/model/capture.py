@@ -75,6 +75,7 @@ class Capture(Record, frozen=True, kw_only=True):
     identity_serial: int = 0  # of the latest identity message in this memory; the next one must be larger
     vmstate_sha256: str | None = None  # of the device state
     shared_random: tuple[str, ...] = ()  # processes whose random generators its forks share: "node (pid 212): openssl"
+    printed: str = ""  # of the text of its check by a line of the console: all that was shown, or its beginning
 
     @property
     def memory(self) -> tuple[MemFile, ...]:

@@ -70,6 +70,7 @@ class Instance(Record, frozen=True, kw_only=True):
     vmm_bytes: int = 32 * MIB  # that its VMM may take besides the guest's RAM
     vmm_user: int | None = None  # user id of its VMM if root starts it; unique in the data directory
     started_at: float | None = None
+    console_from: int = 0  # size of its console's log when its present run began
     exit_reason: str | None = None
     ending: Ending | None = None  # of its last run; None: it has not run, or runs
     process_end: ProcessEnd | None = None  # of its last run; None: it runs, it has none, or nobody has looked since

@@ -22,12 +22,13 @@ class RestartPolicy(Record, frozen=True, kw_only=True):
 class HealthCheck(Record, frozen=True, kw_only=True):
     """How the supervisor finds out whether the service in a machine works."""
 
-    kind: Literal["none", "exec", "tcp", "http"] = "none"
+    kind: Literal["none", "exec", "tcp", "http", "log"] = "none"
     command: tuple[str, ...] = ()  # of exec: its exit status 0 is a success
     workdir: str = ""
     port: int = 0  # of the guest
     path: str = "/"
     expected_status: int = 0  # of http; 0: any from 200 to 399
+    text: str = ""  # of log: a part of a line of the console
     interval_s: float = 30.0
     timeout_s: float = 5.0
     failures: int = 3  # in a row, until the machine is unhealthy

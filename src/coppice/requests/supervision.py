@@ -1,6 +1,6 @@
 """The policies of an instance as parameters of requests. Several requests have the same ones."""
 
-from typing import Annotated, Protocol
+from typing import Annotated, Final, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -9,6 +9,8 @@ from coppice.errors import UsageError
 from coppice.model import HealthCheck, RestartPolicy, Supervision
 from coppice.model.supervision import OnExpiry
 from coppice.names import MAX_SECONDS, check_argv, check_recorded
+
+_LONGEST_TEXT: Final = 500
 
 TtlS = Annotated[
     float | None, Meta(description="Seconds from now after which the instance expires; 0: never. Default: unchanged.")
@@ -86,9 +88,14 @@ def _check_health(check: HealthCheck) -> None:
     _in_range("number of failures", check.failures, 1, 1000)
     _in_range("number of successes", check.successes, 1, 1000)
     check_argv(check.command)
-    check_recorded(*check.command, check.workdir, check.path)
+    check_recorded(*check.command, check.workdir, check.path, check.text)
     if check.kind == "exec" and not check.command:
         raise UsageError("a health check needs a command", hint="give its words, such as ['curl', '-f', 'localhost']")
+    if check.kind == "log" and (not check.text.isprintable() or not 0 < len(check.text) <= _LONGEST_TEXT):
+        raise UsageError(
+            f"{check.text[:80]!r} is not a part of a line",
+            hint=f"give 1 to {_LONGEST_TEXT} characters that the console shows, such as 'ready to accept'",
+        )
     if check.kind in ("tcp", "http"):
         _in_range("port of the health check", check.port, 1, 65535)
     if check.kind == "http":

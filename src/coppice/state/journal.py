@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import Any, Self
 
 from coppice.model import Record
 
@@ -51,3 +53,15 @@ class JournalEntry(Record, frozen=True, kw_only=True):
     owner_pid: int
     owner_ticks: int
     started_at: float
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Self:
+        """Return the entry of a row of the journal, whose columns are in the order of the fields."""
+        instance, operation, pid, ticks, started_at = row
+        return cls(
+            instance=instance,
+            operation=JournalOperation(operation),
+            owner_pid=pid,
+            owner_ticks=ticks,
+            started_at=started_at,
+        )

@@ -133,4 +133,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     _keep,  # instances gain the memory that their VMMs may take
     add_process_ends,  # records of instances also gain the end of their process, and its endpoint for notices
     INDEX_LOAD,
+    _keep,  # checks of health gain a text, captures what was printed of it, instances the begin of their console
 )

@@ -11,7 +11,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -104,7 +103,7 @@ class Store(QuickCalls):
         if row is None:
             raise no_instance(reference)
         record, *entry = row
-        return _decode(record), None if entry[0] is None else _entry(entry)
+        return _decode(record), None if entry[0] is None else JournalEntry.of(entry)
 
     async def look_up(self, reference: str) -> tuple[Instance, JournalEntry | None]:
         """Do as `get_journaled` does, without blocking the event loop.
@@ -393,13 +392,13 @@ class Store(QuickCalls):
     def journal(self) -> list[JournalEntry]:
         """Return all operations under way or interrupted."""
         with self._db.read() as connection:
-            return [_entry(row) for row in connection.execute(_JOURNAL).fetchall()]
+            return [JournalEntry.of(row) for row in connection.execute(_JOURNAL).fetchall()]
 
     def journal_entry(self, instance_id: str) -> JournalEntry | None:
         """Return the operation under way or interrupted on an instance, or None."""
         with self._db.read() as connection:
             row = connection.execute(f"{_JOURNAL} WHERE instance = ?", (instance_id,)).fetchone()
-        return _entry(row) if row else None
+        return JournalEntry.of(row) if row else None
 
     def is_at(self, instance_id: str, operation: JournalOperation) -> bool:
         """Return whether that operation is under way or interrupted on an instance."""
@@ -411,17 +410,6 @@ class Store(QuickCalls):
             "INSERT OR REPLACE INTO journal (instance, operation, owner_pid, owner_ticks, started_at) VALUES (?, ?, ?, ?, ?)",
             (instance_id, operation, *self._owner, time.time()),
         )
-
-
-def _entry(row: Sequence[Any]) -> JournalEntry:
-    instance, operation, pid, ticks, started_at = row
-    return JournalEntry(
-        instance=instance,
-        operation=JournalOperation(operation),
-        owner_pid=pid,
-        owner_ticks=ticks,
-        started_at=started_at,
-    )
 
 
 def _update(connection: sqlite3.Connection, instance: Instance, *, done: bool) -> bool:

@@ -33,8 +33,11 @@ _many = _FEW  # the number of children from which ended ones are looked for
 def start_ticks(pid: int) -> int | None:
     """Return a process's start time in clock ticks since boot; None if it is gone or a zombie."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read()
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)  # a file object makes six more calls
+        try:
+            text = os.read(descriptor, 4096)
+        finally:
+            os.close(descriptor)
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(b")")[2].split()  # field 2, the command, may contain blanks and parentheses

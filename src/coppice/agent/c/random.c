@@ -23,7 +23,7 @@
 
 #define PLACE "/run/coppice/"
 #define PAGE 4096
-#define PROCESSES_MAX 64 /* in a report */
+#define GROUPS_MAX 64 /* of processes, in a report */
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
 /* ---- files for libraries and runtimes ---- */
@@ -210,13 +210,23 @@ static unsigned generators_of(const char *process, const char *name)
     return found & SAFE_OPENSSL ? found & ~(unsigned)(OPENSSL | SAFE_OPENSSL) : found;
 }
 
-static void describe(struct reply *r, const char *process, const char *name, unsigned found)
+/* The processes of one program that have the same generators: those of a server are many. */
+struct group {
+    char name[61], pid[11]; /* of the first one */
+    unsigned found;
+    int processes;
+};
+
+static void describe(struct reply *r, const struct group *g)
 {
     char line[256];
-    int size = snprintf(line, sizeof line, "%.60s (pid %.10s):", name, process);
+    int size = snprintf(line, sizeof line, "%s (", g->name);
+    if (g->processes > 1)
+        size += snprintf(line + size, sizeof line - (size_t)size, "%d processes, ", g->processes);
+    size += snprintf(line + size, sizeof line - (size_t)size, "pid %s%s):", g->pid, g->processes > 1 ? " ..." : "");
     const char *comma = "";
     for (size_t n = 0; n < COUNT(generators); n++) {
-        if (found & generators[n].means) {
+        if (g->found & generators[n].means) {
             size += snprintf(line + size, sizeof line - (size_t)size, "%s %s", comma, generators[n].name);
             comma = ",";
         }
@@ -224,23 +234,37 @@ static void describe(struct reply *r, const char *process, const char *name, uns
     reply_text(r, 1, line);
 }
 
+static void count_in(struct group *groups, const char *process, const char *name, unsigned found)
+{
+    struct group *g = groups;
+    while (g < groups + GROUPS_MAX && g->processes && (g->found != found || strncmp(g->name, name, sizeof g->name - 1) != 0))
+        g++;
+    if (g == groups + GROUPS_MAX)
+        return;
+    if (g->processes++ == 0) {
+        snprintf(g->name, sizeof g->name, "%.60s", name);
+        snprintf(g->pid, sizeof g->pid, "%.10s", process);
+        g->found = found;
+    }
+}
+
 void shared_random(struct reply *r)
 {
+    struct group groups[GROUPS_MAX] = {0};
     DIR *processes = opendir("/proc");
     struct dirent *entry;
-    int count = 0;
-    while (processes && count < PROCESSES_MAX && (entry = readdir(processes)) != NULL) {
+    while (processes && (entry = readdir(processes)) != NULL) {
         char path[32], program[PATH_MAX] = "";
         snprintf(path, sizeof path, "/proc/%.10s/exe", entry->d_name);
         if (!isdigit((unsigned char)entry->d_name[0]) || readlink(path, program, sizeof program - 1) <= 0)
             continue; /* no process, a thread of the kernel, or it has ended */
         const char *name = strrchr(program, '/') ? strrchr(program, '/') + 1 : program;
         unsigned found = generators_of(entry->d_name, name);
-        if (found) {
-            describe(r, entry->d_name, name, found);
-            count++;
-        }
+        if (found)
+            count_in(groups, entry->d_name, name, found);
     }
     if (processes)
         closedir(processes);
+    for (const struct group *g = groups; g < groups + GROUPS_MAX && g->processes; g++)
+        describe(r, g);
 }

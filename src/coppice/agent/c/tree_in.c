@@ -156,7 +156,11 @@ static int make_regular(struct unpack *u, int parent, const char *base)
     int error = write_content(u, fd);
     if (!error)
         error = furnish(&u->entry, fd);
-    return close(fd) < 0 && !error ? errno : error;
+    if (close(fd) < 0 && !error)
+        error = errno;
+    if (error) /* a part of a file must not pass for the file */
+        unlinkat(parent, base, 0);
+    return error;
 }
 
 static int remember_time(struct unpack *u)

@@ -193,7 +193,7 @@ def restart_status_of(record: model.Instance) -> RestartStatus | UnsetType:
 def health_check_of(record: model.Instance) -> HealthCheck | UnsetType:
     """Return the health check for a client."""
     check = record.health_check
-    if check is None:
+    if check is None or check.kind == "log":  # hypeman has no such check
         return UNSET
     http = HttpCheck(port=check.port, path=check.path, expected_status=check.expected_status or None)
     return HealthCheck(
