@@ -211,6 +211,7 @@ async def _recording(path: Path) -> AsyncIterator[Channel]:
             yield channel
         finally:
             await channel.close()
+            await asyncio.wait(tasks[:1], timeout=20)  # what the host sent last has arrived
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -241,3 +241,21 @@ async def test_control_of_a_test_does_not_change_the_host() -> None:
 def test_frame_layout_is_the_documented_one() -> None:
     """Type, stream, length, payload, end byte; little-endian."""
     assert encode_frame(FrameType.STDIN, 7, b"ab") == struct.pack("<BHH2sB", 33, 7, 2, b"ab", 0xA5)
+
+
+async def test_what_was_sent_last_arrives() -> None:
+    """Closing waits for a guest that reads slowly, also for the few bytes that no sender waits for."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    theirs.setblocking(False)
+    with theirs:
+        channel = await Channel.over(ours, 20.0)
+        loop, sent = asyncio.get_running_loop(), bytes(range(256)) * 64
+        channel.post(sent)
+        assert 0 < channel._transport.get_write_buffer_size() < len(sent)
+        closing = asyncio.create_task(channel.close())
+        received = b""
+        while data := await loop.sock_recv(theirs, 1000):
+            received += data
+        await closing
+    assert received == sent

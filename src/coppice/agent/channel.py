@@ -287,9 +287,10 @@ class Channel(asyncio.Protocol):
             self._next_look.cancel()
         if self._asking is not None:
             self._asking.cancel()
+        # What was sent, such as the end of a command, must still reach the port, to the last byte.
+        self._transport.set_write_buffer_limits(high=0)
         try:
             if not self._writable.is_set():
-                # What was sent, such as the end of a command, must still reach the port.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_FLUSH_S):
                         await self._writable.wait()
