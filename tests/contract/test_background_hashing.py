@@ -29,6 +29,7 @@ from coppice.state.journal import JournalOperation
 from coppice.state.settings import hashes_in_background
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
+from coppice.vmm.launcher import PROGRAM as LAUNCHER
 from fakes.driver import FakeDriver
 from fakes.hosting import fingerprint, make, memory_of
 from fakes.records import make_capture, make_instance
@@ -74,9 +75,11 @@ async def hashed(host: AsyncHost) -> None:
 
 
 async def hasher(home: Path) -> VmmProcess:
-    """Wait until one hashing process runs, and return it. Another may just be ending."""
+    """Wait until one hashing process runs, and return it. Another may just be ending, and the launcher
+    may not have become it yet.
+    """
     async with asyncio.timeout(DEADLINE_S):
-        while len(found := hashers(home)) != 1:  # noqa: ASYNC110 - a start has no event
+        while len(found := hashers(home)) != 1 or found[0].executable.endswith(LAUNCHER):  # noqa: ASYNC110 - a start has no event
             await asyncio.sleep(0.01)
     return found[0]
 
