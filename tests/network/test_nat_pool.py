@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,23 @@ async def test_spare_slots_are_made_and_removed_with_the_last_machine(world: Wor
     await provider.detach(first.id)
     assert leftovers(provider.slots.pool.key, world) == []
     assert settings(world) == before
+
+
+async def test_more_slots_are_made_when_few_are_free(world: World, provider: NatNetwork) -> None:
+    """A fork that leaves enough free slots makes none, since a command would pay for each of them."""
+    pool, first, forks = provider.slots.pool, new_id(), [new() for _ in range(5)]
+    await asyncio.to_thread(pool.make, first)
+    await asyncio.to_thread(pool.fill, 8)
+    for fork in forks[:4]:
+        await provider.attach(fork)
+    assert pool.free() == 4
+    assert not any(thread.name == "network slots" for thread in threading.enumerate())
+    await provider.attach(forks[4])
+    async with asyncio.timeout(30):
+        while pool.free() < 8:  # noqa: ASYNC110 - a thread makes them
+            await asyncio.sleep(0.02)
+    for key in (first, *(fork.id for fork in forks)):
+        await provider.detach(key)
 
 
 @pytest.mark.quiet

@@ -84,9 +84,21 @@ def test_a_missing_option_is_answered_with_one_that_exists(
     command: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A docker option that coppice lacks gets an answer that can be typed."""
-    assert run(FakeHost(), command, option, "x", "y", "z") == 2
+    assert run(FakeHost(), *([] if command == "coppice" else [command]), option, "x", "y", "z") == 2
     shown = capsys.readouterr().err
-    assert habits._OPTIONS[command, option] in shown
+    assert shown == f"coppice: no such option '{option}'; {habits._OPTIONS[command, option]}\n"
+    for line in re.findall(r"`(coppice [^`]+)`", shown):
+        assert wrong_with(line) is None, line
+
+
+@pytest.mark.parametrize(("command", "argument"), sorted(habits._ARGUMENTS))
+def test_a_missing_argument_is_answered_with_a_command(
+    command: str, argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A docker command without the argument gets an answer that can be typed."""
+    assert run(FakeHost(), command, "vm") == 2
+    shown = capsys.readouterr().err
+    assert shown.endswith(f"; {habits._ARGUMENTS[command, argument]}\n")
     for line in re.findall(r"`(coppice [^`]+)`", shown):
         assert wrong_with(line) is None, line
 

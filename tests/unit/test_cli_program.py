@@ -100,6 +100,7 @@ def test_an_error_about_an_undecodable_name_is_valid_json(capsys: pytest.Capture
         (["nonsense"], "no such command 'nonsense'"),
         (["sart", "vm"], "'start'"),
         (["start"], "missing argument"),
+        (["completion"], "Choose from: bash, zsh, fish"),
         (["ls", "--nope"], "no such option"),
         (["run", "img", "--cpus", "x"], "--cpus"),
         (["fork", "vm", "--target", "asleep"], "--target"),

@@ -50,7 +50,7 @@ _MEANT = {
     "snapshots": "`coppice snapshot ls` lists snapshots",
     "volumes": "`coppice volume ls` lists volumes",
     "kernels": "`coppice kernel ls` lists kernels",
-    "save": "`coppice cp NAME:PATH DIR` copies files out of a machine",
+    "save": "`coppice export NAME` writes a template to a file, `coppice cp NAME:PATH DIR` copies files out of a machine",
     "diff": "`coppice inspect NAME` shows how much of its disk a machine has written",
     "forward": "`coppice port-forward NAME PORT` forwards a port of this machine to one of the guest",
     "nc": "`coppice connect NAME PORT` is a connection to a port of the guest",
@@ -67,12 +67,15 @@ _MEANT = {
     "df": "`coppice stats --budget` shows memory and disk",
     "network": "`coppice run --publish HOST:GUEST IMAGE` publishes a port",
     "rename": "a machine keeps its name",
-    "help": "`coppice --help` lists commands",
+    "help": "`coppice --help` lists commands, `coppice run --help` describes one",
     "version": "`coppice --version`",
 }
 """Hints for words that are not commands here."""
 
 _OPTIONS = {
+    ("coppice", "-v"): "`coppice --version`",
+    ("coppice", "-H"): "write --host URL",
+    ("coppice", "-D"): "write --debug",
     ("update", "--memory"): "a machine keeps its size; `coppice run --memory SIZE IMAGE` makes another machine",
     ("update", "--cpus"): "a machine keeps its size; `coppice run --cpus N IMAGE` makes another machine",
     ("run", "-i"): "run returns when the machine is up; `coppice exec -it NAME -- sh` opens a terminal in it",
@@ -105,6 +108,20 @@ def advice(word: str, commands: Sequence[str]) -> str:
 
     close = get_close_matches(word, [*commands, *ALIASES])
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "`coppice --help` lists commands"
+
+
+_ARGUMENTS = {
+    (
+        "attach",
+        "command",
+    ): "`coppice commands NAME` lists commands; `coppice logs -f NAME` follows the machine's own process",
+}
+"""Hints for arguments that other programs' commands do without."""
+
+
+def argument_advice(command: str, argument: str) -> str | None:
+    """Return a hint for an argument that is missing, or None."""
+    return _ARGUMENTS.get((command, argument))
 
 
 def option_advice(command: str, option: str) -> str | None:

@@ -14,7 +14,7 @@ from coppice.cli import output
 from coppice.cli.app import app
 from coppice.cli.context import HostFactory, open_host
 from coppice.cli.ending import Interrupted, OutputClosed
-from coppice.cli.habits import option_advice
+from coppice.cli.habits import argument_advice, option_advice
 from coppice.errors import CoppiceError, UsageError
 
 _WITH_VALUE = ("--home", "--vmm", "--accel", "--owner", "--host")
@@ -93,11 +93,16 @@ def _misused(error: click.ClickException) -> UsageError:
     """Return click's error about the command line as a UsageError."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "coppice"
-    message = error.format_message().rstrip(".").replace(": Value error, ", ": ")
+    message = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
     message = message[:1].lower() + message[1:]
     misplaced = getattr(error, "option_name", None)
     if misplaced in _GLOBAL_OPTIONS and command != "coppice":
         return UsageError(message, hint=f"it goes before the command: `coppice {misplaced} ...`")
-    if misplaced and (meant := option_advice(command.removeprefix("coppice "), misplaced)):
-        return UsageError(message, hint=meant)
+    command_name = command.removeprefix("coppice ")
+    if misplaced and (meant := option_advice(command_name, misplaced)):
+        return UsageError(f"no such option {misplaced!r}", hint=meant)
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        meant = argument_advice(command_name, error.param.name or "")
+        if meant is not None:
+            return UsageError(message, hint=meant)
     return UsageError(message, hint=f"`{command} --help` shows how")

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Final
 
 _SELDOM_USED: Final = (
-    *("bz2", "ctypes", "hashlib", "inspect", "ipaddress", "json", "linecache", "lzma", "random", "shutil"),
+    *("bz2", "ctypes", "hashlib", "inspect", "ipaddress", "json", "linecache", "locale", "lzma", "random", "shutil"),
     *("ssl", "textwrap", "tokenize", "zlib"),
     *("asyncio.sslproto", "msgspec.inspect"),
 )

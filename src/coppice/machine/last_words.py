@@ -17,18 +17,18 @@ _TAIL = 64 << 10  # a panic is followed by registers and a stack trace
 _LONGEST = 160
 _TICK_S = 0.01  # times of files are those of the last tick of the kernel, which may be 100 per second
 _PANICKED = "its kernel panicked: "
-_PANIC = re.compile(rb"Kernel panic - not syncing: ([^\r\n]+)")
-_KERNEL_LINE = re.compile(rb"^\[ *(\d+\.\d+)\] ")
+_PANIC = rb"Kernel panic - not syncing: ([^\r\n]+)"
+_KERNEL_LINE = rb"^\[ *(\d+\.\d+)\] "
 _POWERED_OFF = "the guest powered off"
 _HALTED = "the guest halted"
 OWN_WILL = frozenset({_POWERED_OFF, _HALTED})
 """The reasons by which a guest wanted to end."""
 _ENDS = (
-    (re.compile(rb"reboot: Power down"), _POWERED_OFF),
-    (re.compile(rb"reboot: System halted"), _HALTED),
-    (re.compile(rb"reboot: Restarting system|sysrq: Resetting"), "the guest restarted, which ends a machine"),
+    (rb"reboot: Power down", _POWERED_OFF),
+    (rb"reboot: System halted", _HALTED),
+    (rb"reboot: Restarting system|sysrq: Resetting", "the guest restarted, which ends a machine"),
 )
-_OF_MEMORY = re.compile(r"memory|unpacking failed", re.IGNORECASE)
+_OF_MEMORY = r"memory|unpacking failed"
 
 
 def of_end(console: Path, since: float) -> str | None:
@@ -43,16 +43,16 @@ def of_end(console: Path, since: float) -> str | None:
         return None
     later = float("inf")
     for line in reversed(_tail(console).splitlines()):
-        match = _KERNEL_LINE.match(line)
+        match = re.match(_KERNEL_LINE, line)
         # Going backwards, a later time belongs to an earlier run of the machine.
         if match is None or (at := float(match[1])) > later:
             return None
         later = at
         said = line[match.end() :]
-        if panic := _PANIC.match(said):
+        if panic := re.match(_PANIC, said):
             return _PANICKED + readable(panic[1][:_LONGEST])
         for pattern, meaning in _ENDS:
-            if pattern.match(said):
+            if re.match(pattern, said):
                 return meaning
     return None
 
@@ -60,9 +60,9 @@ def of_end(console: Path, since: float) -> str | None:
 def of_start(console: Path) -> str:
     """Return the reason of the kernel's panic, else the last console line, else "". Blocks."""
     tail = _tail(console)
-    if panics := _PANIC.findall(tail):
+    if panics := re.findall(_PANIC, tail):
         return _PANICKED + readable(panics[-1][:_LONGEST])
-    lines = [line for line in (_KERNEL_LINE.sub(b"", line) for line in tail.splitlines()) if line.strip()]
+    lines = [line for line in (re.sub(_KERNEL_LINE, b"", line) for line in tail.splitlines()) if line.strip()]
     while lines and lines[-1].startswith(b"reboot: "):  # says only that it ended
         lines.pop()
     return f"its console ended with {readable(lines[-1][:_LONGEST])!r}" if lines else ""
@@ -79,7 +79,7 @@ def _tail(console: Path) -> bytes:
 
 def cure(instance: Instance, words: str) -> str:
     """Return the hint for a machine that did not start. A new machine's logs are removed."""
-    if _OF_MEMORY.search(words):
+    if re.search(_OF_MEMORY, words, re.IGNORECASE):
         return f"it has {instance.machine.memory_bytes // MIB} MiB of memory: give it more with `--memory`"
     if instance.state is not State.CREATED:
         return f"see `coppice logs {instance.name}` and `coppice logs --vmm {instance.name}`"

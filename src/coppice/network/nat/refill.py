@@ -1,4 +1,8 @@
-"""Make slots for the next burst while no fork waits for one."""
+"""Make slots for the next burst while no fork waits for one.
+
+Slots are made when fewer than half of the wanted ones are free. A new slot takes more CPU time than all
+else of a fork, and the import of pyroute2 ten times as much: each command that forks would pay for it.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +29,18 @@ class Refill:
         self._thread: threading.Thread | None = None
 
     def request(self) -> None:
-        """Note that a slot was taken, and make more.
+        """Note that a slot was taken, and make more if few are free.
 
         The thread ends by itself, and the interpreter waits for its end.
         """
         with self._lock:
             self._asked_at = time.monotonic()
-            if self._thread is None:
+            if self._thread is None and self._pool.free() * 2 < self._wanted():
                 self._thread = threading.Thread(target=self._run, name="network slots")
                 self._thread.start()
+
+    def _wanted(self) -> int:
+        return min(_MOST, max(_FEWEST, len(self._pool.used())))
 
     def _run(self) -> None:
         while True:
@@ -42,8 +49,7 @@ class Refill:
                 time.sleep(left)
             begun = self._asked_at
             try:
-                wanted = min(_MOST, max(_FEWEST, len(self._pool.used())))
-                self._pool.fill(wanted, while_true=lambda: self._asked_at == begun)  # noqa: B023 - called now
+                self._pool.fill(self._wanted(), while_true=lambda: self._asked_at == begun)  # noqa: B023 - called now
             except Exception as error:  # a fork that finds no slot makes its own and reports errors
                 _log.warning("cannot make network slots in advance: %s", error)
             with self._lock:
