@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -70,3 +71,26 @@ async def test_an_import_belongs_to_its_owner(tcp_address: str) -> None:
         assert (made.owner, made.state) == ("bob", State.TEMPLATE)
         with pytest.raises(NotFound):
             await ann.get("elm")
+
+
+async def test_an_import_is_sent_again(socket_address: str) -> None:
+    """The same key gets the first result. An archive that broke off is not remembered."""
+    headers = _TAR | {"idempotency-key": "one"}
+    async with connect_async(socket_address) as host, client_of(socket_address) as client:
+        await template(host)
+        archive = (await client.get("/instances/oak/export")).content
+
+        async def part() -> AsyncIterator[bytes]:
+            yield archive[: len(archive) // 2]
+            raise ConnectionError("the client's network is gone")
+
+        with pytest.raises(ConnectionError):
+            await client.post("/templates/import?name=elm", content=part(), headers=headers)
+        async with asyncio.timeout(20):
+            while (made := await client.post("/templates/import?name=elm", content=archive, headers=headers)).is_error:
+                assert (made.status_code, made.json()["code"]) == (409, "busy")  # the first one is still being undone
+        again = await client.post("/templates/import?name=elm", content=archive, headers=headers)
+        assert (again.status_code, again.json()["id"]) == (201, made.json()["id"])
+        other = await client.post("/templates/import?name=fir", content=archive, headers=headers)
+        assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+        assert sorted(each.name for each in await host.ls()) == ["elm", "oak"]

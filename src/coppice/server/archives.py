@@ -14,13 +14,15 @@ from typing import Annotated, Any, Final
 
 from litestar import Request as HttpRequest
 from litestar import get, post, websocket
+from litestar.exceptions import HTTPException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, QueryParameter
 from litestar.response import Stream
 
-from coppice.errors import CoppiceError
+from coppice.errors import Busy
 from coppice.host import LocalBackend
-from coppice.requests import OpenExportRequest, OpenImportRequest
+from coppice.model import Instance as Record
+from coppice.requests import ImportTemplateRequest, OpenExportRequest, OpenImportRequest
 from coppice.server.auth import Caller
 from coppice.server.context import Server, TheCaller, TheServer
 from coppice.server.copies import content_frames
@@ -30,6 +32,7 @@ from coppice.server.streams import Socket, answering, first_frame, send
 from coppice.server.table import scope_of
 
 _TYPE: Final = "application/x-tar"
+_BODY: Final = "body"  # names the content of the request where there is a path otherwise
 _MOST_BYTES: Final = "coppice-most-bytes"
 _DRAINED: Final = (
     64 << 20
@@ -82,14 +85,29 @@ async def template_import(
 ) -> Instance:
     """Make a template of the archive in the body. It exists only if the whole archive is valid."""
     host = await server.host(caller)
-    body, wanted = request.stream(), OpenImportRequest(name=name)
+    body = request.stream()
+
+    async def receive() -> Record:
+        async with host.stream(OpenImportRequest(name=name)) as session:
+            return await session.receive(_arriving(body))
+
     try:
-        with server.observed(caller, host, wanted):
-            async with host.stream(wanted) as session:
-                return instance_of(await session.receive(body))
-    except CoppiceError:
-        await _drain(body)
-        raise
+        made = await server.receive(caller, ImportTemplateRequest(name=name, path=_BODY), receive)
+    finally:
+        await _drain(body)  # what is left of it, after a refusal or for a repeated request
+    return instance_of(made)
+
+
+async def _arriving(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the body of a request.
+
+    :raises Busy: the client went away; it can send the archive again with the same key
+    """
+    try:
+        async for chunk in body:
+            yield chunk
+    except HTTPException as error:
+        raise Busy("the client went away before the end of the archive", hint="send it again") from error
 
 
 async def _drain(body: AsyncIterator[bytes]) -> None:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import msgspec
 from litestar.connection import ASGIConnection
@@ -19,7 +19,7 @@ from litestar.types import Scope
 
 from coppice.errors import Forbidden, UsageError
 from coppice.host import LocalBackend
-from coppice.model import ProgressSink
+from coppice.model import ProgressSink, no_progress
 from coppice.requests import Request
 from coppice.server.audit import Audit, target_of
 from coppice.server.auth import Caller, read_token
@@ -28,7 +28,7 @@ from coppice.server.ending import unless_ending
 from coppice.server.hosts import Hosts
 from coppice.server.keys import MOST_CHARACTERS
 from coppice.server.metrics import Metrics
-from coppice.server.once import Once
+from coppice.server.once import Call, Once
 from coppice.server.pulls import Pulls
 from coppice.server.running import Operation, Operations
 from coppice.server.tracing import Traces
@@ -93,6 +93,23 @@ class Server:
         if caller.key is not None:
             return self.once.begin(host, caller.key, request, work)
         return self.operations.start(request.operation, caller.owner, work)
+
+    async def receive(self, caller: Caller, request: Request[R], call: Call) -> R:
+        """Carry out an operation whose content is the body of the caller's request. It ends with that request, but
+        the caller's idempotency key holds for it too: a repetition gets the first result.
+        """
+        host = await self.host(caller)
+
+        async def work(progress: ProgressSink) -> Any:
+            with self.observed(caller, host, request):
+                if caller.key is None:
+                    return await call()
+                return await self.once.carry_out(host, caller.key, request, progress, call)
+
+        if caller.key is not None:
+            result: R = await self.once.begin(host, caller.key, request, work).result()
+            return result
+        return cast(R, await work(no_progress))
 
     async def begin_waiting(self, caller: Caller, request: Request[Any]) -> Operation:
         """Begin an operation that changes nothing, and that the client may have to wait long for.

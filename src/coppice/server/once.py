@@ -7,7 +7,9 @@ operation begins. If the server is killed, a repeated request finishes the opera
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -25,6 +27,7 @@ from coppice.server.running import Operation, Operations, Work
 from coppice.server.uploads import Uploads
 from coppice.state.database import Database
 
+Call = Callable[[], Awaitable[Any]]
 _POLL_S: Final = 0.1  # another server process has the key, and sends no event when its operation ends
 
 
@@ -68,19 +71,27 @@ class Once:
         operation.task.add_done_callback(lambda _: self._under_way.pop(place))
         return operation
 
-    async def carry_out(self, host: LocalBackend, key: str, request: Request[Any], progress: ProgressSink) -> Any:
-        """Carry out the operation, or return the result that was recorded with the key."""
+    async def carry_out(
+        self, host: LocalBackend, key: str, request: Request[Any], progress: ProgressSink, call: Call | None = None
+    ) -> Any:
+        """Carry out the operation, or return the result that was recorded with the key.
+
+        :param call: carries the request out. Default: the host
+        """
         names = await generated(host, request)
         claim = await self._claim(host.owner, key, request, names)
         if claim.status not in ("new", "begun"):
             return _replay(claim, request)
         named = completed(request, claim.generated)
         try:
-            async with self._uploads.resolved(host.owner, named) as resolved:
+            async with contextlib.AsyncExitStack() as stack:
+                if call is None:
+                    named = await stack.enter_async_context(self._uploads.resolved(host.owner, named))
+                    call = partial(host.call, named, progress)
                 if claim.status == "new":
-                    result = await host.call(resolved, progress)
+                    result = await call()
                 else:
-                    result = await resume(host, resolved, progress, claim.begun_at)
+                    result = await resume(host, named, progress, claim.begun_at, call)
         except Exception as error:
             if is_transient(error):
                 await complete(in_thread(self._keys.forget, host.owner, key))

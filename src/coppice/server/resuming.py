@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +21,7 @@ from coppice.requests import (
     ExecRequest,
     FanOut,
     ForkRequest,
+    ImportTemplateRequest,
     LsRequest,
     Request,
     RunRequest,
@@ -66,7 +67,13 @@ def completed(request: Request[Any], names: Mapping[str, Any]) -> Request[Any]:
     return msgspec.structs.replace(request, **names) if names else request
 
 
-async def resume(host: LocalBackend, request: Request[Any], progress: ProgressSink, begun_at: float) -> Any:
+async def resume(
+    host: LocalBackend,
+    request: Request[Any],
+    progress: ProgressSink,
+    begun_at: float,
+    call: Callable[[], Awaitable[Any]],
+) -> Any:
     """Finish an operation that a killed server began, or carry it out again.
 
     The host's recovery has undone what was half done. What was made completely is found by its
@@ -74,6 +81,7 @@ async def resume(host: LocalBackend, request: Request[Any], progress: ProgressSi
 
     :param request: with generated names
     :param begun_at: when the killed server began; older objects of the same name are not its
+    :param call: carries out the whole request
     :raises OutcomeUnknown: the operation cannot be repeated without a second effect
     """
     if isinstance(request, ExecRequest):
@@ -94,11 +102,11 @@ async def resume(host: LocalBackend, request: Request[Any], progress: ProgressSi
         return await _resume_forks(host, request, progress, begun_at)
     if request.operation in _REMOVALS:
         try:
-            return await host.call(request, progress)
+            return await call()
         except NotFound:
             return None  # the killed server removed it
     found: list[Any] = []
-    if isinstance(request, RunRequest):
+    if isinstance(request, RunRequest | ImportTemplateRequest):
         found = await host.call(LsRequest())
     elif isinstance(request, SnapshotRequest):
         found = await host.call(SnapshotLsRequest())
@@ -106,7 +114,7 @@ async def resume(host: LocalBackend, request: Request[Any], progress: ProgressSi
         found = await host.call(VolumeLsRequest())
     name = getattr(request, "name", None)
     made = next((each for each in found if each.name == name and each.created_at >= begun_at), None)
-    return await host.call(request, progress) if made is None else made
+    return await call() if made is None else made
 
 
 async def _resume_forks(host: LocalBackend, request: FanOut, progress: ProgressSink, begun_at: float) -> ForkReport:
