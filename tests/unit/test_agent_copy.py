@@ -23,7 +23,16 @@ from coppice.agent.pack import pack
 from coppice.agent.records import Content, End, Item
 from coppice.agent.session import Session
 from coppice.agent.unpack import unpack
-from coppice.errors import CoppiceError, GuestProtocolError, GuestRefused, HostCannot, NoSpace, NotFound, UnsafePath, UsageError
+from coppice.errors import (
+    CoppiceError,
+    GuestProtocolError,
+    GuestRefused,
+    HostCannot,
+    NoSpace,
+    NotFound,
+    UnsafePath,
+    UsageError,
+)
 from coppice.model import Progress
 from coppice.model.guest import Unpacked
 from guest_trees import entry, file, tree
@@ -68,10 +77,7 @@ async def test_no_copy_replaces_a_pipe_or_device(session: Session, tmp_path: Pat
     (there / "link").symlink_to("pipe")
     (tmp_path / "pipe").write_text("content")
     with pytest.raises(UsageError, match=r"pipe is a device, a pipe or a socket|link is a device"):
-        if way == "in":
-            await copy_in(session, tmp_path / "pipe", str(there / target))
-        else:
-            await copy_out(session, str(tmp_path / "pipe"), str(there / target))
+        await (copy_in if way == "in" else copy_out)(session, str(tmp_path / "pipe"), str(there / target))
     assert (there / "pipe").is_fifo()
     assert (there / "link").is_symlink()
 
