@@ -227,14 +227,16 @@ class Guest(UseCases):
             doing = entry.operation if entry else current.state
         match doing:
             case JournalOperation.REMOVE:
-                return VmmDied(f"{error.message}: {name} was removed", hint="list the instances with `coppice ls`")
+                return VmmDied(
+                    f"{name} was removed, which ended the session", hint="list the instances with `coppice ls`"
+                )
             case JournalOperation.STANDBY | JournalOperation.STANDBY_COMMIT | State.STANDBY:
                 hint = (
                     f"`coppice restore {name}` continues it; `coppice commands {name}` lists the commands that run on"
                 )
-                return VmmDied(f"{error.message}: {name} was put into standby", hint=hint)
+                return VmmDied(f"{name} was put into standby, which ended the session", hint=hint)
             case JournalOperation.STOP | State.STOPPED | State.SHUTDOWN:
-                return VmmDied(f"{error.message}: {name} was stopped", hint=f"`coppice start {name}` boots it")
+                return VmmDied(f"{name} was stopped, which ended the session", hint=f"`coppice start {name}` boots it")
             case _:
                 return VmmDied(error.message, hint=error.hint and error.hint.replace("NAME", name))
 
