@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from coppice.client import AsyncHost
-from coppice.errors import GuestTimeout, IllegalTransition, NotFound
+from coppice.errors import GuestTimeout, IllegalTransition, NotFound, VmmDied
 from coppice.model import MIB, Instance, State
 from coppice.model.events import Event
 from coppice.requests import (
@@ -19,6 +19,7 @@ from coppice.requests import (
     InspectRequest,
     LogsRequest,
     LsRequest,
+    OpenExecRequest,
     PromoteRequest,
     RestoreRequest,
     RmRequest,
@@ -256,6 +257,40 @@ async def test_a_wait_names_a_machine_that_was_removed(
     async with asyncio.timeout(30):
         with pytest.raises(NotFound, match=r"\boak\b"):
             await waiting
+
+
+@pytest.mark.parametrize(
+    ("call", "said", "hint"),
+    [
+        (StandbyRequest(instance="oak"), "oak was put into standby", "coppice restore oak"),
+        (StopRequest(instance="oak", grace_s=0), "oak was stopped", "coppice start oak"),
+        (RmRequest(instance="oak"), "oak was removed", "coppice ls"),
+        (None, "closed the connection to its agent", "coppice inspect oak"),
+    ],
+    ids=["standby", "stop", "rm", "killed"],
+)
+async def test_a_lost_session_tells_what_was_done_to_its_machine(
+    fake_host: AsyncHost,
+    other: AsyncHost,
+    call: StandbyRequest | StopRequest | RmRequest | None,
+    said: str,
+    hint: str,
+) -> None:
+    """A user whose command was cut off learns how to go on."""
+    oak = await boot(fake_host, "oak")
+
+    async def lose() -> None:
+        async with asyncio.timeout(30), other.stream(OpenExecRequest(instance="oak", argv=["sleep"])) as session:
+            waiting = asyncio.create_task(session.wait())
+            if call is not None:
+                await fake_host.call(call)
+            elif oak.vmm is not None:
+                os.kill(oak.vmm.pid, signal.SIGKILL)
+            await waiting
+
+    with pytest.raises(VmmDied, match=said) as lost:
+        await lose()
+    assert hint in (lost.value.hint or "")
 
 
 async def test_a_followed_log_ends_with_the_removal(fake_host: AsyncHost, other: AsyncHost) -> None:

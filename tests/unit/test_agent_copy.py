@@ -76,13 +76,8 @@ async def test_no_copy_replaces_a_pipe_or_device(session: Session, tmp_path: Pat
     os.mkfifo(there / "pipe")
     (there / "link").symlink_to("pipe")
     (tmp_path / "pipe").write_text("content")
-    copy = (
-        copy_in(session, tmp_path / "pipe", str(there / target))
-        if way == "in"
-        else copy_out(session, str(tmp_path / "pipe"), str(there / target))
-    )
     with pytest.raises(UsageError, match=r"pipe is a device, a pipe or a socket|link is a device"):
-        await copy
+        await (copy_in if way == "in" else copy_out)(session, str(tmp_path / "pipe"), str(there / target))
     assert (there / "pipe").is_fifo()
     assert (there / "link").is_symlink()
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import tarfile
 import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coppice.archive.files import save
 from coppice.archive.format import BLOCK, DIGESTS, MANIFEST, Manifest, header
 from coppice.archive.reader import Receiver, Target, manifest_in
 from coppice.archive.writer import archive, source_of
 from coppice.errors import CoppiceError, ImageError, IntegrityError
 from coppice.linux.files import allocated_bytes
-from coppice.model import Image, ImageConfig
+from coppice.model import Image, ImageConfig, no_progress
 from coppice.vmm.qemu import qcow2
 from fakes.records import make_instance
 
@@ -136,3 +139,32 @@ def test_a_layer_that_names_another_file_is_refused(tmp_path: Path) -> None:
         else:
             with pytest.raises(IntegrityError, match="not a disk layer"):
                 qcow2.check(path, size)
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_a_killed_export_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    """The archive has no name until it is whole, unless the file system cannot do that."""
+    real = os.open
+
+    def without(path: Path, flags: int, mode: int = 0o777, **more: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "no files without a name")
+        return real(path, flags, mode, **more)
+
+    if named:
+        monkeypatch.setattr(os, "open", without)
+    meanwhile: list[str] = []
+
+    class Session:
+        most_bytes = 4
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b"half"
+            meanwhile.extend(path.name for path in tmp_path.iterdir())
+            yield b"whole"
+
+    (tmp_path / "old").write_text("old")
+    assert await save(Session(), str(tmp_path / "old"), no_progress) == 9
+    assert len(meanwhile) == 1 + named
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("old", b"halfwhole")]
+    assert (tmp_path / "old").stat().st_mode & 0o777 == 0o600

@@ -301,7 +301,16 @@ def test_a_database_that_no_command_can_open_is_found(tmp_path: Path) -> None:
     newer = storage.database(tmp_path)
     assert (newer.status, "99" in newer.detail, "newer" in newer.cure) == ("fail", True, True)
     (tmp_path / "coppice.db").write_bytes(b"nothing that SQLite ever wrote\n" * 1000)
-    assert storage.database(tmp_path).status == "fail"
+    damaged = storage.database(tmp_path)
+    assert (damaged.status, "backup" in damaged.cure) == ("fail", True)
+
+
+def test_a_database_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    """As on a read-only file system: to replace it by a backup would lose its records."""
+    Database(tmp_path / "coppice.db").close()
+    (tmp_path / "coppice.db-wal").mkdir()
+    unopened = storage.database(tmp_path)
+    assert (unopened.status, "backup" in unopened.cure, "read-only" in unopened.cure) == ("fail", False, True)
 
 
 async def test_a_failing_check_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

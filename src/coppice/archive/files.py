@@ -55,11 +55,28 @@ def _output(path: Path) -> Iterator[BinaryIO]:
     final = path.resolve()
     temporary = temporary_beside(final)
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        with _unnamed(temporary) as file:
             yield file
+            if not temporary.exists():
+                # os.link follows the link in /proc only with a directory, which an absolute path ignores.
+                os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=file.fileno())
         publish(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _unnamed(path: Path) -> BinaryIO:
+    """Open a new file without a name in the directory of `path`, so that a killed process leaves nothing.
+
+    It is `path` itself if the file system has no such files.
+    """
+    try:
+        descriptor = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    return open(descriptor, "wb")
 
 
 def _sync(file: BinaryIO) -> None:

@@ -199,7 +199,8 @@ def cp(
 
     NAME:PATH goes on exactly one side. A DST that ends with a slash is a directory; DIR/. is a
     directory's content. Links stay links. Modes and times are kept, except unsafe ones. The copy
-    belongs to root in the guest, and to you on the host.
+    belongs to root in the guest, and to you on the host. It replaces files and links, but no
+    device, pipe or socket.
 
     `coppice cp - NAME:DIR` unpacks a tar archive from standard input into a directory, with its owners.
     `coppice cp NAME:PATH -` writes one to standard output.

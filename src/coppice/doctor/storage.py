@@ -45,7 +45,10 @@ def judge_file_system(home: str, mount: Mount | None, *, writable: bool) -> Chec
     detail = f"{home} on {mount.type} ({mount.point})"
     if not writable or "ro" in mount.options:
         return Check(
-            name=name, status="fail", detail=f"{detail} is not writable", cure="set COPPICE_HOME to one that is"
+            name=name,
+            status="fail",
+            detail=f"{detail} is not writable",
+            cure=f"remount it if it is read-only: `mount -o remount,rw {mount.point}`; or set COPPICE_HOME",
         )
     if mount.type in MEMORY_TYPES:
         return Check(
@@ -68,6 +71,16 @@ def database(home: Path) -> Check:
             version = int(connection.execute("PRAGMA user_version").fetchone()[0])
             damage = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+            sqlite3.SQLITE_CANTOPEN,
+            sqlite3.SQLITE_READONLY,
+        ):  # no damage
+            return Check(
+                name="database",
+                status="fail",
+                detail=f"{path} cannot be opened",
+                cure="let this user read and write the data directory; its file system must not be read-only",
+            )
         version, damage = 0, str(error)
     return judge_database(version, damage)
 
@@ -119,7 +132,7 @@ def judge_reflinks(shared: bool, *, free_bytes: int = 0, root: bool = False) -> 
     return Check(
         name="reflinks",
         status="warn",
-        detail="do not work: a fork copies the written part of its source's disk",
+        detail="do not work: clones of volumes are copies, and so are the disks of forks under Firecracker",
         cure=f"run `coppice storage init --size {free_bytes // 2 // GIB}G`, or {_BETTER}"
         if root and free_bytes >= _STORAGE_FROM
         else _BETTER,

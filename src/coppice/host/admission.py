@@ -176,7 +176,10 @@ def _has_reflinks(rooms: Rooms) -> bool:
 
 
 def _size(count: int) -> str:
-    return f"{max(0, count) / GIB:.1f} GiB" if count >= GIB else f"{max(0, count) // MIB} MiB"
+    count = max(0, count)
+    if count < MIB:
+        return f"{count >> 10} KiB"
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count // MIB} MiB"
 
 
 def demand_of_run(driver: VmmDriver, machine: MachineSpec, *, start: bool) -> Demand:

@@ -10,14 +10,14 @@ from functools import partial
 
 from coppice.agent.client import Session
 from coppice.commands import new_command_id
-from coppice.completion import in_thread, later
-from coppice.errors import CommandNotStarted, CoppiceError, GuestError, GuestTimeout, NameTaken, NotFound
+from coppice.completion import later
+from coppice.errors import CommandNotStarted, CoppiceError, GuestError, GuestTimeout, NameTaken, NotFound, VmmDied
 from coppice.host import recovery
 from coppice.host.activity import active, idle_s
 from coppice.host.base import UseCases
 from coppice.machine import last_words
 from coppice.machine.follow import follow_file
-from coppice.model import ExecResult, FileStat, Instance, ProgressSink
+from coppice.model import ExecResult, FileStat, Instance, ProgressSink, State
 from coppice.model.guest import Connection, CopySession, ExecSession, Health
 from coppice.model.lifecycle import Operation, require
 from coppice.requests import (
@@ -36,6 +36,7 @@ from coppice.requests import (
     WaitRequest,
     WriteFileRequest,
 )
+from coppice.state.journal import JournalOperation
 from coppice.vmm import driver as files
 
 _LOG_FILES: dict[LogSource, str] = {"console": files.CONSOLE_LOG, "vmm": files.VMM_LOG}
@@ -213,7 +214,32 @@ class Guest(UseCases):
             self.rooms.ports(instance).session(_PORT_DEADLINE_S) as session,
             later(_LOOK_S, partial(self._watch, instance, session)),
         ):
-            yield session
+            try:
+                yield session
+            except VmmDied as error:
+                raise await self._explained(error, instance) from error
+
+    async def _explained(self, error: VmmDied, instance: Instance) -> VmmDied:
+        """Return the error of a lost session with what was done to the machine meanwhile, if anything was."""
+        name = instance.name
+        doing: JournalOperation | State = JournalOperation.REMOVE
+        with contextlib.suppress(NotFound):
+            current, entry = await self.rooms.store.look_up(instance.id)
+            doing = entry.operation if entry else current.state
+        match doing:
+            case JournalOperation.REMOVE:
+                return VmmDied(
+                    f"{name} was removed, which ended the session", hint="list the instances with `coppice ls`"
+                )
+            case JournalOperation.STANDBY | JournalOperation.STANDBY_COMMIT | State.STANDBY:
+                hint = (
+                    f"`coppice restore {name}` continues it; `coppice commands {name}` lists the commands that run on"
+                )
+                return VmmDied(f"{name} was put into standby, which ended the session", hint=hint)
+            case JournalOperation.STOP | State.STOPPED | State.SHUTDOWN:
+                return VmmDied(f"{name} was stopped, which ended the session", hint=f"`coppice start {name}` boots it")
+            case _:
+                return VmmDied(error.message, hint=error.hint and error.hint.replace("NAME", name))
 
     async def _watch(self, instance: Instance, session: Session) -> None:
         """End the session if the guest's kernel has ended and its VMM has not.

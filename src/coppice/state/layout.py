@@ -127,11 +127,12 @@ class Layout(Record, frozen=True, dict=True):
             ):
                 _make(path)
             if not os.access(self.home, os.W_OK | os.X_OK):
-                raise PermissionError(13, "not writable")
+                read_only = os.statvfs(self.home).f_flag & os.ST_RDONLY
+                raise PermissionError(13, "its file system is read-only" if read_only else "not writable")
         except OSError as error:
             raise HostCannot(
                 f"cannot use the data directory {self.home}: {error.strerror}",
-                hint="set COPPICE_HOME to a writable directory",
+                hint="make it writable, or set COPPICE_HOME to another directory; see `coppice doctor`",
             ) from error
 
 
