@@ -10,7 +10,7 @@ from functools import partial
 
 from coppice.agent.client import Session
 from coppice.commands import new_command_id
-from coppice.completion import later
+from coppice.completion import in_thread, later
 from coppice.errors import CommandNotStarted, CoppiceError, GuestError, GuestTimeout, NameTaken, NotFound, VmmDied
 from coppice.host import recovery
 from coppice.host.activity import active, idle_s
