@@ -2,7 +2,7 @@
 come from `Kind.arguments`.
 
 For each line `OPERATION STEP` on stdin it forks a host, which has all modules imported. The host
-kills itself at that step; with STEP 0 it does not. The lines on stdout are, in this order: the
+kills itself at that step, a number or the beginning of a name; with STEP 0 it does not. The lines on stdout are, in this order: the
 host's pid; `begin` when the data directory is open; the name of the step at which it kills itself,
 or its `Measured` record as JSON when the operation has ended; and `ended STATUS`. A process that the
 host has started in its last step is stopped: `stopped PID`. The host is
@@ -31,7 +31,7 @@ def say(text: str) -> None:
     os.write(1, text.encode() + b"\n")
 
 
-async def work(home: str, kind: Kind, operation: str, step: int) -> None:
+async def work(home: str, kind: Kind, operation: str, step: int | str) -> None:
     """Open the data directory and do the operation."""
     steps = Steps(step, say)
     async with kind.host(Path(home)) as host:
@@ -67,8 +67,8 @@ def main(home: str, *arguments: str) -> int:
     kind.host(Path(home))  # imports all modules that a host needs
 
     def work_of(line: str) -> int:
-        operation, step = line.split()
-        asyncio.run(work(home, kind, operation, int(step)))
+        operation, step = line.rstrip("\n").split(maxsplit=1)
+        asyncio.run(work(home, kind, operation, int(step) if step.isdigit() else step))
         return 0
 
     return forking(work_of)

@@ -37,7 +37,7 @@ class Kill(Record, frozen=True, kw_only=True):
     machines: str  # the kind of machines
     operation: str
     kind: str  # "step", or "instant"
-    at: float  # number of the step from 1, or milliseconds after the operation began
+    at: float  # number of the step from 1 (0: chosen by its name), or milliseconds after the operation began
     step: str | None  # the step at which it was killed; None for an instant
     died: bool  # False: the operation ended first
     recovered: tuple[str, ...]  # the messages of recovery
@@ -102,7 +102,7 @@ class HostProcesses:
         """Return the module that forks the processes, and its first arguments."""
         return "crash.host_process", str(home)
 
-    async def begin(self, operation: Operation, step: int) -> int:
+    async def begin(self, operation: Operation, step: int | str) -> int:
         """Start a host, wait until it has opened the data directory, and return its pid."""
         pid = await self._order(f"{operation.name} {step}")
         assert await self._line() == "begin"
@@ -297,6 +297,14 @@ class HostGround(Ground[HostProcesses]):
         step = said[0] if status else None
         await self._look(operation, kind="step", at=number, step=step, died=step is not None)
         return step is not None
+
+    async def kill_at_first(self, operation: Operation, name: str) -> None:
+        """Let the host kill itself at the first step whose name begins so. It must reach one."""
+        await self._prepare(operation)
+        await self.processes.begin(operation, name)
+        status, said = await self.processes.end()
+        assert status == -signal.SIGKILL, f"no step of {operation.name} is {name!r}: {said}"
+        await self._look(operation, kind="step", at=0, step=said[0], died=True)
 
     async def kill_after(self, operation: Operation, delay_s: float) -> bool:
         """Kill the host."""

@@ -42,11 +42,11 @@ class Measured(Record, frozen=True, kw_only=True):
 
 
 class Steps:
-    """A counter of steps. At step number `deadly` (from 1; 0: never) it prints the step's name and
-    kills the process.
+    """A counter of steps. At step number `deadly` (from 1; 0: never), or at the first step whose name
+    begins so, it prints the step's name and kills the process.
     """
 
-    def __init__(self, deadly: int, say: Callable[[str], None]) -> None:
+    def __init__(self, deadly: int | str, say: Callable[[str], None]) -> None:
         self.names: list[str] = []
         self._deadly = deadly
         self._say = say
@@ -108,7 +108,7 @@ class Steps:
             return
         with self._counting:
             self.names.append(name)
-            if len(self.names) == self._deadly:
+            if name.startswith(self._deadly) if isinstance(self._deadly, str) else len(self.names) == self._deadly:
                 self.disarm()  # the signals are no steps
                 if child is not None:
                     os.kill(child, signal.SIGSTOP)
