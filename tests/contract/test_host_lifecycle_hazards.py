@@ -301,10 +301,10 @@ async def test_a_host_that_cannot_be_opened_is_closed(
 ) -> None:
     """`async with` does not close a host that failed to open: `open` closes the database."""
 
-    async def fails(*_: object, **__: object) -> list[str]:
+    def fails(_: object) -> bool:
         raise no_room()
 
-    monkeypatch.setattr(recovery, "recover", fails)
+    monkeypatch.setattr(recovery, "is_needed", fails)
     host = AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
     with pytest.raises(OSError, match="No space"):
         await host.open()
