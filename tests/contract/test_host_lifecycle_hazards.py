@@ -301,7 +301,7 @@ async def test_a_host_that_cannot_be_opened_is_closed(
 ) -> None:
     """`async with` does not close a host that failed to open: `open` closes the database."""
 
-    def fails(*_: object) -> bool:
+    def fails(_: object) -> bool:
         raise no_room()
 
     monkeypatch.setattr(recovery, "is_needed", fails)
