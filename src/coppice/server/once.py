@@ -104,7 +104,7 @@ class Once:
 
     async def _record(self, owner: str | None, key: str, result: Any) -> None:
         """Record a result."""
-        await complete(in_thread(self._keys.succeeded, owner, key, result))
+        await in_thread(self._keys.succeeded, owner, key, result)  # waits for the end, also if it is cancelled
 
     async def _claim(self, owner: str | None, key: str, request: Request[Any], names: dict[str, Any]) -> Claim:
         """Record the key. If another server carries out its operation, wait for the end."""

@@ -161,7 +161,7 @@ async def instance_standby(
     key: FromPath[str], data: JSONBody[InstanceStandby | None], server: TheServer, caller: TheCaller
 ) -> Instance:
     """Save memory and disk, and end the VMM. An instance in standby stays as it is."""
-    refuse({"compression": data and data.compression and data.compression.enabled})
+    refuse({"compression": data is not None and compresses(data.compression)})
     found = await find(await server.host(caller), key)
     return instance_of((await server.carry_out(caller, StandbyRequest(instance=found.id))).instance)
 
@@ -244,6 +244,11 @@ async def instance_wait(
         await unless_ending(asyncio.sleep(_POLL_S), server.ending)
         found = await find(host, found.id)
     return Waited(state=found.state, timed_out=found.state is not wanted and loop.time() >= end)
+
+
+def compresses(compression: dict[str, object] | None) -> bool:
+    """Return whether a request asks for compressed memory."""
+    return compression is not None and compression.get("enabled", False) is not False
 
 
 def refuse(given: dict[str, object]) -> None:

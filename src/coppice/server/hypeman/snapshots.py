@@ -20,7 +20,7 @@ from coppice.requests import (
 )
 from coppice.server.auth import Caller
 from coppice.server.context import TheCaller, TheServer
-from coppice.server.hypeman.instances import only_child, refuse
+from coppice.server.hypeman.instances import compresses, only_child, refuse
 from coppice.server.hypeman.paths import find, tags_in
 from coppice.server.hypeman.wire import (
     Instance,
@@ -43,7 +43,7 @@ async def snapshot_create(
     key: FromPath[str], data: JSONBody[SnapshotCreate], server: TheServer, caller: TheCaller
 ) -> Snapshot:
     """Save the state of an instance. A running instance continues."""
-    refuse({"compression": data.compression and data.compression.enabled})
+    refuse({"compression": compresses(data.compression)})
     found = await find(await server.host(caller), key)
     request = SnapshotRequest(instance=found.id, name=data.name, kind=SnapshotKind(data.kind), tags=data.tags)
     return snapshot_of(await server.carry_out(caller, request))

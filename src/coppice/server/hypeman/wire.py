@@ -193,16 +193,10 @@ class InstanceFork(Record, frozen=True, kw_only=True):
     target_hypervisor: str | None = None
 
 
-class Compression(Record, frozen=True, kw_only=True):
-    """Whether saved memory is compressed. Not supported."""
-
-    enabled: bool = False
-
-
 class InstanceStandby(Record, frozen=True, kw_only=True):
     """A request to put an instance into standby."""
 
-    compression: Compression | None = None
+    compression: dict[str, object] | None = None
 
 
 class InstanceStart(Record, frozen=True, kw_only=True):
@@ -362,7 +356,7 @@ class SnapshotCreate(Record, frozen=True, kw_only=True):
     kind: Kind
     name: str | None = None
     tags: dict[str, str] = {}
-    compression: Compression | None = None
+    compression: dict[str, object] | None = None
 
 
 class SnapshotRestore(Record, frozen=True, kw_only=True):
