@@ -87,7 +87,7 @@ async def test_a_burst_of_forks_has_as_many_slots(world: World, host: AsyncHost,
         tables = netns.inside(slot.namespace, lambda: nft.read("list tables"))
         assert [each["table"]["name"] for each in tables if "table" in each] == ["slot"]
     async with asyncio.timeout(60):
-        while pool.free() < WAITING:  # noqa: ASYNC110 - a thread makes them
+        while pool.free() < WAITING:  # noqa: ASYNC110 - a process makes them
             await asyncio.sleep(0.05)
     assert len(world.host.left(prefix(pool.key))) == COUNT + WAITING
     await asyncio.gather(*(host.call(RmRequest(instance=fork.id)) for fork in forks))

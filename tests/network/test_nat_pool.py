@@ -9,7 +9,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ import pytest
 from coppice.linux import nft
 from coppice.model import Instance, Publish
 from coppice.names import new_id
-from coppice.network.nat import key_of, link
+from coppice.network.nat import key_of, link, refill
 from coppice.network.nat.addresses import Slot
 from coppice.network.nat.pool import Pool
 from coppice.network.nat.provider import NatNetwork
@@ -63,7 +62,7 @@ async def test_spare_slots_are_made_and_removed_with_the_last_machine(world: Wor
     await provider.attach(first)
     assert settings(world) != before
     async with asyncio.timeout(30):
-        while provider.slots.pool.free() < 8:  # noqa: ASYNC110 - a thread makes them
+        while provider.slots.pool.free() < 8:  # noqa: ASYNC110 - a process makes them
             await asyncio.sleep(0.02)
     await provider.detach(first.id)
     assert leftovers(provider.slots.pool.key, world) == []
@@ -78,13 +77,49 @@ async def test_more_slots_are_made_when_few_are_free(world: World, provider: Nat
     for fork in forks[:4]:
         await provider.attach(fork)
     assert pool.free() == 4
-    assert not any(thread.name == "network slots" for thread in threading.enumerate())
+    assert not refill.is_running(pool)
     await provider.attach(forks[4])
     async with asyncio.timeout(30):
-        while pool.free() < 8:  # noqa: ASYNC110 - a thread makes them
+        while pool.free() < 8:  # noqa: ASYNC110 - a process makes them
             await asyncio.sleep(0.02)
     for key in (first, *(fork.id for fork in forks)):
         await provider.detach(key)
+
+
+ATTACHING = """
+import os, sys
+from pathlib import Path
+from coppice.network.nat import refill
+from coppice.network.nat.pool import Pool
+pool = Pool(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+assert pool.claim(sys.argv[5]) is not None
+refill.request(pool)
+os._exit(0)
+"""
+
+
+async def test_slots_are_made_after_a_command_has_ended(provider: NatNetwork) -> None:
+    """As each `coppice fork` does, at once. The next one needs no new slot."""
+    pool, first, forks = provider.slots.pool, new_id(), [new_id() for _ in range(8)]
+    await asyncio.to_thread(pool.make, first)
+    await asyncio.to_thread(pool.fill, 5)
+    for fork in forks:
+        words = [
+            sys.executable,
+            "-c",
+            ATTACHING,
+            pool.key,
+            str(pool.host),
+            str(pool.root.parent),
+            str(pool.resolv_conf),
+        ]
+        await asyncio.to_thread(subprocess.run, [*words, fork], timeout=60, check=True)
+        async with asyncio.timeout(60):
+            while refill.is_running(pool):  # noqa: ASYNC110 - another process
+                await asyncio.sleep(0.02)
+        assert pool.free() * 2 >= 8
+    for each in (first, *forks):
+        await asyncio.to_thread(pool.release, each)
 
 
 @pytest.mark.quiet
@@ -93,7 +128,7 @@ async def test_a_spare_slot_costs_a_fork_a_fraction_of_a_new_one(world: World, p
     millisecond on the machine of docs/benchmarks.md.
 
     CPU time is compared, by the median, because the machine is shared. Enough slots are spare that
-    no thread makes more of them meanwhile.
+    no more of them are made meanwhile.
     """
     first = new()
     await provider.attach(first)

@@ -10,9 +10,6 @@ import fcntl
 import json
 import os
 import socket
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Final
@@ -20,6 +17,7 @@ from typing import Final
 import msgspec
 
 from coppice.model import Egress
+from coppice.network.nat.helper import start_helper
 
 DEFAULT: Final = Egress()  # the policy of a new slot
 SERVING: Final = b"1"  # the filter's answer to a caller that needs it
@@ -101,26 +99,11 @@ def _start(directory: int, arguments: list[str]) -> bool:
             return False
         with contextlib.suppress(FileNotFoundError):
             os.unlink(_SOCKET, dir_fd=directory)
-        with (
-            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
-            open(
-                os.open("names.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600, dir_fd=directory),
-                "ab",
-            ) as log,
-        ):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(f"/proc/self/fd/{directory}/{_SOCKET}")
             listener.listen(_WAITING)
-            inherited = (lock, listener.fileno())
-            child = subprocess.Popen(
-                [sys.executable, "-m", "coppice.network.nat.names", *arguments, *map(str, inherited)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=inherited,
-            )
-        # The filter may outlive this process; if not, this thread reaps it.
-        threading.Thread(target=child.wait, name="filter of names", daemon=True).start()
+            log = Path(f"/proc/self/fd/{directory}/names.log")
+            start_helper("coppice.network.nat.names", arguments, (lock, listener.fileno()), log)
         return True
     finally:
         os.close(lock)

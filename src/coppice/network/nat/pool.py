@@ -56,7 +56,7 @@ class Pool:
         self.key = key
         self.host = host
         self.root = runtime / key
-        self._resolv_conf = resolv_conf
+        self.resolv_conf = resolv_conf
 
     # ---- who has what ----
 
@@ -207,12 +207,12 @@ class Pool:
         if policy != current:
             netns.inside(slot.namespace, lambda: nft.apply(egress.rules(policy)))
         if policy.names or (policy.mode == "all" and upstream is None):
-            start_names(self.root, self.key, self.host, self._resolv_conf)
+            start_names(self.root, self.key, self.host, self.resolv_conf)
 
     def revive_names(self) -> None:
         """Restart the filter of names if a slot needs it and it was killed."""
         if any(needs_names(file) for file in list((self.root / "egress").glob("[0-9]*"))):
-            start_names(self.root, self.key, self.host, self._resolv_conf)
+            start_names(self.root, self.key, self.host, self.resolv_conf)
 
     def egress(self, slot: Slot, policy: Egress) -> EgressReport:
         """Return what a slot has passed and refused."""
@@ -225,7 +225,7 @@ class Pool:
         """
         file = self.root / "resolver.json"
         try:
-            stamp = self._resolv_conf.stat().st_mtime_ns
+            stamp = self.resolv_conf.stat().st_mtime_ns
         except FileNotFoundError:
             stamp = 0
         with contextlib.suppress(FileNotFoundError):
@@ -233,7 +233,7 @@ class Pool:
             if known["stamp"] == stamp:
                 upstream: str | None = known["upstream"]
                 return upstream
-        found = netns.inside(self.host, lambda: resolver.reachable_by_slots(resolver.servers(self._resolv_conf)))
+        found = netns.inside(self.host, lambda: resolver.reachable_by_slots(resolver.servers(self.resolv_conf)))
         netns.inside(self.host, lambda: nft.apply(rules.resolver(self.key, found)))
         _write(file, {"stamp": stamp, "upstream": found})
         return found

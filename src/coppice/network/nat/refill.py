@@ -1,58 +1,99 @@
-"""Make slots for the next burst while no fork waits for one.
+"""Make slots for the next burst while no fork waits for one, in a process of its own.
 
 Slots are made when fewer than half of the wanted ones are free. A new slot takes more CPU time than all
-else of a fork, and the import of pyroute2 ten times as much: each command that forks would pay for it.
+else of a fork, and the import of pyroute2 ten times as much. A command that forks has ended long before
+that is done, and a process that forks many would do it in place of forks.
+
+The process holds the lock of `refill.lock`. The time of that file's last change is that of the latest
+fork.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
+import contextlib
+import fcntl
+import os
+import sys
 import time
+from pathlib import Path
 from typing import Final
 
+from coppice.network.nat.helper import start_helper
 from coppice.network.nat.pool import Pool
 
-_log = logging.getLogger(__name__)
+_LOCK: Final = "refill.lock"
+_LOG: Final = "refill.log"
 _FEWEST: Final = 8
 _MOST: Final = 64
 _QUIET_S: Final = 0.05  # without a fork before slots are made: both need the same lock of the kernel
 
 
-class Refill:
-    """Makes slots in its own thread, as many as are in use, within bounds."""
+def request(pool: Pool) -> None:
+    """Note that a slot was taken, and have more made if few are free. Blocks for a millisecond at most.
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._lock = threading.Lock()
-        self._asked_at = 0.0
-        self._thread: threading.Thread | None = None
+    :raises OSError: the process cannot be started
+    """
+    with contextlib.suppress(FileNotFoundError):  # the pool was closed meanwhile
+        lock = os.open(pool.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.utime(lock)
+            if _few_are_free(pool) and _take(lock):
+                arguments = [str(pool.root), pool.key, str(pool.host or ""), str(pool.resolv_conf)]
+                start_helper("coppice.network.nat.refill", arguments, (lock,), pool.root / _LOG)
+        finally:
+            os.close(lock)
 
-    def request(self) -> None:
-        """Note that a slot was taken, and make more if few are free.
 
-        The thread ends by itself, and the interpreter waits for its end.
-        """
-        with self._lock:
-            self._asked_at = time.monotonic()
-            if self._thread is None and self._pool.free() * 2 < self._wanted():
-                self._thread = threading.Thread(target=self._run, name="network slots")
-                self._thread.start()
+def is_running(pool: Pool) -> bool:
+    """Return whether slots are being made. Blocks."""
+    try:
+        lock = os.open(pool.root / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _take(lock)
+    finally:
+        os.close(lock)
 
-    def _wanted(self) -> int:
-        return min(_MOST, max(_FEWEST, len(self._pool.used())))
 
-    def _run(self) -> None:
-        while True:
-            # Poll instead of waiting for an event: a fork would have to wake this thread up.
-            while (left := self._asked_at + _QUIET_S - time.monotonic()) > 0:
-                time.sleep(left)
-            begun = self._asked_at
-            try:
-                self._pool.fill(self._wanted(), while_true=lambda: self._asked_at == begun)  # noqa: B023 - called now
-            except Exception as error:  # a fork that finds no slot makes its own and reports errors
-                _log.warning("cannot make network slots in advance: %s", error)
-            with self._lock:
-                if self._asked_at == begun:
-                    self._thread = None
-                    return
+def _few_are_free(pool: Pool) -> bool:
+    used = len(pool.used())
+    return used > 0 and pool.free() * 2 < _wanted(used)
+
+
+def _wanted(used: int) -> int:
+    return min(_MOST, max(_FEWEST, used))
+
+
+def _take(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _fill(pool: Pool, lock: int) -> None:
+    """Make slots until enough are free. Each fork meanwhile begins a new quiet time."""
+    begun = None
+    while begun != os.fstat(lock).st_mtime_ns:
+        # A fork gives no event that this could await. A clock that was set back makes no long pause.
+        while 0 < (left := os.fstat(lock).st_mtime + _QUIET_S - time.time()) <= _QUIET_S:
+            time.sleep(left)
+        begun = os.fstat(lock).st_mtime_ns
+        pool.fill(_wanted(len(pool.used())), while_true=lambda: os.fstat(lock).st_mtime_ns == begun)  # noqa: B023
+
+
+def main(root: str, key: str, host: str, resolv_conf: str, inherited: str) -> None:
+    """Run as the process, whose starter holds the lock."""
+    pool, lock = Pool(key, Path(host) if host else None, Path(root).parent, Path(resolv_conf)), int(inherited)
+    while True:
+        _fill(pool, lock)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        # A fork that found the lock taken just before this relies on this process.
+        if not _few_are_free(pool) or not _take(lock):
+            return
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -14,11 +14,10 @@ from coppice.errors import CoppiceError, HostCannot, InUse
 from coppice.linux import netns, nft
 from coppice.model import ANY_PORT, EgressReport, Instance, Publish
 from coppice.network.mac import mac_address
-from coppice.network.nat import is_wanted, link
+from coppice.network.nat import is_wanted, link, refill
 from coppice.network.nat.addresses import Slot
 from coppice.network.nat.conntrack import count_inbound
 from coppice.network.nat.pool import Pool
-from coppice.network.nat.refill import Refill
 from coppice.network.nat.rights import require_rights
 from coppice.network.ports import pick, require_free
 
@@ -32,7 +31,6 @@ class Slots:
     def __init__(self, pool: Pool, database: Path) -> None:
         self.pool = pool
         self._database = database
-        self._refill = Refill(pool)
 
     def attach(self, instance: Instance) -> Slot:
         """Give an instance a slot with the policy, published ports and guest MAC of its record.
@@ -51,7 +49,10 @@ class Slots:
                 self.pool.unpublish(slot)
                 netns.inside(self.pool.host, lambda: require_free(instance))
                 self._publish(instance, slot, fixed)
-        self._refill.request()
+        try:
+            refill.request(self.pool)
+        except OSError as error:  # a fork that finds no slot makes its own and reports errors
+            _log.warning("cannot make network slots in advance: %s", error)
         return slot
 
     def pick_ports(self, instance: Instance) -> tuple[Publish, ...]:
