@@ -4,8 +4,7 @@ come from `Kind.arguments`.
 For each line `OPERATION STEP` on stdin it forks a host, which has all modules imported. The host
 kills itself at that step, a number or the beginning of a name; with STEP 0 it does not. The lines on stdout are, in this order: the
 host's pid; `begin` when the data directory is open; the name of the step at which it kills itself,
-or its `Measured` record as JSON when the operation has ended; and `ended STATUS`. A process that the
-host has started in its last step is stopped: `stopped PID`. The host is
+or its `Measured` record as JSON when the operation has ended; and `ended STATUS`. The host is
 reaped at the next line on stdin, so until then no other process has its pid.
 """
 

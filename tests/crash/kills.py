@@ -118,10 +118,6 @@ class HostProcesses:
         said = [await self._line()]
         while not said[-1].startswith("ended "):
             said.append(await self._line())
-        for line in [each for each in said if each.startswith("stopped ")]:
-            said.remove(line)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(line.split()[1]), signal.SIGCONT)
         return int(said.pop().split()[1]), said
 
     async def _line(self) -> str:

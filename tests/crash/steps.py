@@ -32,6 +32,10 @@ _VARIABLE = re.compile(
 )  # ids, temporary names, ports, descriptors
 
 
+_AFTER_ITS_PARENT = 'while read -r _ _ _ parent _ </proc/$$/stat; [ "$parent" = "$0" ]; do sleep 0.01; done; exec "$@"'
+"""A program that the host starts in its last step begins when the host is dead, so it can ask for nothing before."""
+
+
 class Measured(Record, frozen=True, kw_only=True):
     """An operation that was not killed: its steps, and its duration without opening and closing
     the host.
@@ -70,8 +74,12 @@ class Steps:
             steps.step(f"committed {what}")
 
         def counted_popen(process: subprocess.Popen[Any], argv: list[str], *args: Any, **kwargs: Any) -> None:
+            name = f"started {_program(argv)}"
+            if steps.kills_at(name):
+                kwargs["executable"] = "/bin/sh"
+                argv = ["sh", "-c", _AFTER_ITS_PARENT, str(os.getpid()), *argv]
             popen(process, argv, *args, **kwargs)
-            steps.step(f"started {_program(argv)}", process.pid)
+            steps.step(name)
 
         def counted_ptrace(request: int, *args: Any) -> None:
             ptrace(request, *args)
@@ -98,22 +106,19 @@ class Steps:
         """Stop counting."""
         self._armed = False
 
-    def step(self, name: str, child: int | None = None) -> None:
-        """Record a step.
+    def kills_at(self, name: str) -> bool:
+        """Return whether the process dies at a step of this name, whatever its number."""
+        return self._armed and isinstance(self._deadly, str) and name.startswith(self._deadly)
 
-        :param child: a process that has just started. It stands still until this process has died, so
-            that it has not yet asked to end with it. The order to go on is `HostProcesses.end`'s.
-        """
+    def step(self, name: str) -> None:
+        """Record a step."""
         if not self._armed:
             return
         with self._counting:
             self.names.append(name)
-            if name.startswith(self._deadly) if isinstance(self._deadly, str) else len(self.names) == self._deadly:
-                self.disarm()  # the signals are no steps
-                if child is not None:
-                    os.kill(child, signal.SIGSTOP)
-                    self._say(f"stopped {child}")
+            if self.kills_at(name) or len(self.names) == self._deadly:
                 self._say(name)
+                self.disarm()  # the SIGKILL is not a step
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
