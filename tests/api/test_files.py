@@ -276,7 +276,7 @@ async def test_a_server_without_disk_space_refuses_at_once(
     def full(*_: object) -> None:
         raise NoSpace("the server has no disk space for this file")
 
-    monkeypatch.setattr(copies, "_require_space", full)
+    monkeypatch.setattr(copies, "require_space", full)
     with (tmp_path / "big").open("wb") as file:
         file.truncate(1 << 40)
     async with connect_async(socket_address) as host, asyncio.timeout(DEADLINE_S):

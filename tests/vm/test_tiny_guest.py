@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -41,8 +42,8 @@ HAS_FIRECRACKER = pytest.mark.skipif(not os.environ.get("COPPICE_FIRECRACKER"), 
 async def bench(request: pytest.FixtureRequest, common_home: Path, tmp_path: Path) -> AsyncIterator[Bench]:
     """Machines of this guest, on the data directory's file system."""
     make: Callable[[], VmmDriver] = request.param
-    instances = common_home / "contract" / tmp_path.name
-    instances.mkdir(parents=True)
+    (common_home / "contract").mkdir(exist_ok=True)
+    instances = Path(tempfile.mkdtemp(dir=common_home / "contract"))  # all processes of the tests have that home
     kernel, rest = tmp_path / "tiny", tmp_path / "rest"
     command = ["gcc", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", f"-Wl,-Tdata={COUNT:#x},-e,start"]
     subprocess.run([*command, "-o", kernel, SOURCE], check=True, timeout=60)  # noqa: ASYNC221 - before all machines

@@ -21,7 +21,7 @@ FICLONE = 0x40049409  # _IOW(0x94, 9, int), linux/fs.h; the same on x86_64 and a
 _CHUNK = 1 << 20
 _KERNEL_CHUNK = 64 << 20  # one call cannot be interrupted
 _ZEROS = bytes(4096)
-_without_reflinks: set[int] = set()  # devices of file systems that were found to have none; that never changes
+_without_reflinks: set[tuple[int, int]] = set()  # file systems that were found to have none; that never changes
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ETXTBSY})
 
 
@@ -65,7 +65,7 @@ def reflink_file(source: Path, destination: Path, *, mode: int = 0o600) -> bool:
     Raises NoSpace, IntegrityError (no such source) or HostCannot.
     """
     with os_errors(f"look at {destination.parent}"):
-        if os.stat(destination.parent).st_dev in _without_reflinks:  # noqa: PTH116 - a fork does this many times
+        if _file_system(destination.parent) in _without_reflinks:
             return False
     with _replacing(source, destination) as (src, dst, temporary):
         if done := _reflink(src, dst):
@@ -120,15 +120,20 @@ def _clone_contents(src: int, dst: int, *, reflink: bool) -> CloneResult:
     return CloneResult(_copy_sparse(src, dst, in_kernel=reflink), "sparse", 0)
 
 
+def _file_system(place: int | Path) -> tuple[int, int]:
+    """Return what tells a file system from others, also from one that is mounted later from the same device."""
+    return os.stat(place).st_dev, os.statvfs(place).f_fsid  # noqa: PTH116 - of a descriptor too, and for each fork
+
+
 def _reflink(src: int, dst: int) -> bool:
-    device = os.fstat(dst).st_dev
-    if device in _without_reflinks:
+    file_system = _file_system(dst)
+    if file_system in _without_reflinks:
         return False
     try:
         fcntl.ioctl(dst, FICLONE, src)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
-            _without_reflinks.add(device)
+            _without_reflinks.add(file_system)
         # EXDEV: another file system; EOPNOTSUPP/ENOTTY/EINVAL: no reflinks here; ETXTBSY: a swap
         # file.
         if error.errno in _NO_KERNEL_COPY | {errno.ENOTTY}:

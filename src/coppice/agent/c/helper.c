@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -46,6 +47,15 @@ ssize_t helper_read(void *data, size_t size)
     while (!cancelled && (n = read(INPUT, data, size)) < 0 && errno == EINTR) {
     }
     return cancelled ? -1 : n;
+}
+
+/* A signal that comes just before a call does not wake it. The agent then closes the output too. */
+bool helper_wait(int fd)
+{
+    struct pollfd watched[] = {{.fd = fd, .events = POLLIN}, {.fd = OUTPUT}};
+    while (!cancelled && poll(watched, 2, -1) < 0 && errno == EINTR) {
+    }
+    return !cancelled && !watched[1].revents;
 }
 
 static _Noreturn void finish(uint8_t type, const struct reply *r)

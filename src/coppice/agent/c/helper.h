@@ -12,6 +12,7 @@
 void helper_begin(int in, int out, int reply);  /* these are its only descriptors, and the console */
 bool helper_put(const void *data, size_t size); /* false: the host is gone */
 ssize_t helper_read(void *data, size_t size);   /* 0: the end of the data; -1: there is no end, since the host is gone */
+bool helper_wait(int fd); /* until it can be read; false: the request was cancelled */
 void helper_ok(const struct reply *r) __attribute__((noreturn));
 void helper_fail(int error, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
 void helper_fail_at(int error, const char *path) __attribute__((noreturn));

@@ -208,7 +208,7 @@ void file_watch(const struct frame *f)
     record_flush();
     static char buffer[65536] __attribute__((aligned(8)));
     ssize_t size;
-    while ((size = read(w.inotify, buffer, sizeof buffer)) > 0) {
+    while (helper_wait(w.inotify) && (size = read(w.inotify, buffer, sizeof buffer)) > 0) {
         for (char *at = buffer; at < buffer + size;) {
             const struct inotify_event *e = (const struct inotify_event *)at;
             take(&w, e);
