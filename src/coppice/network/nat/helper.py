@@ -18,7 +18,7 @@ def start_helper(module: str, arguments: Sequence[str], inherited: Sequence[int]
     """
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments, *map(str, inherited)],
+            [sys.executable, "-P", "-m", module, *arguments, *map(str, inherited)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
