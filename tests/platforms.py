@@ -30,8 +30,11 @@ class Platform:
     kernel: Path | None = None  # None means Debian's
 
     def host(self, home: Path) -> AsyncHost:
-        """Return an unopened host whose new machines use this platform."""
-        return AsyncHost(home, accel=self.accel)
+        """Return an unopened host whose new machines use this platform.
+
+        It starts nothing ahead, so that a test knows each machine.
+        """
+        return AsyncHost(home, accel=self.accel, spares=0)
 
     def place_kernel(self, kernels: Path) -> None:
         """Put this platform's kernel in place of Debian's as the default, if it is another one."""

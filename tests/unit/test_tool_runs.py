@@ -214,13 +214,13 @@ async def test_a_tool_ends_with_a_killed_host(anyones_path: Path, how: str, grac
 
 
 def test_there_is_one_way_to_run_a_tool() -> None:
-    """A program started in another way would have no deadline. VMMs, their helpers and
-    the DNS filter are services, which outlive their host. The QEMU that works on disks is asked over
-    its control protocol, with a deadline for each answer, and ends with this process.
+    """A program started in another way would have no deadline. VMMs, their helpers, the filter of names
+    and the maker of network slots are services, which outlive their host. The QEMU that works on disks
+    is asked over its control protocol, with a deadline for each answer, and ends with this process.
     """
     starts = re.compile(
         r"subprocess\.(run|Popen|call|check_\w+)\(|create_subprocess_\w+\(|os\.(system|popen|spawn\w+)\("
     )
     found = {str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.py") if starts.search(path.read_text())}
-    services = {"vmm/process.py", "vmm/program.py", "vmm/starting.py", "vmm/helpers.py", "network/nat/filtering.py"}
+    services = {"vmm/process.py", "vmm/program.py", "vmm/starting.py", "vmm/helpers.py", "network/nat/helper.py"}
     assert found - {"linux/tool.py", "vmm/qemu/images.py"} - services == set()
