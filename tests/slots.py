@@ -15,8 +15,9 @@ from coppice.host.opened import RoomsOpener, default_rooms
 from coppice.linux import netns, nft
 from coppice.machine.rooms import Deadlines, Rooms
 from coppice.network import Networks
-from coppice.network.nat import key_of
+from coppice.network.nat import key_of, refill
 from coppice.network.nat.addresses import GATEWAY4, prefix
+from coppice.network.nat.helper import take
 from coppice.network.nat.pool import Pool
 from coppice.network.nat.provider import NatNetwork
 from coppice.network.unconnected import Unconnected
@@ -36,6 +37,15 @@ def rooms_with_slots(home: Path, namespace: Path | None, runtime: Path) -> Rooms
         return msgspec.structs.replace(rooms, networks=Networks([slots, Unconnected()]))
 
     return open_rooms
+
+
+def refilling(pool: Pool) -> bool:
+    """Return whether slots are being made."""
+    try:
+        with (pool.root / refill.LOCK).open() as lock:
+            return not take(lock.fileno())
+    except FileNotFoundError:
+        return False
 
 
 def leftovers(key: str, world: World) -> list[str]:

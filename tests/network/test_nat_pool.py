@@ -21,12 +21,12 @@ import pytest
 from coppice.linux import nft
 from coppice.model import Instance, Publish
 from coppice.names import new_id
-from coppice.network.nat import key_of, link, refill
+from coppice.network.nat import key_of, link
 from coppice.network.nat.addresses import Slot
 from coppice.network.nat.pool import Pool
 from coppice.network.nat.provider import NatNetwork
 from fakes.records import MACHINE, make_instance
-from slots import leftovers
+from slots import leftovers, refilling
 from worlds import World
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ async def test_more_slots_are_made_when_few_are_free(world: World, provider: Nat
     for fork in forks[:4]:
         await provider.attach(fork)
     assert pool.free() == 4
-    assert not refill.is_running(pool)
+    assert not refilling(pool)
     await provider.attach(forks[4])
     async with asyncio.timeout(30):
         while pool.free() < 8:  # noqa: ASYNC110 - a process makes them
@@ -115,7 +115,7 @@ async def test_slots_are_made_after_a_command_has_ended(provider: NatNetwork) ->
         ]
         await asyncio.to_thread(subprocess.run, [*words, fork], timeout=60, check=True)
         async with asyncio.timeout(60):
-            while refill.is_running(pool):  # noqa: ASYNC110 - another process
+            while refilling(pool):  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.02)
         assert pool.free() * 2 >= 8
     for each in (first, *forks):

@@ -56,7 +56,7 @@ class Option:
 class Values:
     """A value with named fields: the annotated attributes of a subclass, with their defaults.
 
-    A dataclass would do, but Python compiles the methods of each one anew in every process.
+    It is no dataclass, because Python would compile its methods in every process that starts.
     """
 
     def __init__(self, **values: Any) -> None:

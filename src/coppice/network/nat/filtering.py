@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -17,7 +16,7 @@ from typing import Final
 import msgspec
 
 from coppice.model import Egress
-from coppice.network.nat.helper import start_helper
+from coppice.network.nat.helper import start_helper, take
 
 DEFAULT: Final = Egress()  # the policy of a new slot
 SERVING: Final = b"1"  # the filter's answer to a caller that needs it
@@ -93,9 +92,7 @@ def _start(directory: int, arguments: list[str]) -> bool:
     """
     lock = os.open("names.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take(lock):
             return False
         with contextlib.suppress(FileNotFoundError):
             os.unlink(_SOCKET, dir_fd=directory)

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Final
 
-from coppice.network.nat.helper import start_helper
+from coppice.network.nat.helper import start_helper, take
 from coppice.network.nat.pool import Pool
 
-_LOCK: Final = "refill.lock"
+LOCK: Final = "refill.lock"
 _LOG: Final = "refill.log"
 _FEWEST: Final = 8
 _MOST: Final = 64
@@ -34,26 +34,14 @@ def request(pool: Pool) -> None:
     :raises OSError: the process cannot be started
     """
     with contextlib.suppress(FileNotFoundError):  # the pool was closed meanwhile
-        lock = os.open(pool.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(pool.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.utime(lock)
-            if _few_are_free(pool) and _take(lock):
+            if _few_are_free(pool) and take(lock):
                 arguments = [str(pool.root), pool.key, str(pool.host or ""), str(pool.resolv_conf)]
                 start_helper("coppice.network.nat.refill", arguments, (lock,), pool.root / _LOG)
         finally:
             os.close(lock)
-
-
-def is_running(pool: Pool) -> bool:
-    """Return whether slots are being made. Blocks."""
-    try:
-        lock = os.open(pool.root / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        return not _take(lock)
-    finally:
-        os.close(lock)
 
 
 def _few_are_free(pool: Pool) -> bool:
@@ -63,14 +51,6 @@ def _few_are_free(pool: Pool) -> bool:
 
 def _wanted(used: int) -> int:
     return min(_MOST, max(_FEWEST, used))
-
-
-def _take(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _fill(pool: Pool, lock: int) -> None:
@@ -91,7 +71,7 @@ def main(root: str, key: str, host: str, resolv_conf: str, inherited: str) -> No
         _fill(pool, lock)
         fcntl.flock(lock, fcntl.LOCK_UN)
         # A fork that found the lock taken just before this relies on this process.
-        if not _few_are_free(pool) or not _take(lock):
+        if not _few_are_free(pool) or not take(lock):
             return
 
 
