@@ -68,9 +68,7 @@ def _route(kind: type[FanOut], source: str, resolve: _Resolve) -> HTTPRouteHandl
         prefer: str,
         idempotency: str | None,  # noqa: ARG001 - of the API document; the authentication reads it
     ) -> Response[Any]:
-        found = await resolve(await server.host(caller), key)
-        given: dict[str, Any] = {name: getattr(data, name) for name in data.__struct_fields__}
-        given[source] = found
+        given = msgspec.structs.asdict(data) | {source: await resolve(await server.host(caller), key)}
         operation = await server.begin(caller, kind(**given))
         return await answer(request, operation, accept, prefer)
 
