@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from coppice import stopping
 
@@ -28,39 +28,104 @@ class QuickCalls:
 
 _QUICK_THREADS = 4
 _LONG_THREADS = min(32, (os.cpu_count() or 1) + 4)
-_pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bool, ThreadPoolExecutor]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
-def submit(work: Callable[[], T], *, quick: bool = False) -> Future[T]:
+class Work(Generic[T]):
+    """Blocking work in a thread for the running loop. All but `carry_out` belongs to the loop's own thread.
+
+    `concurrent.futures` does the same for twice the CPU time, and each operation has several such works.
+    """
+
+    def __init__(self, call: Callable[[], T], ended: Callable[[], None] = lambda: None) -> None:
+        """`ended` is called in the loop at the end of the work."""
+        self._call = call
+        self._ended = ended
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._value: T
+        self.done = False
+        self.error: BaseException | None = None
+
+    def carry_out(self) -> None:
+        """Do the work, in the thread."""
+        try:
+            self._value = self._call()
+        except BaseException as error:
+            self.error = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any longer
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self.done = True
+        self._ended()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Wait once for the end. A cancellation ends the wait, not the work."""
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+    def result(self) -> T:
+        """Return the result of work that is done, or raise its error."""
+        if self.error is not None:
+            raise self.error
+        return self._value
+
+
+class _Threads:
+    """Threads that carry out the work of one loop, in order. They end with the loop."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        self._name = name
+        self._started = self._busy = 0
+        self._queue: queue.SimpleQueue[Work[Any] | None] = queue.SimpleQueue()
+
+    def submit(self, call: Callable[[], T]) -> Work[T]:
+        work = Work(call, self._freed)
+        self._busy += 1
+        if self._started < min(self._busy, self._most):
+            self._started += 1
+            threading.Thread(target=_serve, args=(self._queue,), name=f"{self._name}_{self._started}", daemon=True).start()
+        self._queue.put(work)
+        return work
+
+    def _freed(self) -> None:
+        self._busy -= 1
+
+    def __del__(self) -> None:
+        for _ in range(self._started):
+            self._queue.put(None)
+
+
+def _serve(works: queue.SimpleQueue[Work[Any] | None]) -> None:
+    while (work := works.get()) is not None:
+        work.carry_out()
+        del work  # it refers to the loop, with which this thread ends
+
+
+_threads: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[_Threads, _Threads]] = weakref.WeakKeyDictionary()
+
+
+def submit(call: Callable[[], T], *, quick: bool = False) -> Work[T]:
     """Start blocking work in a thread of the running loop.
 
     :param quick: the work blocks for milliseconds; other threads are reserved for such work
     """
     loop = asyncio.get_running_loop()
-    pools = _pools.get(loop)
-    if pools is None:
-        pools = _pools[loop] = {
-            False: ThreadPoolExecutor(_LONG_THREADS, "coppice"),
-            True: ThreadPoolExecutor(_QUICK_THREADS, "coppice-quick"),
-        }
-    return pools[quick].submit(work)
+    threads = _threads.get(loop)
+    if threads is None:
+        threads = _threads[loop] = _Threads(_LONG_THREADS, "coppice"), _Threads(_QUICK_THREADS, "coppice-quick")
+    return threads[quick].submit(call)
 
 
-async def ended(work: Future[T], *, on_cancel: Callable[[], None] = lambda: None) -> T:
-    """Await the end of work in a thread, as `complete` does; return its result.
-
-    `asyncio.wrap_future`, a task and a shield would do the same in five turns of the loop instead
-    of two. Each operation has many such waits.
-    """
-    loop = asyncio.get_running_loop()
+async def ended(work: Work[T], *, on_cancel: Callable[[], None] = lambda: None) -> T:
+    """Await the end of work in a thread, as `complete` does; return its result."""
     cancelled: asyncio.CancelledError | None = None
-    while not work.done():  # asked each time: a caller that is cancelled in each turn of the loop sees no waiter end
-        waiter: asyncio.Future[None] = loop.create_future()
-        work.add_done_callback(partial(_wake, loop, waiter))
+    while not work.done:  # asked each time: a caller that is cancelled in each turn of the loop sees no wait end
         try:
-            await waiter
+            await work.wait()
         except asyncio.CancelledError as error:
             cancelled = error
             on_cancel()
@@ -70,16 +135,6 @@ async def ended(work: Future[T], *, on_cancel: Callable[[], None] = lambda: None
         return work.result()
     finally:
         del work, cancelled  # the error's traceback would refer to this frame, and the frame to the error
-
-
-def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], _: object) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any longer
-        loop.call_soon_threadsafe(_settle, waiter)
-
-
-def _settle(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -100,9 +155,8 @@ async def in_own_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     The loop has few threads, and all operations need them: a few builds would block the rest.
     """
     stop = threading.Event()
-    executor = ThreadPoolExecutor(1, "coppice-work")
-    work = executor.submit(partial(stopping.run, stop, function, *args, **kwargs))
-    executor.shutdown(wait=False)  # accept nothing further; the thread exits after this call
+    work = Work(partial(stopping.run, stop, function, *args, **kwargs))
+    threading.Thread(target=work.carry_out, name="coppice-work", daemon=True).start()
     return await ended(work, on_cancel=stop.set)
 
 

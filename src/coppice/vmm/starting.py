@@ -170,7 +170,7 @@ async def start_in_thread(start: Callable[P, VmmProcess], *args: P.args, **kwarg
     try:
         return await ended(starting)
     except asyncio.CancelledError:
-        if starting.exception() is None:
+        if starting.error is None:
             await complete(kill(starting.result()))
         raise
 
