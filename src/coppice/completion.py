@@ -87,7 +87,9 @@ class _Threads:
         self._busy += 1
         if self._started < min(self._busy, self._most):
             self._started += 1
-            threading.Thread(target=_serve, args=(self._queue,), name=f"{self._name}_{self._started}", daemon=True).start()
+            threading.Thread(
+                target=_serve, args=(self._queue,), name=f"{self._name}_{self._started}", daemon=True
+            ).start()
         self._queue.put(work)
         return work
 

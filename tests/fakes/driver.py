@@ -178,7 +178,7 @@ class FakeDriver(VmmDriver):
         for listener in listeners:
             listener.setblocking(False)
         try:
-            process = await starting.start_in_thread(self._spawn, launch, kind, memory)
+            process = await starting.start_in_thread(launch, self._spawn, kind, memory)
             if paused:  # before the guest can answer
                 await complete(self._order(process, signal.SIGUSR1))
         except BaseException:

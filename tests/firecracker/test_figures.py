@@ -84,7 +84,7 @@ async def test_the_steps_of_a_restore(host: AsyncHost, small: Instance) -> None:
         assert record.capture is not None
         launch = await activate.launch(rooms, msgspec.structs.replace(record, manifest=record.capture.manifest))
         begin, begin_cpu = time.perf_counter(), time.process_time()
-        process = await asyncio.to_thread(driver.start, firecracker_host.program(), launch)
+        process = await asyncio.to_thread(driver.start, launch, firecracker_host.program())
         spawned = time.perf_counter()
         spent.append((time.process_time() - begin_cpu) * 1000)
         release = firecracker_host.release(launch.manifest.vmm_version)

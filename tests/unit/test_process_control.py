@@ -12,15 +12,16 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from coppice.errors import HostCannot
-from coppice.model import VmmProcess
+from coppice.errors import HostCannot, NotFound
+from coppice.model import MIB, MachineSpec, Manifest, VmmProcess
 from coppice.vmm import process as process_control
+from coppice.vmm.driver import Launch, unrecorded
 from coppice.vmm.launcher import PROGRAM as LAUNCHER
 from coppice.vmm.process import (
     by_working_directory,
@@ -339,6 +340,36 @@ def test_a_launcher_is_found_by_its_target_program(tmp_path: Path, argv: list[st
             process.kill()
 
 
+def launch_in(directory: Path, record: Callable[[VmmProcess], None] = unrecorded) -> Launch:
+    machine = MachineSpec(memory_bytes=MIB, cpus=1, kernel="k", network="none")
+    manifest = Manifest(
+        driver="sleeper",
+        vmm_version="1",
+        machine="m",
+        accel="none",
+        cpu_model="none",
+        cpu_flags="",
+        kernel="k",
+        memory_bytes=MIB,
+        cpus=1,
+    )
+    return Launch(directory=directory, machine=machine, disks=(), manifest=manifest, record=record)
+
+
+async def test_a_process_that_cannot_be_recorded_is_ended(tmp_path: Path) -> None:
+    """A removed machine has no process."""
+    recorded: list[VmmProcess] = []
+
+    def record(process: VmmProcess) -> None:
+        assert is_alive(process)
+        recorded.append(process)
+        raise NotFound("the machine is gone", hint="see `coppice ls`")
+
+    with pytest.raises(NotFound):
+        await start_in_thread(launch_in(tmp_path, record), lambda launch: sleeper(launch.directory))
+    assert not is_alive(recorded[0])
+
+
 async def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
     """A start runs in a thread that cannot be cancelled: its process is ended before the
     cancellation is raised.
@@ -346,12 +377,12 @@ async def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
     started: list[VmmProcess] = []
     loop = asyncio.get_running_loop()
 
-    def start() -> VmmProcess:
+    def start(_: Launch) -> VmmProcess:
         loop.call_soon_threadsafe(task.cancel)
         started.append(sleeper(tmp_path))
         return started[0]
 
-    task = asyncio.create_task(start_in_thread(start))
+    task = asyncio.create_task(start_in_thread(launch_in(tmp_path), start))
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not is_alive(started[0])

@@ -23,7 +23,18 @@ from coppice.linux.files import untranslated
 from coppice.machine import activate, destroy, limits
 from coppice.machine import directory as directories
 from coppice.machine.rooms import Rooms
-from coppice.model import ForkReport, ForkResult, Instance, Limits, Progress, ProgressSink, Snapshot, State
+from coppice.model import (
+    ForkReport,
+    ForkResult,
+    Instance,
+    Limits,
+    MemoryReport,
+    Progress,
+    ProgressSink,
+    Sharing,
+    Snapshot,
+    State,
+)
 from coppice.requests import FanOut
 from coppice.state import locks
 from coppice.state.journal import JournalOperation
@@ -186,33 +197,42 @@ async def _grow(
     :param done: also end the child's operation in the journal
     """
     stages, target = Stages(), request.target
-    memory = None
+    memory: MemoryReport | None = None
+    sharing: Sharing | None = None
+
+    def files() -> tuple[directories.Placed, Instance, activate.Ready | None]:
+        rooms.store.require(child)  # another process may have removed it before it was locked
+        placed = adopt(rooms, spare, source) if spare else place(rooms, origin, source, child, target)
+        own = msgspec.structs.replace(child, capture=placed.capture, disk_layers=placed.disk_layers)
+        starts = target is State.RUNNING and spare is None and own.capture is not None
+        return placed, own, activate.check(rooms, own) if starts else None
+
+    def verify(child: Instance) -> None:
+        nonlocal memory, sharing
+        with stages.stage("verify"):
+            memory = activate.memory_of(rooms, child) if request.measure else None
+            sharing = memory.sharing if memory else activate.verified_sharing(rooms, child)
+
     try:
         async with slots:
             with stages.stage("place"):
-                if spare is None:
-                    placed = await in_thread(place, rooms, origin, source, child, target, recorded=True)
-                else:
-                    placed = await in_thread(adopt, rooms, spare, source, child)
-                    if placed.capture is not None and placed.capture.copied:
-                        # The spare's VMM has mapped the source's mem-file, and a capture needs the
-                        # child's own.
-                        await rooms.driver(child).quit(rooms.directory(child.id), spare.process)
-                        spare = None
-            child = msgspec.structs.replace(child, capture=placed.capture, disk_layers=placed.disk_layers)
-            copied = child.capture.copied if child.capture else None
+                placed, child, checked = await in_thread(files)
+                copied = child.capture.copied if child.capture else None
+                if spare is not None and copied:
+                    # The spare's VMM has mapped the source's mem-file, and a capture needs the child's own.
+                    await rooms.driver(child).quit(rooms.directory(child.id), spare.process)
+                    spare = None
             if copied:
                 _log.warning("%s: the memory was copied, not linked: %s", child.name, copied.reason)
             sharing = directories.sharing_of(child.capture)
             if target is State.RUNNING:
                 if child.capture is not None:
                     started = spare.process if spare else None
-                    child = await activate.restore(rooms, child, stages, payload, done=done, started=started)
+                    child = await activate.restore(
+                        rooms, child, stages, payload, done=done, checked=checked, started=started, also=verify
+                    )
                 else:
-                    child = await activate.boot(rooms, child, stages, payload, done=done)
-                with stages.stage("verify"):
-                    memory = await activate.measure_memory(rooms, child) if request.measure else None
-                    sharing = memory.sharing if memory else await activate.verify_sharing(rooms, child)
+                    child = await activate.boot(rooms, child, stages, payload, done=done, also=verify)
         if target is not State.RUNNING:
             child = msgspec.structs.replace(child, state=target)
             with stages.stage("record"):

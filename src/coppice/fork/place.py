@@ -10,21 +10,15 @@ from coppice.machine.rooms import Rooms
 from coppice.model import Instance, State
 
 
-def place(
-    rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State, *, recorded: bool = False
-) -> directories.Placed:
+def place(rooms: Rooms, origin: Path, source: Instance, child: Instance, target: State) -> directories.Placed:
     """Make the directory of a child of `source`, whose files are in `origin`: links and clones.
 
     The child gets the memory only if `target` needs it (see `takes_memory`). The contents of one that is not started
     are durable on return, but not the name of its directory: its record can become durable at any moment.
 
-    :param recorded: check that the child is still recorded: another process may have removed it before it was locked
-    :raises NotFound: it is not
     :raises IntegrityError: the source's files have changed since the capture
     :raises NoSpace: the disk is full
     """
-    if recorded:
-        rooms.store.require(child)
     directory = rooms.directory(child.id)
     with_memory = takes_memory(source, target)
     if with_memory:

@@ -98,13 +98,11 @@ async def prepare(rooms: Rooms, source: Instance) -> Spare:
     )
 
 
-def adopt(rooms: Rooms, spare: Spare, source: Instance, child: Instance) -> directories.Placed:
+def adopt(rooms: Rooms, spare: Spare, source: Instance) -> directories.Placed:
     """Give a spare its links to the memory, which completes the directory of a fork. Blocks.
 
-    :raises NotFound: the fork is no longer recorded
     :raises IntegrityError: the source's files have changed since the capture
     """
-    rooms.store.require(child)  # another process may have removed it before it was locked
     origin = rooms.directory(source.id)
     directories.require_current(origin, source)
     if source.capture is None:

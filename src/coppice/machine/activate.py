@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
@@ -90,12 +90,19 @@ async def own_disk(rooms: Rooms, instance: Instance) -> Instance:
 
 
 async def boot(
-    rooms: Rooms, instance: Instance, stages: Stages, payload: bytes | None = None, *, done: bool = True
+    rooms: Rooms,
+    instance: Instance,
+    stages: Stages,
+    payload: bytes | None = None,
+    *,
+    done: bool = True,
+    also: Callable[[Instance], None] | None = None,
 ) -> Instance:
     """Start a machine from its disks and a kernel; return the Running record, saved.
 
     :param payload: sent with the identity message
     :param done: also end the instance's operation in the journal
+    :param also: called with that record, in the thread that has saved it
     :raises VmmDied: the machine ended before it answered
     :raises GuestTimeout: the guest did not answer in time
     """
@@ -112,7 +119,7 @@ async def boot(
         await in_thread(directories.clear_runtime, directory)
         await in_thread(directories.place_kernel, directory, kernel.boot_image, initrd)
     instance = msgspec.structs.replace(instance, manifest=manifest, capture=None, process_end=None)
-    return await _run(rooms, instance, stages, payload, booted=True, done=done)
+    return await _run(rooms, instance, stages, payload, booted=True, done=done, also=also)
 
 
 async def restore(
@@ -122,12 +129,16 @@ async def restore(
     payload: bytes | None = None,
     *,
     done: bool = True,
+    checked: Ready | None = None,
     started: VmmProcess | None = None,
+    also: Callable[[Instance], None] | None = None,
 ) -> Instance:
     """Start a machine from its captured memory; return the Running record, saved.
 
     :param payload: as for `boot`
     :param done: as for `boot`
+    :param checked: what `check` returned, if it was called
+    :param also: as for `boot`
     :param started: a paused VMM that has loaded the state already (see `coppice.fork.spare`)
     :raises IntegrityError: the capture was changed, or was made on a different host or VMM
     :raises VmmDied: the state could not be loaded
@@ -136,7 +147,9 @@ async def restore(
     if instance.capture is None:
         raise IntegrityError(f"{instance.name} has no captured memory", hint=_DISK_ALONE)
     instance = msgspec.structs.replace(instance, manifest=instance.capture.manifest)
-    return await _run(rooms, instance, stages, payload, booted=False, done=done, started=started)
+    return await _run(
+        rooms, instance, stages, payload, booted=False, done=done, checked=checked, started=started, also=also
+    )
 
 
 async def require_restorable(rooms: Rooms, instance: Instance, capture: Capture) -> None:
@@ -154,12 +167,20 @@ async def require_restorable(rooms: Rooms, instance: Instance, capture: Capture)
         )
 
 
-async def launch(rooms: Rooms, instance: Instance) -> Launch:
+class Ready(NamedTuple):
+    """What `check` has found and made."""
+
+    layers: tuple[Layer, ...] = ()
+    cgroup: Path | None = None
+
+
+async def launch(rooms: Rooms, instance: Instance, checked: Ready | None = None) -> Launch:
     """Make an instance ready to start: check its capture, attach its network, make its control
     group if it has limits. Return the parameters to start its VMM with.
 
     The code that ends the VMM also detaches the network and removes the group.
 
+    :param checked: what `check` returned, if it was called
     :raises IntegrityError: the capture was changed, or was made on a different host or VMM
     :raises InUse: another program uses a port that the instance publishes
     :raises HostCannot: the network cannot be attached, or a limit be enforced, on this host
@@ -169,21 +190,26 @@ async def launch(rooms: Rooms, instance: Instance) -> Launch:
         raise AssertionError("a machine is started with its manifest")
     if instance.capture is not None:
         await require_restorable(rooms, instance, instance.capture)
-    layers, cgroup = await in_thread(_ready_to_start, rooms, instance)
+    if checked is None:
+        checked = await in_thread(check, rooms, instance)
     return Launch(
         directory=rooms.directory(instance.id),
         machine=instance.machine,
         disks=directories.disks(instance.machine, instance.disk_layers),
         nics=await rooms.networks.attach(instance, rooms.driver(instance).capabilities.nic_backends),
         manifest=manifest,
-        layers=layers,
+        layers=checked.layers,
         user=instance.vmm_user,
-        cgroup=cgroup,
+        cgroup=checked.cgroup,
     )
 
 
-def _ready_to_start(rooms: Rooms, instance: Instance) -> tuple[tuple[Layer, ...], Path | None]:
-    """Do the blocking work of `launch`, in one call. Place the kernel stubs that a restore needs."""
+def check(rooms: Rooms, instance: Instance) -> Ready:
+    """Check a capture before a start, place the kernel stubs that a restore needs, and make the control group. Blocks.
+
+    :raises IntegrityError: the capture was changed
+    :raises HostCannot: a limit cannot be enforced on this host
+    """
     directory, capture = rooms.directory(instance.id), instance.capture
     layers: tuple[Layer, ...] = ()
     if capture is not None:
@@ -192,7 +218,7 @@ def _ready_to_start(rooms: Rooms, instance: Instance) -> tuple[tuple[Layer, ...]
         directories.place_kernel(directory, *rooms.kernels.stub(instance.machine.kernel))
         layers = ranges_over(directory / files.MEMORY, capture.layers) if capture.layers else ()
     directories.trim_logs(directory)
-    return layers, limits.prepare(instance, directory)
+    return Ready(layers, limits.prepare(instance, directory))
 
 
 async def _run(
@@ -203,32 +229,46 @@ async def _run(
     *,
     booted: bool,
     done: bool,
+    checked: Ready | None = None,
     started: VmmProcess | None = None,
+    also: Callable[[Instance], None] | None = None,
 ) -> Instance:
     directory, driver = rooms.directory(instance.id), rooms.driver(instance)
     process = started
     prepared = None
     if process is None:
         with stages.stage("check"):
-            prepared = await launch(rooms, instance)
+            prepared = await launch(rooms, instance, checked)
     console_from = console.size(directory)  # before the guest writes to it
     known_as = instance  # the record that remains if the start fails (a new instance is then removed)
+
+    def begun(process: VmmProcess) -> None:
+        nonlocal instance
+        instance = msgspec.structs.replace(
+            instance,
+            state=State.INITIALIZING,
+            vmm=process,
+            started_at=time.time(),
+            console_from=console_from,
+            exit_reason=None,
+        )
+        rooms.store.save(instance)
+
+    def answered() -> None:
+        with stages.stage("record"):
+            rooms.store.save(instance, done=done)
+        if also is not None:
+            also(instance)
+
     try:
         with stages.stage("start"):
-            if prepared is None:
+            if started is not None:
                 await rooms.networks.of(instance.machine).permit(instance)  # it was attached as its template
                 await driver.resume(directory)
-            else:
+                await in_thread(begun, started)
+            elif prepared is not None:
+                prepared = msgspec.structs.replace(prepared, record=begun)
                 process = await (driver.boot if booted else driver.restore)(prepared)
-            instance = msgspec.structs.replace(
-                instance,
-                state=State.INITIALIZING,
-                vmm=process,
-                started_at=time.time(),
-                console_from=console_from,
-                exit_reason=None,
-            )
-            await in_thread(rooms.store.save, instance)
         if instance.publish:
             with stages.stage("publish"):
                 published = await rooms.networks.of(instance.machine).published(instance)
@@ -250,8 +290,7 @@ async def _run(
             ending=None,
             process_end=taken.process_end,
         )
-        with stages.stage("record"):
-            await in_thread(rooms.store.save, instance, done=done)
+        await in_thread(answered)
         return instance
     except BaseException:
         if process is not None:
@@ -322,18 +361,13 @@ def _sentence(what: str, words: str) -> str:
     return f"{what}; {words}" if words else what
 
 
-async def verify_sharing(rooms: Rooms, instance: Instance) -> Sharing | None:
-    """Return how the running VMM really has its memory: an undeclared copy shows as `copy`."""
+def verified_sharing(rooms: Rooms, instance: Instance) -> Sharing | None:
+    """Return how the running VMM really has its memory: an undeclared copy shows as `copy`. Blocks."""
     if (capture := instance.capture) is not None and instance.vmm is not None:
         path = rooms.directory(instance.id) / files.MEMORY
-        if await in_thread(maps_privately, instance.vmm.pid, path):
+        if maps_privately(instance.vmm.pid, path):
             return (capture.copied or capture.mem_file).sharing
-    return (await measure_memory(rooms, instance)).sharing
-
-
-async def measure_memory(rooms: Rooms, instance: Instance) -> MemoryReport:
-    """Do as `memory_of` does, in a thread."""
-    return await in_thread(memory_of, rooms, instance)
+    return memory_of(rooms, instance).sharing
 
 
 def memory_of(rooms: Rooms, instance: Instance) -> MemoryReport:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -112,6 +112,10 @@ class Disk(Record, frozen=True, kw_only=True):
         return self.size_bytes + (self.size_bytes // 4 + _TABLES if self.serial == OVERLAY else 0)
 
 
+def unrecorded(_: VmmProcess) -> None:
+    """Leave a process without a record: its working directory alone identifies it."""
+
+
 class Launch(Record, frozen=True, kw_only=True):
     """The parameters of one run of one instance.
 
@@ -127,6 +131,7 @@ class Launch(Record, frozen=True, kw_only=True):
     layers: tuple[Layer, ...] = ()  # for a restore: mapped over MEMORY; see `Capabilities.maps_layers`
     user: int | None = None  # the user id that the VMM drops root to; unique in the data directory
     cgroup: Path | None = None  # the control group that the VMM starts in
+    record: Callable[[VmmProcess], None] = unrecorded  # called once the process runs, in the thread that started it
 
 
 class VmmDriver(ABC):

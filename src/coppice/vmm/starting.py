@@ -8,16 +8,14 @@ a thread, and a child that shares memory with this process must not run as anoth
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Final, ParamSpec
+from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec
 
 from coppice.completion import complete, ended, submit
 from coppice.errors import HostCannot, MissingTool
@@ -25,6 +23,9 @@ from coppice.linux.files import os_errors
 from coppice.model import Record, VmmProcess
 from coppice.vmm.launcher import launcher_binary
 from coppice.vmm.process import kill, remember, start_ticks
+
+if TYPE_CHECKING:
+    from coppice.vmm.driver import Launch
 
 P = ParamSpec("P")
 _REPORT_MOST: Final = 4096
@@ -164,14 +165,25 @@ def _started(said: str, program: str, cwd: Path) -> VmmProcess:
     return process
 
 
-async def start_in_thread(start: Callable[P, VmmProcess], *args: P.args, **kwargs: P.kwargs) -> VmmProcess:
-    """Run a blocking start in a thread. If this task is cancelled, end the process first."""
-    starting = submit(partial(start, *args, **kwargs))
+async def start_in_thread(
+    launch: Launch, start: Callable[Concatenate[Launch, P], VmmProcess], *args: P.args, **kwargs: P.kwargs
+) -> VmmProcess:
+    """Run a blocking start in a thread, and record its process there. End the process if it cannot be
+    recorded, or if this task is cancelled.
+    """
+    started: list[VmmProcess] = []
+
+    def work() -> VmmProcess:
+        started.append(start(launch, *args, **kwargs))
+        if started[0].start_ticks:  # else it has ended already
+            launch.record(started[0])
+        return started[0]
+
     try:
-        return await ended(starting)
-    except asyncio.CancelledError:
-        if starting.error is None:
-            await complete(kill(starting.result()))
+        return await ended(submit(work))
+    except BaseException:
+        for process in started:
+            await complete(kill(process))
         raise
 
 

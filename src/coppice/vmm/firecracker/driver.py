@@ -173,7 +173,7 @@ class FirecrackerDriver(VmmDriver):
 
         :raises VmmDied: it ended at once, or refused a request
         """
-        process = await starting.start_in_thread(start, self._program(), launch, self._groups_for)
+        process = await starting.start_in_thread(launch, start, self._program(), self._groups_for)
         try:
             if not self.alive(process):
                 said = await self.wait_exit(launch.directory, process)
@@ -283,7 +283,7 @@ def _rights(program: str, launch: Launch, groups_for: GroupsFor) -> Rights:
     return msgspec.structs.replace(rights, user=user, groups=groups, capabilities=0)
 
 
-def start(program: str, launch: Launch, groups_for: GroupsFor = confinement.groups_for) -> VmmProcess:
+def start(launch: Launch, program: str, groups_for: GroupsFor = confinement.groups_for) -> VmmProcess:
     """Start Firecracker and wait until it serves its API, or has ended. Blocks.
 
     :param groups_for: see `confinement.groups_for`

@@ -112,7 +112,7 @@ class QemuDriver(VmmDriver):
         command.require_buses(launch.machine, len(launch.disks) + len(launch.nics))
         tsc_khz = await host.tsc_khz(host.EXACT_S)
         line = command.kernel_command_line(launch.manifest.accel, tsc_khz)
-        process = await starting.start_in_thread(self._start, launch, command.boot_arguments(launch.machine, line))
+        process = await starting.start_in_thread(launch, self._start, command.boot_arguments(launch.machine, line))
         return await self._settle(launch.directory, process)
 
     async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
@@ -127,7 +127,7 @@ class QemuDriver(VmmDriver):
                 stack.callback(os.close, vmstate)
             arguments = command.restore_arguments(launch.machine, vmstate, release, paused=paused)
             inherit = () if vmstate is None else (vmstate,)
-            process = await starting.start_in_thread(self._start, launch, arguments, *inherit)
+            process = await starting.start_in_thread(launch, self._start, arguments, *inherit)
         return await self._settle(launch.directory, process)
 
     async def _restore_layers(self, launch: Launch, *, paused: bool) -> VmmProcess:
@@ -144,7 +144,7 @@ class QemuDriver(VmmDriver):
                 inherited.callback(os.close, reading)
                 opened = inherited.enter_context(layers.opened(launch))
                 arguments = command.restore_arguments(launch.machine, reading, release, paused=paused)
-                process = await starting.start_in_thread(self._start, launch, arguments, reading, *opened)
+                process = await starting.start_in_thread(launch, self._start, arguments, reading, *opened)
             try:
                 await self._settle(directory, process)
                 await self.is_paused(directory)  # an answer means that QEMU has mapped its memory
