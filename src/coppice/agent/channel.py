@@ -102,6 +102,18 @@ class Channel(asyncio.Protocol):
         self._look_later()
         return encode_hello(self._nonce)
 
+    async def greet(self) -> None:
+        """Wait until the agent has answered the handshake.
+
+        :raises GuestTimeout: it did not in time
+        :raises VmmDied: the port is closed
+        """
+        await self.send(self._opening())
+        async with deadline(self.patience_s, "no answer to the handshake"):
+            await self._answered.wait()
+        if self.failure:
+            raise self.failure
+
     async def require(self, feature: str, what: str) -> None:
         """Refuse an operation that the agent would not carry out, because it is older than this host.
 
@@ -110,11 +122,7 @@ class Channel(asyncio.Protocol):
         :raises GuestTimeout: the agent does not answer the handshake in time
         :raises VmmDied: the port is closed
         """
-        await self.send(self._opening())
-        async with deadline(self.patience_s, "no answer to the handshake"):
-            await self._answered.wait()
-        if self.failure:
-            raise self.failure
+        await self.greet()
         if feature not in self.features:
             raise NotSupported(f"the machine was captured with an older agent, which has no {what}", hint=OLDER_HINT)
 

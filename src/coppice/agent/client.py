@@ -84,11 +84,13 @@ class AgentPorts:
             yield Control(channel)
 
     async def identify(
-        self, identity: Callable[[], Identity], deadline_s: float, *, may_lose: bool = False
+        self, identity: Callable[[], Identity], deadline_s: float, *, runs: bool = False, may_lose: bool = False
     ) -> Acknowledged:
         """Give the machine its identity.
 
         :param identity: makes the message, which has the time
+        :param runs: the guest runs already. Otherwise it may not read for seconds, so that the time would have to be
+            sent again: the message is made when the agent has answered the handshake
         :param may_lose: the connection may break or stay silent (`VmmDriver.loses_connections`).
             Then ask over a new one whether the guest has taken its identity, and send it again if
             the guest has not read it
@@ -99,11 +101,15 @@ class AgentPorts:
         """
         for number, patience_s in enumerate(_LOST_S if may_lose else ()):
             with contextlib.suppress(Busy, VmmDied, GuestTimeout):
-                return await self._identify(identity, min(patience_s, deadline_s), again=number > 0)
-        return await self._identify(identity, deadline_s, again=may_lose)
+                return await self._identify(identity, min(patience_s, deadline_s), runs=runs, again=number > 0)
+        return await self._identify(identity, deadline_s, runs=runs, again=may_lose)
 
-    async def _identify(self, identity: Callable[[], Identity], deadline_s: float, *, again: bool) -> Acknowledged:
+    async def _identify(
+        self, identity: Callable[[], Identity], deadline_s: float, *, runs: bool, again: bool
+    ) -> Acknowledged:
         async with self.control(deadline_s) as control:
+            if not runs:
+                await control.greet()
             if again and (taken := await control.acknowledged(identity().serial)):
                 return taken
             return await control.identity(identity())

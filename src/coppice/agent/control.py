@@ -80,6 +80,14 @@ class Control:
     async def _request(self, frame_type: FrameType, fields: bytes = b"") -> Fields:
         return await self._channel.call(frame_type, fields)
 
+    async def greet(self) -> None:
+        """Wait until the agent reads the port.
+
+        :raises GuestTimeout: it does not in time
+        :raises VmmDied: the port is closed
+        """
+        await self._channel.greet()
+
     async def identity(self, identity: Identity) -> Acknowledged:
         """Give the machine its identity.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import msgspec
 
 from coppice.agent.control import Acknowledged
-from coppice.completion import complete, in_thread
+from coppice.completion import complete, in_thread, later
 from coppice.errors import CoppiceError, GuestTimeout, HostCannot, IntegrityError, Refused, VmmDied
 from coppice.machine import console, disk, limits
 from coppice.machine import directory as directories
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _DEATH_S = 5.0
+_WATCH_S = 0.2
 _DISK_ALONE = "use its disk alone: run `coppice fork NAME --target stopped`, then start the fork"
 
 
@@ -275,7 +276,8 @@ async def _run(
                 instance = msgspec.structs.replace(instance, publish=published)
         with stages.stage("ready"):
             deadline_s = rooms.deadlines.boot if booted else rooms.deadlines.ready
-            introduction = _introduce(rooms, instance, known_as, deadline_s, payload, booted=booted)
+            runs = started is not None
+            introduction = _introduce(rooms, instance, known_as, deadline_s, payload, booted=booted, runs=runs)
             taken = await _unless_vmm_dies(rooms, instance, known_as, introduction)
         if instance.process.notify is not None and not booted and not instance.identified:
             from coppice.machine.notice import deliver  # imported late: few forks have one
@@ -300,22 +302,26 @@ async def _run(
 
 
 async def _introduce(
-    rooms: Rooms, instance: Instance, known_as: Instance, deadline_s: float, payload: bytes | None, *, booted: bool
+    rooms: Rooms,
+    instance: Instance,
+    known_as: Instance,
+    deadline_s: float,
+    payload: bytes | None,
+    *,
+    booted: bool,
+    runs: bool,
 ) -> Acknowledged:
     """Send the identity message, and return its acknowledgement."""
     try:
         async with asyncio.timeout(deadline_s):
             network = rooms.networks.of(instance.machine).guest(instance)
             message = partial(identity_message, instance, network, booted=booted, payload=payload)
-            if booted:
-                # The message carries the time, which would be stale if it waited for the boot to
-                # end.
-                async with rooms.ports(instance).control(deadline_s) as control:
-                    await control.health()
-                    taken = await control.identity(message())
-            else:
-                may_lose = instance.manifest is not None and rooms.driver(instance).loses_connections(instance.manifest)
-                taken = await rooms.ports(instance).identify(message, deadline_s, may_lose=may_lose)
+            may_lose = (
+                not booted
+                and instance.manifest is not None
+                and rooms.driver(instance).loses_connections(instance.manifest)
+            )
+            taken = await rooms.ports(instance).identify(message, deadline_s, runs=runs, may_lose=may_lose)
         if instance.capture is not None:
             await rooms.ports(instance).hang_up(instance.capture.open_ports, deadline_s)
     except TimeoutError as error:
@@ -335,26 +341,35 @@ async def _unless_vmm_dies(rooms: Rooms, instance: Instance, known_as: Instance,
     """
     if instance.vmm is None:
         raise AssertionError("only an instance with a VMM can be waited for")
-    directory = rooms.directory(instance.id)
-    task = asyncio.ensure_future(work)
-    death = asyncio.ensure_future(rooms.driver(instance).wait_exit(directory, instance.vmm))
+    directory, driver, vmm = rooms.directory(instance.id), rooms.driver(instance), instance.vmm
+    loop = asyncio.get_running_loop()
+
+    async def watch() -> None:
+        await driver.wait_exit(directory, vmm)
+        limit.reschedule(loop.time())
+
+    failure: Exception
     try:
-        await asyncio.wait({task, death}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done() and isinstance(task.exception(), VmmDied):
-            await asyncio.wait({death}, timeout=_DEATH_S)  # a VMM's ports close shortly before its end
-        if not death.done() or (task.done() and task.exception() is None):
-            return task.result()
-        words = await in_thread(of_start, directory / files.CONSOLE_LOG)
-        reason = await in_thread(limits.exceeded, instance, directory) or death.result()
-        raise VmmDied(
-            _sentence(f"the machine of {instance.name} ended before it answered: {reason}", words),
-            hint=cure(known_as, words),
-        )
-    finally:
-        for pending in (task, death):
-            if not pending.done():
-                pending.cancel()
-        await asyncio.gather(task, death, return_exceptions=True)
+        # A VMM's end breaks the connection to its guest. Only the wait for a connection does not notice it.
+        async with asyncio.timeout(None) as limit, later(_WATCH_S, watch):
+            return await work
+    except TimeoutError as error:
+        failure = error
+    except CoppiceError as error:
+        if not isinstance(error, VmmDied) and driver.alive(vmm):
+            raise
+        failure = error
+    try:
+        async with asyncio.timeout(_DEATH_S):  # a VMM's ports close shortly before its end
+            reason = await driver.wait_exit(directory, vmm)
+    except TimeoutError:
+        raise failure from None
+    words = await in_thread(of_start, directory / files.CONSOLE_LOG)
+    reason = await in_thread(limits.exceeded, instance, directory) or reason
+    raise VmmDied(
+        _sentence(f"the machine of {instance.name} ended before it answered: {reason}", words),
+        hint=cure(known_as, words),
+    ) from failure
 
 
 def _sentence(what: str, words: str) -> str:
