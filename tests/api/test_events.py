@@ -136,7 +136,8 @@ def test_the_newest_events_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with database.write() as connection:
         for number in range(30):
             connection.execute(
-                "INSERT INTO instances VALUES (?, ?, 'Created', NULL, 'i', 1.0, x'7b7d')", (str(number), str(number))
+                "INSERT INTO instances (id, name, state, image, created_at, record) VALUES (?, ?, 'Created', 'i', 1.0, x'7b7d')",
+                (str(number), str(number)),
             )
     log = EventLog(database)
     events, last = log.after(0, None)

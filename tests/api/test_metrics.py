@@ -121,7 +121,9 @@ async def test_a_scrape_of_many_instances_is_cheap(socket_address: str, make_hos
         record = msgspec.json.encode(first)
         rows = [(f"{number}", f"m{number}", first.state, first.image, record) for number in range(3000)]
         with contextlib.closing(sqlite3.connect(local.home / "coppice.db")) as connection, connection:
-            connection.executemany("INSERT INTO instances VALUES (?, ?, ?, NULL, ?, 1.0, ?)", rows)
+            connection.executemany(
+                "INSERT INTO instances (id, name, state, image, created_at, record) VALUES (?, ?, ?, ?, 1.0, ?)", rows
+            )
         async with client_of(socket_address) as client:
             listing, scrape = [], []
             for _ in range(3):

@@ -21,6 +21,7 @@ import pytest
 from coppice.errors import HostCannot, NotFound
 from coppice.model import MIB, MachineSpec, Manifest, VmmProcess
 from coppice.vmm import process as process_control
+from coppice.vmm import sockets
 from coppice.vmm.driver import Launch, unrecorded
 from coppice.vmm.launcher import PROGRAM as LAUNCHER
 from coppice.vmm.process import (
@@ -338,6 +339,31 @@ def test_a_launcher_is_found_by_its_target_program(tmp_path: Path, argv: list[st
             assert [each.pid for each in processes.get(tmp_path / "instances" / "a", [])] == [process.pid] * found
         finally:
             process.kill()
+
+
+def test_a_process_starts_with_sockets_that_listen(tmp_path: Path) -> None:
+    """They can be connected to as soon as it runs, and stale ones are replaced. No descriptor is taken twice."""
+    names = ["one.sock", "two.sock"]
+    (tmp_path / names[0]).write_text("stale")
+    numbers: list[int] = []
+
+    def argv(first: int) -> list[str]:
+        numbers.extend((first, first + 1))
+        return ["sleep", "60"]
+
+    with (tmp_path / "kept").open("w") as kept:
+        inherited = kept.fileno()
+        process = spawn(argv, cwd=tmp_path, log=tmp_path / "log", pass_fds=[inherited], listen=names)
+    try:
+        opened = {path.name: str(path.readlink()) for path in Path(f"/proc/{process.pid}/fd").iterdir()}
+        assert opened.keys() == {"0", "1", "2", str(inherited), *map(str, numbers)}
+        assert opened[str(inherited)] == str(tmp_path / "kept")
+        assert all(opened[str(number)].startswith("socket:") for number in numbers)
+        for name in names:
+            sockets.connect(tmp_path, name).close()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitpid(process.pid, 0)
 
 
 def launch_in(directory: Path, record: Callable[[VmmProcess], None] = unrecorded) -> Launch:

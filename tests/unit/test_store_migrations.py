@@ -19,12 +19,13 @@ import msgspec
 import pytest
 
 from coppice.errors import HostCannot
-from coppice.model import Image, Instance, Snapshot, State, Volume
+from coppice.model import MIB, Image, Instance, Snapshot, State, Volume
 from coppice.names import new_id
 from coppice.snapshots.snapshot import new_snapshot
 from coppice.state import database
 from coppice.state.database import Database
 from coppice.state.journal import JournalOperation
+from coppice.state.load import Load
 from coppice.state.migrations import MIGRATIONS
 from coppice.state.store import Store
 from coppice.vmm.process import own_process
@@ -264,6 +265,27 @@ def test_an_older_coppice_writes_no_record_after_an_upgrade(tmp_path: Path, kind
         assert connection.execute("SELECT count(*) FROM journal").fetchone() == (3,)
 
 
+def test_the_sums_of_an_older_database_are_made(tmp_path: Path) -> None:
+    """They are of the running machines, and those that are made."""
+    path = tmp_path / "coppice.db"
+    instances = [
+        make_instance(name, state, vmm_bytes=3 * MIB)
+        for name, state in (("oak", State.RUNNING), ("elm", State.STOPPED), ("fir", State.CREATED))
+    ]
+    Database(path, MIGRATIONS[:21]).close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executemany(
+            "INSERT INTO instances (id, name, state, image, created_at, record) VALUES (?, ?, ?, ?, 1.0, ?)",
+            [(each.id, each.name, each.state, each.image, msgspec.json.encode(each)) for each in instances],
+        )
+    with closing(Store(path, own_process())) as store:
+        memory_bytes = instances[0].machine.memory_bytes
+        running = Load(instances=3, running=2, ram_bytes=2 * memory_bytes, vmm_bytes=6 * MIB)
+        assert store.load() == running
+        store.begin(instances[1], JournalOperation.START)
+        assert store.load() == Load(instances=3, running=3, ram_bytes=3 * memory_bytes, vmm_bytes=9 * MIB)
+
+
 STORED = (Instance, Snapshot, Volume, Image, JournalOperation, State)
 SHAPES = {
     6: "20662d2c1ffa1ce0",
@@ -282,6 +304,7 @@ SHAPES = {
     19: "ad66fc9d78dd0549",
     20: "ad66fc9d78dd0549",
     21: "41cebab00b63cd63",
+    22: "41cebab00b63cd63",
 }  # by schema version
 
 

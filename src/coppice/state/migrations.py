@@ -10,7 +10,7 @@ import msgspec
 
 from coppice.state import users
 from coppice.state.event_schema import add_events, add_process_ends
-from coppice.state.load import INDEX_LOAD
+from coppice.state.load import INDEX_LOAD, add_load
 from coppice.state.supervision_schema import add_supervision
 from coppice.state.takeover import take_over_images
 
@@ -134,4 +134,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     add_process_ends,  # records of instances also gain the end of their process, and its endpoint for notices
     INDEX_LOAD,
     _keep,  # checks of health gain a text, captures what was printed of it, instances the begin of their console
+    add_load,
 )

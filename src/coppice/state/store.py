@@ -239,10 +239,11 @@ class Store(QuickCalls):
             for instance in made:
                 try:
                     connection.execute(
-                        "INSERT INTO instances (id, name, state, parent, image, created_at, record) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                        "INSERT INTO instances (id, name, state, parent, image, created_at, record, ram_bytes, vmm_bytes) "
+                        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                         (
                             instance.id, instance.name, instance.state, instance.parent, instance.image,
-                            instance.created_at, _encode(instance),
+                            instance.created_at, _encode(instance), instance.machine.memory_bytes, instance.vmm_bytes,
                         ),
                     )  # fmt: skip
                 except sqlite3.IntegrityError as error:
@@ -331,10 +332,7 @@ class Store(QuickCalls):
                 _refuse_with_forks(connection, instance, "removed")
             settled = connection.execute("SELECT 1 FROM journal WHERE instance = ?", (instance.id,)).fetchone() is None
             self._journal(connection, instance.id, operation)
-            connection.execute(
-                "UPDATE instances SET state = ?, record = ? WHERE id = ?",
-                (instance.state, _encode(instance), instance.id),
-            )
+            _update(connection, instance, done=False)
             return settled
 
     def finish(self, instances: Iterable[Instance], operation: JournalOperation, *, durable: bool = False) -> None:
@@ -415,8 +413,8 @@ class Store(QuickCalls):
 def _update(connection: sqlite3.Connection, instance: Instance, *, done: bool) -> bool:
     """Write a changed record, and end its operation if that is done; return whether the instance exists."""
     cursor = connection.execute(
-        "UPDATE instances SET state = ?, record = ? WHERE id = ?",  # its name and parent never change
-        (instance.state, _encode(instance), instance.id),
+        "UPDATE instances SET state = ?, record = ?, ram_bytes = ?, vmm_bytes = ? WHERE id = ?",  # the rest never changes
+        (instance.state, _encode(instance), instance.machine.memory_bytes, instance.vmm_bytes, instance.id),
     )
     if done and cursor.rowcount:
         connection.execute("DELETE FROM journal WHERE instance = ?", (instance.id,))

@@ -28,13 +28,13 @@ def allocate(connection: sqlite3.Connection, instance_id: str) -> int:
     mine = connection.execute("SELECT number FROM vmm_users WHERE instance = ?", (instance_id,)).fetchone()
     if mine is not None:  # allocated for a VMM that was started ahead
         return int(mine[0])
-    if connection.execute("SELECT count(*) FROM vmm_users").fetchone()[0] >= COUNT:
-        raise NoSpace("no user id is left for another VMM", hint="remove instances with `coppice rm`")
-    offset = int.from_bytes(hashlib.sha256(instance_id.encode()).digest()[:4]) % COUNT
-    while connection.execute("SELECT 1 FROM vmm_users WHERE number = ?", (FIRST + offset,)).fetchone():
-        offset = (offset + 1) % COUNT
-    connection.execute("INSERT INTO vmm_users (number, instance) VALUES (?, ?)", (FIRST + offset, instance_id))
-    return FIRST + offset
+    offset = int.from_bytes(hashlib.sha256(instance_id.encode()).digest()[:4])
+    for step in range(COUNT):
+        number = FIRST + (offset + step) % COUNT
+        if not connection.execute("SELECT 1 FROM vmm_users WHERE number = ?", (number,)).fetchone():
+            connection.execute("INSERT INTO vmm_users (number, instance) VALUES (?, ?)", (number, instance_id))
+            return number
+    raise NoSpace("no user id is left for another VMM", hint="remove instances with `coppice rm`")
 
 
 def release(connection: sqlite3.Connection, instance_id: str) -> None:

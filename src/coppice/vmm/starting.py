@@ -69,24 +69,23 @@ class Rights(Record, frozen=True, kw_only=True):
 
 
 def spawn(
-    argv: Sequence[str],
+    argv: Sequence[str] | Callable[[int], Sequence[str]],
     *,
     cwd: Path,
     log: Path,
     pass_fds: Iterable[int] = (),
+    listen: Iterable[str] = (),
     rights: Rights | None = None,
 ) -> VmmProcess:
     """Start a detached process in `cwd` with stdout and stderr appended to `log`. Blocks.
 
+    :param argv: the program and its arguments; or a function that makes them from the descriptor of the first of `listen`
+    :param listen: names of unix sockets in `cwd`, which replace stale ones. The process has them open, and they listen
+        before it starts
     :raises MissingTool: the program is not installed
     :raises HostCannot: the process cannot be started, or a right cannot be taken from it
     """
     rights = rights or Rights()
-    program = shutil.which(argv[0])
-    if program is None:
-        raise MissingTool(
-            f"the program {argv[0]} is not installed", hint="run `coppice doctor`, which says how to install it"
-        )
     kept = tuple(pass_fds)
     with contextlib.ExitStack() as stack:
         with os_errors(f"open {log}"):
@@ -103,6 +102,11 @@ def spawn(
                 if path:
                     inherited.append(_opened(stack, path, f"enter the {name} of a VMM"))
                     words.append(f"{word}={inherited[-1]}")
+            first = max(inherited) + 1
+            words += [f"listen-from={first}", *(f"listen={name}" for name in listen)]
+            if callable(argv):
+                argv = argv(first)
+            program = _found(argv[0])
             launcher = _start_launcher(
                 [launcher_binary(), *words, "--", program, *argv[1:]], cwd, output.fileno(), inherited
             )
@@ -113,6 +117,15 @@ def spawn(
             said += more
         launcher.wait()
     return _started(said.decode(), argv[0], cwd)
+
+
+def _found(name: str) -> str:
+    program = shutil.which(name)
+    if program is None:
+        raise MissingTool(
+            f"the program {name} is not installed", hint="run `coppice doctor`, which says how to install it"
+        )
+    return program
 
 
 def _opened(stack: contextlib.ExitStack, path: str | Path, what: str) -> int:

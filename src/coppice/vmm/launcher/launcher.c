@@ -18,7 +18,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #define INTO_CGROUP 0x200000000ULL /* CLONE_INTO_CGROUP of linux/sched.h, from 5.7 on */
@@ -83,6 +85,10 @@ static void take(struct plan *plan, const char *word)
 		plan->cgroup = descriptor(word, value);
 	else if (IS("netns"))
 		plan->netns = descriptor(word, value);
+	else if (IS("listen-from"))
+		plan->first_listening = (int)number(word, value, 10);
+	else if (IS("listen"))
+		add(plan->listening, &plan->listening_count, word, value);
 	else if (IS("keep"))
 		add(plan->kept, &plan->kept_count, word, value);
 	else if (IS("userns"))
@@ -110,6 +116,21 @@ static void take(struct plan *plan, const char *word)
 		usage(word);
 }
 
+/* Replaces a stale socket. */
+static void listen_on(const char *name, int number)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	int made = socket(AF_UNIX, SOCK_STREAM, 0);
+	if (made < 0 || strlen(name) >= sizeof address.sun_path)
+		fail("make a socket");
+	strcpy(address.sun_path, name);
+	unlink(name);
+	if (bind(made, (struct sockaddr *)&address, sizeof address) < 0 || listen(made, 1) < 0 || dup2(made, number) < 0)
+		fail("listen on a socket");
+	if (made != number)
+		close(made);
+}
+
 /* A child of this process's parent. Without a control group by the older call, which more containers permit. */
 static pid_t start(int cgroup)
 {
@@ -132,6 +153,9 @@ int main(int argc, char **argv)
 	if (report < 0 || at + 1 >= argc)
 		usage("no report or no program");
 	plan.program = argv + at + 1;
+
+	for (int i = 0; i < plan.listening_count; i++)
+		listen_on(plan.listening[i], plan.first_listening + i);
 
 	sigset_t none;
 	sigemptyset(&none);

@@ -13,6 +13,9 @@ struct plan {
 	int netns;                   /* a network namespace, or -1 */
 	const char *kept[MOST];      /* descriptors that the program inherits */
 	int kept_count;
+	int first_listening;         /* the descriptor of the first of them, above all others */
+	const char *listening[MOST]; /* names of sockets in the working directory */
+	int listening_count;
 	bool own_userns;             /* in a user namespace of its own, as its root */
 	bool restricted;             /* it gains no rights by starting another program */
 	bool keeps_capabilities;     /* false: it has at most those of `capabilities` */

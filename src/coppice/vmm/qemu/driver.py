@@ -164,30 +164,29 @@ class QemuDriver(VmmDriver):
         release = host.release(launch.manifest.vmm_version)
         program, user = host.program(), confinement.own_user(launch.user)
         names = [command.QMP_SOCKET, *(command.PORT_SOCKET.format(port) for port in range(files.PORTS))]
-        # The sockets exist before QEMU starts, so no caller has to poll for them.
-        with (
-            sockets.listening(launch.directory, names) as listeners,
-            taps.opened(launch.nics) as tap_fds,
-            helpers.started(launch.nics) as helper_fds,
-        ):
-            descriptors = {name: listener.fileno() for name, listener in listeners.items()}
-            argv = command.machine_arguments(
-                program,
-                release=release,
-                accel=launch.manifest.accel,
-                cpu_model=launch.manifest.cpu_model,
-                machine=launch.machine,
-                disks=launch.disks,
-                nics=launch.nics,
-                socket_fds=descriptors,
-                nic_fds=tap_fds | helper_fds,
-                run_as=user,
-            )
+        with taps.opened(launch.nics) as tap_fds, helpers.started(launch.nics) as helper_fds:
+
+            def argv(first: int) -> list[str]:
+                machine = command.machine_arguments(
+                    program,
+                    release=release,
+                    accel=launch.manifest.accel,
+                    cpu_model=launch.manifest.cpu_model,
+                    machine=launch.machine,
+                    disks=launch.disks,
+                    nics=launch.nics,
+                    socket_fds={name: first + number for number, name in enumerate(names)},
+                    nic_fds=tap_fds | helper_fds,
+                    run_as=user,
+                )
+                return [*machine, *arguments]
+
             return starting.spawn(
-                [*argv, *arguments],
+                argv,
                 cwd=launch.directory,
                 log=launch.directory / files.VMM_LOG,
-                pass_fds=(*descriptors.values(), *tap_fds.values(), *helper_fds.values(), *inherit),
+                pass_fds=(*tap_fds.values(), *helper_fds.values(), *inherit),
+                listen=names,  # they exist before QEMU starts, so no caller has to poll for them
                 rights=_rights(launch, program, release, user),
             )
 
