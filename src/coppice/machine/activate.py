@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _DEATH_S = 5.0
-_WATCH_S = 0.2
+_WATCH_S = 1.0
 _DISK_ALONE = "use its disk alone: run `coppice fork NAME --target stopped`, then start the fork"
 
 
