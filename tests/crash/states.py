@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 from coppice.client import AsyncHost
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.memory import layers
 from coppice.model import MIB, Instance, State, VolumeMount
 from coppice.requests import (
@@ -151,7 +151,7 @@ async def running_on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
     await host.call(RestoreRequest(instance=OAK))
     await host.call(RmRequest(instance="elm"))
     oak = await host.call(GetRequest(instance=OAK))
-    while host.local.rooms.driver(oak).capabilities.switches_layers and len(oak.disk_layers) < disk.MOST:
+    while host.local.rooms.driver(oak).capabilities.switches_layers and len(disks.of(oak)[0].layers) < disk.MOST:
         await host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True, target=State.STOPPED))
         await host.call(RmRequest(instance="elm"))
         oak = await host.call(GetRequest(instance=OAK))
