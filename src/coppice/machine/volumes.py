@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from coppice.errors import HostCannot, NotFound
-from coppice.linux.files import os_errors, sync
+from coppice.linux.files import is_temporary, os_errors, sync
 from coppice.linux.link import IMMUTABLE
 from coppice.machine import disks
 from coppice.machine.disk import Disk
@@ -53,10 +53,10 @@ def link(directory: Path, number: int, volume: Sequence[Path], *, readonly: bool
     :param volume: the paths of its files, from the raw one on
     :raises HostCannot: the volume cannot be linked; a copy would be a different volume
     """
-    own = Disk(disks.VOLUMES[number], 0).made_of(path.name for path in volume)
     try:
         shared = volume[-1].stat().st_nlink > 1
-        for path, link in zip(volume, own.paths(directory), strict=True):
+        for path in volume:
+            link = directory / f"{disks.VOLUMES[number]}{path.suffix}"
             os.link(path, link, follow_symlinks=False)
         link.chmod(IMMUTABLE if readonly or shared else 0o600)
     except OSError as error:
@@ -112,8 +112,8 @@ def give_back(rooms: Rooms, instance: Instance) -> None:
 
 
 def keep(rooms: Rooms, volume: Volume) -> None:
-    """Record the layers of a volume, durably, and remove other files from its directory. Idempotent."""
+    """Record the layers of a volume, durably, and remove other layers from its directory. Idempotent."""
     rooms.store.volumes.save(volume)
     directory, kept = rooms.layout.volume(volume.id), disk_of(volume).files
-    for path in [path for path in directory.iterdir() if path.name not in kept]:
+    for path in [path for path in directory.iterdir() if path.name not in kept and not is_temporary(path.name)]:
         path.unlink(missing_ok=True)
