@@ -13,7 +13,7 @@ from coppice.linux.files import temporary_beside
 from coppice.vmm.driver import Launch
 
 FORMAT = "fake"
-_USED = "fake-disk"  # the names of the files that the VMM uses, a line for each disk that it writes to
+_USED = "fake-disk"  # the names of the files that the VMM uses, a line for each disk
 _NEXT = "fake-disk-next"  # the names of the layers that it has opened
 
 
@@ -48,11 +48,11 @@ def use(directory: Path, *disks: Sequence[str]) -> None:
 def launch(launch: Launch) -> None:
     """Let a machine use the disks that it is started with."""
     (launch.directory / _USED).unlink(missing_ok=True)
-    use(launch.directory, *([*each.below, each.path] for each in launch.disks if not each.readonly))
+    use(launch.directory, *([*each.below, each.path] for each in launch.disks))
 
 
 def in_use(directory: Path) -> dict[str, tuple[str, ...]]:
-    """Return the names of the files of each disk that a running machine writes to, by that of the raw one."""
+    """Return the names of the files of each disk that a running machine uses, by that of the raw one."""
     path = directory / _USED
     lines = path.read_text().splitlines() if path.exists() else []
     return {files[0]: files for files in (tuple(line.split()) for line in lines)}

@@ -84,13 +84,14 @@ def link_readonly(source: Path, directory: Path, machine: MachineSpec) -> None:
 
 @os_errors("give a volume its latest layers")
 def give_back(rooms: Rooms, instance: Instance) -> None:
-    """Give the volumes that a machine writes to the layers that it has added. Durable. Idempotent.
+    """Give the volumes that a machine writes to the layers that it has added, and remove what an interrupted
+    attachment has left in the directories of its volumes. Durable. Idempotent.
 
     Its VMM has ended, and its directory is to be removed.
 
     :raises NoSpace: the disk is full
     """
-    if all(volume.readonly or volume.private for volume in instance.machine.volumes):
+    if all(volume.private for volume in instance.machine.volumes):
         return
     try:
         instance = rooms.store.get(instance.id)  # a cancelled call does not return what it has recorded
@@ -100,20 +101,31 @@ def give_back(rooms: Rooms, instance: Instance) -> None:
         held, directory = rooms.store.volumes.get(volume.volume_id), rooms.layout.volume(volume.volume_id)
         given = disk_of(held)._replace(layers=disk.layers)
         own, theirs = disk.paths(rooms.directory(instance.id)), given.paths(directory)
-        if not disk.layers or not own[-1].exists():  # it was never placed, or is given back already
+        if held.layers == disk.layers or not own[-1].exists():  # it is given back already, or was never placed
             continue
         for path, link in zip(own, theirs, strict=True):
-            if link.exists() and not link.samefile(path):  # a call was interrupted that has made the volume one file
+            if link.exists() and not link.samefile(path):  # of an interrupted attachment
                 link.unlink()
             if not link.exists():
                 os.link(path, link, follow_symlinks=False)
         sync(directory)
-        keep(rooms, msgspec.structs.replace(held, layers=disk.layers, driver=instance.driver))
+        rooms.store.volumes.save(msgspec.structs.replace(held, layers=disk.layers, driver=instance.driver))
+    for volume in instance.machine.volumes:
+        if not volume.private and rooms.layout.volume(volume.volume_id).exists():
+            _remove_others(rooms, rooms.store.volumes.get(volume.volume_id))
 
 
 def keep(rooms: Rooms, volume: Volume) -> None:
-    """Record the layers of a volume, durably, and remove other layers from its directory. Idempotent."""
+    """Record the layers of a volume, durably, and remove others from its directory. Idempotent."""
     rooms.store.volumes.save(volume)
+    _remove_others(rooms, volume)
+
+
+def _remove_others(rooms: Rooms, volume: Volume) -> None:
+    """Remove layers that are not recorded from the directory of a volume. Idempotent.
+
+    A holder of the volume calls this. Only the removal of the one machine that writes to it adds layers.
+    """
     directory, kept = rooms.layout.volume(volume.id), disk_of(volume).files
     for path in [path for path in directory.iterdir() if path.name not in kept and not is_temporary(path.name)]:
         path.unlink(missing_ok=True)

@@ -15,11 +15,11 @@ import msgspec
 
 from coppice.completion import in_thread
 from coppice.linux.clone import clone_file
-from coppice.linux.files import publish, sync
+from coppice.linux.files import os_errors, publish, sync, temporary_beside
 from coppice.machine import directory as directories
 from coppice.machine import disks
 from coppice.machine import volumes as attached
-from coppice.machine.disk import allocated, flat
+from coppice.machine.disk import allocated
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, Volume, VolumeDisk
 from coppice.state import locks
@@ -71,7 +71,7 @@ async def place(rooms: Rooms, instance: Instance) -> Instance:
         if await in_thread(_obstacle, rooms, volume, disk, driver) is not None:
             lock = rooms.layout.lock(volume.id)
             async with locks.hold(lock, deadline_s=rooms.deadlines.lock, what=f"the volume {volume.name}"):
-                volume = await in_thread(_make_usable, rooms, disk, driver)
+                volume = await in_thread(_make_usable, rooms, disk, driver, directory)
         if volume.layers:  # recorded before they are there: see `give_back`
             layers = {**instance.disk_layers, disks.VOLUMES[number]: volume.layers}
             instance = msgspec.structs.replace(instance, disk_layers=layers)
@@ -109,21 +109,27 @@ def _obstacle(
     return "journal" if replays else None
 
 
-def _make_usable(rooms: Rooms, wanted: VolumeDisk, driver: VmmDriver) -> Volume:
-    """Remove the obstacles for a machine, if they still exist; return the volume. The caller holds its lock."""
+def _make_usable(rooms: Rooms, wanted: VolumeDisk, driver: VmmDriver, directory: Path) -> Volume:
+    """Remove the obstacles for a machine, if they still exist; return the volume. The caller holds its lock.
+
+    :param directory: the machine's, in which a new file is made: it goes with the machine if this process is killed
+    """
     volume = rooms.store.volumes.get(wanted.volume_id)
-    directory = rooms.layout.volume(volume.id)
-    disk = attached.disk_of(volume)
-    raw = disk.paths(directory)[0]
+    raw, *layers = attached.disk_of(volume).paths(rooms.layout.volume(volume.id))
     if _obstacle(rooms, volume, wanted, driver) == "shared":
-        if not disk.layers:
-            clone_file(raw, raw)
-        else:
-            with flat(directory, disk, rooms.drivers.named(volume.driver)) as whole:
-                sync(whole)
-                publish(whole, raw)  # the layers over it change nothing, so the record is right before and after
-            volume = msgspec.structs.replace(volume, layers=(), driver="")
-            attached.keep(rooms, volume)
+        with os_errors(f"make the volume {volume.name} a raw file"):
+            new = temporary_beside(directory / raw.name)
+            try:
+                if layers:
+                    rooms.drivers.named(volume.driver).flatten_disk(raw, layers, new)
+                else:
+                    clone_file(raw, new, sync=False)
+                sync(new)
+                publish(new, raw)  # the layers over it change nothing, so the record is right before and after
+            finally:
+                new.unlink(missing_ok=True)
+        volume = msgspec.structs.replace(volume, layers=(), driver="")
+        attached.keep(rooms, volume)
     if wanted.readonly:
         ext4.replay_journal(raw)
     return volume
