@@ -87,8 +87,8 @@ class CopyingDriver(VmmDriver):
     def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
         self._inner.flatten_disk(base, layers, out)
 
-    async def disk_in_use(self, directory: Path) -> tuple[str, ...]:
-        return await self._inner.disk_in_use(directory)
+    async def disks_in_use(self, directory: Path) -> tuple[tuple[str, ...], ...]:
+        return await self._inner.disks_in_use(directory)
 
     async def prepare_switch(self, directory: Path, disk: Sequence[str]) -> None:
         await self._inner.prepare_switch(directory, disk)
@@ -96,8 +96,8 @@ class CopyingDriver(VmmDriver):
     async def finish_switch(self, directory: Path, disk: Sequence[str]) -> None:
         await self._inner.finish_switch(directory, disk)
 
-    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:
-        await self._inner.switch_layer(directory, disk)
+    async def switch_layers(self, directory: Path, disks: Sequence[Sequence[str]]) -> None:
+        await self._inner.switch_layers(directory, disks)
 
     async def replace_below(self, directory: Path, disk: Sequence[str]) -> None:
         await self._inner.replace_below(directory, disk)

@@ -25,7 +25,7 @@ from bench.records import HostFacts, write_report
 from coppice.client import AsyncHost
 from coppice.linux.clone import clone_file
 from coppice.linux.e2fs import run_e2fs
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.model import GIB, Instance, Record
 from coppice.requests import (
     ExecRequest,
@@ -85,7 +85,7 @@ async def measure(host: AsyncHost, image: str, data_bytes: int, samples: int) ->
         return DisksReport(
             host=await host_facts(host),
             data_bytes=data_bytes,
-            allocated_bytes=disk.allocated(disk.paths(directory, source.disk_layers)),
+            allocated_bytes=disk.allocated(disks.paths(directory, disks.of(source))),
             layer=layer,
             own_bytes=max(own),
             copy=copy,
@@ -114,7 +114,7 @@ async def _fork(host: AsyncHost, source: Instance) -> tuple[float, int, int]:
     answer = await host.call(ExecRequest(instance=result.instance.id, argv=["true"], timeout_s=60))
     if answer.exit_code:
         raise AssertionError(answer)
-    paths = disk.paths(host.local.rooms.directory(result.instance.id), result.instance.disk_layers)
+    paths = disks.paths(host.local.rooms.directory(result.instance.id), disks.of(result.instance))
     own_bytes = disk.allocated(paths[-1:])
     await host.call(RmRequest(instance=result.instance.id))
     return result.stages["place"], result.disk_bytes_written, own_bytes

@@ -23,7 +23,7 @@ import msgspec
 from bench.accounting import host_facts
 from bench.records import HostFacts, write_report
 from coppice.client import AsyncHost
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.model import MIB, Instance, Record, SnapshotKind
 from coppice.requests import ExecRequest, GetRequest, RmRequest, RunRequest, SnapshotRequest, SnapshotRmRequest
 from coppice.vmm.driver import Capabilities
@@ -85,7 +85,7 @@ async def _fill(host: AsyncHost, source: Instance, data_bytes: int) -> None:
     if result.exit_code != 0:
         raise AssertionError(result)
     current = await host.call(GetRequest(instance=source.id))
-    paths = disk.paths(host.local.rooms.directory(source.id), current.disk_layers)
+    paths = disks.paths(host.local.rooms.directory(source.id), disks.of(current))
     if disk.allocated(paths[-1:]) < data_bytes:
         raise AssertionError("the guest has written to another file")
 

@@ -47,10 +47,12 @@ class SwitchInPause(QemuDriver):
     async def prepare_switch(self, directory: Path, disk: Sequence[str]) -> None:
         pass
 
-    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:
-        await super().prepare_switch(directory, disk)
-        await super().switch_layer(directory, disk)
-        await super().finish_switch(directory, disk)
+    async def switch_layers(self, directory: Path, disks: Sequence[Sequence[str]]) -> None:
+        for disk in disks:
+            await super().prepare_switch(directory, disk)
+        await super().switch_layers(directory, disks)
+        for disk in disks:
+            await super().finish_switch(directory, disk)
 
     async def finish_switch(self, directory: Path, disk: Sequence[str]) -> None:
         pass

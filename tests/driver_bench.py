@@ -55,7 +55,7 @@ class Bench:
         return Launch(
             directory=directory,
             machine=self.machine,
-            disks=directories.disks(self.machine),
+            disks=directories.devices(self.machine),
             nics=self.nics,
             manifest=manifest,
         )

@@ -17,6 +17,7 @@ from coppice.client import AsyncHost
 from coppice.errors import NoSpace, UsageError
 from coppice.host.admission import demand_of_forks
 from coppice.host.lifecycle import Lifecycle
+from coppice.machine import disks
 from coppice.machine.disk import bytes_of_fork
 from coppice.model import GIB, MIB, Budgets, State
 from coppice.requests import (
@@ -170,7 +171,7 @@ async def test_forks_that_copy_are_counted(opened: Opener, fake_home: Path, monk
     roomy = await opened()
     source = await make(roomy, State.TEMPLATE)
     driver = roomy.local.rooms.driver(source)
-    each = bytes_of_fork(roomy.local.rooms.directory(source.id), source.disk_layers, (driver, driver))
+    each = bytes_of_fork(roomy.local.rooms.directory(source.id), disks.of(source)[0], (driver, driver))
     assert each > 0
     disk = os.statvfs(fake_home)
     many = 32 * MIB // each + 1

@@ -12,7 +12,7 @@ import pytest
 from coppice.client import AsyncHost
 from coppice.errors import VmmError
 from coppice.machine import directory as directories
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.model import MIB, Instance, State
 from coppice.requests import (
     ForkRequest,
@@ -44,7 +44,7 @@ async def fork(host: AsyncHost, source: Instance, name: str, target: State = Sta
 
 async def frozen_files(host: AsyncHost, instance: Instance) -> dict[Path, tuple[int, int, int, str]]:
     """Return the fingerprints of the frozen files of a disk."""
-    found = disk.paths(host.local.rooms.directory(instance.id), instance.disk_layers)
+    found = disks.paths(host.local.rooms.directory(instance.id), disks.of(instance))
     return {path: await asyncio.to_thread(fingerprint, path) for path in found if disk.frozen(path)}
 
 
@@ -54,17 +54,17 @@ async def test_each_machine_of_a_tree_has_its_own_disk(fake_host: AsyncHost) -> 
     await ask(fake_host, oak, "save", "oak")
     oak = (await fake_host.call(StandbyRequest(instance=oak.id))).instance
     ash = await fork(fake_host, oak, "ash")
-    assert ash.disk_layers == (1,)
+    assert disks.of(ash)[0].layers == (1,)
     kept = await frozen_files(fake_host, ash)
     assert await ask(fake_host, ash, "load") == "oak"
     await ask(fake_host, ash, "save", "ash")
     oak = await fake_host.call(RestoreRequest(instance=oak.id))
-    assert oak.disk_layers == (1,)
+    assert disks.of(oak)[0].layers == (1,)
     assert await ask(fake_host, oak, "load") == "oak"
     await ask(fake_host, oak, "save", "later")
     ash = (await fake_host.call(StandbyRequest(instance=ash.id))).instance
     elm = await fork(fake_host, ash, "elm")
-    assert (elm.disk_layers, await ask(fake_host, elm, "load")) == ((1, 2), "ash")
+    assert (disks.of(elm)[0].layers, await ask(fake_host, elm, "load")) == ((1, 2), "ash")
     assert await ask(fake_host, oak, "load") == "later"
     assert await frozen_files(fake_host, ash) | kept == await frozen_files(fake_host, ash)
     assert (await fake_host.verify()).differences == ()
@@ -89,7 +89,7 @@ async def test_a_fork_writes_nothing_of_its_sources_disk(fake_host: AsyncHost, s
     report = await fake_host.call(ForkRequest(instance=oak.id, names=("ash",), target=target, atomic=True))
     assert report.results[0].disk_bytes_written <= 64 << 10
     ash = report.instances[0]
-    assert disk.allocated(disk.paths(fake_host.local.rooms.directory(ash.id), ash.disk_layers)) >= 8 * MIB
+    assert disk.allocated(disks.paths(fake_host.local.rooms.directory(ash.id), disks.of(ash))) >= 8 * MIB
     await assert_tidy(fake_host, "oak", "ash")
 
 
@@ -100,9 +100,9 @@ async def test_a_deep_tree_has_few_layers(fake_host: AsyncHost) -> None:
         await ask(fake_host, source, "save", f"level {level}")
         source = (await fake_host.call(StandbyRequest(instance=source.id))).instance
         source = await fork(fake_host, source, f"g{level}")
-        assert len(source.disk_layers) <= disk.MOST
+        assert len(disks.of(source)[0].layers) <= disk.MOST
         assert await ask(fake_host, source, "load") == f"level {level}"
-    assert len(source.disk_layers) < disk.MOST
+    assert len(disks.of(source)[0].layers) < disk.MOST
 
 
 async def test_a_machine_that_is_forked_and_started_again_has_few_layers(fake_host: AsyncHost) -> None:
@@ -111,7 +111,7 @@ async def test_a_machine_that_is_forked_and_started_again_has_few_layers(fake_ho
     for number in range(disk.MOST + 3):
         await fork(fake_host, oak, f"f{number}", State.STOPPED)
         oak = await fake_host.call(StartRequest(instance=oak.id))
-        assert len(oak.disk_layers) <= disk.MOST
+        assert len(disks.of(oak)[0].layers) <= disk.MOST
         if number:
             assert await ask(fake_host, oak, "load") == f"turn {number - 1}"
         await ask(fake_host, oak, "save", f"turn {number}")
@@ -130,7 +130,7 @@ async def test_snapshots_of_layered_disks_are_restored(fake_host: AsyncHost) -> 
         assert await ask(fake_host, oak, "load") == "first"
         await ask(fake_host, oak, "save", "second")
         running = await fake_host.call(SnapshotRequest(instance=oak.id))
-        assert running.disk_layers == oak.disk_layers
+        assert disks.of(running)[0].layers == disks.of(oak)[0].layers
         oak = await fake_host.call(SnapshotRestoreRequest(snapshot=kept.id))
         assert oak.state is State.STANDBY
     await fake_host.call(SnapshotRestoreRequest(snapshot=running.id))

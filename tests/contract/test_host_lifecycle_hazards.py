@@ -343,7 +343,7 @@ async def test_a_fork_resolves_an_interrupted_restore_of_its_source(
     launch = Launch(
         directory=fake_host.local.rooms.directory(oak.id),
         machine=oak.machine,
-        disks=directories.disks(oak.machine),
+        disks=directories.devices(oak.machine),
         nics=await fake_host.local.rooms.networks.attach(oak, driver.capabilities.nic_backends),
         manifest=await driver.manifest(oak.machine),
     )

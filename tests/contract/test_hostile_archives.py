@@ -30,7 +30,7 @@ LIES: dict[str, dict[str, Any]] = {
     "digest": {"template": {"image": "sha256:../../etc"}},
     "other image": {"template": {"image": "sha256:" + "a" * 64}},
     "kernel": {"kernel_sha256": "0" * 64},
-    "disk": {"template": {"disk_layers": [1, 1]}},
+    "disk": {"template": {"disk_layers": {"overlay": [1, 1]}}},
     "absolute": {"path": "/etc/passwd"},
     "above": {"path": "../memory"},
     "huge": {"size_bytes": 1 << 60},

@@ -11,7 +11,7 @@ import pytest
 from conftest import HostFactory
 from coppice.client import AsyncHost
 from coppice.errors import CoppiceError
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.model import Instance, SnapshotKind, State
 from coppice.requests import (
     ForkRequest,
@@ -82,18 +82,18 @@ async def test_nothing_of_the_disk_is_copied(fake_host: AsyncHost, kind: Snapsho
     oak = await boot(fake_host)
     await ask(fake_host, "oak", "save", "then")
     directory = fake_host.local.rooms.directory(oak.id)
-    (raw,) = disk.paths(directory, oak.disk_layers)
+    (raw,) = disks.paths(directory, disks.of(oak))
     before = raw.stat().st_ino
     elm = await live_fork(fake_host, "elm", State.RUNNING)
     frozen = await asyncio.to_thread(fingerprint, raw)
     assert (frozen[0], frozen[1] & 0o777) == (before, 0o444)
-    own = disk.paths(fake_host.local.rooms.directory(elm.id), elm.disk_layers)
+    own = disks.paths(fake_host.local.rooms.directory(elm.id), disks.of(elm))
     oak = await get(fake_host)
-    assert oak.disk_layers == (1,)
+    assert disks.of(oak)[0].layers == (1,)
     await ask(fake_host, "oak", "save", "noon")
     kept = await fake_host.call(SnapshotRequest(instance="oak", kind=kind))
-    assert (kept.disk_layers, (await get(fake_host)).disk_layers) == ((1,), (1, 2))
-    for path in disk.paths(fake_host.local.rooms.layout.snapshot(kept.id), kept.disk_layers):
+    assert (disks.of(kept)[0].layers, disks.of(await get(fake_host))[0].layers) == ((1,), (1, 2))
+    for path in disks.paths(fake_host.local.rooms.layout.snapshot(kept.id), disks.of(kept)):
         assert path.samefile(directory / path.name)
     await ask(fake_host, "oak", "save", "evening")
     await fake_host.call(SnapshotForkRequest(snapshot=kept.id, names=["ash"], atomic=True))
@@ -114,7 +114,7 @@ async def test_without_the_capability_the_disk_is_copied(fake_host: AsyncHost) -
     raw, copy = (fake_host.local.rooms.directory(each.id) / "overlay.raw" for each in (oak, elm))
     assert not copy.samefile(raw)
     assert not disk.frozen(raw)
-    assert (await get(fake_host)).disk_layers == elm.disk_layers == ()
+    assert disks.of(await get(fake_host))[0].layers == disks.of(elm)[0].layers == ()
     await ask(fake_host, "oak", "save", "now")
     assert await load(fake_host, "elm") == "then"
     assert await ask(fake_host, "oak", "load") == "now"
@@ -131,7 +131,7 @@ async def test_many_captures_leave_few_layers(
     for name in names:
         await ask(fake_host, "oak", "save", name)
         await live_fork(fake_host, name)
-        assert len((await get(fake_host)).disk_layers) <= 3
+        assert len(disks.of(await get(fake_host))[0].layers) <= 3
         assert await ask(fake_host, "oak", "load") == name
     assert driver.faults.reached["replace_below"] >= 2
     for name in names[::4]:
@@ -148,16 +148,16 @@ async def test_the_record_names_a_layer_before_the_vmm_writes_to_it(fake_host: A
     async with asyncio.timeout(30):
         await switched.reached.wait()
     recorded, entry = fake_host.local.rooms.store.get_journaled(oak.id)
-    assert recorded.disk_layers == (1,)
+    assert disks.of(recorded)[0].layers == (1,)
     assert entry is not None
     assert entry.operation is JournalOperation.FORK_RUNNING
     switched.release.set()
-    assert (await forking).disk_layers == (1,)  # its own one, over the frozen file
-    assert (await get(fake_host)).disk_layers == (1,)
+    assert disks.of(await forking)[0].layers == (1,)  # its own one, over the frozen file
+    assert disks.of(await get(fake_host))[0].layers == (1,)
 
 
 STEPS = (
-    *("disk_in_use", "prepare_switch", "switch_layer", "switched", "finish_switch"),
+    *("disks_in_use", "prepare_switch", "switch_layers", "switched", "finish_switch"),
     *("save", "replace_below", "replaced"),
 )
 
@@ -197,12 +197,12 @@ async def test_a_vmm_that_did_not_switch_is_asked_again(
     """
     oak = await boot(fake_host)
     await ask(fake_host, "oak", "save", "before")
-    driver.faults.fail_at("switch_layer")
-    driver.faults.fail_at("disk_in_use", nth=2)  # the first one prepares
+    driver.faults.fail_at("switch_layers")
+    driver.faults.fail_at("disks_in_use", nth=2)  # the first one prepares
     with pytest.raises(CoppiceError):
         await live_fork(fake_host, "elm")
     oak = await get(fake_host)
-    assert (oak.state, oak.disk_layers) == (State.RUNNING, (1,))
+    assert (oak.state, disks.of(oak)[0].layers) == (State.RUNNING, (1,))
     await ask(fake_host, "oak", "save", "unswitched")
     await assert_writes_survive(fake_host, "unswitched")
 
@@ -218,13 +218,14 @@ async def test_a_host_that_was_killed_in_a_switch_loses_no_write(
     await ask(fake_host, "oak", "save", "before")
     rooms, directory = fake_host.local.rooms, fake_host.local.rooms.directory(oak.id)
     dead_store.begin(oak, JournalOperation.FORK_RUNNING)
-    layers = disk.add_layer(directory, (), oak.machine.overlay_bytes, rooms.driver(oak), rooms.overlays)
+    (overlay,) = disks.of(oak)
+    overlay = disk.add_layer(directory, overlay, rooms.driver(oak), rooms.overlays)
     if came != "layer":
-        dead_store.save(msgspec.structs.replace(oak, disk_layers=layers))
+        dead_store.save(msgspec.structs.replace(oak, disk_layers=disks.recorded([overlay])))
     if came == "switch":
-        await driver.prepare_switch(directory, disk.names(layers))
+        await driver.prepare_switch(directory, overlay.files)
         await driver.pause(directory)
-        await driver.switch_layer(directory, disk.names(layers))
+        await driver.switch_layers(directory, [overlay.files])
         await driver.resume(directory)
     assert oak.vmm is not None
     if lives:
@@ -235,7 +236,7 @@ async def test_a_host_that_was_killed_in_a_switch_loses_no_write(
         (oak,) = await assert_tidy(next_host, "oak")
         assert oak.state is (State.RUNNING if lives else State.STOPPED)
         if lives:
-            assert oak.disk_layers == (layers if came == "switch" else ())
+            assert disks.of(oak)[0].layers == (overlay.layers if came == "switch" else ())
         await assert_writes_survive(next_host, "after the kill" if lives else "before")
 
 
@@ -254,14 +255,14 @@ async def test_a_host_that_was_killed_in_a_merge_loses_no_write(
     oak = await get(fake_host)
     rooms, directory = fake_host.local.rooms, fake_host.local.rooms.directory(oak.id)
     dead_store.begin(oak, JournalOperation.FORK_RUNNING)
-    layers = disk.merge_below(directory, oak.disk_layers, rooms.driver(oak))
-    assert layers == (4, 3)
+    overlay = disk.merge_below(directory, disks.of(oak)[0], rooms.driver(oak))
+    assert overlay.layers == (4, 3)
     if came == "replaced":
-        await driver.replace_below(directory, disk.names(layers))
+        await driver.replace_below(directory, overlay.files)
     assert oak.vmm is not None
     if not lives:
         await driver.quit(directory, oak.vmm)
     async with make_host() as next_host:
         (oak,) = await assert_tidy(next_host, "oak")
-        assert oak.disk_layers == (layers if lives and came == "replaced" else (1, 2, 3))
+        assert disks.of(oak)[0].layers == (overlay.layers if lives and came == "replaced" else (1, 2, 3))
         await assert_writes_survive(next_host, "f2")

@@ -77,7 +77,7 @@ def test_errors_of_file_operations_name_the_operation_and_the_path(
     with pytest.raises(
         IntegrityError, match=f"look at a disk: No such file or directory: {tmp_path}/{files.OVERLAY_DISK}"
     ):
-        directories.disk_stamp(tmp_path, ())
+        directories.disk_stamp(tmp_path, {})
     (tmp_path / files.VMSTATE_NEW).mkdir()
     with pytest.raises(
         HostCannot, match=f"remove an unfinished capture: Is a directory: {tmp_path}/{files.VMSTATE_NEW}"

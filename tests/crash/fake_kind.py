@@ -51,9 +51,11 @@ class FakeKind(Kind):
     def options(self) -> Mapping[str, Any]:
         return {"driver": self.driver, "deadlines": DEADLINES, "open_rooms": open_rooms}
 
-    async def learn(self, host: AsyncHost, name: str) -> None:
+    async def learn(self, host: AsyncHost, name: str, *volumes: str) -> None:
         await ask(host, name, "remember", "own", name)
         await ask(host, name, "save", name)
+        for number in range(len(volumes)):
+            await ask(host, name, "save", name, f"volume{number}")
 
     async def answer(self, host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
         recalled = await host.call(ExecRequest(instance=vm.id, argv=["recall", "own"], timeout_s=20))
@@ -63,3 +65,7 @@ class FakeKind(Kind):
     async def has_mounted(self, host: AsyncHost, vm: Instance, path: str) -> bool:
         mounts = self.driver.guest_state(host.local.rooms.directory(vm.id)).mounts
         return path in {mount.split(" ", 2)[2] for mount in mounts}
+
+    async def text_on(self, host: AsyncHost, vm: Instance, path: str) -> str:
+        (number,) = [number for number, each in enumerate(vm.machine.volumes) if each.mount_path == path]
+        return await ask(host, vm, "load", f"volume{number}")

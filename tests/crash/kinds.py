@@ -40,8 +40,11 @@ class Kind(ABC):
         return AsyncHost(home, **self.options)
 
     @abstractmethod
-    async def learn(self, host: AsyncHost, name: str) -> None:
-        """Write the machine's name into its memory and onto its disk."""
+    async def learn(self, host: AsyncHost, name: str, *volumes: str) -> None:
+        """Write the machine's name into its memory and onto its disk.
+
+        :param volumes: paths of its volumes, onto which the name is written too
+        """
 
     @abstractmethod
     async def answer(self, host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
@@ -50,6 +53,10 @@ class Kind(ABC):
     @abstractmethod
     async def has_mounted(self, host: AsyncHost, vm: Instance, path: str) -> bool:
         """Return whether something is mounted at the path."""
+
+    @abstractmethod
+    async def text_on(self, host: AsyncHost, vm: Instance, path: str) -> str:
+        """Return the text on the volume that is mounted at the path."""
 
 
 class RealKind(Kind):
@@ -65,8 +72,10 @@ class RealKind(Kind):
     def arguments(self) -> Sequence[str]:
         return ()
 
-    async def learn(self, host: AsyncHost, name: str) -> None:
-        script = f"echo {name} >/run/own; echo {name} >/root/own; sync /root/own"
+    async def learn(self, host: AsyncHost, name: str, *volumes: str) -> None:
+        script = (
+            f"echo {name} >/run/own; for place in /root {' '.join(volumes)}; do echo {name} >$place/own; done; sync"
+        )
         assert (await host.call(ExecRequest(instance=name, argv=["sh", "-c", script], timeout_s=60))).exit_code == 0
 
     async def answer(self, host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
@@ -79,3 +88,7 @@ class RealKind(Kind):
     async def has_mounted(self, host: AsyncHost, vm: Instance, path: str) -> bool:
         request = ExecRequest(instance=vm.id, argv=["mountpoint", "-q", path], timeout_s=60)
         return (await host.call(request)).exit_code == 0
+
+    async def text_on(self, host: AsyncHost, vm: Instance, path: str) -> str:
+        request = ExecRequest(instance=vm.id, argv=["cat", f"{path}/own"], timeout_s=60)
+        return (await host.call(request)).stdout.decode().rstrip("\n")

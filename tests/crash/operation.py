@@ -33,6 +33,7 @@ class Operation:
     may_have_volumes: frozenset[str] = frozenset()
     memory: str = STUMP  # the text in its machines' memory
     disk: str = STUMP
+    volume: str = ""  # the text on the volumes of its machines
     boots: bool = False  # takes seconds with a real machine
     end: State | None = None  # of the oak, if `after` leaves a choice
     removes: bool = False  # the oak, or else its snapshots or volumes of `may_have`

@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 from coppice.client import AsyncHost
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.memory import layers
 from coppice.model import MIB, Instance, State, VolumeMount
 from coppice.requests import (
@@ -77,7 +77,7 @@ async def booted(host: AsyncHost, kind: Kind) -> None:
     await kind.learn(host, OAK)
 
 
-async def boot(host: AsyncHost, kind: Kind, *volumes: str, name: str = OAK) -> Instance:
+async def boot(host: AsyncHost, kind: Kind, *volumes: str, name: str = OAK, readonly: bool = False) -> Instance:
     """Make a Running machine from an image, with some volumes mounted."""
     return await host.call(
         RunRequest(
@@ -86,7 +86,7 @@ async def boot(host: AsyncHost, kind: Kind, *volumes: str, name: str = OAK) -> I
             name=name,
             memory_bytes=kind.memory_bytes,
             overlay_bytes=kind.overlay_bytes,
-            volumes=[VolumeMount(volume=each, mount_path=f"/srv/{each}") for each in volumes],
+            volumes=[VolumeMount(volume=each, mount_path=f"/srv/{each}", readonly=readonly) for each in volumes],
         )
     )
 
@@ -142,7 +142,44 @@ async def drink(host: AsyncHost, kind: Kind) -> None:
 async def drinking(host: AsyncHost, kind: Kind) -> None:
     await sap(host, kind)
     await drink(host, kind)
-    await kind.learn(host, OAK)
+    await kind.learn(host, OAK, f"/srv/{SAP}")
+
+
+async def resting_with_a_volume(host: AsyncHost, kind: Kind) -> None:
+    await drinking(host, kind)
+    await host.call(StandbyRequest(instance=OAK))
+
+
+async def branch(host: AsyncHost, target: State = State.STANDBY) -> None:
+    """Fork oak in any state, with a clone of its volume."""
+    running = (await host.call(GetRequest(instance=OAK))).state is State.RUNNING
+    request = ForkRequest(
+        instance=OAK, names=["elm"], target=target, from_running=running, volume_policy="clone", atomic=True
+    )
+    await host.call(request)
+
+
+async def branched(host: AsyncHost, kind: Kind) -> None:
+    """Make a Running oak whose volume has a layer over what a fork shares."""
+    await drinking(host, kind)
+    await branch(host)
+
+
+async def branched_at_rest(host: AsyncHost, kind: Kind) -> None:
+    """Make a Standby oak whose volume is shared with a fork, and needs a layer."""
+    await resting_with_a_volume(host, kind)
+    await branch(host)
+
+
+async def branched_and_felled(host: AsyncHost, kind: Kind) -> None:
+    """Make a volume with a layer, without a writer."""
+    await drinking(host, kind)
+    await branch(host, State.STOPPED)
+    await host.call(RmRequest(instance=OAK))
+
+
+async def sip(host: AsyncHost, kind: Kind) -> None:
+    await boot(host, kind, SAP, readonly=True)
 
 
 async def running_on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
@@ -151,7 +188,7 @@ async def running_on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
     await host.call(RestoreRequest(instance=OAK))
     await host.call(RmRequest(instance="elm"))
     oak = await host.call(GetRequest(instance=OAK))
-    while host.local.rooms.driver(oak).capabilities.switches_layers and len(oak.disk_layers) < disk.MOST:
+    while host.local.rooms.driver(oak).capabilities.switches_layers and len(disks.of(oak)[0].layers) < disk.MOST:
         await host.call(ForkRequest(instance=OAK, names=["elm"], from_running=True, target=State.STOPPED))
         await host.call(RmRequest(instance="elm"))
         oak = await host.call(GetRequest(instance=OAK))

@@ -13,7 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 from coppice.client import AsyncHost
-from coppice.model import PAGE_SIZE, Instance, State
+from coppice.linux.clone import clone_file
+from coppice.machine.disk import flat
+from coppice.machine.volumes import disk_of
+from coppice.model import PAGE_SIZE, Instance, State, Volume
 from coppice.requests import RestoreRequest
 from crash.kinds import Kind
 from crash.operation import SEED, STUMP, Operation
@@ -103,7 +106,7 @@ async def survey(host: AsyncHost, kind: Kind, operation: Operation, stump: Mark)
         await _comes_to_life(host, kind, vm, operation)
     for each in volumes.values():
         if not each.attachments:
-            await asyncio.to_thread(_assert_sound, host.local.rooms.layout.volume_disk(each.id))
+            await asyncio.to_thread(_assert_sound, host, each)
     collected = await host.gc(dry_run=True)
     assert collected.removed == (), f"gc finds {collected.removed}"
     assert working_below(host.local.rooms.layout.instances.resolve()).keys() <= {vm.id for vm in recorded.values()}
@@ -125,13 +128,21 @@ async def _comes_to_life(host: AsyncHost, kind: Kind, vm: Instance, operation: O
         assert await kind.answer(host, vm) == (vm.hostname, *knows)
         for disk in vm.machine.volumes:
             assert await kind.has_mounted(host, vm, disk.mount_path), f"{disk.volume_name} is not mounted"
+            if operation.volume:
+                assert await kind.text_on(host, vm, disk.mount_path) == operation.volume
 
 
-def _assert_sound(disk: Path) -> None:
+def _assert_sound(host: AsyncHost, volume: Volume) -> None:
     """Assert that an unattached volume's file system is intact, after a journal replay if it needs
-    one.
+    one. Forks may share its files, so a copy is checked.
     """
+    rooms = host.local.rooms
+    driver = rooms.drivers.named(volume.driver) if volume.driver else rooms.drivers.chosen
+    copy = rooms.layout.home.parent / "sound.raw"
+    with flat(rooms.layout.volume(volume.id), disk_of(volume), driver) as whole:
+        clone_file(whole, copy, sync=False)
     checked = subprocess.run(
-        ["e2fsck", "-f", "-p", str(disk)], capture_output=True, check=False, timeout=60
+        ["e2fsck", "-f", "-p", str(copy)], capture_output=True, check=False, timeout=60
     )  # 0: clean; 1: its journal was replayed
+    copy.unlink()
     assert checked.returncode in (0, 1), checked

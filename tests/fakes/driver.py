@@ -228,37 +228,36 @@ class FakeDriver(VmmDriver):
     def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
         disk.flatten(base, layers, out)
 
-    async def disk_in_use(self, directory: Path) -> tuple[str, ...]:
-        await self._reach("disk_in_use", directory)
-        return tuple(path.name for path in reversed(disk.files_in(directory)))
+    async def disks_in_use(self, directory: Path) -> tuple[tuple[str, ...], ...]:
+        await self._reach("disks_in_use", directory)
+        return tuple(disk.in_use(directory).values())
 
     async def prepare_switch(self, directory: Path, disk_files: Sequence[str]) -> None:
         self._require_running(await self._reach("prepare_switch", directory))
-        disk.require_top(directory, disk_files[-2])
+        disk.require_top(directory, disk_files, disk_files[-2])
         disk.open_next(directory, disk_files[-1])
 
     async def finish_switch(self, directory: Path, disk_files: Sequence[str]) -> None:
         self._require_running(await self._reach("finish_switch", directory))
-        disk.require_top(directory, disk_files[-1])
+        disk.require_top(directory, disk_files, disk_files[-1])
 
     def _require_running(self, started: Started) -> None:
         if is_paused(started.process.pid):
             raise AssertionError("what needs no pause was done in it")
 
-    async def switch_layer(self, directory: Path, disk_files: Sequence[str]) -> None:
-        started = await self._reach("switch_layer", directory)
+    async def switch_layers(self, directory: Path, disks: Sequence[Sequence[str]]) -> None:
+        started = await self._reach("switch_layers", directory)
         if not is_paused(started.process.pid):
-            raise AssertionError("switch_layer was called on a running machine")
-        disk.require_top(directory, disk_files[-2])
-        disk.require_open(directory, disk_files[-1])
-        disk.use(directory, disk_files)
+            raise AssertionError("switch_layers was called on a running machine")
+        for files_of_disk in disks:
+            disk.require_top(directory, files_of_disk, files_of_disk[-2])
+            disk.require_open(directory, files_of_disk[-1])
+        disk.use(directory, *disks)
         await self.faults.reach("switched", started.process)
 
     async def replace_below(self, directory: Path, disk_files: Sequence[str]) -> None:
         started = await self._reach("replace_below", directory)
-        top, *_, base = [path.name for path in disk.files_in(directory)]
-        if (base, top) != (disk_files[0], disk_files[-1]):
-            raise VmmError("the fake VMM has another disk", hint="see the test")
+        disk.require_top(directory, disk_files, disk_files[-1])
         disk.use(directory, disk_files)
         await self.faults.reach("replaced", started.process)
 

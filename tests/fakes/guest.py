@@ -359,17 +359,17 @@ class FakeGuest:
         return 0
 
     async def _save(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
-        """`save TEXT`: on the overlay disk, in its last page, so that forks inherit it and a stop
-        keeps it.
+        """`save TEXT [DISK]`: on the overlay disk or another one, in its last page, so that forks inherit
+        it and a stop keeps it.
         """
-        with disk.files_in(self.directory)[0].open("r+b") as file:
+        with disk.files_in(self.directory, *arguments[1:] or ["overlay"])[0].open("r+b") as file:
             file.seek(-PAGE_SIZE, os.SEEK_END)
             file.write(arguments[0].encode().ljust(PAGE_SIZE, b"\0"))
         return 0
 
     async def _load(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
         text = ""
-        for path in disk.files_in(self.directory):
+        for path in disk.files_in(self.directory, *arguments or ["overlay"]):
             with path.open("rb") as file:
                 file.seek(-PAGE_SIZE, os.SEEK_END)
                 text = text or file.read().rstrip(b"\0").decode()

@@ -21,8 +21,9 @@ from coppice import completion
 from coppice.client import AsyncHost
 from coppice.linux.files import is_temporary
 from coppice.machine import directory as directories
-from coppice.machine import disk
+from coppice.machine import disks
 from coppice.machine.console import SEEN
+from coppice.machine.volumes import disk_of
 from coppice.model import Instance, Snapshot, State
 from coppice.requests import ExecRequest, PromoteRequest, RunRequest, StandbyRequest
 from coppice.server.database import DATABASE
@@ -114,7 +115,12 @@ def _memory_names(record: Instance | Snapshot) -> list[str]:
 
 
 def _disk_names(record: Instance | Snapshot) -> list[str]:
-    return [path.name for path in disk.paths(Path(), record.disk_layers)]
+    return [path.name for path in disks.paths(Path(), disks.of(record))]
+
+
+def _readonly_names(record: Instance | Snapshot) -> list[str]:
+    volumes = enumerate(record.machine.volumes)
+    return [files.VOLUME_DISK.format(number) for number, volume in volumes if volume.readonly]
 
 
 async def assert_tidy(host: AsyncHost, *names: str) -> list[Instance]:
@@ -131,17 +137,16 @@ async def assert_tidy(host: AsyncHost, *names: str) -> list[Instance]:
     assert {path.stem for path in layout.locks.iterdir()} <= ids | store.snapshots.ids() | store.volumes.ids()
     assert {path.name for path in layout.volumes.iterdir()} == store.volumes.ids()
     for volume in store.volumes.all():
-        assert [path.name for path in layout.volume(volume.id).iterdir()] == ["data.raw"]
+        assert sorted(path.name for path in layout.volume(volume.id).iterdir()) == sorted(disk_of(volume).files)
         data = layout.volume_disk(volume.id)
-        assert data.stat().st_nlink == 1 + len(volume.attachments)
+        assert data.stat().st_nlink >= 1 + len(volume.attachments)
         for holder in volume.attachments:
             found = (layout.instance if holder.holder == "instance" else layout.snapshot)(holder.instance_id)
             assert any(path.samefile(data) for path in found.glob("volume?.raw"))
     assert {path.name for path in layout.snapshots.iterdir()} == store.snapshots.ids()
     for kept in store.snapshots.all():
         with_memory = [*_memory_names(kept), files.VMSTATE] if kept.mem_file is not None else []
-        volumes = [files.VOLUME_DISK.format(number) for number in range(len(kept.machine.volumes))]
-        expected = [*_disk_names(kept), files.ROOT_DISK, *with_memory, *volumes]
+        expected = [*_disk_names(kept), files.ROOT_DISK, *with_memory, *_readonly_names(kept)]
         present = {path.name for path in layout.snapshot(kept.id).iterdir()}
         assert present == set(expected)
     orphans = await asyncio.to_thread(driver.find_orphans, layout.instances)
@@ -159,7 +164,7 @@ async def assert_tidy(host: AsyncHost, *names: str) -> list[Instance]:
         assert not [name for name in present if is_temporary(name)]
         assert not {files.VMSTATE_NEW, files.MEMORY_NEW} & present
         assert present & {files.MEMORY, *directories.LAYERS} == set(_memory_names(instance))
-        assert disk.names_in(directory) == sorted(_disk_names(instance))
+        assert disks.names_in(directory) == sorted([*_disk_names(instance), *_readonly_names(instance)])
         assert files.VMSTATE in present or instance.mem_file is None or instance.vmm is not None
         assert (instance.state in (State.RUNNING, State.PAUSED)) == (instance.vmm is not None)
         if instance.state in (State.STANDBY, State.TEMPLATE):

@@ -50,7 +50,9 @@ def launch(tmp_path: Path) -> Launch:
         cpus=2,
     )
     nic = Nic(backend=NicBackend.TAP, mac="02:00:00:00:00:01", tap="tap0", namespace="/run/netns/slot")
-    return Launch(directory=tmp_path, machine=machine, disks=directories.disks(machine), nics=(nic,), manifest=manifest)
+    return Launch(
+        directory=tmp_path, machine=machine, disks=directories.devices(machine), nics=(nic,), manifest=manifest
+    )
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=str)

@@ -38,7 +38,7 @@ def machine(
         accel=accel,
         cpu_model="max",
         machine=spec,
-        disks=directories.disks(spec),
+        disks=directories.devices(spec),
         nics=nics,
         nic_fds=nic_fds or {},
         socket_fds=SOCKETS,

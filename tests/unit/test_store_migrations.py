@@ -167,6 +167,34 @@ def test_captures_of_old_records_are_kept(old_database: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("layers", [[], [4, 3]])
+def test_layers_of_old_records_are_those_of_the_overlay(tmp_path: Path, layers: list[int]) -> None:
+    """Before other disks had layers, a record had a list of them without a name."""
+    path = tmp_path / "coppice.db"
+    store = Store(path, own_process())
+    (instance,) = store.create([make_instance("oak")], JournalOperation.RUN)
+    store.snapshots.create(new_snapshot(instance, "kept", None, {}), JournalOperation.SNAPSHOT)
+    store.snapshots.finish(store.snapshots._decode(only(path, "snapshots")))
+    store.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for table in ("instances", "snapshots"):
+            old = json.loads(only(path, table)) | {"disk_layers": layers}
+            connection.execute(f"UPDATE {table} SET record = ?", (json.dumps(old).encode(),))  # noqa: S608 - constants
+        connection.execute("PRAGMA user_version = 21")
+    store = Store(path, own_process())
+    expected = {"overlay": (4, 3)} if layers else {}
+    assert store.get("oak").disk_layers == store.snapshots.get("kept").disk_layers == expected
+    store.close()
+
+
+def only(path: Path, table: str) -> bytes:
+    """Return the only record of a table."""
+    with closing(sqlite3.connect(path)) as connection:
+        ((record,),) = connection.execute(f"SELECT record FROM {table}")  # noqa: S608 - a constant
+        assert isinstance(record, bytes)
+        return record
+
+
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A partial migration would leave a schema that no version knows."""
     path = tmp_path / "coppice.db"
@@ -305,6 +333,7 @@ SHAPES = {
     20: "ad66fc9d78dd0549",
     21: "41cebab00b63cd63",
     22: "41cebab00b63cd63",
+    23: "3a771741556792f5",
 }  # by schema version
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from coppice.client import AsyncHost
 from coppice.errors import VmmError
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.model import MIB, Instance, State
 from coppice.requests import (
     ExecRequest,
@@ -51,12 +51,12 @@ async def test_a_fork_of_a_full_disk_writes_little(
             (fork,) = report.instances
             made.append(fork)
             assert report.results[0].disk_bytes_written <= 64 << 10
-            written = disk.paths(host.local.rooms.directory(fork.id), fork.disk_layers)[-1]
+            written = disks.paths(host.local.rooms.directory(fork.id), disks.of(fork))[-1]
             assert await sh(host, fork, "cksum </root/data") == digest
             await sh(host, fork, f"echo {word} >>/root/word; sync")
             assert written.stat().st_blocks * 512 <= 2 * MIB
             source = (await host.call(StandbyRequest(instance=fork.id))).instance
-        assert len(source.disk_layers) == len(vm.disk_layers) + 2
+        assert len(disks.of(source)[0].layers) == len(disks.of(vm)[0].layers) + 2
         ash = await host.call(RestoreRequest(instance=made[0].id))
         assert (ash.state, await sh(host, ash, "cat /root/word")) == (State.RUNNING, "oak\nash")
         await sh(host, ash, "echo more >>/root/word; sync")
@@ -73,12 +73,12 @@ def opened_for_writing(vm: Instance, directory: Path) -> set[str]:
     assert vm.vmm is not None
     proc = Path(f"/proc/{vm.vmm.pid}")
     found: dict[str, set[int]] = {}
-    for path in disk.paths(directory, vm.disk_layers):
+    for path in disks.paths(directory, disks.of(vm)):
         for descriptor in (proc / "fd").iterdir():
             if descriptor.exists() and descriptor.samefile(path):
                 flags = (proc / "fdinfo" / descriptor.name).read_text().split("flags:")[1].split()[0]
                 found.setdefault(path.name, set()).add(int(flags, 8) & os.O_ACCMODE)
-    assert found.keys() == set(disk.names(vm.disk_layers))
+    assert found.keys() == set(disks.of(vm)[0].files)
     return {name for name, modes in found.items() if modes != {os.O_RDONLY}}
 
 
@@ -97,16 +97,16 @@ async def test_a_running_machine_goes_on_in_a_new_layer(
     kept = None
     try:
         for number in range(1, disk.MOST + 3):
-            top = disk.paths(directory, vm.disk_layers)[-1]
+            top = disks.paths(directory, disks.of(vm))[-1]
             before = top.stat().st_ino
             target = State.RUNNING if number == disk.MOST else State.STOPPED
             request = ForkRequest(instance=vm.id, from_running=True, target=target, atomic=True)
             made += (await host.call(request)).instances
             vm = await host.call(GetRequest(instance=vm.id))
-            assert len(vm.disk_layers) <= disk.MOST
+            assert len(disks.of(vm)[0].layers) <= disk.MOST
             own = host.local.rooms.directory(made[-1].id)
-            assert before in {path.stat().st_ino for path in disk.paths(own, made[-1].disk_layers)}
-            assert opened_for_writing(vm, directory) == {disk.names(vm.disk_layers)[-1]}
+            assert before in {path.stat().st_ino for path in disks.paths(own, disks.of(made[-1]))}
+            assert opened_for_writing(vm, directory) == {disks.of(vm)[0].files[-1]}
             await sh(host, vm, f"echo {number} >>/root/word; sync")
         kept = await host.call(SnapshotRequest(instance=vm.id))
         await sh(host, vm, "echo end >>/root/word; rm /root/data; sync")
@@ -147,11 +147,11 @@ async def test_a_switch_that_was_not_finished_is_finished_by_the_next(
                 await host.call(request)
         vm = await host.call(GetRequest(instance=vm.id))
         assert vm.state is State.RUNNING
-        assert opened_for_writing(vm, directory) == set(disk.names(vm.disk_layers)[-2:])
+        assert opened_for_writing(vm, directory) == set(disks.of(vm)[0].files[-2:])
         await sh(host, vm, "echo more >/root/word; sync")
         made += [fork.id for fork in (await host.call(request)).instances]
         vm = await host.call(GetRequest(instance=vm.id))
-        assert opened_for_writing(vm, directory) == {disk.names(vm.disk_layers)[-1]}
+        assert opened_for_writing(vm, directory) == {disks.of(vm)[0].files[-1]}
         assert await sh(host, vm, "cat /root/word") == "more"
         fork = await host.call(StartRequest(instance=made[-1]))
         assert await sh(host, fork, "cat /root/word") == "more"

@@ -9,7 +9,7 @@ import pytest
 
 from coppice.client import AsyncHost
 from coppice.linux.pagemap import PrivateRange
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.memory.staging import Staging
 from coppice.model import MIB, Instance, Sharing, State
 from coppice.requests import (
@@ -172,7 +172,8 @@ async def test_the_disk_of_a_fork_is_clean(host: AsyncHost, vm: Instance) -> Non
     (stopped,) = (await host.call(ForkRequest(instance=vm.id, from_running=True, target=State.STOPPED))).instances
     try:
         rooms = host.local.rooms
-        with disk.flat(rooms.directory(stopped.id), stopped.disk_layers, rooms.driver(stopped)) as whole:
+        (overlay,) = disks.of(stopped)
+        with disk.flat(rooms.directory(stopped.id), overlay, rooms.driver(stopped)) as whole:
             result = fsck(whole)
             assert result.clean, result.output
             assert not needs_recovery(whole)

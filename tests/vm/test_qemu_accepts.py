@@ -74,7 +74,7 @@ class Workshop:
         launch = Launch(
             directory=directory,
             machine=instance.machine,
-            disks=directories.disks(instance.machine),
+            disks=directories.devices(instance.machine),
             nics=nics,
             manifest=manifest,
         )

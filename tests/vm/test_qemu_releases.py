@@ -12,7 +12,7 @@ import pytest
 from coppice.client import AsyncHost
 from coppice.errors import CoppiceError
 from coppice.host.lifecycle import Lifecycle
-from coppice.machine import disk
+from coppice.machine import disks
 from coppice.model import MIB, Instance, Sharing
 from coppice.requests import (
     ForkRequest,
@@ -64,7 +64,8 @@ async def checked(host: AsyncHost, vm: Instance) -> None:
     assert "0" not in users
     vm = await host.call(GetRequest(instance=vm.id))
     rooms = host.local.rooms
-    assert await rooms.driver(vm).disk_in_use(rooms.directory(vm.id)) == tuple(disk.names(vm.disk_layers))
+    overlay, _ = await rooms.driver(vm).disks_in_use(rooms.directory(vm.id))
+    assert [overlay] == [tuple(each.files) for each in disks.of(vm)]
 
 
 @pytest.mark.timeout(180)
@@ -83,7 +84,8 @@ async def test_a_machine_is_captured_forked_and_restored(host: AsyncHost, booted
     again = await host.call(ForkRequest(instance=live.instances[0].id, from_running=True, atomic=True))
     try:
         (twice,) = live.instances
-        assert len((await host.call(GetRequest(instance=twice.id))).disk_layers) > len(twice.disk_layers)
+        now = await host.call(GetRequest(instance=twice.id))
+        assert len(now.disk_layers["overlay"]) > len(twice.disk_layers["overlay"])
         for result in (*live.results, *forks.results, *again.results):
             assert result.sharing is Sharing.HARDLINK
             assert result.instance is not None

@@ -12,6 +12,8 @@ of the forks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from coppice.completion import complete, in_thread
@@ -33,7 +35,7 @@ class Spare(msgspec.Struct, eq=False):
     source: str
     inodes: tuple[int, ...]  # of the mem-file and layers that its VMM has mapped
     bytes_written: int
-    disk_layers: tuple[int, ...]
+    disk_layers: Mapping[str, tuple[int, ...]]
     process: VmmProcess
     lock: int | None
 

@@ -28,7 +28,7 @@ from coppice.fork.plan import takes_memory
 from coppice.host import recovery
 from coppice.host.base import UseCases
 from coppice.host.spares import Spares
-from coppice.machine import disk, volumes
+from coppice.machine import disk, disks
 from coppice.machine.rooms import Rooms
 from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, MachineSpec, Record, State, Volume
 from coppice.model.lifecycle import Operation
@@ -37,7 +37,7 @@ from coppice.state.budgets import use_of, worst_case
 from coppice.state.journal import JournalOperation
 from coppice.vmm import driver as files
 from coppice.vmm.driver import VmmDriver
-from coppice.volumes import disk as disks
+from coppice.volumes.disk import empty_bytes
 
 
 class Demand(Record, frozen=True, kw_only=True):
@@ -182,10 +182,13 @@ def _size(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count // MIB} MiB"
 
 
-def demand_of_run(driver: VmmDriver, machine: MachineSpec, *, start: bool) -> Demand:
-    """Return the demand of a new instance of an image."""
+def demand_of_run(driver: VmmDriver, machine: MachineSpec, *, start: bool, clone_bytes: int = 0) -> Demand:
+    """Return the demand of a new instance of an image.
+
+    :param clone_bytes: the most that placing its volumes writes
+    """
     if not start:
-        return Demand(what="this instance", instances=1)
+        return Demand(what="this instance", instances=1, clone_bytes=clone_bytes)
     ram_bytes = machine.memory_bytes
     disk_bytes = ram_bytes if driver.capabilities.boots_in_file else 0
     return Demand(
@@ -194,6 +197,7 @@ def demand_of_run(driver: VmmDriver, machine: MachineSpec, *, start: bool) -> De
         ram_bytes=ram_bytes,
         vmm_bytes=driver.vmm_bytes(machine),
         disk_bytes=disk_bytes,
+        clone_bytes=clone_bytes,
     )
 
 
@@ -227,12 +231,7 @@ def demand_of_volume(volume: Volume, archive: Path | None) -> Demand:
     may need more.
     """
     content = archive.stat().st_size if archive is not None and archive.is_file() else 0
-    return Demand(what=f"the volume {volume.name}", disk_bytes=disks.empty_bytes(volume.size_bytes) + 2 * content)
-
-
-def _volume_bytes(directory: Path, source: Instance) -> int:
-    """Return the most bytes that the clones of a machine's volumes take without reflinks."""
-    return disk.allocated(volumes.written(directory, source.machine))
+    return Demand(what=f"the volume {volume.name}", disk_bytes=empty_bytes(volume.size_bytes) + 2 * content)
 
 
 def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:
@@ -243,11 +242,11 @@ def demand_of_snapshot(rooms: Rooms, source: Instance) -> Demand:
     return Demand(
         what=f"the snapshot of {source.name}",
         disk_bytes=_captured_bytes(rooms, source) if source.state is State.RUNNING else 0,
-        clone_bytes=_volume_bytes(directory, source)
-        + (
-            disk.bytes_of_running(directory, source.disk_layers, rooms.driver(source))
-            if source.state is State.RUNNING
-            else disk.bytes_of_share(directory, source.disk_layers, rooms.driver(source))
+        clone_bytes=sum(
+            (disk.bytes_of_running if source.state is State.RUNNING else disk.bytes_of_share)(
+                directory, each, rooms.driver(source)
+            )
+            for each in disks.of(source)
         ),
     )
 
@@ -268,11 +267,10 @@ def demand_of_forks(
     running = request.count if request.target is State.RUNNING else 0
     driver = rooms.driver(source)
     own = driver if request.vmm is None else rooms.drivers.wanted(request.vmm)
-    volume_bytes = _volume_bytes(directory, source)
-    clone_bytes = disk.bytes_of_fork(directory, source.disk_layers, (driver, own)) * (request.count - ahead)
-    clone_bytes += volume_bytes * request.count  # a source with volumes has no spares
+    written = disks.of(source)
+    clone_bytes = sum(disk.bytes_of_fork(directory, each, (driver, own)) for each in written) * (request.count - ahead)
     if captured:
-        clone_bytes += disk.bytes_of_running(directory, source.disk_layers, driver) + volume_bytes
+        clone_bytes += sum(disk.bytes_of_running(directory, each, driver) for each in written)
     able = driver.capabilities
     if with_memory and source.capture is not None and source.capture.layers and not able.maps_layers:
         clone_bytes += ram_bytes * request.count  # each gets a copy of all memory

@@ -19,9 +19,9 @@ from coppice.host import recovery
 from coppice.host.base import UseCases
 from coppice.images import cache
 from coppice.linux.files import allocated_bytes, is_temporary
-from coppice.machine import destroy
+from coppice.machine import destroy, disks
 from coppice.machine import directory as directories
-from coppice.model import GcReport
+from coppice.model import GcReport, Instance, Snapshot
 from coppice.model.ownership import require_operator
 from coppice.names import is_id
 from coppice.requests import GcRequest
@@ -95,11 +95,12 @@ class Housekeeping(UseCases):
         disks.
         """
         rooms, records = self.rooms, self.rooms.store
-        machines = [each.machine for each in records.instances()] + [each.machine for each in records.snapshots.all()]
-        sizes = {machine.overlay_bytes for machine in machines}
+        holders: list[Instance | Snapshot] = [*records.instances(), *records.snapshots.all()]
+        machines = [each.machine for each in holders]
+        sizes = {each.size_bytes for holder in holders for each in disks.of(holder)}
         formats = {driver.capabilities.layer_format for driver in rooms.drivers}
-        disks = {
-            *(rooms.overlays.path(size).name for size in sizes),
+        empty = {
+            *(rooms.overlays.path(machine.overlay_bytes).name for machine in machines),
             *(rooms.overlays.layer_path(size, each).name for size in sizes for each in formats),
         }
         initramfs = ContentStore(rooms.layout.initramfs)
@@ -108,7 +109,7 @@ class Housekeeping(UseCases):
             *(
                 partial(overlays.remove, path.name, records.retire_unused)
                 for path in overlays.entries()
-                if path.name not in disks
+                if path.name not in empty
             ),
             *(
                 partial(initramfs.remove, path.name, records.retire_unused)

@@ -78,7 +78,8 @@ class Lifecycle(Volumes):
         if request.limits is not None and request.start:
             await in_thread(limits.check, request.limits, self.rooms.layout.home)
         disks = await self._disks(request.volumes)
-        admit = await self._admit(partial(demand_of_run, driver, machine, start=request.start))
+        clone_bytes = await in_thread(volume_disks.bytes_of_place, self.rooms, disks, driver)
+        admit = await self._admit(partial(demand_of_run, driver, machine, start=request.start, clone_bytes=clone_bytes))
         kernel = await self._kernel(request.kernel, progress)
         config = found.config
         certificates = certificates_in((*config.certificates, *request.certificates))
@@ -143,8 +144,10 @@ class Lifecycle(Volumes):
                 # Another process may have removed the instance before this one locked it.
                 await in_thread(self.rooms.store.require, instance)
                 await in_thread(self._place_new, instance)
-                await volume_disks.place(self.rooms, instance)
+                instance = await volume_disks.place(self.rooms, instance)
                 if start:
+                    if instance.machine.volumes:
+                        instance = await activate.own_disks(self.rooms, instance)
                     progress(Progress(stage="boot"))
                     return await activate.boot(self.rooms, instance, Stages())
                 stopped = msgspec.structs.replace(instance, state=State.STOPPED)
@@ -210,7 +213,7 @@ class Lifecycle(Volumes):
         admit = await self._admit(partial(demand_of_activation, self.rooms, instance, boot=boot))
         try:
             await in_thread(self.rooms.store.begin, instance, operation, admit)
-            instance = await activate.own_disk(self.rooms, instance)
+            instance = await activate.own_disks(self.rooms, instance)
             if idle_s(instance):
                 await ports.release(self.rooms.layout.home, instance)
             return await (activate.boot if boot else activate.restore)(self.rooms, instance, Stages())

@@ -13,7 +13,7 @@ import msgspec
 from coppice.completion import in_thread
 from coppice.errors import IntegrityError, VmmTimeout
 from coppice.linux.files import untranslated
-from coppice.machine import capture, destroy, disk, last_words, limits
+from coppice.machine import capture, destroy, disks, last_words, limits
 from coppice.machine import directory as directories
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, State
@@ -82,7 +82,7 @@ async def settle(rooms: Rooms, instance: Instance, reason: str, ending: Ending |
     directory = rooms.directory(instance.id)
     await destroy.end_vmm(rooms, instance)
     await in_thread(directories.clear_runtime, directory)
-    await in_thread(disk.remove_others, directory, instance.disk_layers)
+    await in_thread(disks.remove_others, directory, instance)
     whole = instance.state not in _HAS_RUN and await in_thread(directories.capture_is_current, directory, instance)
     if not whole:
         await in_thread(directories.clear_capture, directory)

@@ -13,7 +13,7 @@ from coppice.host.admission import demand_of_activation, demand_of_forks, demand
 from coppice.host.lifecycle import Lifecycle
 from coppice.linux.files import untranslated
 from coppice.machine import directory as directories
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.model import ForkReport, Instance, ProgressSink, Snapshot, State, VerifyReport
 from coppice.model.inspection import SnapshotInspection
 from coppice.model.lifecycle import Operation
@@ -82,7 +82,7 @@ class Snapshots(Lifecycle):
             forks=tuple(instance.name for instance in instances if instance.snapshot == found.id),
             directory=str(directory),
             memory_bytes=sum(status.st_blocks for status in in_memory) * 512,
-            disk_bytes=disk.allocated(directories.own_disks(directory, found.machine, found.disk_layers)),
+            disk_bytes=disk.allocated(disks.paths(directory, disks.of(found))),
             link_count=memory.st_nlink if memory else 0,
         )
 

@@ -80,13 +80,12 @@ class View(UseCases):
 
     async def inspect(self, request: InspectRequest) -> Inspection:
         """Look up the instance, its forks, its disk and its memory."""
-        from coppice.machine import directory as directories
-        from coppice.machine import disk
+        from coppice.machine import disk, disks
 
         instance = await self._seen(request.instance)
         forks = await in_thread(self.rooms.store.children, instance.id)
         directory = self.rooms.directory(instance.id)
-        own = directories.own_disks(directory, instance.machine, instance.disk_layers)
+        own = disks.paths(directory, disks.own(instance))
         return Inspection(
             instance=await self._with_observed(instance),
             fork_count=len(forks),

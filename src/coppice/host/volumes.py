@@ -12,6 +12,8 @@ from coppice.completion import complete, in_own_thread, in_thread
 from coppice.errors import InUse, UsageError
 from coppice.host.admission import Admission, demand_of_volume
 from coppice.linux.files import os_errors, untranslated
+from coppice.machine import disk
+from coppice.machine import volumes as attached
 from coppice.model import ProgressSink, Volume, VolumeDisk, VolumeMount
 from coppice.model.inspection import VolumeInspection
 from coppice.model.ownership import no_volume, owns
@@ -66,11 +68,12 @@ class Volumes(Admission):
     async def volume_inspect(self, request: VolumeInspectRequest) -> VolumeInspection:
         """Read the volume's record and the size of its disk."""
         found = await self._volume(request.volume)
-        disk = self.rooms.layout.volume_disk(found.id)
+        raw = self.rooms.layout.volume_disk(found.id)
         with os_errors(f"read the size of the volume {found.name}"):
-            status = await in_thread(disk.stat)
+            links = (await in_thread(raw.stat)).st_nlink
+        paths = await in_thread(attached.paths_now, self.rooms, found)
         return VolumeInspection(
-            volume=found, disk=str(disk), disk_bytes=status.st_blocks * 512, link_count=status.st_nlink
+            volume=found, disk=str(raw), disk_bytes=await in_thread(disk.allocated, paths), link_count=links
         )
 
     async def volume_rm(self, request: VolumeRmRequest) -> None:
@@ -105,7 +108,7 @@ class Volumes(Admission):
         disks: list[VolumeDisk] = []
         for mount in mounts:
             found = await self._volume(mount.volume)
-            if any(disk.volume_id == found.id for disk in disks):
+            if any(each.volume_id == found.id for each in disks):
                 raise UsageError(f"the volume {found.name} cannot be attached twice", hint="mount it at one path")
             disks.append(
                 VolumeDisk(

@@ -29,6 +29,7 @@ from pathlib import Path
 from coppice.completion import in_thread
 from coppice.errors import Busy, CoppiceError, NotFound
 from coppice.machine import directory as directories
+from coppice.machine import disks
 from coppice.memory import memfile
 from coppice.model import Instance, MemFile, Snapshot
 from coppice.state import locks
@@ -176,7 +177,7 @@ class Digests:
         layers, found = snapshot.disk_layers, list[str]()
         if directories.disk_stamp(directory, layers) != snapshot.disk_stamp:
             return
-        for path in directories.own_disks(directory, snapshot.machine, layers):
+        for path in disks.paths(directory, disks.of(snapshot)):
             with _opened(path) as descriptor:
                 digest = _sha256(path, descriptor)
             if digest is None:

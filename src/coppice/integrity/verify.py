@@ -20,7 +20,7 @@ from coppice.integrity import digests
 from coppice.integrity.digests import Holder
 from coppice.linux.tool import NotFinished
 from coppice.machine import directory as directories
-from coppice.machine import disk, volumes
+from coppice.machine import disk, disks, volumes
 from coppice.machine.rooms import Rooms
 from coppice.memory import memfile
 from coppice.model import (
@@ -36,6 +36,7 @@ from coppice.model import (
 )
 from coppice.state import locks
 from coppice.vmm import driver as files
+from coppice.vmm.driver import VmmDriver
 from coppice.volumes.ext4 import fsck
 
 _RECORD_WITHIN_S = 5.0  # a hash that cannot be recorded now is computed again next time
@@ -210,22 +211,22 @@ async def _check_disk(rooms: Rooms, holder: Holder, found: _Findings) -> None:
 
 def _has_stamp(directory: Path, record: Instance | Snapshot) -> bool:
     stamp = record.disk_stamp if isinstance(record, Snapshot) else record.capture and record.capture.disk_stamp
-    paths = disk.paths(directory, record.disk_layers)
+    paths = disks.paths(directory, disks.of(record))
     return all(path.exists() for path in paths) and directories.disk_stamp(directory, record.disk_layers) == stamp
 
 
 async def _fsck(rooms: Rooms, holder: Holder, current: Instance | Snapshot, found: _Findings) -> None:
-    details = {files.OVERLAY_DISK: await _fsck_disk(rooms, holder.directory, current, found)}
-    for path in volumes.private(holder.directory, current.machine):
-        details[path.name] = await _fsck_file(path, current.name, found)
-    found.differences += [_differs(holder, name, detail) for name, detail in details.items() if detail is not None]
+    for each in disks.own(current):
+        detail = await _fsck_disk(holder.directory, each, rooms.driver(current), current.name, found)
+        if detail is not None:
+            found.differences.append(_differs(holder, each.files[0], detail))
 
 
-async def _fsck_disk(rooms: Rooms, directory: Path, record: Instance | Snapshot, found: _Findings) -> str | None:
+async def _fsck_disk(directory: Path, of: disk.Disk, driver: VmmDriver, name: str, found: _Findings) -> str | None:
     """Return what is wrong with a writable disk, as `_fsck_file` does. Its layers are read as one file."""
-    if not all(path.exists() for path in disk.paths(directory, record.disk_layers)):
+    if not all(path.exists() for path in of.paths(directory)):
         return "it is missing"
-    flat = disk.flat(directory, record.disk_layers, rooms.driver(record))
+    flat = disk.flat(directory, of, driver)
     try:
         path = await in_thread(flat.__enter__)
     except (MissingTool, NoSpace):
@@ -234,7 +235,7 @@ async def _fsck_disk(rooms: Rooms, directory: Path, record: Instance | Snapshot,
         found.disks += 1
         return error.message
     try:
-        return await _fsck_file(path, record.name, found)
+        return await _fsck_file(path, name, found)
     finally:
         await in_thread(flat.__exit__, None, None, None)
 
@@ -282,25 +283,26 @@ async def _check_volume(rooms: Rooms, volume: Volume, found: _Findings) -> None:
     The volume is not locked, so attaching and removing it do not wait. Findings are dropped if it
     changed meanwhile.
     """
-    path = rooms.layout.volume_disk(volume.id)
     with contextlib.suppress(NotFound):  # removed meanwhile
         before = await in_thread(_unwritten, rooms, volume)
         if before is None:
             found.skipped.append(volume.name)
             return
-        detail = await _fsck_file(path, volume.name, found)
+        of, driver = volumes.disk_of(volume), rooms.drivers.named(volume.driver or rooms.drivers.chosen.name)
+        detail = await _fsck_disk(rooms.layout.volume(volume.id), of, driver, volume.name, found)
         if detail is not None and await in_thread(_unwritten, rooms, volume) == before:
             found.differences.append(
-                Difference(holder="volume", id=volume.id, name=volume.name, file=path.name, detail=detail)
+                Difference(holder="volume", id=volume.id, name=volume.name, file=of.files[0], detail=detail)
             )
 
 
 def _unwritten(rooms: Rooms, volume: Volume) -> str | None:
     """Return the stamp of a volume's disk, or None while a machine may write to it."""
-    if any(not holder.readonly for holder in rooms.store.volumes.get(volume.id).attachments):
+    current = rooms.store.volumes.get(volume.id)
+    if any(not holder.readonly for holder in current.attachments) or current.layers != volume.layers:
         return None
-    path = rooms.layout.volume_disk(volume.id)
-    return directories.file_stamp(path) if path.exists() else "missing"
+    paths = volumes.disk_of(volume).paths(rooms.layout.volume(volume.id))
+    return " ".join(directories.file_stamp(path) if path.exists() else "missing" for path in paths)
 
 
 async def _check_snapshot_disk(rooms: Rooms, holder: Holder, record: Snapshot, found: _Findings) -> None:
@@ -320,7 +322,7 @@ async def _check_snapshot_disk(rooms: Rooms, holder: Holder, record: Snapshot, f
         await _fsck(rooms, holder, current, found)
         if len(found.differences) > before:
             return
-        paths = directories.own_disks(holder.directory, current.machine, current.disk_layers)
+        paths = disks.paths(holder.directory, disks.of(current))
         digest = digests.of_disk([await _sha256(path, no_progress) for path in paths])
         found.bytes_hashed += sum(path.stat().st_size for path in paths)
         if current.disk_sha256 is None:

@@ -19,7 +19,7 @@ import msgspec
 from coppice.agent.control import Acknowledged
 from coppice.completion import complete, in_thread, later
 from coppice.errors import CoppiceError, GuestTimeout, HostCannot, IntegrityError, Refused, VmmDied
-from coppice.machine import console, disk, limits
+from coppice.machine import console, disk, disks, limits
 from coppice.machine import directory as directories
 from coppice.machine.identity import identity_message, next_serial
 from coppice.machine.last_words import cure, of_start
@@ -69,24 +69,29 @@ async def require_loadable(rooms: Rooms, instance: Instance) -> None:
         )
 
 
-async def own_disk(rooms: Rooms, instance: Instance) -> Instance:
-    """Give an instance at rest a disk that it may write to; return the record, saved if it has changed.
+async def own_disks(rooms: Rooms, instance: Instance) -> Instance:
+    """Give an instance at rest disks that it may write to; return the record, saved if it has changed.
 
     :raises NoSpace: the disk is full
     """
-    directory = rooms.directory(instance.id)
-    await in_thread(disk.remove_others, directory, instance.disk_layers)
-    if not await in_thread(disk.is_frozen, directory, instance.disk_layers):
+    return await in_thread(_own_disks, rooms, instance)
+
+
+def _own_disks(rooms: Rooms, instance: Instance) -> Instance:
+    directory, driver = rooms.directory(instance.id), rooms.driver(instance)
+    disks.remove_others(directory, instance)
+    found = disks.of(instance)
+    shared = {each.name for each in found if disk.is_frozen(directory, each)}
+    if not shared:
         return instance
-    current = await in_thread(directories.capture_is_current, directory, instance)
-    size_bytes, driver = instance.machine.overlay_bytes, rooms.driver(instance)
-    layers = await in_thread(disk.own, directory, instance.disk_layers, size_bytes, driver, rooms.overlays)
-    capture = instance.capture
+    current = directories.capture_is_current(directory, instance)
+    owned = [disk.own(directory, each, driver, rooms.overlays) if each.name in shared else each for each in found]
+    layers, capture = disks.recorded(owned), instance.capture
     if capture is not None and current:
-        capture = await in_thread(directories.captured_here, capture, directory, layers)
+        capture = directories.captured_here(capture, directory, layers)
     instance = msgspec.structs.replace(instance, disk_layers=layers, capture=capture)
-    await in_thread(rooms.store.save, instance, durable=True)
-    await in_thread(disk.remove_others, directory, layers)
+    rooms.store.save(instance, durable=True)
+    disks.remove_others(directory, instance)
     return instance
 
 
@@ -196,7 +201,7 @@ async def launch(rooms: Rooms, instance: Instance, checked: Ready | None = None)
     return Launch(
         directory=rooms.directory(instance.id),
         machine=instance.machine,
-        disks=directories.disks(instance.machine, instance.disk_layers),
+        disks=directories.devices(instance.machine, instance.disk_layers),
         nics=await rooms.networks.attach(instance, rooms.driver(instance).capabilities.nic_backends),
         manifest=manifest,
         layers=checked.layers,

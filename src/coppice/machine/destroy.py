@@ -6,7 +6,7 @@ from pathlib import Path
 
 from coppice.completion import in_thread
 from coppice.machine import directory as directories
-from coppice.machine import limits
+from coppice.machine import limits, volumes
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, VmmProcess
 from coppice.state import locks
@@ -63,15 +63,16 @@ async def destroy(rooms: Rooms, instance: Instance, *, settled: bool = False) ->
         await rooms.networks.detach(instance.id)
     else:
         await end_vmm(rooms, instance)
-    await in_thread(_forget, rooms, instance.id)
+    await in_thread(_forget, rooms, instance)
 
 
-def _forget(rooms: Rooms, instance_id: str) -> None:
-    directory = rooms.directory(instance_id)
+def _forget(rooms: Rooms, instance: Instance) -> None:
+    directory = rooms.directory(instance.id)
     limits.release(directory)
+    volumes.give_back(rooms, instance)
     directories.remove(directory)
-    rooms.store.forget(instance_id)
-    locks.remove(rooms.layout.lock(instance_id))
+    rooms.store.forget(instance.id)
+    locks.remove(rooms.layout.lock(instance.id))
 
 
 async def remove_unrecorded(rooms: Rooms, instance_id: str) -> bool:

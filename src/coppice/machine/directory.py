@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import msgspec
@@ -20,7 +21,8 @@ from coppice.content.overlay import OverlayStore
 from coppice.errors import IntegrityError
 from coppice.linux.files import is_temporary, os_errors, sync, temporary_beside
 from coppice.linux.link import IMMUTABLE, link_or_copy
-from coppice.machine import console, disk, volumes
+from coppice.machine import console, disks, volumes
+from coppice.machine.disks import LayersByName
 from coppice.memory import layers, memfile
 from coppice.model import Capture, Instance, MachineSpec, MemFile, Sharing
 from coppice.vmm import driver as files
@@ -42,28 +44,25 @@ class Placed(NamedTuple):
 
     capture: Capture | None
     bytes_written: int
-    disk_layers: disk.Layers = ()
+    disk_layers: Mapping[str, tuple[int, ...]] = {}
 
 
-def disks(machine: MachineSpec, layers: disk.Layers = ()) -> tuple[Disk, ...]:
+def devices(machine: MachineSpec, layers: LayersByName = MappingProxyType({})) -> tuple[Disk, ...]:
     """Return a machine's disks in the order of their devices. The agent finds them by serial.
 
-    :param layers: of its overlay disk
+    :param layers: of its disks
     """
-    *below, top = (path.name for path in disk.paths(Path(), layers))
-    return (
-        Disk(path=top, serial=files.OVERLAY, readonly=False, size_bytes=machine.overlay_bytes, below=tuple(below)),
-        Disk(path=files.ROOT_DISK, serial="root", readonly=True, size_bytes=0),
-        *(
-            Disk(
-                path=files.VOLUME_DISK.format(number),
-                serial=f"volume{number}",
-                readonly=volume.readonly,
-                size_bytes=volume.size_bytes,
-            )
-            for number, volume in enumerate(machine.volumes)
-        ),
+    overlay, *volumes_written = (
+        Disk(path=top, serial=each.name, readonly=False, size_bytes=each.size_bytes, below=tuple(below))
+        for each in disks.of_machine(machine, layers)
+        for *below, top in (each.files,)
     )
+    written = {each.serial: each for each in volumes_written}
+    attached = (
+        written.get(name) or Disk(path=name + files.RAW, serial=name, readonly=True, size_bytes=volume.size_bytes)
+        for name, volume in zip(disks.VOLUMES, machine.volumes, strict=False)
+    )
+    return (overlay, Disk(path=files.ROOT_DISK, serial="root", readonly=True, size_bytes=0), *attached)
 
 
 @os_errors("make a directory")
@@ -105,14 +104,13 @@ def place_fork(
     drivers: tuple[VmmDriver, VmmDriver],
     overlays: OverlayStore,
 ) -> Placed:
-    """Fill a fork's empty directory from its source's: link immutable files, put a layer over the disk or clone it.
+    """Fill a fork's empty directory from its source's: link immutable files, put a layer over each disk or clone it.
 
     The other parameters and errors are those of `place_capture`.
 
     :param drivers: the source's and the fork's
     """
-    size_bytes = instance.machine.overlay_bytes
-    layers, written = disk.fork(source, directory, instance.disk_layers, size_bytes, drivers, overlays)
+    layers, written = disks.fork(source, directory, instance, drivers, overlays)
     own = msgspec.structs.replace(instance, disk_layers=layers)
     placed = place_capture(source, directory, own, with_memory=with_memory, able=drivers[0].capabilities)
     return Placed(placed.capture, written + placed.bytes_written, layers)
@@ -122,10 +120,9 @@ def place_fork(
 def place_capture(
     source: Path, directory: Path, instance: Instance, *, with_memory: bool, able: Capabilities
 ) -> Placed:
-    """Link the immutable files of a source, the root and its read-only volumes; clone volumes that it
-    writes to.
+    """Link the immutable files of a source: the root, its read-only volumes, and its memory.
 
-    :param instance: the source, with the layers of the disk that is in `directory`
+    :param instance: the source, with the layers of the disks that are in `directory`
     :param with_memory: also link the memory and vmstate
     :param able: of the driver: memory that it cannot map privately, or layers that it cannot map,
         are copied
@@ -133,9 +130,9 @@ def place_capture(
     :raises NoSpace: the disk is full
     """
     _link(source / files.ROOT_DISK, directory / files.ROOT_DISK)
-    cloned = volumes.place(source, directory, instance.machine)
+    volumes.link_readonly(source, directory, instance.machine)
     if not with_memory or instance.capture is None:
-        return Placed(None, cloned, instance.disk_layers)
+        return Placed(None, 0, instance.disk_layers)
     if instance.capture.layers and not (able.maps_layers and able.maps_mem_file_privately):
         capture, written = _flatten(source, directory, instance.capture)
     elif able.maps_mem_file_privately:
@@ -144,7 +141,7 @@ def place_capture(
         reason = "the driver does not map mem-files privately"
         mem_file, written = memfile.copy_private(source / files.MEMORY, directory / files.MEMORY, reason=reason)
         capture = msgspec.structs.replace(instance.capture, mem_file=mem_file)
-    written += cloned + link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
+    written += link_or_copy(source / files.VMSTATE, directory / files.VMSTATE).bytes_written
     return Placed(captured_here(capture, directory, instance.disk_layers), written, instance.disk_layers)
 
 
@@ -207,7 +204,7 @@ def place_memory(directory: Path, capture: Capture) -> None:
             (directory / name).unlink(missing_ok=True)
 
 
-def captured_here(capture: Capture, directory: Path, disk_layers: disk.Layers) -> Capture:
+def captured_here(capture: Capture, directory: Path, disk_layers: LayersByName) -> Capture:
     """Return the capture with the disks of its holder in `directory`."""
     return msgspec.structs.replace(capture, disk_stamp=disk_stamp(directory, disk_layers))
 
@@ -244,18 +241,13 @@ def sync_captured(directory: Path, machine: MachineSpec) -> list[Path]:
 
 def _sync_contents(directory: Path, machine: MachineSpec, but_links_to: Collection[str] = ()) -> list[Path]:
     names = set(os.listdir(directory))  # noqa: PTH208 - a fork does this many times
-    captured = dict.fromkeys((*CAPTURED, *disk.among(names)))
-    present = [*(directory / name for name in captured if name in names), *volumes.private(directory, machine)]
+    captured = dict.fromkeys((*CAPTURED, *disks.among(names, machine)))
+    present = [directory / name for name in captured if name in names]
     for path in present:
         if path.name not in but_links_to or path.lstat().st_nlink == 1:
             sync(path)
     sync(directory)
     return present
-
-
-def own_disks(directory: Path, machine: MachineSpec, layers: disk.Layers) -> list[Path]:
-    """Return the paths of the disks that belong to a machine: the files of its overlay, and its clones of volumes."""
-    return [*disk.paths(directory, layers), *volumes.private(directory, machine)]
 
 
 def require_saved(directory: Path, machine: MachineSpec, mem_file: MemFile) -> None:
@@ -280,9 +272,8 @@ def sync_capture(directory: Path, instance: Instance, mem_file: MemFile, memory:
     """
     require_saved(directory, instance.machine, mem_file)
     vmstate = directory / files.VMSTATE_NEW
-    # All files of the overlay: a VMM that was interrupted in a switch may still write to the last but one.
-    volumes_written = volumes.written(directory, instance.machine)
-    written = [*disk.paths(directory, instance.disk_layers), *volumes_written]
+    # All files of the disks: a VMM that was interrupted in a switch may still write to the last but one.
+    written = disks.paths(directory, disks.of(instance))
     with os_errors(f"make the capture in {directory} durable"):
         for path in (memory, vmstate, *written):
             sync(path)
@@ -355,17 +346,13 @@ def remove(directory: Path) -> None:
 
 
 @os_errors("look at the disks")
-def disk_stamp(directory: Path, disk_layers: disk.Layers) -> str:
-    """Return a stamp of the disks' content: it changes if the overlay or a volume is written to.
-
-    :param disk_layers: those of the overlay
-    """
+def disk_stamp(directory: Path, disk_layers: LayersByName) -> str:
+    """Return a stamp of the disks' content: it changes if the overlay or a volume is written to."""
     return _stamp(directory, disk_layers, os.listdir(directory))  # noqa: PTH208 - as above
 
 
-def _stamp(directory: Path, disk_layers: disk.Layers, present: Collection[str]) -> str:
-    attached = (name for name in volumes.DISKS if name in present)
-    return " ".join(file_stamp(f"{directory}/{name}") for name in (*disk.names(disk_layers), *attached))
+def _stamp(directory: Path, disk_layers: LayersByName, present: Collection[str]) -> str:
+    return " ".join(file_stamp(f"{directory}/{name}") for name in disks.stamped(disk_layers, present))
 
 
 @os_errors("look at a disk")
@@ -381,11 +368,11 @@ def capture_is_current(directory: Path, instance: Instance) -> bool:
     if instance.capture is None:
         return False
     capture, layers = instance.capture, instance.disk_layers
-    needed = (*_memory_names(capture), files.VMSTATE, *disk.names(layers))
     try:
         present = set(os.listdir(directory))  # noqa: PTH208 - a fork does this many times
     except FileNotFoundError:
         return False
+    needed = (*_memory_names(capture), files.VMSTATE, *disks.stamped(layers, present))
     return present.issuperset(needed) and _stamp(directory, layers, present) == capture.disk_stamp
 
 

@@ -1,4 +1,4 @@
-"""The writable disk of an instance or snapshot: a raw file, and thin layers over it. All functions block.
+"""One writable disk of an instance or snapshot: a raw file, and thin layers over it. All functions block.
 
 A file of a disk is either written by its one machine, or frozen: mode 0444, never changed again.
 Frozen files are shared by hard links. Only the topmost file can be the machine's own. A fork
@@ -9,7 +9,6 @@ source gets a new layer too, before it runs again.
 from __future__ import annotations
 
 import contextlib
-import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,43 +18,52 @@ from coppice.content.overlay import OverlayStore
 from coppice.linux.clone import clone_file, reflink_file
 from coppice.linux.files import os_errors, sync, temporary_beside
 from coppice.linux.link import IMMUTABLE, link_or_copy
-from coppice.vmm import driver as files
-from coppice.vmm.driver import VmmDriver
+from coppice.vmm.driver import RAW, VmmDriver
 
 MOST = 8
 """Layers over one raw file, at most. A fork of a disk with so many merges them into one."""
 
 _EMPTY_LAYER = 64 << 10  # bytes allocated, at most
-_LAYER = f"{Path(files.OVERLAY_DISK).stem}.{{}}"
-_PREFIX = _LAYER.format("")
 
 Layers = tuple[int, ...]
 """The numbers of a disk's layers, lowest first. A new layer gets the next number, so that no name is used again."""
 
 
+class Disk(NamedTuple):
+    """A disk, which consists of the files NAME.raw, NAME.1..."""
+
+    name: str
+    size_bytes: int
+    layers: Layers = ()
+
+    @property
+    def files(self) -> list[str]:
+        """The names of its files: the raw one, and its layers from the lowest on."""
+        return [self.name + RAW, *(f"{self.name}.{number}" for number in self.layers)]
+
+    def paths(self, directory: Path) -> list[Path]:
+        """Return the paths of its files, as `files`."""
+        return [directory / name for name in self.files]
+
+    def made_of(self, files: Iterable[str]) -> Disk:
+        """Return the disk as it is if it has these files."""
+        return self._replace(layers=tuple(int(name.rpartition(".")[2]) for name in files if name != self.files[0]))
+
+    @property
+    def below(self) -> Disk:
+        """The disk without its topmost layer."""
+        return self._replace(layers=self.layers[:-1])
+
+    @property
+    def _next(self) -> int:
+        return max(self.layers, default=0) + 1
+
+
 class Placed(NamedTuple):
-    """The layers of a disk that was placed, and the bytes written for it."""
+    """A disk that was placed, and the bytes written for it."""
 
-    layers: Layers
+    disk: Disk
     bytes_written: int
-
-
-def paths(directory: Path, layers: Layers) -> list[Path]:
-    """Return the paths of a disk's files: the raw one, and its layers from the lowest on."""
-    return [directory / name for name in names(layers)]
-
-
-def names_in(directory: Path) -> list[str]:
-    """Return the names of all files of disks in a directory, recorded or not."""
-    try:
-        return among(os.listdir(directory))  # noqa: PTH208 - a fork does this many times
-    except FileNotFoundError:
-        return []
-
-
-def among(names: Iterable[str]) -> list[str]:
-    """Return those names that are of a disk's files, in order."""
-    return sorted(name for name in names if name.startswith(_PREFIX))
 
 
 def frozen(path: Path) -> bool:
@@ -71,142 +79,114 @@ def freeze(path: Path) -> None:
 
 @os_errors("place a disk")
 def fork(
-    source: Path,
-    directory: Path,
-    layers: Layers,
-    size_bytes: int,
-    drivers: tuple[VmmDriver, VmmDriver],
-    overlays: OverlayStore,
+    source: Path, directory: Path, disk: Disk, drivers: tuple[VmmDriver, VmmDriver], overlays: OverlayStore
 ) -> Placed:
     """Give a directory the disk of another one, which no machine runs on, with a topmost file of its own.
 
     By reflink, if the file system can; else as a layer; else, if one of the VMMs needs a raw file, as
     a copy.
 
-    :param layers: the source's
+    :param disk: the source's
     :param drivers: the source's and the new machine's
     :raises NoSpace: the disk is full
     """
     of_source, own = drivers
     common = of_source.capabilities.layer_format == own.capabilities.layer_format
-    *below, top = paths(source, layers)
-    if (common or not layers) and reflink_file(top, directory / top.name):
-        return Placed(layers, _link(below, directory))
+    *below, top = disk.paths(source)
+    if (common or not disk.layers) and reflink_file(top, directory / top.name):
+        return Placed(disk, _link(below, directory))
     if not common or not own.capabilities.layer_format:
-        return Placed((), _copy(source, directory, layers, of_source))
+        return Placed(disk._replace(layers=()), _copy(source, directory, disk, of_source))
     freeze(top)
-    if len(layers) < MOST:
+    if len(disk.layers) < MOST:
         written = _link([*below, top], directory)
     else:
         written = _link(below[:1], directory)
-        layers, more = _merge(source, directory, layers, own, _next(layers))
+        disk, more = _merge(source, directory, disk, own, disk._next)
         written += more
-    layers, more = _put_layer(directory, layers, size_bytes, own, overlays)
-    return Placed(layers, written + more)
+    disk, more = _put_layer(directory, disk, own, overlays)
+    return Placed(disk, written + more)
 
 
 @os_errors("share a disk")
-def share(source: Path, directory: Path, layers: Layers, driver: VmmDriver) -> Placed:
+def share(source: Path, directory: Path, disk: Disk, driver: VmmDriver) -> None:
     """Give a snapshot's directory the disk of an instance that no machine runs on. Nothing writes to it."""
-    *below, top = paths(source, layers)
-    if driver.capabilities.layer_format and not reflink_file(top, directory / top.name, mode=IMMUTABLE):
-        freeze(top)
-        return Placed(layers, _link([*below, top], directory))
+    *below, top = disk.paths(source)
     if not driver.capabilities.layer_format:
-        return Placed(layers, clone_file(top, directory / top.name, mode=IMMUTABLE, sync=False).bytes_written)
-    return Placed(layers, _link(below, directory))
+        clone_file(top, directory / top.name, mode=IMMUTABLE, sync=False)
+    elif not reflink_file(top, directory / top.name, mode=IMMUTABLE):
+        freeze(top)
+        below.append(top)
+    _link(below, directory)
 
 
 @os_errors("copy the disk of a running machine")
-def copy_running(source: Path, directory: Path, layers: Layers) -> None:
+def copy_running(source: Path, directory: Path, disk: Disk) -> None:
     """Give a directory the disk of a paused machine: links to all files but the topmost, which is copied."""
-    *below, top = paths(source, layers)
+    *below, top = disk.paths(source)
     _link(below, directory)
     clone_file(top, directory / top.name, sync=False)
 
 
-def names(layers: Layers) -> list[str]:
-    """Return the names of a disk's files: the raw one, and its layers from the lowest on."""
-    return [files.OVERLAY_DISK, *(_LAYER.format(number) for number in layers)]
-
-
-def layers_of(names: Iterable[str]) -> Layers:
-    """Return the layers of a disk whose files have these names."""
-    return tuple(int(name.removeprefix(_PREFIX)) for name in names if name != files.OVERLAY_DISK)
-
-
 @os_errors("add a layer to a disk")
-def add_layer(directory: Path, layers: Layers, size_bytes: int, driver: VmmDriver, overlays: OverlayStore) -> Layers:
+def add_layer(directory: Path, disk: Disk, driver: VmmDriver, overlays: OverlayStore) -> Disk:
     """Make a layer over the disk of a running machine, empty and durable. Nothing uses it yet.
 
-    :return: the layers with the new one
+    :return: the disk with the new layer
     :raises NoSpace: the disk is full
     """
-    layers, _ = _put_layer(directory, layers, size_bytes, driver, overlays)
-    sync(paths(directory, layers)[-1])
-    sync(directory)
-    return layers
+    disk, _ = _put_layer(directory, disk, driver, overlays)
+    _sync_files(directory, disk.files[-1:])
+    return disk
 
 
 @os_errors("merge layers of a disk")
-def merge_below(directory: Path, layers: Layers, driver: VmmDriver) -> Layers:
+def merge_below(directory: Path, disk: Disk, driver: VmmDriver) -> Disk:
     """Merge all layers of a running machine's disk but the topmost one into a new one. Durable. Nothing uses it yet.
 
-    :return: the layers with the merged one
+    :return: the disk with the merged layer
     :raises NoSpace: the disk is full
     """
-    merged, _ = _merge(directory, directory, layers[:-1], driver, _next(layers))
-    sync(paths(directory, merged)[-1])
-    sync(directory)
-    return (*merged, layers[-1])
+    merged, _ = _merge(directory, directory, disk.below, driver, disk._next)
+    _sync_files(directory, merged.files[-1:])
+    return merged._replace(layers=(*merged.layers, disk.layers[-1]))
 
 
 @os_errors("share the disk of a running machine")
-def share_running(source: Path, directory: Path, layers: Layers) -> None:
+def share_running(source: Path, directory: Path, disk: Disk) -> None:
     """Give a directory the disk of a machine that has gone on in a new layer, and freeze its files."""
-    _link(paths(source, layers), directory)
+    _link(disk.paths(source), directory)
 
 
 @os_errors("look at a disk")
-def is_frozen(directory: Path, layers: Layers) -> bool:
+def is_frozen(directory: Path, disk: Disk) -> bool:
     """Return whether a machine at rest needs a disk of its own before it runs."""
-    return frozen(paths(directory, layers)[-1])
+    return frozen(disk.paths(directory)[-1])
 
 
 @os_errors("give a machine a disk of its own")
-def own(directory: Path, layers: Layers, size_bytes: int, driver: VmmDriver, overlays: OverlayStore) -> Layers:
+def own(directory: Path, disk: Disk, driver: VmmDriver, overlays: OverlayStore) -> Disk:
     """Give a directory, whose topmost file is frozen, one that its machine may write. Durable.
 
-    The files that were there remain until `remove_others`, so the caller can record the result first.
+    The files that were there remain until they are removed, so the caller can record the result first.
 
-    :return: the layers that the machine starts with
+    :return: the disk that the machine starts with
     """
-    top = paths(directory, layers)[-1]
+    top = disk.paths(directory)[-1]
     if not driver.capabilities.layer_format:
         clone_file(top, top)
-        return layers
-    if len(layers) >= MOST:
-        layers, _ = _merge(directory, directory, layers, driver, _next(layers))
-    layers, _ = _put_layer(directory, layers, size_bytes, driver, overlays)
-    for path in paths(directory, layers)[-2:]:
-        sync(path)
-    sync(directory)
-    return layers
-
-
-@os_errors("remove layers of a disk")
-def remove_others(directory: Path, layers: Layers) -> None:
-    """Remove layers that are not part of the recorded disk. Idempotent."""
-    kept = {path.name for path in paths(directory, layers)}
-    for name in names_in(directory):
-        if name not in kept:
-            (directory / name).unlink(missing_ok=True)
+        return disk
+    if len(disk.layers) >= MOST:
+        disk, _ = _merge(directory, directory, disk, driver, disk._next)
+    disk, _ = _put_layer(directory, disk, driver, overlays)
+    _sync_files(directory, disk.files[-2:])
+    return disk
 
 
 @contextlib.contextmanager
-def flat(directory: Path, layers: Layers, driver: VmmDriver) -> Iterator[Path]:
+def flat(directory: Path, disk: Disk, driver: VmmDriver) -> Iterator[Path]:
     """Yield the path of a raw file with the content of a disk. It is a temporary one if the disk has layers."""
-    base, *above = paths(directory, layers)
+    base, *above = disk.paths(directory)
     if not above:
         yield base
         return
@@ -223,25 +203,25 @@ def allocated(of: Iterable[Path]) -> int:
     return sum(_allocated(path) for path in of)
 
 
-def bytes_of_fork(directory: Path, layers: Layers, drivers: tuple[VmmDriver, VmmDriver]) -> int:
+def bytes_of_fork(directory: Path, disk: Disk, drivers: tuple[VmmDriver, VmmDriver]) -> int:
     """Return the most bytes that `fork` writes without reflinks."""
     of_source, own = (driver.capabilities.layer_format for driver in drivers)
     if not own or own != of_source:
-        return allocated(paths(directory, layers))
-    merged = allocated(paths(directory, layers)[1:]) if len(layers) >= MOST else 0
+        return allocated(disk.paths(directory))
+    merged = allocated(disk.paths(directory)[1:]) if len(disk.layers) >= MOST else 0
     return merged + _EMPTY_LAYER
 
 
-def bytes_of_share(directory: Path, layers: Layers, driver: VmmDriver) -> int:
+def bytes_of_share(directory: Path, disk: Disk, driver: VmmDriver) -> int:
     """Return the most bytes that `share` writes without reflinks."""
-    return 0 if driver.capabilities.layer_format else allocated(paths(directory, layers))
+    return 0 if driver.capabilities.layer_format else allocated(disk.paths(directory))
 
 
-def bytes_of_running(directory: Path, layers: Layers, driver: VmmDriver) -> int:
+def bytes_of_running(directory: Path, disk: Disk, driver: VmmDriver) -> int:
     """Return the most bytes that a capture of a running machine writes for its disk without reflinks."""
     if not driver.capabilities.switches_layers:
-        return _allocated(paths(directory, layers)[-1])
-    return _EMPTY_LAYER + (allocated(paths(directory, layers)[1:]) if len(layers) >= MOST else 0)
+        return _allocated(disk.paths(directory)[-1])
+    return _EMPTY_LAYER + (allocated(disk.paths(directory)[1:]) if len(disk.layers) >= MOST else 0)
 
 
 def _allocated(path: Path) -> int:
@@ -255,19 +235,27 @@ def _link(sources: Sequence[Path], directory: Path) -> int:
     return sum(link_or_copy(path, directory / path.name).bytes_written for path in sources)
 
 
-def _copy(source: Path, directory: Path, layers: Layers, driver: VmmDriver) -> int:
-    base, *above = paths(source, layers)
+def _sync_files(directory: Path, names: Sequence[str]) -> None:
+    """Sync files of a disk and all names that lead to them: a volume's data may be in them after a power cut."""
+    for name in names:
+        sync(directory / name)
+    sync(directory)
+    sync(directory.parent)
+
+
+def _copy(source: Path, directory: Path, disk: Disk, driver: VmmDriver) -> int:
+    base, *above = disk.paths(source)
     if not above:
         return clone_file(base, directory / base.name, sync=False).bytes_written
     driver.flatten_disk(base, above, directory / base.name)
     return (directory / base.name).stat().st_blocks * 512
 
 
-def _merge(source: Path, directory: Path, layers: Layers, driver: VmmDriver, number: int) -> Placed:
+def _merge(source: Path, directory: Path, disk: Disk, driver: VmmDriver, number: int) -> Placed:
     """Merge the layers of a disk into one of that number, which is frozen, in `directory`."""
-    base, lowest, *above = paths(source, layers)
-    merged = (number,)
-    final = paths(directory, merged)[-1]
+    base, lowest, *above = disk.paths(source)
+    merged = disk._replace(layers=(number,))
+    final = merged.paths(directory)[-1]
     temporary = temporary_beside(final)
     try:
         clone_file(lowest, temporary, sync=False)
@@ -279,12 +267,9 @@ def _merge(source: Path, directory: Path, layers: Layers, driver: VmmDriver, num
     return Placed(merged, final.stat().st_blocks * 512)
 
 
-def _next(layers: Layers) -> int:
-    return max(layers, default=0) + 1
-
-
-def _put_layer(directory: Path, layers: Layers, size_bytes: int, driver: VmmDriver, overlays: OverlayStore) -> Placed:
-    layers = (*layers, _next(layers))
-    top = paths(directory, layers)[-1]
+def _put_layer(directory: Path, disk: Disk, driver: VmmDriver, overlays: OverlayStore) -> Placed:
+    disk = disk._replace(layers=(*disk.layers, disk._next))
+    top = disk.paths(directory)[-1]
     form = driver.capabilities.layer_format
-    return Placed(layers, overlays.create_layer(size_bytes, form, driver.make_layer, top).bytes_written)
+    written = overlays.create_layer(disk.size_bytes, form, driver.make_layer, top).bytes_written
+    return Placed(disk, written)

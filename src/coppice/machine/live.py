@@ -1,6 +1,6 @@
 """Capture a machine that keeps running, for `fork --from-running` and for snapshots.
 
-The source is paused while its devices are saved, its disk is frozen or copied (see `live_disk`),
+The source is paused while its devices are saved, its disks are frozen or copied (see `live_disk`),
 and its memory is secured.
 Every path resumes it. The capture goes into the directory of a *stem*: a Standby instance that
 exists only while the forks take their links from it.
@@ -30,9 +30,10 @@ from coppice.errors import HostCannot
 from coppice.linux.clone import clone_file
 from coppice.linux.files import os_errors
 from coppice.linux.remap import make_private
-from coppice.machine import capture, console, destroy, disk, live_disk, volumes
+from coppice.machine import capture, console, destroy, disks, live_disk, volumes
 from coppice.machine import directory as directories
 from coppice.machine.activate import require_loadable
+from coppice.machine.disk import Layers
 from coppice.machine.rooms import Rooms
 from coppice.memory import memfile
 from coppice.memory.capture import PrivateCapture
@@ -83,10 +84,10 @@ def new_stem(source: Instance) -> Instance:
     )
 
 
-async def take_disk(rooms: Rooms, source: Instance, target: Path) -> tuple[disk.Layers, float]:
-    """Give the directory `target` the disk of a Running source, with its file system frozen.
+async def take_disk(rooms: Rooms, source: Instance, target: Path) -> tuple[dict[str, Layers], float]:
+    """Give the directory `target` the disks of a Running source, with the overlay's file system frozen.
 
-    :return: the layers of the disk in `target`, and how long the source was paused, in ms
+    :return: the layers of the disks in `target`, and how long the source was paused, in ms
     :raises VmmError: the VMM refused; the source continues
     :raises NoSpace: the disk is full; the source continues
     """
@@ -106,7 +107,7 @@ async def take_disk(rooms: Rooms, source: Instance, target: Path) -> tuple[disk.
         pause_ms = (time.perf_counter() - begin) * 1000
         if frozen:
             await capture.thaw_disk(rooms, source)
-        await live_disk.share(rooms, source, target, layers)
+        await live_disk.share(rooms, source, target)
         await in_thread(rooms.store.save, source, done=True)
     except BaseException:
         await complete(capture.undo(rooms, source, frozen=frozen))
@@ -177,7 +178,7 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
             if frozen:
                 await capture.thaw_disk(rooms, source)
         with stages.stage("share"):
-            await live_disk.share(rooms, source, target, layers)
+            await live_disk.share(rooms, source, target)
         with stages.stage("finish"):
             taken, written = await in_thread(_finish, directory, target, source, private, saved)
             taken = msgspec.structs.replace(
@@ -203,7 +204,7 @@ async def _quiet_disks(rooms: Rooms, source: Instance) -> bool:
 
     Return whether the guest must be thawed.
     """
-    if volumes.written(Path(), source.machine):  # the freeze is of the overlay alone
+    if len(disks.of(source)) > 1:  # the freeze is of the overlay alone
         await capture.sync_disk(rooms, source)
     return await capture.freeze_disk(rooms, source)
 

@@ -13,7 +13,7 @@ import msgspec
 from coppice.errors import DigestMismatch, ImageError
 from coppice.linux.files import os_errors, sync
 from coppice.machine import directory as directories
-from coppice.machine import disk
+from coppice.machine import disk, disks
 from coppice.memory import layers, memfile
 from coppice.model import Capture, Instance, MachineSpec, MemFile, Sharing, State
 from coppice.vmm import driver as files
@@ -28,7 +28,7 @@ _LARGEST_LAYER_NUMBER = 1 << 20
 def paths(directory: Path, instance: Instance) -> list[Path]:
     """Return the files of a captured instance: its memory, device state and disk."""
     memory = directories.memory_paths(directory, instance.capture) if instance.capture else []
-    return [*memory, directory / files.VMSTATE, *disk.paths(directory, instance.disk_layers)]
+    return [*memory, directory / files.VMSTATE, *disks.paths(directory, disks.of(instance))]
 
 
 def digests(capture: Capture) -> dict[str, str | None]:
@@ -77,9 +77,15 @@ def require_sound(template: Instance, sizes: Mapping[str, int]) -> None:
     capture, machine = template.capture, template.machine
     if template.state is not State.TEMPLATE or capture is None:
         raise ImageError("the archive has no captured memory", hint=_CURE)
-    numbers = template.disk_layers
+    (overlay,) = disks.of(template)
+    numbers = overlay.layers
     ascending = all(low < high for low, high in zip((0, *numbers), (*numbers, _LARGEST_LAYER_NUMBER), strict=True))
-    if len(capture.layers) > layers.MOST or len(numbers) > disk.MOST or not ascending:
+    if (
+        len(capture.layers) > layers.MOST
+        or len(numbers) > disk.MOST
+        or not ascending
+        or template.disk_layers != disks.recorded([overlay])
+    ):
         raise ImageError("the archive has impossible layers of memory or disk", hint=_CURE)
     made_with, memory = capture.manifest, directories.memory_paths(Path(), capture)
     expected = {path.name: file.size_bytes for path, file in zip(memory, capture.memory, strict=True)}
@@ -106,8 +112,9 @@ def require_layers(directory: Path, template: Instance, driver: VmmDriver) -> No
     """
     if template.capture is None:
         raise AssertionError("`require_sound` has seen a capture")
-    for path in disk.paths(directory, template.disk_layers)[1:]:
-        driver.check_layer(path, template.machine.overlay_bytes)
+    (overlay,) = disks.of(template)
+    for path in overlay.paths(directory)[1:]:
+        driver.check_layer(path, overlay.size_bytes)
     layers.check_foreign_map(directory / files.MEMORY, template.capture.layers, template.machine.memory_bytes)
 
 
@@ -121,7 +128,7 @@ def arrived(directory: Path, instance: Instance, template: Instance, found: Mapp
     """
     if template.capture is None:
         raise AssertionError("`require_sound` has seen a capture")
-    capture, numbers = template.capture, template.disk_layers
+    capture, layers_of_disks = template.capture, template.disk_layers
     for name, recorded in digests(capture).items():
         if recorded not in (None, found[name]):
             raise DigestMismatch(f"{name} in the archive is not the one that was captured", hint=_CURE)
@@ -133,11 +140,11 @@ def arrived(directory: Path, instance: Instance, template: Instance, found: Mapp
         manifest=msgspec.structs.replace(capture.manifest, kernel=instance.machine.kernel),
         vmstate_sha256=found[files.VMSTATE],
     )
-    capture = directories.captured_here(capture, directory, numbers)
+    capture = directories.captured_here(capture, directory, layers_of_disks)
     with os_errors(f"make {directory} durable"):
         sync(directory)
         sync(directory.parent)
-    return msgspec.structs.replace(instance, state=State.TEMPLATE, capture=capture, disk_layers=numbers)
+    return msgspec.structs.replace(instance, state=State.TEMPLATE, capture=capture, disk_layers=layers_of_disks)
 
 
 def _anywhere(file: M) -> M:

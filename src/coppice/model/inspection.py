@@ -41,6 +41,6 @@ class VolumeInspection(Record, frozen=True, kw_only=True):
     """Everything known about one volume."""
 
     volume: Volume
-    disk: str  # its file
-    disk_bytes: int  # allocated
-    link_count: int  # the file's names: its own, and one for each attachment
+    disk: str  # its file, without its layers
+    disk_bytes: int  # allocated by the file and its layers
+    link_count: int  # the file's names: its own, and one for each attachment and each disk that shares it

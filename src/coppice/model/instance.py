@@ -64,7 +64,7 @@ class Instance(Record, frozen=True, kw_only=True):
     parent_name: str | None = None  # for display: the parent may have been removed
     snapshot: str | None = None  # id of the snapshot that it was forked from, or restored to
     capture: Capture | None = None  # its memory at rest; while it runs, the memory that it was restored from
-    disk_layers: tuple[int, ...] = ()  # the numbers of the layers over the raw file of its disk, lowest first
+    disk_layers: dict[str, tuple[int, ...]] = {}  # by the serial of a disk: the layers over its raw file, lowest first
     manifest: Manifest | None = None  # of the host and VMM at its last start
     vmm: VmmProcess | None = None
     vmm_bytes: int = 32 * MIB  # that its VMM may take besides the guest's RAM

@@ -32,7 +32,7 @@ class Snapshot(Record, frozen=True, kw_only=True):
     egress: Egress = Egress()  # of its source; a fork's, unless it is made with another one
     limits: Limits = Limits()  # of its source; a fork's, unless it is made with other limits
     capture: Capture | None = None  # None: it has the disk alone
-    disk_layers: tuple[int, ...] = ()  # as those of an instance
+    disk_layers: dict[str, tuple[int, ...]] = {}  # as those of an instance
     disk_stamp: str = ""  # of the content of its disks
     disk_sha256: str | None = None
     size_bytes: int = 0  # allocated by its files, including files shared by hard links

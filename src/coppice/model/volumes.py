@@ -24,4 +24,6 @@ class Volume(Record, frozen=True, kw_only=True):
     created_at: float
     owner: str | None = None  # None: the operator's
     tags: dict[str, str] = {}
+    layers: tuple[int, ...] = ()  # over its raw file, lowest first; while a machine writes to it, see its `disk_layers`
+    driver: str = ""  # that has made the layers
     attachments: tuple[Attachment, ...] = ()  # derived from the holders' records, never stored

@@ -13,7 +13,7 @@ import msgspec
 
 from coppice.completion import complete, in_thread
 from coppice.linux.files import os_errors, sync
-from coppice.machine import destroy, disk, volumes
+from coppice.machine import destroy, disks
 from coppice.machine import directory as directories
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, Snapshot, SnapshotKind, State
@@ -104,11 +104,11 @@ def _into_place(directory: Path, instance: Instance) -> None:
     directories.clear_runtime(directory)
     if instance.capture is None:
         directories.clear_capture(directory)
-    for name in (*directories.CAPTURED, *disk.names_in(directory / _STAGING), *volumes.DISKS):
+    for name in (*directories.CAPTURED, *disks.names_in(directory / _STAGING)):
         if (directory / _STAGING / name).exists():
             (directory / _STAGING / name).rename(directory / name)
     if instance.capture is not None:
         directories.place_memory(directory, instance.capture)  # removes layers of the memory that was there
-    disk.remove_others(directory, instance.disk_layers)
+    disks.remove_others(directory, instance)
     sync(directory)
     directories.remove(directory / _STAGING)

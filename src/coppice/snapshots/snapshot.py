@@ -18,7 +18,7 @@ from coppice.completion import in_thread
 from coppice.errors import IllegalTransition, UsageError
 from coppice.linux.files import os_errors
 from coppice.machine import directory as directories
-from coppice.machine import disk, live
+from coppice.machine import disk, disks, live
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, Snapshot, SnapshotKind, State
 from coppice.names import new_id
@@ -128,7 +128,7 @@ def _take_over(rooms: Rooms, stem: Instance, snapshot: Snapshot) -> Snapshot:
     Only the stem uses its disks, so they are moved, not copied.
     """
     origin = rooms.directory(stem.id)
-    for path in directories.own_disks(origin, stem.machine, stem.disk_layers):
+    for path in disks.paths(origin, disks.of(stem)):
         path.rename(rooms.layout.snapshot(snapshot.id) / path.name)
     return _fill(rooms, rooms.directory(stem.id), stem, snapshot)
 
@@ -142,7 +142,8 @@ def _fill(rooms: Rooms, origin: Path, source: Instance, snapshot: Snapshot) -> S
     if not directories.exists(directory):
         if with_memory:
             directories.require_current(origin, source)
-        disk.share(origin, directory, source.disk_layers, rooms.driver(source))
+        for each in disks.of(source):
+            disk.share(origin, directory, each, rooms.driver(source))
     placed = directories.place_capture(
         origin,
         directory,
@@ -151,7 +152,7 @@ def _fill(rooms: Rooms, origin: Path, source: Instance, snapshot: Snapshot) -> S
         able=rooms.driver(source).capabilities,
     )
     with os_errors(f"make the snapshot {directory} durable"):
-        for path in directories.own_disks(directory, snapshot.machine, snapshot.disk_layers):
+        for path in disks.paths(directory, disks.of(snapshot)):
             disk.freeze(path)
         present = directories.sync_captured(directory, snapshot.machine)
         capture = placed.capture

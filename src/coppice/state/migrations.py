@@ -65,6 +65,20 @@ def _give_users(connection: sqlite3.Connection) -> None:
         connection.execute("UPDATE instances SET record = ? WHERE id = ?", (encoded, key))
 
 
+def _name_disks(connection: sqlite3.Connection) -> None:
+    """Give the layers of the overlay disk its name: the other disks of a machine may have layers too."""
+    for table in ("instances", "snapshots"):
+        for key, record in connection.execute(f"SELECT id, record FROM {table}").fetchall():  # noqa: S608 - constants
+            named = msgspec.json.decode(record)
+            layers = named.pop("disk_layers", None)
+            if layers:
+                named["disk_layers"] = {"overlay": layers}
+            connection.execute(
+                f"UPDATE {table} SET record = ? WHERE id = ?",  # noqa: S608 - constants
+                (msgspec.json.encode(named), key),
+            )
+
+
 def _keep(connection: sqlite3.Connection) -> None:
     """Change nothing.
 
@@ -135,4 +149,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     INDEX_LOAD,
     _keep,  # checks of health gain a text, captures what was printed of it, instances the begin of their console
     add_load,
+    _name_disks,  # volumes also gain layers
 )

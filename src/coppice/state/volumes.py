@@ -50,6 +50,12 @@ class VolumeStore(Records[Volume]):
             check()
             self._insert(connection, volume, operation)
 
+    def save(self, volume: Volume) -> None:
+        """Write a changed record, durably, without its holders."""
+        encoded = self._encode(msgspec.structs.replace(volume, attachments=()))
+        with self._db.write(durable=True) as connection:
+            connection.execute("UPDATE volumes SET record = ? WHERE id = ?", (encoded, volume.id))
+
     def begin_removal(self, volume: Volume, operation: JournalOperation) -> None:
         """Record that a volume is to be removed.
 

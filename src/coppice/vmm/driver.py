@@ -56,9 +56,11 @@ KERNEL_WORDS: Final = (
 
 # File names of a machine's disks. No driver knows these names.
 ROOT_DISK: Final = "root.img"
-OVERLAY_DISK: Final = "overlay.raw"
 OVERLAY: Final = "overlay"  # the serial of the overlay disk, which every machine has
-VOLUME_DISK: Final = "volume{}.raw"  # by the index of the volume in the machine
+VOLUME: Final = "volume{}"  # the serial of a volume, by its index in the machine
+RAW: Final = ".raw"  # a writable disk or volume is the file SERIAL.raw, and layers over it: SERIAL.1...
+OVERLAY_DISK: Final = OVERLAY + RAW
+VOLUME_DISK: Final = VOLUME + RAW
 
 
 _TABLES: Final = 16 << 20
@@ -84,7 +86,7 @@ class Capabilities(Record, frozen=True, kw_only=True):
     enters_by_pvh: bool = False  # an ELF kernel must have a PVH entry point
     state_names_files: bool = False  # VMSTATE has paths of files that a restore opens
     layer_format: str = ""  # of the layers that a disk may consist of; "" if each disk must be one raw file
-    switches_layers: bool = False  # a running machine can go on in a new layer of its overlay disk
+    switches_layers: bool = False  # a running machine can go on in new layers of its disks
 
 
 class Saved(StrEnum):
@@ -106,10 +108,10 @@ class Disk(Record, frozen=True, kw_only=True):
 
     @property
     def largest_bytes(self) -> int:
-        """The most bytes that its file may have. The overlay disk may consist of layers, or get one while
+        """The most bytes that its file may have. A writable disk may consist of layers, or get one while
         the machine runs: a layer has tables too, and free parts between used ones.
         """
-        return self.size_bytes + (self.size_bytes // 4 + _TABLES if self.serial == OVERLAY else 0)
+        return self.size_bytes + (0 if self.readonly else self.size_bytes // 4 + _TABLES)
 
 
 def unrecorded(_: VmmProcess) -> None:
@@ -232,9 +234,9 @@ class VmmDriver(ABC):
         """
         raise _raw_only(self.name)
 
-    async def disk_in_use(self, directory: Path) -> tuple[str, ...]:  # noqa: ARG002
-        """Return the names of the files of the overlay disk that a VMM uses, from the raw one on. It
-        writes to the last one alone. Changes nothing.
+    async def disks_in_use(self, directory: Path) -> tuple[tuple[str, ...], ...]:  # noqa: ARG002
+        """Return, for each disk that a VMM uses, the names of its files, from the raw one on. The VMM
+        writes to the last one alone, if to any. Changes nothing.
 
         Prerequisites: the capability `switches_layers`, as for the methods below up to `replace_below`,
         and a VMM runs in the directory.
@@ -245,7 +247,7 @@ class VmmDriver(ABC):
         raise _raw_only(self.name)
 
     async def prepare_switch(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
-        """Let a VMM open a new layer of its machine's overlay disk, which it does not use yet.
+        """Let a VMM open a new layer of one of its machine's disks, which it does not use yet.
 
         `disk` has the names of all files of the disk, from the raw one on. The last one is the new
         layer. Prerequisites: a VMM runs, whose machine may run and writes to the last file but one, and
@@ -257,12 +259,12 @@ class VmmDriver(ABC):
         """
         raise _raw_only(self.name)
 
-    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
-        """Let a machine write to a new layer of its overlay disk from now on.
+    async def switch_layers(self, directory: Path, disks: Sequence[Sequence[str]]) -> None:  # noqa: ARG002
+        """Let a machine write to a new layer of each of these disks from now on: of all, or of none.
 
-        Prerequisites: the machine is paused, and `prepare_switch` succeeded with the same names. On
-        success the machine writes to the new layer. On failure the VMM writes to one of the two files:
-        see `disk_in_use`. The disk has the same content in both cases, with and without the new layer.
+        Prerequisites: the machine is paused, and `prepare_switch` succeeded with the names of each disk. On
+        success the machine writes to the new layers. After a failure the VMM knows to which files it
+        writes: see `disks_in_use`. A disk has the same content in both cases, with and without the new layer.
 
         :raises VmmDied: there is no VMM
         :raises VmmError: the VMM refused
@@ -271,7 +273,7 @@ class VmmDriver(ABC):
         raise _raw_only(self.name)
 
     async def finish_switch(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
-        """Take the files below the topmost layer from a VMM: it has none of them open for writing on success.
+        """Take the files below the topmost layer of a disk from a VMM: it has none of them open for writing on success.
 
         Prerequisites: a VMM runs, whose machine may run and writes to the last file of `disk`.
         Idempotent. On failure the VMM may still have one open for writing, but the machine does not write to it.
@@ -283,11 +285,11 @@ class VmmDriver(ABC):
         raise _raw_only(self.name)
 
     async def replace_below(self, directory: Path, disk: Sequence[str]) -> None:  # noqa: ARG002
-        """Let a machine use one layer in place of all that are below the one that it writes to.
+        """Let a machine use one layer of a disk in place of all that are below the one that it writes to.
 
         `disk` has the names of the raw file, of that layer, and of the one that it writes to.
         Prerequisites: a VMM runs, whose machine may run, and the disk is the same with that layer. On
-        success the VMM uses these three files alone. On failure it may use the others: see `disk_in_use`.
+        success the VMM uses these three files alone. On failure it may use the others: see `disks_in_use`.
 
         :raises VmmDied: there is no VMM
         :raises VmmError: the VMM refused

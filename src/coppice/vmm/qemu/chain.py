@@ -1,4 +1,4 @@
-"""The layers of the overlay disk of a running QEMU: a new one on top, and one in place of several.
+"""The layers of the disks of a running QEMU: a new one on top, and one in place of several.
 
 QEMU has dropped root and can open no files, so it gets each file as an open descriptor. The node of
 a file has the file's name, at the start as well as later. So QEMU itself can always be asked for
@@ -15,64 +15,67 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from coppice.errors import VmmError
 from coppice.linux.files import os_errors
-from coppice.vmm import driver as files
+from coppice.vmm.driver import OVERLAY_DISK
 
 if TYPE_CHECKING:
     from coppice.vmm.qemu.monitor import Monitor
 
 _WRITABLE: Final = " rw"
-_PREFIX: Final = Path(files.OVERLAY_DISK).stem + "."
 
 
-async def written(qmp: Monitor) -> str:
-    """Return the name of the file of the overlay disk that QEMU writes to."""
-    return (await in_use(qmp))[-1]
-
-
-async def in_use(qmp: Monitor) -> tuple[str, ...]:
-    """Return the names of the files of the overlay disk, from the raw one on.
+async def in_use(qmp: Monitor) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the files of each disk, from the raw one on.
 
     Only `query-blockstats` tells the nodes of a chain by name: other commands tell files, which are
     descriptors after a switch.
     """
+    found = []
     for disk in await qmp.execute("query-blockstats"):
         names: list[str] = []
         node: dict[str, Any] | None = disk
         while node is not None:
             names.insert(0, str(node.get("node-name", "")))
             node = node.get("backing")
-        if names[-1].startswith(_PREFIX):
-            return tuple(names)
-    raise VmmError("QEMU has no overlay disk", hint="see its log with `coppice logs --vmm NAME`")
+        found.append(tuple(names))
+    return tuple(found)
+
+
+async def _require_written(qmp: Monitor, base: str, expected: str) -> None:
+    """Refuse to go on if QEMU writes to another file of the disk over `base` than expected."""
+    now = next((names[-1] for names in await in_use(qmp) if names[0] == base), "none of its files")
+    if now != expected:
+        raise VmmError(f"QEMU writes to {now} and not to {expected}", hint="try again")
 
 
 async def flush(qmp: Monitor) -> None:
-    """Write back the disk with the tables of its layers.
+    """Write back the overlay disk, and the tables of the layers of all disks.
 
     `stop` does that too, but does not report a failure.
 
     :raises VmmError: QEMU could not
     """
-    line = f'qemu-io {await written(qmp)} "flush"'
-    if said := await qmp.execute("human-monitor-command", {"command-line": line}):
-        raise VmmError(
-            f"QEMU could not write back the disk: {str(said).strip()}", hint="check the free space with `df`"
-        )
+    for names in await in_use(qmp):
+        if len(names) == 1 and names[0] != OVERLAY_DISK:
+            continue
+        line = f'qemu-io {names[-1]} "flush"'
+        if said := await qmp.execute("human-monitor-command", {"command-line": line}):
+            raise VmmError(
+                f"QEMU could not write back a disk: {str(said).strip()}", hint="check the free space with `df`"
+            )
 
 
 async def prepare(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
     """Do as `VmmDriver.prepare_switch` does."""
     *_, old, new = disk
-    if (now := await written(qmp)) != old:
-        raise VmmError(f"QEMU writes to {now} and not to {old}", hint="try again")
+    await _require_written(qmp, disk[0], old)
     await _drop(qmp, new)  # of an earlier call that was interrupted
     await _add_layer(qmp, new, None, await _add_file(qmp, directory, new, os.O_RDWR))
 
 
-async def switch(qmp: Monitor, disk: Sequence[str]) -> None:
-    """Do as `VmmDriver.switch_layer` does."""
-    *_, old, new = disk
-    await qmp.execute("blockdev-snapshot", {"node": old, "overlay": new})
+async def switch(qmp: Monitor, disks: Sequence[Sequence[str]]) -> None:
+    """Do as `VmmDriver.switch_layers` does."""
+    actions = [{"type": "blockdev-snapshot", "data": {"node": old, "overlay": new}} for *_, old, new in disks]
+    await qmp.execute("transaction", {"actions": actions})
 
 
 async def finish(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
@@ -83,8 +86,7 @@ async def finish(qmp: Monitor, directory: Path, disk: Sequence[str]) -> None:
     An earlier call may have been interrupted, so all of them are looked at.
     """
     *below, new = disk
-    if (now := await written(qmp)) != new:
-        raise VmmError(f"QEMU writes to {now} and not to {new}", hint="try again")
+    await _require_written(qmp, disk[0], new)
     nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
     writable = {node["node-name"] for node in nodes if not node["ro"]}
     writable |= {name.rpartition(".")[0] for name in writable}  # the node of an open file: see `_add_file`
@@ -120,13 +122,14 @@ async def _tidy(qmp: Monitor, disk: Sequence[str]) -> None:
     """Remove nodes that nothing uses, and close descriptors of other files than the disk's, and those that can
     write to files below the topmost one. QEMU keeps descriptors that it uses open until their nodes are gone.
     """
+    prefix = Path(disk[0]).stem + "."
     for node in await qmp.execute("query-named-block-nodes", {"flat": True}):
-        if (name := node["node-name"]).startswith(_PREFIX) and name not in disk:
+        if (name := node["node-name"]).startswith(prefix) and name not in disk:
             await _drop(qmp, name)
     kept = {*disk, disk[-1] + _WRITABLE}
     for fdset in await qmp.execute("query-fdsets"):
         files = [each.get("opaque", "") for each in fdset["fds"]]
-        if any(file.startswith(_PREFIX) and file not in kept for file in files):
+        if any(file.startswith(prefix) and file not in kept for file in files):
             await qmp.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
 
 

@@ -205,7 +205,7 @@ class QemuDriver(VmmDriver):
     def flatten_disk(self, base: Path, layers: Sequence[Path], out: Path) -> None:
         images.flatten(base, layers, out)
 
-    async def disk_in_use(self, directory: Path) -> tuple[str, ...]:
+    async def disks_in_use(self, directory: Path) -> tuple[tuple[str, ...], ...]:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
             return await chain.in_use(qmp)
 
@@ -213,9 +213,9 @@ class QemuDriver(VmmDriver):
         async with monitor(directory, command.QMP_SOCKET) as qmp:
             await chain.prepare(qmp, directory, disk)
 
-    async def switch_layer(self, directory: Path, disk: Sequence[str]) -> None:
+    async def switch_layers(self, directory: Path, disks: Sequence[Sequence[str]]) -> None:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
-            await chain.switch(qmp, disk)
+            await chain.switch(qmp, disks)
 
     async def finish_switch(self, directory: Path, disk: Sequence[str]) -> None:
         async with monitor(directory, command.QMP_SOCKET) as qmp:
