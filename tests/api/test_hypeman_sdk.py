@@ -6,6 +6,7 @@ import asyncio
 import gzip
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import hypeman
@@ -15,6 +16,7 @@ from hypeman.lib import exec_async
 
 from coppice.images.cache import SLOTS
 from coppice.server.auth import make_token
+from fakes.cards import cards
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
 from image_archives import file, tar
@@ -33,7 +35,7 @@ async def client(tcp_address: str) -> AsyncIterator[AsyncHypeman]:
         yield opened
 
 
-async def test_the_first_exercise(client: AsyncHypeman) -> None:
+async def test_the_first_exercise(client: AsyncHypeman, tmp_path: Path) -> None:
     """Health, image, create, wait, exec, logs, standby, restore, fork, snapshots, stats, stop, start,
     delete: the order in which a new user tries the client.
     """
@@ -58,8 +60,13 @@ async def test_the_first_exercise(client: AsyncHypeman) -> None:
     await client.instances.stop(made.id)
     assert (await client.instances.snapshots.restore(saved.id, id=made.id)).state == "Running"
     await client.snapshots.delete(saved.id)
-    assert (await client.instances.stats(made.id)).allocated_vcpus == 1
+    with cards(tmp_path):
+        stats = await client.instances.stats(made.id)
+    assert (stats.allocated_vcpus, stats.network_rx_bytes, stats.network_tx_bytes) == (1, 1200, 340)
+    assert stats.memory_utilization_ratio == stats.memory_rss_bytes / stats.allocated_memory_bytes > 0
     assert (await client.instances.stop(made.id)).state == "Stopped"
+    stats = await client.instances.stats(made.id)
+    assert (stats.network_rx_bytes, stats.memory_rss_bytes, stats.cpu_seconds) == (0, 0, 0)
     assert (await client.instances.start(made.id)).state == "Running"
     tagged = await client.instances.list(tags={"team": "a"}, state="Running")
     assert [each.name for each in tagged] == ["oak", "elm"]  # a fork has its source's tags
