@@ -282,6 +282,7 @@ SHAPES = {
     19: "ad66fc9d78dd0549",
     20: "ad66fc9d78dd0549",
     21: "41cebab00b63cd63",
+    22: "1bbe69274b971888",
 }  # by schema version
 
 

@@ -11,7 +11,7 @@ import msgspec
 from coppice.state import users
 from coppice.state.event_schema import add_events, add_process_ends
 from coppice.state.load import INDEX_LOAD
-from coppice.state.supervision_schema import add_supervision
+from coppice.state.supervision_schema import add_schedules, add_supervision
 from coppice.state.takeover import take_over_images
 
 Migration = str | Callable[[sqlite3.Connection], None]
@@ -134,4 +134,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     add_process_ends,  # records of instances also gain the end of their process, and its endpoint for notices
     INDEX_LOAD,
     _keep,  # checks of health gain a text, captures what was printed of it, instances the begin of their console
+    add_schedules,  # snapshots also gain whether a schedule made them
 )
