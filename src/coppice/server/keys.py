@@ -105,6 +105,20 @@ class Keys(QuickCalls):
                 (status, outcome, owner or "", key),
             )
 
+    def has_content(self, owner: str | None, key: str, sha256: str, *, first: bool) -> bool:
+        """Record the digest of the body that came with a key, if it is the `first`. Else return whether it equals
+        the first one, as far as that is known: a killed server did not record it.
+        """
+        with self._db.write() as connection:
+            if first:
+                connection.execute(
+                    "UPDATE keys SET content = ? WHERE owner = ? AND key = ?", (sha256, owner or "", key)
+                )
+            row = connection.execute(
+                "SELECT content FROM keys WHERE owner = ? AND key = ?", (owner or "", key)
+            ).fetchone()
+        return row is None or row[0] in (None, sha256)
+
     def forget(self, owner: str | None, key: str) -> None:
         """Forget a key whose operation had no effect, so that the same request can be sent again."""
         with self._db.write() as connection:
