@@ -11,7 +11,8 @@ on unchanged.
 
 `/stream/upload` takes a file or directory for a request. The client sends an Upload, then binary
 frames and `{"eof": true}`, and gets `{"upload": "upload:SHA256"}`, which a request can name until the
-client closes the connection. The same frames give the same name, so a request with an idempotency key can be repeated. A directory is sent as a tar archive, or as records if `tree` is true.
+client closes the connection. The same frames give the same name, so that a request with an
+idempotency key can be repeated. A directory is sent as a tar archive, or as records if `tree` is true.
 
 All can answer `{"error": {...}, "errno": N}`, at any time; an error of `stat` leaves the session open.
 """
@@ -33,13 +34,13 @@ from coppice.agent.copy import archive_in, archive_out, with_thread
 from coppice.agent.tar import from_tar
 from coppice.agent.unpack import unpack
 from coppice.completion import beside
-from coppice.errors import Forbidden, GuestProtocolError, GuestRefused, NoSpace, UnsafePath, UsageError
+from coppice.errors import GuestProtocolError, GuestRefused, NoSpace, UnsafePath, UsageError
 from coppice.host import LocalBackend
 from coppice.model import MIB
 from coppice.model.guest import CopySession
 from coppice.requests import OpenCopyRequest
 from coppice.requests.base import paths_of
-from coppice.server.context import TheCaller, TheServer
+from coppice.server.context import TheCaller, TheServer, require
 from coppice.server.failures import failure_of
 from coppice.server.streams import Socket, answering, decoded, first_frame, frame_from, send, silence
 from coppice.server.table import REQUESTS, scope_of
@@ -158,8 +159,7 @@ async def stream_upload(socket: Socket, server: TheServer, caller: TheCaller) ->
         kind = REQUESTS.get(first.operation)
         if kind is None or not paths_of(kind):
             raise UsageError(f"no operation {first.operation!r} takes files", hint="see the API document")
-        if not caller.may(scope := scope_of(first.operation)):
-            raise Forbidden(f"missing required scope: {scope}", hint="make a token with that scope")
+        require(caller, scope_of(first.operation))
         host = await server.host(caller)
         async with server.uploads.make(caller.owner, first.name) as upload:
             await _receive(socket, host, upload, first)
