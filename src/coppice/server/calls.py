@@ -106,13 +106,13 @@ def operation_route(path: str, begin: Begin, *, body: type, result: Any, **setti
         return begun if isinstance(begun, Response) else await answer(request, begun, accept, prefer)
 
     carry_out.__annotations__ |= {
-        "data": JSONBody[body],  # type: ignore[valid-type]  # read by Litestar
+        "data": JSONBody[body],  # type: ignore[valid-type, misc]  # read by Litestar
         "request": HttpRequest,
         "accept": Accept,
         "prefer": Prefer,
         "idempotency": IdempotencyKey,
         "key": FromPath[str],
-        "return": Response[result],  # type: ignore[misc]  # read by Litestar
+        "return": Response[result],
     }
     if "{key:" not in path:
         shown = inspect.signature(carry_out)
