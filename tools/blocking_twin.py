@@ -80,7 +80,7 @@ def blocking_module(source: str) -> str:
         f"from coppice.client.blocking.{module} import {name}"
         for name, module in (
             ("Forks", "forks"), ("Machine", "machine"), ("MachineBase", "base"), ("MachineGuest", "guest"),
-            ("MachineLifecycle", "lifecycle"), ("HostOperations", "operations"),
+            ("MachineLifecycle", "lifecycle"), ("MachineAutomation", "automation"), ("HostOperations", "operations"),
         )
         if name not in {_blocking(node.name) for node in classes}
     )  # fmt: skip

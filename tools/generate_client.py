@@ -30,7 +30,19 @@ from coppice.host.opened import OpenedHost
 from coppice.model import ForkReport, Instance
 from coppice.model.guest import Connection
 from coppice.model.inspection import StandbyReport
-from coppice.requests import archives, commands, files, forks, guest, host, images, machines, snapshots, volumes
+from coppice.requests import (
+    archives,
+    automation,
+    commands,
+    files,
+    forks,
+    guest,
+    host,
+    images,
+    machines,
+    snapshots,
+    volumes,
+)
 from coppice.requests.base import Request, StreamRequest, description_of, extra_of, fields_of, result_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +85,10 @@ def _modules() -> dict[str, tuple[str, list[tuple[str, str, str, Operations]]]]:
         "lifecycle": (
             "Operations that change or fork a machine.",
             [("MachineLifecycle", "MachineBase", "The operations that change or fork a machine.", life)],
+        ),
+        "automation": (
+            "What a supervisor does by itself with a machine.",
+            [("MachineAutomation", "MachineBase", "Automatic standbys and scheduled snapshots.", _of(automation))],
         ),
         "guest": (
             "Operations inside a machine, and what can be read of it.",
@@ -318,8 +334,9 @@ from coppice.client.aio.base import Bound, MachineBase, key_of, text_of
 from coppice.client.backend import Backend, Opening
 from coppice.client.joining import Connecting
 from coppice.model import (
-    BudgetUse, Budgets, CaptureReport, Check, ExecResult, FileEvent, FileStat, GcReport, Image, MemoryReport, ProgressSink, Publish, Snapshot,
-    Egress, EgressReport, HealthCheck, Limits, RestartPolicy, SnapshotKind, State, TreeNode, VerifyReport, Volume, VolumeMount, no_progress,
+    AutoStandbyStatus, BudgetUse, Budgets, CaptureReport, Check, Egress, EgressReport, ExecResult, FileEvent, FileStat, GcReport,
+    HealthCheck, Image, Limits, MemoryReport, ProgressSink, Publish, RestartPolicy, Snapshot, SnapshotKind, SnapshotSchedule, State,
+    TreeNode, VerifyReport, Volume, VolumeMount, no_progress,
 )
 from coppice.model.events import Event
 from coppice.model.guest import ExecSession, Exit, GuestCommand, Health, StartedCommand
@@ -411,6 +428,7 @@ def modules() -> dict[Path, Callable[[], str]]:
         found[path] = lambda path=path, doc=doc, classes=classes: _tidy(_aio_module(doc, classes), path)  # type: ignore[misc]
     for name in (
         "base",
+        "automation",
         "lifecycle",
         "guest",
         "machine",

@@ -7,6 +7,7 @@
     ├── NotFound                    exit 3, HTTP 404
     ├── Refused                     exit 4, HTTP 409   valid request, wrong state
     │   ├── IllegalTransition           not in this state
+    │   │   └── InStandby
     │   ├── Expired                     its lifetime is over
     │   ├── NameTaken
     │   ├── InUse                       another object depends on it
@@ -121,6 +122,12 @@ class IllegalTransition(Refused):
     """The instance's state does not allow the operation."""
 
     code = "invalid_state"
+
+
+class InStandby(IllegalTransition):
+    """The instance is in standby, or was being put into it."""
+
+    code = "instance_in_standby"
 
 
 class Expired(Refused):

@@ -66,6 +66,23 @@ async def test_a_token_allows_its_scopes_only(tcp_address: str, make_host: HostF
         assert (await vm.refresh()).name == "oak"
 
 
+async def test_a_token_sees_only_operations_that_it_may_begin(tcp_address: str, make_host: HostFactory) -> None:
+    """The result of a command, and its end, are for tokens that may run commands."""
+    async with make_host() as local:
+        await boot(local)
+    async with httpx.AsyncClient(base_url=tcp_address) as client:
+        may = bearer(make_token(KEY, owner=None, scopes=["instance:write"]))
+        may_not = bearer(make_token(KEY, owner=None, scopes=["instance:read", "volume:write"]))
+        body = {"instance": "oak", "argv": ["hostname"]}
+        ran = await client.post("/call/exec", json=body, headers=may)
+        url = f"/operations/{ran.headers['coppice-operation']}"
+        assert (await client.get(url, headers=may)).json()["result"]["exit_code"] == 0
+        assert [each["operation"] for each in (await client.get("/operations", headers=may)).json()] == ["exec"]
+        assert (await client.get("/operations", headers=may_not)).json() == []
+        for answer in (await client.get(url, headers=may_not), await client.delete(url, headers=may_not)):
+            assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+
+
 async def test_an_owner_sees_only_its_own(tcp_address: str, make_host: HostFactory) -> None:
     """Another owner's machine is not found, not listed, and cannot be followed."""
     async with make_host() as local:

@@ -91,6 +91,9 @@ async def test_an_import_is_sent_again(socket_address: str) -> None:
                 assert (made.status_code, made.json()["code"]) == (409, "busy")  # the first one is still being undone
         again = await client.post("/templates/import?name=elm", content=archive, headers=headers)
         assert (again.status_code, again.json()["id"]) == (201, made.json()["id"])
+        changed = archive[:-10_240] + bytes(10_240) + b"x"
+        other = await client.post("/templates/import?name=elm", content=changed, headers=headers)
+        assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
         other = await client.post("/templates/import?name=fir", content=archive, headers=headers)
         assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
         assert sorted(each.name for each in await host.ls()) == ["elm", "oak"]

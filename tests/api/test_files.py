@@ -430,3 +430,19 @@ async def test_a_lost_answer_does_not_need_the_upload_again(socket_address: str,
         again = await client.post("/call/image_import", json=body, headers=headers)
     assert (first.status_code, again.status_code) == (200, 200)
     assert first.json()["digest"] == again.json()["digest"]
+
+
+async def test_a_repeated_import_is_compared_by_its_content(socket_address: str, tmp_path: Path) -> None:
+    """The same file that is sent again gets the first result, another one is refused. Names are by content."""
+    content = archive(tmp_path / "rootfs.tar").read_bytes()
+    socket = socket_address.removeprefix("unix:")
+    answers, tokens = [], []
+    async with client_of(socket_address) as client:
+        for sent in (content, content, content + bytes(512)):
+            async with unix_connect(socket, "ws://coppice/stream/upload") as opened:
+                tokens.append((await _upload(opened, {"operation": "image_import", "name": "a.tar"}, sent))["upload"])
+                body = {"operation": "image_import", "name": "web", "path": tokens[-1]}
+                answers.append(await client.post("/call/image_import", json=body, headers={"idempotency-key": "once"}))
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert [each.status_code for each in answers] == [200, 200, 422]
+    assert answers[0].json() == answers[1].json()

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import hypeman
@@ -15,6 +16,7 @@ from hypeman.lib import exec_async
 
 from coppice.images.cache import SLOTS
 from coppice.server.auth import make_token
+from fakes.cards import cards
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
 from image_archives import file, tar
@@ -33,7 +35,7 @@ async def client(tcp_address: str) -> AsyncIterator[AsyncHypeman]:
         yield opened
 
 
-async def test_the_first_exercise(client: AsyncHypeman) -> None:
+async def test_the_first_exercise(client: AsyncHypeman, tmp_path: Path) -> None:
     """Health, image, create, wait, exec, logs, standby, restore, fork, snapshots, stats, stop, start,
     delete: the order in which a new user tries the client.
     """
@@ -58,8 +60,13 @@ async def test_the_first_exercise(client: AsyncHypeman) -> None:
     await client.instances.stop(made.id)
     assert (await client.instances.snapshots.restore(saved.id, id=made.id)).state == "Running"
     await client.snapshots.delete(saved.id)
-    assert (await client.instances.stats(made.id)).allocated_vcpus == 1
+    with cards(tmp_path):
+        stats = await client.instances.stats(made.id)
+    assert (stats.allocated_vcpus, stats.network_rx_bytes, stats.network_tx_bytes) == (1, 1200, 340)
+    assert stats.memory_utilization_ratio == stats.memory_rss_bytes / stats.allocated_memory_bytes > 0
     assert (await client.instances.stop(made.id)).state == "Stopped"
+    stats = await client.instances.stats(made.id)
+    assert (stats.network_rx_bytes, stats.memory_rss_bytes, stats.cpu_seconds) == (0, 0, 0)
     assert (await client.instances.start(made.id)).state == "Running"
     tagged = await client.instances.list(tags={"team": "a"}, state="Running")
     assert [each.name for each in tagged] == ["oak", "elm"]  # a fork has its source's tags
@@ -203,6 +210,66 @@ async def test_automatic_standby(client: AsyncHypeman) -> None:
         await client.instances.update("oak", auto_standby=idle | {"ignore_destination_ports": [22]})
 
 
+async def test_the_status_and_the_hold_of_an_automatic_standby(client: AsyncHypeman) -> None:
+    """What keeps an instance awake, and a hold: success means that it runs until then."""
+    idle: Any = {"enabled": True, "idle_timeout": "1h"}
+    made = await client.instances.create(name="oak", **SMALL)
+    for call in (client.instances.auto_standby.status, client.instances.auto_standby.hold):
+        found = await call("oak")
+        assert (found.status, found.reason, found.configured) == ("disabled", "policy_missing", False)
+    await client.instances.update("oak", auto_standby=idle)
+    found = await client.instances.auto_standby.status(made.id)
+    assert (found.status, found.reason) == ("idle_countdown", "idle_timeout_not_elapsed")
+    assert (found.supported, found.configured, found.enabled, found.eligible) == (True, True, True, True)
+    assert (found.active_inbound_connections, found.idle_timeout, found.hold_until) == (0, "3600s", None)
+    assert found.next_standby_at is not None
+    assert found.idle_since is not None
+    assert found.next_standby_at - found.idle_since == timedelta(hours=1)
+    held = await client.instances.auto_standby.hold("oak")
+    assert held.hold_until is not None
+    assert 3590 < (held.hold_until - datetime.now(UTC)).total_seconds() <= 3600
+    await client.instances.standby("oak")
+    found = await client.instances.auto_standby.status("oak")
+    assert (found.status, found.reason, found.eligible) == ("ineligible", "instance_not_running", False)
+    with pytest.raises(hypeman.ConflictError) as caught:
+        await client.instances.auto_standby.hold("oak")
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["code"] == "instance_in_standby"
+    with pytest.raises(hypeman.NotFoundError):
+        await client.instances.auto_standby.status("elm")
+
+
+async def test_a_snapshot_schedule(client: AsyncHypeman) -> None:
+    """It is set, shown, changed and removed. What it does is the supervisor's."""
+    made = await client.instances.create(name="oak", **SMALL)
+    schedules = client.instances.snapshot_schedule
+    for call in (schedules.get, schedules.delete):
+        with pytest.raises(hypeman.NotFoundError, match="no snapshot schedule"):
+            await call("oak")
+    first = await schedules.update(
+        "oak", interval="1h30m", retention={"max_count": 3}, metadata={"team": "a"}, name_prefix="nightly"
+    )
+    assert (first.instance_id, first.interval, first.name_prefix) == (made.id, "5400s", "nightly")
+    assert (first.metadata, first.retention.max_count, first.retention.max_age) == ({"team": "a"}, 3, None)
+    assert first.next_run_at - first.created_at == timedelta(minutes=90)
+    assert await schedules.get(made.id) == first
+    second = await schedules.update("oak", interval="90m", retention={"max_age": "48h"})
+    assert (second.retention.max_count, second.retention.max_age) == (None, "172800s")
+    assert (second.next_run_at, second.created_at, second.metadata) == (first.next_run_at, first.created_at, {})
+    assert second.updated_at > first.updated_at
+    for interval, retention in (
+        ("59s", {"max_count": 1}),
+        ("soon", {"max_count": 1}),
+        ("1h", {}),
+        ("1h", {"max_age": "x"}),
+    ):
+        with pytest.raises(hypeman.BadRequestError):
+            await schedules.update("oak", interval=interval, retention=retention)  # type: ignore[arg-type]
+    await schedules.delete("oak")
+    with pytest.raises(hypeman.NotFoundError):
+        await schedules.get("oak")
+
+
 async def test_another_command_at_start(client: AsyncHypeman) -> None:
     """It is recorded, and a running instance must be stopped first."""
     made = await client.instances.create(name="oak", **SMALL)
@@ -287,17 +354,10 @@ async def test_what_would_have_no_effect_is_refused(client: AsyncHypeman) -> Non
             await client.instances.create(name="oak", **SMALL, **field)
         assert caught.value.response.status_code == 501
     assert await client.instances.list() == []
-    calls = (
-        client.instances.auto_standby.status("oak"),
-        client.instances.auto_standby.hold("oak"),
-        client.instances.snapshot_schedule.get("oak"),
-        client.resources.reclaim_memory(reclaim_bytes=1 << 20),
-    )
-    for call in calls:
-        with pytest.raises(hypeman.InternalServerError) as caught:
-            await call
-        assert caught.value.response.status_code == 501
-        assert caught.value.response.headers["x-should-retry"] == "false"
+    with pytest.raises(hypeman.InternalServerError) as caught:
+        await client.resources.reclaim_memory(reclaim_bytes=1 << 20)
+    assert caught.value.response.status_code == 501
+    assert caught.value.response.headers["x-should-retry"] == "false"
     made = await client.instances.create(name="oak", **SMALL)
     with pytest.raises(hypeman.BadRequestError):
         await client.get("/instances/oak/wait?state=Unknown", cast_to=object)

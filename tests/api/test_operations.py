@@ -12,7 +12,9 @@ import pytest
 from conftest import HostFactory
 from coppice.client.connecting import connect_async
 from coppice.errors import HostCannot, kinds
+from coppice.model import ExecResult
 from coppice.requests import RunRequest
+from coppice.server import running
 from fakes.driver import FakeDriver
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
@@ -113,3 +115,21 @@ async def test_operations_share_one_connection(socket_address: str, monkeypatch:
             await host.volumes.create(name, size_bytes=32 << 20)
         assert len(await host.volumes.ls()) == 3
     assert opened == 1
+
+
+async def test_the_results_of_ended_operations_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest are forgotten beyond a number of bytes. Who waits for one has it all the same."""
+    monkeypatch.setattr(running, "MOST_BYTES", 1 << 20)
+    operations = running.Operations(running.Limits())
+
+    async def work(_: object) -> ExecResult:
+        return ExecResult(exit_code=0, stdout=bytes(300_000))
+
+    made = [operations.start("exec", None, work) for _ in range(10)]
+    assert [len((await each.result()).stdout) for each in made] == [300_000] * 10
+    await asyncio.sleep(0)  # the callbacks of the last one
+    assert [each.id for each in operations.all(None)] == [each.id for each in made[-3:]]
+    monkeypatch.setattr(running, "KEPT_S", -1.0)
+    assert operations.all(None) == []
+    small = operations.start("exec", None, work)
+    assert (await small.result()).exit_code == 0

@@ -139,6 +139,26 @@ async def test_a_result_that_is_too_large_is_not_kept(socket_address: str, monke
         assert (again.status_code, again.json()["code"]) == (409, "outcome_unknown")
 
 
+async def test_large_results_are_bounded_together(fake_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest large ones are dropped, and none of the small ones."""
+    monkeypatch.setattr(keys, "MOST_BYTES", 300_000)
+    database = open_database(fake_home)
+    store = keys.Keys(database)
+    for key in ("small", "a", "b", "c", "d"):
+        assert store.claim(None, key, RunRequest(**RUN), {}).status == "new"
+        store.succeeded(None, key, "x" * (100 if key == "small" else 100_000))
+    found = {key: store.claim(None, key, RunRequest(**RUN), {}) for key in ("small", "a", "b", "c", "d")}
+    assert [found[key].status for key in ("small", "a", "b", "c", "d")] == [
+        "succeeded",
+        "too-large",
+        "too-large",
+        "succeeded",
+        "succeeded",
+    ]
+    assert found["a"].outcome is None
+    database.close()
+
+
 @pytest.mark.parametrize("target", [State.RUNNING, State.STANDBY])
 @pytest.mark.parametrize("atomic", [False, True])
 async def test_a_server_killed_in_mid_fan_out_loses_nothing(

@@ -46,6 +46,8 @@ ALIKE = frozenset(
         "test_health_checks",
         "test_hostile_archives",
         "test_restarts",
+        "test_snapshot_schedules",
+        "test_traffic",
     }
 )
 """Modules whose tests run with one kind of fake machines."""

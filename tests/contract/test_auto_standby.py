@@ -12,8 +12,11 @@ import msgspec
 import pytest
 
 from coppice.client import AsyncHost
-from coppice.model import Instance, Publish, State
+from coppice.errors import InStandby
+from coppice.model import AutoStandbyStatus, Instance, Publish, State
 from coppice.requests import (
+    AutoStandbyHoldRequest,
+    AutoStandbyRequest,
     CommandStartRequest,
     CommandWaitRequest,
     ExecRequest,
@@ -23,6 +26,7 @@ from coppice.requests import (
     RestoreRequest,
     RmRequest,
     StandbyRequest,
+    StopRequest,
     UpdateRequest,
 )
 from fakes.clock import FakeClock
@@ -258,3 +262,102 @@ async def test_a_session_during_the_standby_finds_it_at_rest(
         async with asyncio.timeout(SOON_S):
             with pytest.raises(Exception, match="Standby"):
                 await late
+
+
+async def status(host: AsyncHost) -> AutoStandbyStatus:
+    """Return the status of oak's automatic standby."""
+    return await host.call(AutoStandbyRequest(instance="oak"))
+
+
+async def test_the_status_says_what_keeps_a_machine_awake(
+    fake_host: AsyncHost, other: AsyncHost, clock: FakeClock
+) -> None:
+    """A session, a connection, or only that its time is not over; without asking the guest."""
+    port = free_port()
+    await boot(fake_host, "oak", network="user")
+    assert await status(fake_host) == AutoStandbyStatus(status="disabled")
+    await fake_host.call(UpdateRequest(instance="oak", auto_standby_s=IDLE_S))
+    async with other.stream(OpenExecRequest(instance="oak", argv=["sleep"])):
+        found = await status(fake_host)
+        assert (found.status, found.in_use, found.idle_since, found.standby_at) == ("active", True, None, None)
+    found = await status(fake_host)
+    assert (found.status, found.in_use, found.connections) == ("idle_countdown", False, 0)
+    assert found.idle_since is not None
+    assert found.standby_at == pytest.approx(found.idle_since + IDLE_S)
+    assert found.hold_until is None
+    store = fake_host.local.rooms.store
+    async with await service(port):
+        reader, writer = await connect(port)
+        store.save(msgspec.structs.replace(store.get("oak"), publish=(Publish(host_port=port, guest_port=80),)))
+        found = await status(fake_host)
+        assert (found.status, found.in_use, found.connections) == ("active", False, 1)
+        writer.close()
+        await reader.read()
+    await fake_host.call(StandbyRequest(instance="oak"))
+    assert await status(fake_host) == AutoStandbyStatus(status="ineligible", idle_timeout_s=IDLE_S)
+
+
+async def test_the_status_of_a_machine_whose_time_is_over(fake_host: AsyncHost) -> None:
+    """Without a supervisor nothing happens to it."""
+    oak = await boot(fake_host, "oak", auto_standby_s=IDLE_S)
+    store = fake_host.local.rooms.store
+    store.save(msgspec.structs.replace(oak, started_at=(oak.started_at or 0.0) - 2 * IDLE_S))
+    assert (await status(fake_host)).status == "ready_for_standby"
+
+
+async def test_a_hold_keeps_a_machine_awake(fake_host: AsyncHost, other: AsyncHost, clock: FakeClock) -> None:
+    """For its idle time, also if that is shortened meanwhile; the next hold counts then."""
+    async with supervised(fake_host, clock):
+        await boot(fake_host, "oak", auto_standby_s=100 * IDLE_S)
+        await boot(fake_host, "elm", auto_standby_s=IDLE_S)
+        held = await other.call(AutoStandbyHoldRequest(instance="oak"))
+        assert held.status == "idle_countdown"
+        assert held.hold_until == pytest.approx(clock.now() + 100 * IDLE_S, abs=10)
+        await other.call(UpdateRequest(instance="oak", auto_standby_s=IDLE_S))
+        clock.forward(50 * IDLE_S)
+        await until_state(fake_host, "elm", State.STANDBY)
+        found = await status(fake_host)
+        assert (found.hold_until, found.standby_at) == (held.hold_until, held.hold_until)
+        assert (await fake_host.call(GetRequest(instance="oak"))).state is State.RUNNING
+        again = await other.call(AutoStandbyHoldRequest(instance="oak"))
+        assert again.hold_until == pytest.approx(again.idle_since + IDLE_S, abs=5)  # type: ignore[operator]
+        clock.forward(60)
+        await until_state(fake_host, "oak", State.STANDBY)
+
+
+async def test_a_hold_that_comes_during_the_standby_is_refused(
+    fake_host: AsyncHost, other: AsyncHost, clock: FakeClock, driver: FakeDriver
+) -> None:
+    """It waits for the end of the capture: nobody connects to a machine that is about to rest."""
+    async with supervised(fake_host, clock):
+        await boot(fake_host, "oak", auto_standby_s=IDLE_S)
+        gate = driver.faults.hold_at("save")
+        clock.forward(IDLE_S + 5)
+        async with asyncio.timeout(SOON_S):
+            await gate.reached.wait()
+            late = asyncio.ensure_future(other.call(AutoStandbyHoldRequest(instance="oak")))
+            gate.release.set()
+            with pytest.raises(InStandby):
+                await late
+        with pytest.raises(InStandby, match="restore"):
+            await other.call(AutoStandbyHoldRequest(instance="oak"))
+
+
+async def test_a_hold_without_effect(fake_host: AsyncHost) -> None:
+    """Of a machine that has no such policy, or that is stopped: nothing puts it into standby."""
+    await boot(fake_host, "oak")
+    assert await fake_host.call(AutoStandbyHoldRequest(instance="oak")) == AutoStandbyStatus(status="disabled")
+    await fake_host.call(UpdateRequest(instance="oak", auto_standby_s=IDLE_S))
+    await fake_host.call(StopRequest(instance="oak"))
+    held = await fake_host.call(AutoStandbyHoldRequest(instance="oak"))
+    assert (held.status, held.hold_until) == ("ineligible", None)
+
+
+async def test_a_hold_of_the_future_does_not_count(fake_host: AsyncHost, clock: FakeClock) -> None:
+    """The clock was set back since."""
+    async with supervised(fake_host, clock):
+        oak = await boot(fake_host, "oak", auto_standby_s=IDLE_S)
+        fake_host.local.rooms.store.supervised.hold(oak.id, clock.now() + 9000, clock.now() + 9000 + IDLE_S)
+        assert (await status(fake_host)).hold_until is None
+        clock.forward(IDLE_S + 5)
+        await until_state(fake_host, "oak", State.STANDBY)

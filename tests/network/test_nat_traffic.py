@@ -62,6 +62,38 @@ async def test_open_connections_are_counted(world: World, provider: NatNetwork, 
     assert await provider.connections(instance) == 0
 
 
+async def test_bytes_are_counted_in_the_directions_of_the_guest(world: World, provider: NatNetwork) -> None:
+    """From its attachment on, and for each slot by itself."""
+    one, other = new(), new()
+    assert await provider.traffic(one) is None
+    nics = [(await provider.attach(each))[0] for each in (one, other)]
+    there = world.world.serve(WORLD4, 8000)
+    with guest(nics[0], provider.guest(one)) as first, guest(nics[1], provider.guest(other)):
+        quiet, before = await provider.traffic(other), await provider.traffic(one)
+        assert quiet is not None
+        assert before is not None
+
+        def send() -> None:
+            with socket.socket(socket.AF_INET, UDP) as asking:
+                asking.settimeout(5.0)
+                for _ in range(20):
+                    asking.sendto(bytes(1000), (WORLD4, there))
+                    asking.recv(100)
+
+        first.run(send)
+        after = await provider.traffic(one)
+        assert after is not None
+        assert 20_000 <= after.sent_bytes - before.sent_bytes < 25_000
+        assert 20 * 40 <= after.received_bytes - before.received_bytes < 5000
+        assert after.counted_by == "host"
+        still = await provider.traffic(other)
+        assert still is not None
+        assert still.sent_bytes - quiet.sent_bytes < 2000
+    for instance in (one, other):
+        await provider.detach(instance.id)
+    assert await provider.traffic(one) is None
+
+
 async def test_published_ports_lead_to_the_guest(world: World, provider: NatNetwork) -> None:
     """The host reaches them by loopback and by its address, the world by its address only.
 

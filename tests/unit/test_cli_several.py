@@ -8,12 +8,13 @@ import asyncio
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from cli_host import FakeHost, instance, named
 from cli_lines import document, output_of, run
 from coppice.errors import Busy, NotFound
-from coppice.model import CaptureReport, MemoryReport, ProgressSink, State, TreeNode
+from coppice.model import CaptureReport, MemoryReport, ProgressSink, State, Traffic, TreeNode
 from coppice.model.inspection import StandbyReport
 from coppice.requests import GetRequest, Request, StopRequest
 
@@ -154,3 +155,21 @@ def test_views_take_several_names(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert list(document(capsys, host, "stats", "a", "b")) == ["a", "b"]
     assert [node["instance"]["name"] for node in document(capsys, host, "tree", "a", "b")] == ["a", "b"]
+
+
+def test_traffic_is_shown_where_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """A column that no machine has a value for is left out, also below a sum."""
+    report = MemoryReport(
+        mapped_bytes=1, shared_bytes=1, unique_bytes=1, vmm_overhead_bytes=1, inode=None, link_count=1, sharing=None
+    )
+    counted = msgspec.structs.replace(report, traffic=Traffic(received_bytes=2048, sent_bytes=0, counted_by="host"))
+    assert run(FakeHost(stats=lambda _: {"a": report, "b": report}), "stats") == 0
+    assert "RECEIVED" not in (lines := capsys.readouterr().out)
+    assert "CHARGED" not in lines
+    host = FakeHost(stats=lambda _: {"a": report, "b": counted})
+    assert run(host, "stats") == 0
+    heading, first, second, _ = capsys.readouterr().out.splitlines()
+    assert heading.split()[-2:] == ["RECEIVED", "SENT"]
+    assert first.split()[-2:] == ["-", "-"]
+    assert second.split()[-3:] == ["KiB", "0", "B"]
+    assert document(capsys, host, "stats")["b"]["traffic"]["received_bytes"] == 2048

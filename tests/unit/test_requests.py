@@ -153,6 +153,8 @@ def test_a_reference_is_a_name_or_an_id(kind: type[Request[Any]]) -> None:
         "deadline_s": 1.0,
         "to": 80,
         "command": "a",
+        "interval_s": 60.0,
+        "max_count": 1,
     }
     required = kind.__struct_fields__[: len(kind.__struct_fields__) - len(kind.__struct_defaults__)]
     wanted = (

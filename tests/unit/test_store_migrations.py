@@ -180,7 +180,9 @@ def test_layers_of_old_records_are_those_of_the_overlay(tmp_path: Path, layers: 
         for table in ("instances", "snapshots"):
             old = json.loads(only(path, table)) | {"disk_layers": layers}
             connection.execute(f"UPDATE {table} SET record = ?", (json.dumps(old).encode(),))  # noqa: S608 - constants
-        connection.execute("PRAGMA user_version = 21")
+        name_disks = MIGRATIONS[22]
+        assert callable(name_disks)
+        name_disks(connection)
     store = Store(path, own_process())
     expected = {"overlay": (4, 3)} if layers else {}
     assert store.get("oak").disk_layers == store.snapshots.get("kept").disk_layers == expected
@@ -334,6 +336,7 @@ SHAPES = {
     21: "41cebab00b63cd63",
     22: "41cebab00b63cd63",
     23: "3a771741556792f5",
+    24: "14698133538c7c66",
 }  # by schema version
 
 

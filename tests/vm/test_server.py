@@ -62,7 +62,11 @@ async def test_the_client_of_another_system_works_in_a_guest(host: AsyncHost, vm
         await exec_async(client, vm.id, ["sh", "-c", "echo said >/dev/console"])
         lines = [line async for line in await client.instances.logs(vm.id, tail=5, follow=False, source="app")]
         assert "said" in lines
-        assert (await client.instances.stats(vm.id)).cpu_seconds > 0
+        before = await client.instances.stats(vm.id)
+        seen = await exec_async(client, vm.id, ["cat", "/sys/class/net/eth0/statistics/tx_bytes"])
+        after = await client.instances.stats(vm.id)
+        assert after.cpu_seconds > 0
+        assert before.network_tx_bytes <= int(seen.output) <= after.network_tx_bytes
 
         fork = await client.instances.fork(vm.id, name=f"{vm.name}-fork", from_running=True, target_state="Running")
         assert (await exec_async(client, fork.id, ["hostname"])).output == f"{fork.name}\n".encode()

@@ -45,6 +45,7 @@ _PLACES = {
     "stats": f"{_CLI}.view:stats",
     "egress": f"{_CLI}.lifecycle:egress",
     "update": f"{_CLI}.lifecycle:update",
+    "auto-standby": f"{_CLI}.automation:auto_standby_app",
     "ready": f"{_CLI}.lifecycle:ready",
     "rm": f"{_CLI}.lifecycle:rm",
     "events": f"{_CLI}.events:events",

@@ -114,13 +114,13 @@ def harmless(data: bytes) -> bytes:
 def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, optional: Collection[str] = ()) -> None:
     """Print rows in aligned columns, below their headings.
 
-    An `optional` column is printed only if a row has a value other than `-`.
+    An `optional` column is printed only if a row has a value other than `-` in it.
     """
     rows = list(rows)
     shown = [
         place
         for place, (heading, _) in enumerate(columns)
-        if heading not in optional or any(row[place] != "-" for row in rows)
+        if heading not in optional or any(row[place] not in ("-", "") for row in rows)
     ]
     _print([columns[place] for place in shown], [[row[place] for place in shown] for row in rows])
 

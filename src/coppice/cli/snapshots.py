@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from coppice.model import Snapshot
     from coppice.model.inspection import SnapshotInspection
 
-snapshot_app = Commands("snapshot", help="Save states of instances, and go back to them.")
+snapshot_app = Commands(
+    "snapshot",
+    {"schedule": "coppice.cli.automation:schedule_app"},
+    help="Save states of instances, and go back to them.",
+)
 SnapshotName = Annotated[
     str, Argument(metavar="SNAPSHOT", help="Name or id of a snapshot.", autocompletion=complete.snapshots)
 ]

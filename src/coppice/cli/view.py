@@ -219,10 +219,12 @@ def stats(
         bool, Option("--budget", help="Show the budgets of this data directory and their use instead.")
     ] = False,
 ) -> None:
-    """Show the memory of instances, as the kernel accounts it.
+    """Show the memory of instances, as the kernel accounts it, and their traffic.
 
     SHARED: resident pages of the mem-file itself. UNIQUE: the memory of this instance alone.
-    OVERHEAD: the VMM process without guest RAM. CHARGED: what counts for its memory limit.
+    OVERHEAD: the VMM process without guest RAM. CHARGED: what counts for its memory limit. RECEIVED
+    and SENT: bytes on the network `nat` since the VMM's start; on another one, where only the guest
+    counts, since its first boot, and only of instances that are named.
     """
     from coppice.requests import BudgetRequest, StatsRequest
 
@@ -255,6 +257,11 @@ def stats(
                 str(report.link_count),
                 str(report.sharing or "-"),
                 format.size(report.usage.memory_bytes) if report.usage else "-",
+                *(
+                    (format.size(traffic.received_bytes), format.size(traffic.sent_bytes))
+                    if (traffic := report.traffic)
+                    else ("-", "-")
+                ),
             ]
             for each, report in reports.items()
         ]
@@ -263,16 +270,15 @@ def stats(
                 sum(getattr(report, field) for report in running)
                 for field in ("mapped_bytes", "unique_bytes", "vmm_overhead_bytes")
             )
-            rows.append(
-                ["(running)", format.size(mapped), "", format.size(unique), format.size(overhead), "", "", "", ""]
-            )
+            rows.append(["(running)", format.size(mapped), "", format.size(unique), format.size(overhead), *[""] * 6])
         output.table(
             [
                 ("NAME", "left"), ("RAM", "right"), ("SHARED", "right"), ("UNIQUE", "right"), ("OVERHEAD", "right"),
                 ("INODE", "right"), ("LINKS", "right"), ("SHARING", "left"), ("CHARGED", "right"),
+                ("RECEIVED", "right"), ("SENT", "right"),
             ],
             rows,
-            optional=("CHARGED",),
+            optional=("CHARGED", "RECEIVED", "SENT"),
         )  # fmt: skip
 
     cli.show(reports, human)

@@ -34,6 +34,8 @@ _GROUPS: Final = {
     "files.Files": "file_ls file_mkdir file_mv file_rm file_watch",
     "readiness.Readiness": "ready",
     "snapshots.Snapshots": "snapshot snapshot_ls snapshot_inspect snapshot_restore snapshot_fork snapshot_rm verify",
+    "schedules.Schedules": "snapshot_schedule snapshot_schedule_set snapshot_schedule_rm",
+    "auto_standby.AutoStandby": "auto_standby auto_standby_hold",
     "volumes.Volumes": "volume_create volume_ls volume_inspect volume_rm",
     "images.Images": (
         "image_build image_import image_pull image_ls image_inspect image_tag image_rm "

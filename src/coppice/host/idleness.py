@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Final
 
 from coppice.commands import PROCESS
 from coppice.completion import in_thread
 from coppice.errors import Busy, CoppiceError
-from coppice.host.activity import activity_file, idle_s
+from coppice.host.activity import activity_file, idle_s, use_of
 from coppice.host.checks import Checks
 from coppice.model import Instance, Observed, State
 from coppice.model.lifecycle import Operation
@@ -32,24 +31,21 @@ class Idleness(Checks):
         limit = idle_s(instance)
         if not limit:
             return seen, None
-        path = activity_file(self.rooms, instance)
-        used = await in_thread(_is_locked, path) or await self.rooms.networks.of(instance.machine).connections(instance)
-        if used and now - (seen.active_at or 0.0) > limit / _SAMPLES:
+        use = await use_of(self.rooms, instance, seen, now)
+        if (use.in_use or use.connections) and now - (seen.active_at or 0.0) > limit / _SAMPLES:
             seen = await self._observe(instance, seen, active_at=now)
-        times = (instance.started_at, seen.active_at, await in_thread(_changed_at, path))
-        known = [at for at in times if at and at <= now + limit]  # a later one is from before the clock was set back
-        if not known:
+        if use.last is None:
             seen = await self._observe(instance, seen, active_at=now)
-        due = (now if used else max(known, default=now)) + limit
+        due = use.due(now, limit)
         if now >= due:
-            if not await self._rest(instance):  # a command runs in it
+            if not await self._rest(instance, now):  # a command runs in it, or it is held
                 return await self._observe(instance, seen, active_at=now), now + limit
             return seen, None
         sampled = any(port.protocol == "tcp" for port in instance.publish)
         return seen, min(due, now + max(limit / _SAMPLES, _SOONEST_S)) if sampled else due
 
-    async def _rest(self, instance: Instance) -> bool:
-        """Capture an idle machine. A session that began meanwhile keeps it awake, and so does a
+    async def _rest(self, instance: Instance, now: float) -> bool:
+        """Capture an idle machine. A session or a hold that began meanwhile keeps it awake, and so does a
         command that runs without a client. Return whether none did.
         """
         async with self._hold(instance.id, Operation.STANDBY) as (current, _):
@@ -59,6 +55,8 @@ class Idleness(Checks):
             if descriptor is None:
                 raise Busy(f"{instance.name} is in use", hint="its next idle time counts")
             try:
+                if await in_thread(self.rooms.store.supervised.held_until, current.id, now):
+                    return False
                 if await self._runs_commands(current):
                     return False
                 await self._capture(current)
@@ -77,18 +75,3 @@ class Idleness(Checks):
             _log.info("%s does not tell its commands: %s", instance.name, error)
             return False
         return any(command.exit_code is None and command.id != PROCESS for command in commands)
-
-
-def _is_locked(path: Path) -> bool:
-    descriptor = locks.try_lock(path)
-    if descriptor is None:
-        return True
-    locks.release(descriptor)
-    return False
-
-
-def _changed_at(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

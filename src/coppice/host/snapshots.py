@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
 
+import msgspec
+
 from coppice.completion import complete, in_thread
 from coppice.errors import Busy, NoSpace, NotFound
 from coppice.fork.fanout import fan_out
@@ -39,6 +41,9 @@ class Snapshots(Lifecycle):
 
     async def snapshot(self, request: SnapshotRequest) -> Snapshot:
         """Capture a running instance into a new directory, or link an existing capture there."""
+        return await self._save(request)
+
+    async def _save(self, request: SnapshotRequest, *, scheduled: bool = False) -> Snapshot:
         running = (await self._current(request.instance)).state is State.RUNNING
         async with self._hold(request.instance, Operation.SNAPSHOT, shared=not running) as (source, _):
             if source.state is State.RUNNING and not running:
@@ -46,6 +51,7 @@ class Snapshots(Lifecycle):
             await self._admit(partial(demand_of_snapshot, self.rooms, source))
             name = request.name or new_name(source.name)
             made = snapshot.new_snapshot(source, name, request.kind, dict(request.tags))
+            made = msgspec.structs.replace(made, scheduled=scheduled)
             async with locks.hold(self.rooms.layout.lock(made.id), what=made.name):
                 try:
                     await in_thread(self.rooms.store.snapshots.create, made, JournalOperation.SNAPSHOT)

@@ -22,6 +22,7 @@ from coppice.host import LocalBackend
 from coppice.host.activity import idle_s
 from coppice.host.endings import Endings
 from coppice.host.ports import Ports
+from coppice.host.schedules import Schedules
 from coppice.host.upkeep import Next, Upkeep
 from coppice.linux.inotify import Inotify
 from coppice.model import Instance, State, VmmProcess
@@ -70,6 +71,8 @@ class Supervisor:
         self._ends: dict[str, tuple[VmmProcess, asyncio.Task[None]]] = {}  # of VMMs
         self._ports = Ports(self._wake)
         self._waking: dict[str, asyncio.Task[None]] = {}
+        self._schedules = host.group(Schedules)
+        self._scheduled: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._endings = Endings(host.rooms, host.owner)
 
@@ -124,7 +127,8 @@ class Supervisor:
                     last, more = changes.last, changes.more
                 for key in self._pop_due():
                     self._attend(key)
-                until = self._deadlines[0][0] if self._deadlines else self._clock.now() + _LONGEST_S
+                scheduled = await self._attend_schedules()
+                until = min([self._clock.now() + _LONGEST_S, *scheduled, *(at for at, _ in self._deadlines[:1])])
                 await self._clock.wait(self._changed, until)
                 await asyncio.sleep(_CALM_S)  # an operation commits several times, and is not delayed by looks
 
@@ -184,6 +188,25 @@ class Supervisor:
             self._again.discard(key)
             self._attend(key)
         self._changed.set()
+
+    async def _attend_schedules(self) -> list[float]:
+        """Look after the snapshot schedules that are due. Return the time of the next one, if there is one."""
+        due, following = await in_thread(self._host.rooms.store.schedules.due, self._clock.now())
+        for key in due:
+            if key not in self._scheduled:
+                self._scheduled[key] = asyncio.create_task(self._carry_out(key), name=f"schedule of {key}")
+        return [] if following is None else [following]
+
+    async def _carry_out(self, key: str) -> None:
+        try:
+            async with self._slots:
+                await self._schedules.attend_schedule(key, self._clock.now())
+        except Exception as error:
+            _log.warning("the snapshot schedule of %s: %s", key, error, exc_info=not isinstance(error, CoppiceError))
+            await self._clock.wait(asyncio.Event(), self._clock.now() + _AGAIN_S)
+        finally:
+            del self._scheduled[key]
+            self._changed.set()
 
     async def _look_after(self, key: str) -> Next:
         try:
@@ -270,7 +293,8 @@ class Supervisor:
         """Cancel the work under way, and wait for its cleanup."""
         await self._endings.close()
         self._again.clear()
-        tasks = [*self._attending.values(), *self._waking.values(), *(task for _, task in self._ends.values())]
+        under_way = (*self._attending.values(), *self._waking.values(), *self._scheduled.values())
+        tasks = [*under_way, *(task for _, task in self._ends.values())]
         self._ends.clear()
         for task in tasks:
             task.cancel()

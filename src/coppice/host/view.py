@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NotFound
 from coppice.host import process, recovery
 from coppice.host.base import UseCases
+from coppice.host.traffic import traffic_of
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, MemoryReport, Snapshot, State, TreeNode
 from coppice.model.inspection import Inspection
@@ -96,9 +98,14 @@ class View(UseCases):
         )
 
     async def stats(self, request: StatsRequest) -> dict[str, MemoryReport]:
-        """Read the memory accounts of one instance, or of all."""
+        """Read the memory accounts and the traffic of one instance, or of all. Of many, no guest is asked."""
+        alone = request.instance is not None
         instances = [await self._current(request.instance)] if request.instance else await self.ls(LsRequest())
         reports = await self._memories(instances)
+        running = [each for each in instances if each.id in reports and each.state is State.RUNNING]
+        counted = await asyncio.gather(*(traffic_of(self.rooms, each, ask=alone) for each in running))
+        for each, traffic in zip(running, counted, strict=True):
+            reports[each.id] = msgspec.structs.replace(reports[each.id], traffic=traffic)
         return {instance.name: reports[instance.id] for instance in instances if instance.id in reports}
 
     async def tree(self, request: TreeRequest) -> list[TreeNode]:

@@ -5,6 +5,7 @@ A persistent device outlives its maker; the process that opens it gets its frame
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -40,6 +41,20 @@ def open_in(namespace: Path, name: str) -> int:
     :raises OSError: there is no such TAP, or a process has it open
     """
     return netns.inside(namespace, lambda: _attach(name))
+
+
+def counters(name: str) -> tuple[int, int]:
+    """Return the bytes that the process behind a TAP has sent into it, and those that it got. The TAP is in the
+    caller's namespace. Blocks.
+
+    :raises FileNotFoundError: there is no such TAP
+    """
+    for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
+        found, _, numbers = line.partition(":")
+        if found.strip() == name:
+            fields = numbers.split()
+            return int(fields[0]), int(fields[8])  # what the kernel received from it, and what it transmitted to it
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
 
 
 def _attach(name: str) -> int:

@@ -25,6 +25,7 @@ from coppice.model.reports import (
     ForkResult,
     GcReport,
     MemoryReport,
+    Traffic,
     TreeNode,
     Usage,
     VerifyReport,
@@ -42,7 +43,14 @@ from coppice.model.specs import (
     VolumeDisk,
     VolumeMount,
 )
-from coppice.model.supervision import HealthCheck, Observed, RestartPolicy, Supervision
+from coppice.model.supervision import (
+    AutoStandbyStatus,
+    HealthCheck,
+    Observed,
+    RestartPolicy,
+    SnapshotSchedule,
+    Supervision,
+)
 from coppice.model.volumes import Attachment, Volume
 
 __all__ = [
@@ -52,6 +60,7 @@ __all__ = [
     "OWN_ADDRESS",
     "PAGE_SIZE",
     "Attachment",
+    "AutoStandbyStatus",
     "BudgetUse",
     "Budgets",
     "Capture",
@@ -89,8 +98,10 @@ __all__ = [
     "Sharing",
     "Snapshot",
     "SnapshotKind",
+    "SnapshotSchedule",
     "State",
     "Supervision",
+    "Traffic",
     "TreeNode",
     "Usage",
     "VerifyReport",

@@ -17,6 +17,18 @@ class Usage(Record, frozen=True, kw_only=True):
     oom_kills: int
 
 
+class Traffic(Record, frozen=True, kw_only=True):
+    """Bytes that crossed the NIC of a Running instance, in the directions of its guest.
+
+    `host`: the host counted them, since the start of the present VMM. `guest`: the guest's kernel did,
+    since its first boot, so a fork's counts begin with those of its source; a guest can claim any number.
+    """
+
+    received_bytes: int
+    sent_bytes: int
+    counted_by: Literal["host", "guest"]
+
+
 class MemoryReport(Record, frozen=True, kw_only=True):
     """Guest RAM of one instance, in bytes, as the kernel accounts it."""
 
@@ -29,6 +41,7 @@ class MemoryReport(Record, frozen=True, kw_only=True):
     layers: int = 0  # over the mem-file
     sharing: Sharing | None
     usage: Usage | None = None  # of a running instance with limits
+    traffic: Traffic | None = None  # in the result of `stats`, of a Running instance; None: nothing counts it
 
 
 class CaptureReport(Record, frozen=True, kw_only=True):

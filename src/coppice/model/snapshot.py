@@ -40,6 +40,7 @@ class Snapshot(Record, frozen=True, kw_only=True):
     identified: bool = False  # whether the disk has its source's own machine-id and host keys
     owner: str | None = None
     public: bool = False
+    scheduled: bool = False  # made by the schedule of its source, which also removes it
 
     @property
     def mem_file(self) -> MemFile | None:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Sequence
 from coppice.completion import in_thread
 from coppice.errors import HostCannot, NotSupported, UsageError
 from coppice.linux.tcp import count_connections
-from coppice.model import ANY_PORT, Egress, EgressReport, Instance, MachineSpec, Publish
+from coppice.model import ANY_PORT, Egress, EgressReport, Instance, MachineSpec, Publish, Traffic
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
 
 
@@ -153,6 +153,15 @@ class NetworkProvider(ABC):
         """Return how many TCP connections to published ports of a running machine are open now."""
         ports = [port for port in instance.publish if port.protocol == "tcp" and port.host_port != ANY_PORT]
         return sum([await in_thread(count_connections, port.host_address, port.host_port) for port in ports])
+
+    async def traffic(self, instance: Instance) -> Traffic | None:  # noqa: ARG002 - for networks that count
+        """Return how many bytes this host has passed to and from the guest since the instance was attached.
+
+        None: this network does not count them, or the instance is not attached.
+
+        :raises HostCannot: the counters cannot be read
+        """
+        return None
 
     @abstractmethod
     async def detach(self, instance_id: str) -> None:

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 
 from coppice.errors import UsageError
-from coppice.model import Egress, Instance, Publish
+from coppice.model import Egress, Instance, Publish, Traffic
 from coppice.model.network import GuestNetwork, Nic
 from coppice.network.provider import NetworkProvider
 
@@ -44,6 +44,10 @@ class Unconnected(NetworkProvider):
 
     async def published(self, instance: Instance) -> tuple[Publish, ...]:
         return instance.publish
+
+    async def traffic(self, instance: Instance) -> Traffic:  # noqa: ARG002
+        """Return zeros: there is no NIC."""
+        return Traffic(received_bytes=0, sent_bytes=0, counted_by="host")
 
     async def detach(self, instance_id: str) -> None:
         """Do nothing: nothing is ever attached."""

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
         OpenExportRequest,
         OpenImportRequest,
     )
+    from coppice.requests.automation import (
+        AutoStandbyHoldRequest,
+        AutoStandbyRequest,
+        SnapshotScheduleRequest,
+        SnapshotScheduleRmRequest,
+        SnapshotScheduleSetRequest,
+    )
     from coppice.requests.base import Request, StreamRequest
     from coppice.requests.commands import (
         CommandAttachRequest,
@@ -108,6 +115,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AutoStandbyHoldRequest",
+    "AutoStandbyRequest",
     "BudgetRequest",
     "CommandAttachRequest",
     "CommandForgetRequest",
@@ -167,6 +176,9 @@ __all__ = [
     "SnapshotRequest",
     "SnapshotRestoreRequest",
     "SnapshotRmRequest",
+    "SnapshotScheduleRequest",
+    "SnapshotScheduleRmRequest",
+    "SnapshotScheduleSetRequest",
     "StandbyRequest",
     "StartAheadRequest",
     "StartRequest",
@@ -189,6 +201,10 @@ __all__ = [
 
 _MODULES: Final = {
     "archives": "ExportRequest ImportTemplateRequest OpenExportRequest OpenImportRequest",
+    "automation": (
+        "AutoStandbyHoldRequest AutoStandbyRequest "
+        "SnapshotScheduleRequest SnapshotScheduleRmRequest SnapshotScheduleSetRequest"
+    ),
     "base": "Request StreamRequest",
     "commands": (
         "CommandAttachRequest CommandForgetRequest CommandKillRequest "

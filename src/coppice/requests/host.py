@@ -34,7 +34,10 @@ class InspectRequest(InstanceRequest[Inspection], frozen=True, kw_only=True):
 
 
 class StatsRequest(Request[dict[str, MemoryReport]], frozen=True, kw_only=True):
-    """Return the memory of each instance that holds memory, by name."""
+    """Return the memory of each instance that holds memory, and the traffic of each that is Running, by name.
+
+    Where only a guest counts the traffic, it is asked if its instance is the only one that is wanted.
+    """
 
     positional: ClassVar[tuple[str, ...]] = ("instance",)
 

@@ -9,6 +9,7 @@ sends an OpenImportRequest, then binary frames and `{"eof": true}`. The server a
 # No `from __future__ import annotations`: Litestar reads the annotations.
 
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
@@ -85,17 +86,33 @@ async def template_import(
 ) -> Instance:
     """Make a template of the archive in the body. It exists only if the whole archive is valid."""
     host = await server.host(caller)
-    body = request.stream()
+    digest, first = hashlib.sha256(), False
+    body = request.stream() if caller.key is None else _digested(request.stream(), digest)
 
     async def receive() -> Record:
+        nonlocal first
+        first = True
         async with host.stream(OpenImportRequest(name=name)) as session:
             return await session.receive(_arriving(body))
 
     try:
         made = await server.receive(caller, ImportTemplateRequest(name=name, path=_BODY), receive)
-    finally:
-        await _drain(body)  # what is left of it, after a refusal or for a repeated request
+    except BaseException:
+        await _drain(body)
+        raise
+    if caller.key is None:
+        await _drain(body)
+    else:  # to its end: a repeated request has the same body
+        async for _ in _arriving(body):
+            pass
+        await server.once.require_content(host.owner, caller.key, digest.hexdigest(), first=first)
     return instance_of(made)
+
+
+async def _digested(body: AsyncIterator[bytes], digest: "hashlib._Hash") -> AsyncIterator[bytes]:
+    async for chunk in body:
+        digest.update(chunk)
+        yield chunk
 
 
 async def _arriving(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

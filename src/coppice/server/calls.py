@@ -1,8 +1,9 @@
 """`POST /call/{operation}` for every operation, and `/operations` for the operations under way."""
 
-# No `from __future__ import annotations`: Litestar reads the annotations that `_route` makes.
+# No `from __future__ import annotations`: Litestar reads the annotations that `operation_route` makes.
 
-from collections.abc import AsyncIterator
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -18,7 +19,7 @@ from coppice.model import TreeNode, to_json
 from coppice.requests import Request, TreeRequest
 from coppice.requests.base import result_of
 from coppice.server.auth import Caller
-from coppice.server.context import IDEMPOTENCY, TheCaller, TheServer
+from coppice.server.context import IDEMPOTENCY, Server, TheCaller, TheServer, require
 from coppice.server.document import EVENTS
 from coppice.server.ending import unless_ending
 from coppice.server.failures import failure_of
@@ -49,53 +50,75 @@ IdempotencyKey = Annotated[
 ]
 
 
+Begin = Callable[[Server, Caller, Any, str], Awaitable[Operation | Response[Any]]]
+"""Begins the operation of a request's body and of the `key` in its path, or answers at once."""
+
+
 def call_routes() -> list[HTTPRouteHandler]:
     """Return a route for each operation that is one call."""
     return [_route(name, kind) for name, kind in CALLS.items()]
 
 
 def _route(name: str, kind: type[Request[Any]]) -> HTTPRouteHandler:
-    result = result_of(kind)
-    reads = scope_of(name).endswith(":read")
+    reads = scope_of(name).endswith(":read") and name not in WAITS
 
-    async def call(
-        data: Any,
-        request: HttpRequest[Caller, Any, Any],
-        server: TheServer,
-        caller: TheCaller,
-        accept: str,
-        prefer: str,
-        key: str | None,  # noqa: ARG001 - of the API document; the authentication reads it
-    ) -> Response[Any]:
+    async def begin(server: Server, caller: Caller, data: Any, _: str) -> Operation | Response[Any]:
         if name in WAITS:
-            operation = await server.begin_waiting(caller, data)
-        elif reads:
+            return await server.begin_waiting(caller, data)
+        if reads:
             read = (await server.host(caller)).call(data)
             return Response(await unless_ending(read, server.ending), status_code=200)
-        else:
-            operation = await server.begin(caller, data)
-        return await answer(request, operation, accept, prefer)
+        return await server.begin(caller, data)
 
-    call.__annotations__ |= {
-        "data": JSONBody[kind],  # type: ignore[valid-type, misc]  # read by Litestar
-        "request": HttpRequest,
-        "accept": Accept,
-        "prefer": Prefer,
-        "key": IdempotencyKey,
-        "return": Response[result],  # type: ignore[valid-type]  # read by Litestar
-    }
-    call.__defaults__ = ("", "", None)
-    return post(
+    return operation_route(
         f"/call/{name}",
+        begin,
+        body=kind,
+        result=result_of(kind),
         name=f"call_{name}",
         operation_id=name,
         summary=(kind.__doc__ or "").split("\n\n")[0].replace("\n    ", " "),
         description=(kind.__doc__ or "").strip(),
         tags=["operations"],
-        status_code=200,
         opt={"scope": scope_of(name)},
-        responses=None if reads and name not in WAITS else ACCEPTED,
-    )(call)
+        responses=None if reads else ACCEPTED,
+    )
+
+
+def operation_route(path: str, begin: Begin, *, body: type, result: Any, **settings: Any) -> HTTPRouteHandler:
+    """Return a POST route whose client can have the result, the events, or the operation itself.
+
+    :param path: it may have a parameter `key`
+    :param settings: those of `litestar.post`
+    """
+
+    async def carry_out(
+        data: Any,
+        request: HttpRequest[Caller, Any, Any],
+        server: TheServer,
+        caller: TheCaller,
+        accept: str = "",
+        prefer: str = "",
+        idempotency: str | None = None,  # noqa: ARG001 - of the API document; the authentication reads it
+        key: str = "",
+    ) -> Response[Any]:
+        begun = await begin(server, caller, data, key)
+        return begun if isinstance(begun, Response) else await answer(request, begun, accept, prefer)
+
+    carry_out.__annotations__ |= {
+        "data": JSONBody[body],  # type: ignore[valid-type, misc]  # read by Litestar
+        "request": HttpRequest,
+        "accept": Accept,
+        "prefer": Prefer,
+        "idempotency": IdempotencyKey,
+        "key": FromPath[str],
+        "return": Response[result],
+    }
+    if "{key:" not in path:
+        shown = inspect.signature(carry_out)
+        parameters = [each for each in shown.parameters.values() if each.name != "key"]
+        vars(carry_out)["__signature__"] = shown.replace(parameters=parameters)
+    return post(path, status_code=200, **settings)(carry_out)
 
 
 async def answer(
@@ -143,22 +166,37 @@ async def tree_get(server: TheServer, caller: TheCaller, instance: Root = None) 
 
 @get("/operations", summary="List the operations of this server since its start.", tags=["operations"])
 async def operations_list(server: TheServer, caller: TheCaller) -> list[OperationView]:
-    """Return the caller's operations, oldest first, without results."""
-    views = (each.view() for each in server.operations.all(caller.owner))
-    return [msgspec.structs.replace(view, result=None) for view in views]
+    """Return the caller's operations, oldest first, without results. Those that its token does not allow are left
+    out.
+    """
+    found = (each for each in server.operations.all(caller.owner) if caller.may(scope_of(each.name)))
+    return [msgspec.structs.replace(each.view(), result=None) for each in found]
 
 
 @get("/operations/{key:str}", name="operation_get", summary="Look up an operation.", tags=["operations"])
 async def operation_get(key: FromPath[str], server: TheServer, caller: TheCaller) -> OperationView:
-    """Return an operation with its progress, and its result when it has ended."""
-    return server.operations.get(key, caller.owner).view()
+    """Return an operation with its progress, and its result when it has ended. The token needs the scope of the
+    operation.
+    """
+    return _operation(server, caller, key).view()
 
 
 @delete("/operations/{key:str}", summary="Cancel an operation.", tags=["operations"], status_code=200)
 async def operation_cancel(key: FromPath[str], server: TheServer, caller: TheCaller) -> OperationView:
     """Cancel an operation, wait for its cleanup, and return its final state. An ended operation
-    stays as it is.
+    stays as it is. The token needs the scope of the operation.
     """
-    operation = server.operations.get(key, caller.owner)
+    operation = _operation(server, caller, key)
     await complete(server.operations.cancel(operation))
     return operation.view()
+
+
+def _operation(server: Server, caller: Caller, key: str) -> Operation:
+    """Return an operation that the caller may begin.
+
+    :raises NotFound: the caller's owner has no such operation
+    :raises Forbidden: the token lacks its scope
+    """
+    found = server.operations.get(key, caller.owner)
+    require(caller, scope_of(found.name))
+    return found

@@ -206,5 +206,14 @@ async def require_scope(connection: Connection, handler: BaseRouteHandler) -> No
     :raises Forbidden: the token lacks it
     """
     scope = handler.opt.get("scope")
-    if scope is not None and not connection.user.may(scope):
+    if scope is not None:
+        require(connection.user, scope)
+
+
+def require(caller: Caller, scope: str) -> None:
+    """Refuse a caller who lacks a scope.
+
+    :raises Forbidden: the token lacks it
+    """
+    if not caller.may(scope):
         raise Forbidden(f"missing required scope: {scope}", hint="make a token with that scope: `coppice token create`")

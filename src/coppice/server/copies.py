@@ -10,8 +10,9 @@ the records of docs/agent-protocol.md instead of an archive: they keep holes, an
 on unchanged.
 
 `/stream/upload` takes a file or directory for a request. The client sends an Upload, then binary
-frames and `{"eof": true}`, and gets `{"upload": "upload:ID"}`, which a request can name until the
-client closes the connection. A directory is sent as a tar archive, or as records if `tree` is true.
+frames and `{"eof": true}`, and gets `{"upload": "upload:SHA256"}`, which a request can name until the
+client closes the connection. The same frames give the same name, so that a request with an
+idempotency key can be repeated. A directory is sent as a tar archive, or as records if `tree` is true.
 
 All can answer `{"error": {...}, "errno": N}`, at any time; an error of `stat` leaves the session open.
 """
@@ -19,6 +20,7 @@ All can answer `{"error": {...}, "errno": N}`, at any time; an error of `stat` l
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -32,16 +34,17 @@ from coppice.agent.copy import archive_in, archive_out, with_thread
 from coppice.agent.tar import from_tar
 from coppice.agent.unpack import unpack
 from coppice.completion import beside
-from coppice.errors import Forbidden, GuestProtocolError, GuestRefused, NoSpace, UnsafePath, UsageError
+from coppice.errors import GuestProtocolError, GuestRefused, NoSpace, UnsafePath, UsageError
 from coppice.host import LocalBackend
 from coppice.model import MIB
 from coppice.model.guest import CopySession
 from coppice.requests import OpenCopyRequest
 from coppice.requests.base import paths_of
-from coppice.server.context import TheCaller, TheServer
+from coppice.server.context import TheCaller, TheServer, require
 from coppice.server.failures import failure_of
 from coppice.server.streams import Socket, answering, decoded, first_frame, frame_from, send, silence
 from coppice.server.table import REQUESTS, scope_of
+from coppice.server.uploads import PREFIX
 from coppice.server.uploads import Upload as UploadedFile
 
 CHECK_EVERY: Final = 16 * MIB  # received bytes between two checks of the free space
@@ -156,13 +159,12 @@ async def stream_upload(socket: Socket, server: TheServer, caller: TheCaller) ->
         kind = REQUESTS.get(first.operation)
         if kind is None or not paths_of(kind):
             raise UsageError(f"no operation {first.operation!r} takes files", hint="see the API document")
-        if not caller.may(scope := scope_of(first.operation)):
-            raise Forbidden(f"missing required scope: {scope}", hint="make a token with that scope")
+        require(caller, scope_of(first.operation))
         host = await server.host(caller)
         async with server.uploads.make(caller.owner, first.name) as upload:
             await _receive(socket, host, upload, first)
             upload.complete = True
-            await send(socket, upload=upload.token)
+            await send(socket, upload=upload.by_content)
             await frame_from(socket)  # raises when the client has closed the connection
 
 
@@ -182,6 +184,8 @@ async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, fir
                 while chunk := stream.read(_CHUNK):
                     output.write(chunk)
 
+    digest = hashlib.sha256(msgspec.json.encode(first))
+
     async def pass_on(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         unchecked = CHECK_EVERY
         async for chunk in content_frames(socket):
@@ -189,12 +193,14 @@ async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, fir
             if unchecked >= CHECK_EVERY:
                 require_space(host, upload.directory)
                 unchecked = 0
+            digest.update(chunk)
             writer.write(chunk)
             await writer.drain()
         writer.write_eof()
 
     try:
         await with_thread(pass_on, write)
+        upload.by_content = f"{PREFIX}{digest.hexdigest()}"
     except (GuestProtocolError, UnsafePath) as error:
         raise UsageError(error.message.replace("the guest", "the client"), hint="send a tar archive") from error
 

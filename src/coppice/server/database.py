@@ -40,6 +40,7 @@ _MIGRATIONS: Final[tuple[Migration, ...]] = (
     ) STRICT;
     CREATE INDEX audit_owner ON audit (owner, number)
     """,
+    "ALTER TABLE keys ADD COLUMN content TEXT",  # SHA-256 of a body that is no part of the request
 )
 
 

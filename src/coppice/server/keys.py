@@ -21,6 +21,9 @@ KEPT_S: Final = 24 * 3600.0
 """Seconds for which a key and its outcome are kept."""
 LARGEST_RESULT: Final = 8 << 20
 """Bytes of a result. A larger one, such as that of a command that writes much, is not kept."""
+MOST_BYTES: Final = 512 << 20
+"""Bytes of all large results. Beyond them, the oldest are not kept any longer."""
+_LARGE: Final = 64 << 10
 MOST_CHARACTERS: Final = 255
 _DIGESTED: Final = msgspec.json.Encoder(order="deterministic")
 
@@ -93,6 +96,18 @@ class Keys(QuickCalls):
             self._end(owner, key, "too-large", None)
         else:
             self._end(owner, key, "succeeded", encoded)
+        if _LARGE < len(encoded) <= LARGEST_RESULT:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Drop the oldest large results, so that what is kept for a day stays bounded."""
+        with self._db.write() as connection:
+            connection.execute(
+                "UPDATE keys SET status = 'too-large', outcome = NULL WHERE (owner, key) IN (SELECT owner, key FROM ("
+                "SELECT owner, key, sum(length(outcome)) OVER (ORDER BY begun_at DESC, rowid DESC) AS later "
+                "FROM keys WHERE length(outcome) > ?) WHERE later > ?)",
+                (_LARGE, MOST_BYTES),
+            )
 
     def failed(self, owner: str | None, key: str, failure: Failure) -> None:
         """Record the error of an operation."""
@@ -104,6 +119,20 @@ class Keys(QuickCalls):
                 "UPDATE keys SET status = ?, outcome = ? WHERE owner = ? AND key = ?",
                 (status, outcome, owner or "", key),
             )
+
+    def has_content(self, owner: str | None, key: str, sha256: str, *, first: bool) -> bool:
+        """Record the digest of the body that came with a key, if it is the `first`. Else return whether it equals
+        the first one, as far as that is known: a killed server did not record it.
+        """
+        with self._db.write() as connection:
+            if first:
+                connection.execute(
+                    "UPDATE keys SET content = ? WHERE owner = ? AND key = ?", (sha256, owner or "", key)
+                )
+            row = connection.execute(
+                "SELECT content FROM keys WHERE owner = ? AND key = ?", (owner or "", key)
+            ).fetchone()
+        return row is None or row[0] in (None, sha256)
 
     def forget(self, owner: str | None, key: str) -> None:
         """Forget a key whose operation had no effect, so that the same request can be sent again."""

@@ -52,6 +52,14 @@ class Once:
             raise AssertionError("the server opens the keys before its first request")
         return self._opened
 
+    async def require_content(self, owner: str | None, key: str, sha256: str, *, first: bool) -> None:
+        """Compare the body that came with a key with the first one, or record that.
+
+        :raises KeyReused: it is another one
+        """
+        if not await in_thread(partial(self._keys.has_content, owner, key, sha256, first=first)):
+            raise key_reused(key)
+
     def begin(self, host: LocalBackend, key: str, request: Request[Any], work: Work) -> Operation:
         """Begin an operation, or return the one under way with the same key.
 

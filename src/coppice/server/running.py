@@ -19,6 +19,9 @@ from coppice.server.failures import Failure, failure_of
 KEPT_S: Final = 3600.0
 """Seconds for which an ended operation can still be looked up."""
 _MOST_KEPT: Final = 10_000
+MOST_BYTES: Final = 128 << 20
+"""Bytes of the results of ended operations. Beyond them, the oldest operations are forgotten."""
+_ITEM: Final = 4096  # bytes that a record or an item of a list is taken for
 
 Status = Literal["running", "succeeded", "failed", "cancelled"]
 Work = Callable[[ProgressSink], Awaitable[Any]]
@@ -106,6 +109,17 @@ class Operation:
             error=error,
         )
 
+    @property
+    def weight(self) -> int:
+        """About how many bytes it keeps in memory. It has ended."""
+        kept = (1 + len(self._forks)) * _ITEM
+        if self.task.cancelled() or self.task.exception() is not None:
+            return kept
+        result = self.task.result()
+        fields = msgspec.structs.astuple(result) if isinstance(result, msgspec.Struct) else (result,)
+        texts = sum(len(each) for each in fields if isinstance(each, bytes | str))
+        return kept + texts + _ITEM * sum(len(each) for each in fields if isinstance(each, tuple | list | dict))
+
     async def result(self) -> Any:
         """Wait for the end and return the result. If the caller is cancelled, the operation goes on.
 
@@ -155,6 +169,7 @@ class Operations:
         self._operations: dict[str, Operation] = {}
         self._running: Counter[str | None] = Counter()  # by owner
         self._ended: deque[tuple[float, Operation]] = deque()  # with the time
+        self._bytes = 0  # of those that have ended
 
     def start(self, name: str, owner: str | None, work: Work) -> Operation:
         """Start an operation.
@@ -178,9 +193,11 @@ class Operations:
 
     def _end(self, operation: Operation) -> None:
         self._ended.append((time.time(), operation))
+        self._bytes += operation.weight
         self._running[operation.owner] -= 1
         if not self._running[operation.owner]:
             del self._running[operation.owner]
+        self._forget()
 
     def get(self, key: str, owner: str | None) -> Operation:
         """Return an operation of an owner. The operator sees all.
@@ -211,7 +228,11 @@ class Operations:
             await asyncio.wait(running)
 
     def _forget(self) -> None:
-        """Forget operations that ended long ago, and the oldest if there are too many."""
+        """Forget operations that ended long ago, and the oldest if they are too many or their results too large."""
         old = time.time() - KEPT_S
-        while self._ended and (len(self._operations) > _MOST_KEPT or self._ended[0][0] < old):
-            del self._operations[self._ended.popleft()[1].id]
+        while self._ended and (
+            len(self._operations) > _MOST_KEPT or self._bytes > MOST_BYTES or self._ended[0][0] < old
+        ):
+            forgotten = self._ended.popleft()[1]
+            self._bytes -= forgotten.weight
+            del self._operations[forgotten.id]

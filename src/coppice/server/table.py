@@ -12,7 +12,7 @@ _ABSTRACT: Final = {Request, StreamRequest, requests.FanOut}
 _READ: Final = frozenset(
     {
         *("get", "ls", "inspect", "stats", "tree", "unloadable", "health", "logs", "stat", "wait", "events"),
-        *("command_ls", "command_wait", "wait_process", "file_ls", "file_watch"),
+        *("command_ls", "command_wait", "wait_process", "file_ls", "file_watch", "auto_standby", "snapshot_schedule"),
         *("image_ls", "image_inspect", "snapshot_ls", "snapshot_inspect", "volume_ls", "volume_inspect", "kernel_ls"),
     }
 )

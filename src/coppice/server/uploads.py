@@ -1,7 +1,7 @@
 """Files that clients send for a request that names files, such as `image_import`.
 
 A client sends each file or directory over the WebSocket `/stream/upload`, and then names it in its
-request as `upload:ID`. An upload exists while the client keeps its connection or a request uses it.
+request as `upload:SHA256`. An upload exists while the client keeps its connection or a request uses it.
 It is below `uploads/` of the data directory, in a directory that this process has locked: what a
 killed server leaves is removed by the next one. No other path of a request is ever opened.
 """
@@ -38,7 +38,7 @@ class Upload:
         self.directory = directory
         self.name = name
         self.complete = False
-        self.by_content = self.token  # a second name, which a repeated request has too
+        self.by_content = self.token  # the name for clients: by digest, since a repeated request has the same
         self.holders = 1
         self.closing = ExitStack()
 
@@ -127,5 +127,5 @@ def _without_paths(uploads: list[Upload]) -> Iterator[None]:
         yield
     except CoppiceError as error:
         for each in uploads:
-            error.reword(str(each.path), each.token)
+            error.reword(str(each.path), each.by_content)
         raise

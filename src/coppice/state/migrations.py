@@ -11,7 +11,7 @@ import msgspec
 from coppice.state import users
 from coppice.state.event_schema import add_events, add_process_ends
 from coppice.state.load import INDEX_LOAD, add_load
-from coppice.state.supervision_schema import add_supervision
+from coppice.state.supervision_schema import add_schedules, add_supervision
 from coppice.state.takeover import take_over_images
 
 Migration = str | Callable[[sqlite3.Connection], None]
@@ -150,4 +150,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     _keep,  # checks of health gain a text, captures what was printed of it, instances the begin of their console
     add_load,
     _name_disks,  # volumes also gain layers
+    add_schedules,  # snapshots also gain whether a schedule made them
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from typing import Final
 
@@ -13,6 +14,7 @@ from coppice.model.events import Kind
 from coppice.state.database import Database
 
 _PAGE: Final = 1000
+_CLOCKS_S: Final = 5.0  # more than the times of a request and of a supervisor differ by
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Observed).decode
 
@@ -88,13 +90,47 @@ class Supervised(QuickCalls):
         """
         with self._db.write() as connection:
             connection.execute(
-                "INSERT OR REPLACE INTO observations (instance, record) SELECT id, ?2 FROM instances WHERE id = ?1",
+                "INSERT INTO observations (instance, record) SELECT id, ?2 FROM instances WHERE id = ?1 "
+                "ON CONFLICT (instance) DO UPDATE SET record = excluded.record",
                 (instance_id, _encode(seen)),
             )
             if kind is not None:
-                connection.execute(
-                    "INSERT INTO events (at, kind, instance, name, owner, state, parent, detail) "
-                    "SELECT ?2, ?3, id, name, json_extract(CAST(record AS TEXT), '$.owner'), state, parent, ?4 "
-                    "FROM instances WHERE id = ?1",
-                    (instance_id, time.time(), kind, detail),
-                )
+                _tell(connection, instance_id, kind, detail)
+
+    def hold(self, instance_id: str, now: float, until: float) -> None:
+        """Record until when an instance is not put into standby. Do nothing for one that is gone.
+
+        An event tells the supervisor of a hold that ends earlier than the one before: it would look too late.
+        """
+        with self._db.write() as connection:
+            row = connection.execute(
+                "SELECT hold_until FROM observations WHERE instance = ?", (instance_id,)
+            ).fetchone()
+            if row is not None and row[0] is not None and row[0] > until:
+                _tell(connection, instance_id, "policies", "held")
+            connection.execute(
+                "INSERT INTO observations (instance, record, held_at, hold_until) "
+                "SELECT id, ?2, ?3, ?4 FROM instances WHERE id = ?1 "
+                "ON CONFLICT (instance) DO UPDATE SET held_at = excluded.held_at, hold_until = excluded.hold_until",
+                (instance_id, _encode(Observed()), now, until),
+            )
+
+    def held_until(self, instance_id: str, now: float) -> float | None:
+        """Return until when an instance is not put into standby. A hold of the future is from before the clock was
+        set back, and does not count.
+        """
+        with self._db.read() as connection:
+            row = connection.execute(
+                "SELECT hold_until FROM observations WHERE instance = ?1 AND hold_until > ?2 AND held_at <= ?2 + ?3",
+                (instance_id, now, _CLOCKS_S),
+            ).fetchone()
+        return row[0] if row else None
+
+
+def _tell(connection: sqlite3.Connection, instance_id: str, kind: Kind, detail: str) -> None:
+    connection.execute(
+        "INSERT INTO events (at, kind, instance, name, owner, state, parent, detail) "
+        "SELECT ?2, ?3, id, name, json_extract(CAST(record AS TEXT), '$.owner'), state, parent, ?4 "
+        "FROM instances WHERE id = ?1",
+        (instance_id, time.time(), kind, detail),
+    )

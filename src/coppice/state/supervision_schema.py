@@ -46,6 +46,25 @@ _CHANGES: Final = (
 )
 
 
+_SCHEDULES: Final = (
+    # A row outlives its instance as long as snapshots wait for their age. `due` is when to look at
+    # it next, and `longest` the longest time until then: a later `due` is of a clock that was set back.
+    """
+    CREATE TABLE schedules (
+        instance TEXT PRIMARY KEY, due REAL NOT NULL, longest REAL NOT NULL, record BLOB NOT NULL
+    ) STRICT
+    """,
+    "ALTER TABLE observations ADD COLUMN held_at REAL",
+    "ALTER TABLE observations ADD COLUMN hold_until REAL",
+)
+
+
+def add_schedules(connection: sqlite3.Connection) -> None:
+    """Make the table of snapshot schedules, and the columns for holds of automatic standbys."""
+    for statement in _SCHEDULES:
+        connection.execute(statement)
+
+
 def add_supervision(connection: sqlite3.Connection) -> None:
     """Make the columns, the table and the triggers."""
     for statement in _CHANGES:

@@ -7,6 +7,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from coppice.client.aio.automation import MachineAutomation
 from coppice.client.aio.guest import MachineGuest
 from coppice.client.aio.lifecycle import MachineLifecycle
 from coppice.completion import complete
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from coppice.client.aio.files import AsyncFiles
 
 
-class AsyncMachine(MachineLifecycle, MachineGuest):
+class AsyncMachine(MachineLifecycle, MachineAutomation, MachineGuest):
     """One machine. Methods that change the machine update `record` and return the handle.
 
         async with host.run("debian") as vm:

@@ -280,7 +280,11 @@ class HostOperations(Bound):
         return await self._machines_of(LsRequest(state=state, tags={} if tags is None else tags))
 
     async def stats(self, instance: str | None = None) -> dict[str, MemoryReport]:
-        """Return the memory of each instance that holds memory, by name.
+        """Return the memory of each instance that holds memory, and the traffic of each that is
+        Running, by name.
+
+        Where only a guest counts the traffic, it is asked if its instance is the only one that is
+        wanted.
 
         :param instance: Return only this instance: name or id.
         """

@@ -7,6 +7,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from coppice.client.blocking.automation import MachineAutomation
 from coppice.client.blocking.commands import Commands
 from coppice.client.blocking.files import Files
 from coppice.client.blocking.guest import MachineGuest
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     pass
 
 
-class Machine(MachineLifecycle, MachineGuest):
+class Machine(MachineLifecycle, MachineAutomation, MachineGuest):
     """One machine. Methods that change the machine update `record` and return the handle.
 
         with host.run("debian") as vm:

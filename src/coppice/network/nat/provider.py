@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from coppice.completion import in_thread
 from coppice.errors import UsageError
-from coppice.model import ANY_PORT, OWN_ADDRESS, Egress, EgressReport, Instance, Publish
+from coppice.model import ANY_PORT, OWN_ADDRESS, Egress, EgressReport, Instance, Publish, Traffic
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
 from coppice.network.mac import mac_address
 from coppice.network.nat import RUNTIME, is_wanted, key_of, rows
@@ -115,6 +115,10 @@ class NatNetwork(NetworkProvider):
     async def connections(self, instance: Instance) -> int:
         """Every connection that the guest has accepted counts."""
         return await in_thread(self.slots.connections, instance) if self._is_used() else 0
+
+    async def traffic(self, instance: Instance) -> Traffic | None:
+        """Return the counters of the slot's TAP. A slot is made for one instance and removed after it."""
+        return await in_thread(self.slots.traffic, instance) if self._is_used() else None
 
     async def permit(self, instance: Instance) -> None:
         if self._is_used():

@@ -11,11 +11,11 @@ from typing import Final
 import msgspec
 
 from coppice.errors import CoppiceError, HostCannot, InUse
-from coppice.linux import netns, nft
-from coppice.model import ANY_PORT, EgressReport, Instance, Publish
+from coppice.linux import netns, nft, tap
+from coppice.model import ANY_PORT, EgressReport, Instance, Publish, Traffic
 from coppice.network.mac import mac_address
 from coppice.network.nat import is_wanted, link, refill
-from coppice.network.nat.addresses import Slot
+from coppice.network.nat.addresses import TAP, Slot
 from coppice.network.nat.conntrack import count_inbound
 from coppice.network.nat.pool import Pool
 from coppice.network.nat.rights import require_rights
@@ -123,6 +123,15 @@ class Slots:
             return 0
         with _host_errors(f"count the connections of {instance.name}"):
             return netns.apart(slot.namespace, lambda: count_inbound(slot))
+
+    def traffic(self, instance: Instance) -> Traffic | None:
+        """Return what the TAP of an instance's slot has passed; None without a slot."""
+        slot = self.pool.find(instance.id)
+        if slot is None:
+            return None
+        with _host_errors(f"count the traffic of {instance.name}"):
+            sent, received = netns.inside(slot.namespace, lambda: tap.counters(TAP))
+        return Traffic(received_bytes=received, sent_bytes=sent, counted_by="host")
 
     def egress(self, instance: Instance) -> EgressReport:
         """Return what the slot of an instance has passed and refused."""

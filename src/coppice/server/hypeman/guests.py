@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from litestar.response import ServerSentEventMessage
 from coppice.completion import in_thread
 from coppice.errors import GuestRefused
 from coppice.host import LocalBackend
-from coppice.model import Instance
+from coppice.model import PAGE_SIZE, Instance, Traffic
 from coppice.model.events import Event
 from coppice.requests import EventsRequest, LogsRequest, StatRequest, StatsRequest
 from coppice.server.context import Server, TheCaller, TheServer
@@ -29,9 +30,9 @@ from coppice.server.hypeman.paths import find
 from coppice.server.hypeman.wire import InstanceStats, PathInfo, moment
 from coppice.server.sse import EventStream
 
-_TICKS: Final = 100.0  # per second, in /proc/PID/stat
+_TICKS: Final = float(os.sysconf("SC_CLK_TCK"))  # per second, in /proc/PID/stat
 _UTIME, _VSIZE, _RSS = 11, 20, 21  # fields of /proc/PID/stat after the command, proc(5)
-_PAGE: Final = 4096
+_NONE: Final = Traffic(received_bytes=0, sent_bytes=0, counted_by="host")
 _ABSENT: Final = (errno.ENOENT, errno.ENOTDIR)
 _SOURCES: Final[dict[str, Literal["console", "vmm"]]] = {"app": "console", "vmm": "vmm"}
 
@@ -128,15 +129,21 @@ async def instance_stat(
 
 @get("/instances/{key:str}/stats", summary="What an instance uses.", tags=TAGS, opt=READ)
 async def instance_stats(key: FromPath[str], server: TheServer, caller: TheCaller) -> InstanceStats:
-    """Return CPU time and memory of an instance's VMM."""
+    """Return CPU time and memory of an instance's VMM, and the bytes that crossed its NIC. A counter is null if
+    nothing counts it: only the guest does on some networks, and it may not answer.
+    """
     host = await server.host(caller)
     return await _stats(host, await find(host, key))
 
 
 async def _stats(host: LocalBackend, found: Instance) -> InstanceStats:
-    cpu, virtual, resident = await in_thread(_process, found.vmm.pid) if found.vmm else (0.0, 0, 0)
-    reports = await host.call(StatsRequest(instance=found.id))
-    unique = sum(report.unique_bytes for report in reports.values())
+    """Return what the present VMM of an instance has used: nothing if there is none."""
+    cpu, virtual, resident = 0.0, 0, 0
+    traffic: Traffic | None = _NONE
+    if found.vmm is not None:
+        cpu, virtual, resident = await in_thread(_process, found.vmm.pid)
+        reports = await host.call(StatsRequest(instance=found.id))
+        traffic = next((report.traffic for report in reports.values()), None)
     size = found.machine.memory_bytes
     return InstanceStats(
         instance_id=found.id,
@@ -144,11 +151,11 @@ async def _stats(host: LocalBackend, found: Instance) -> InstanceStats:
         cpu_seconds=cpu,
         memory_rss_bytes=resident,
         memory_vms_bytes=virtual,
-        network_rx_bytes=0,
-        network_tx_bytes=0,
+        network_rx_bytes=traffic.received_bytes if traffic else None,
+        network_tx_bytes=traffic.sent_bytes if traffic else None,
         allocated_vcpus=found.machine.cpus,
         allocated_memory_bytes=size,
-        memory_utilization_ratio=unique / size,
+        memory_utilization_ratio=resident / size,
     )
 
 
@@ -159,7 +166,7 @@ def _process(pid: int) -> tuple[float, int, int]:
     except (FileNotFoundError, ProcessLookupError):
         return 0.0, 0, 0
     cpu = (int(fields[_UTIME]) + int(fields[_UTIME + 1])) / _TICKS
-    return cpu, int(fields[_VSIZE]), int(fields[_RSS]) * _PAGE
+    return cpu, int(fields[_VSIZE]), int(fields[_RSS]) * PAGE_SIZE
 
 
 ROUTES: Final = [instance_logs, instance_stat, instance_stats]

@@ -67,6 +67,11 @@ def seconds(text: str) -> float:
     return sum(float(part[1]) * _UNITS[part[2]] for part in parts)
 
 
+def go_duration(duration_s: float) -> str:
+    """Return a duration in seconds, such as `90s` or `0.5s`."""
+    return f"{duration_s:.9f}".rstrip("0").rstrip(".") + "s"
+
+
 async def find(host: LocalBackend, key: str) -> Instance:
     """Return the instance with this id or name, or the only one whose id starts with it.
 

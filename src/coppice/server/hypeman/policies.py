@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, UnsetType
 from coppice import model
 from coppice.errors import NotSupported
 from coppice.model import Record
-from coppice.server.hypeman.paths import seconds
+from coppice.server.hypeman.paths import go_duration, seconds
 
 _WHEN: dict[str, Literal["never", "always", "on-failure"]] = {
     "never": "never",
@@ -126,7 +126,7 @@ def _idle(given: AutoStandby) -> float:
 def auto_standby_of(record: model.Instance) -> AutoStandby | UnsetType:
     """Return the policy of automatic standby for a client."""
     limit = record.supervision.auto_standby_s if record.supervision else 0.0
-    return AutoStandby(enabled=True, idle_timeout=_go(limit)) if limit else UNSET
+    return AutoStandby(enabled=True, idle_timeout=go_duration(limit)) if limit else UNSET
 
 
 def _restart(given: RestartPolicy) -> model.RestartPolicy:
@@ -167,9 +167,9 @@ def restart_policy_of(record: model.Instance) -> RestartPolicy | UnsetType:
         return UNSET
     return RestartPolicy(
         policy="on_failure" if policy.when == "on-failure" else policy.when,
-        backoff=_go(policy.backoff_s),
+        backoff=go_duration(policy.backoff_s),
         max_attempts=policy.max_attempts,
-        stable_after=_go(policy.stable_after_s),
+        stable_after=go_duration(policy.stable_after_s),
     )
 
 
@@ -201,9 +201,9 @@ def health_check_of(record: model.Instance) -> HealthCheck | UnsetType:
         exec=ExecCheck(command=list(check.command), working_dir=check.workdir) if check.kind == "exec" else UNSET,
         tcp=TcpCheck(port=check.port) if check.kind == "tcp" else UNSET,
         http=http if check.kind == "http" else UNSET,
-        interval=_go(check.interval_s),
-        timeout=_go(check.timeout_s),
-        start_period=_go(check.start_period_s),
+        interval=go_duration(check.interval_s),
+        timeout=go_duration(check.timeout_s),
+        start_period=go_duration(check.start_period_s),
         failure_threshold=check.failures,
         success_threshold=check.successes,
     )
@@ -225,7 +225,3 @@ def health_status_of(record: model.Instance) -> HealthStatus | UnsetType:
 
 def _moment(at: float | None) -> datetime | UnsetType:
     return UNSET if at is None else datetime.fromtimestamp(at, UTC)
-
-
-def _go(duration_s: float) -> str:
-    return f"{duration_s:g}s" if duration_s < 1e6 else f"{duration_s:.0f}s"

@@ -20,9 +20,6 @@ _TAGS: Final = ["server"]
 _API: Final = "0.3.0"  # the version of hypeman's document that the routes follow
 _MISSING: Final = ("devices", "ingresses", "builds", "builders", "pushes")
 _MISSING_PATHS: Final = {
-    "schedules of snapshots": "/instances/{key:str}/snapshot-schedule",
-    "status of an automatic standby": "/instances/{key:str}/auto-standby/status",
-    "hold of an automatic standby": "/instances/{key:str}/auto-standby/hold",
     "reclaim of memory": "/resources/memory/reclaim",
 }
 

@@ -233,8 +233,8 @@ class InstanceStats(Record, frozen=True, kw_only=True):
     cpu_seconds: float
     memory_rss_bytes: int
     memory_vms_bytes: int
-    network_rx_bytes: int
-    network_tx_bytes: int
+    network_rx_bytes: int | None
+    network_tx_bytes: int | None
     allocated_vcpus: int
     allocated_memory_bytes: int
     memory_utilization_ratio: float
