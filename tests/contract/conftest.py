@@ -31,6 +31,7 @@ SERVED = frozenset(
         "test_fork_notices",
         "test_fork_payloads",
         "test_handles",
+        "test_host_memory",
         "test_process_ends",
         "test_published_ports",
         "test_readiness",
@@ -44,6 +45,7 @@ ALIKE = frozenset(
         "test_connections",
         "test_expiry",
         "test_health_checks",
+        "test_host_memory",
         "test_hostile_archives",
         "test_restarts",
     }

@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,24 @@ class Stream:
 
     def __init__(self, peer: Peer, number: int) -> None:
         self._peer = peer
-        self._number = number
+        self.number = number
         self.frames: asyncio.Queue[Frame | None] = asyncio.Queue()
 
     async def send(self, frame_type: FrameType, payload: bytes = b"") -> None:
-        await self._peer.send(frame_type, self._number, payload)
+        await self._peer.send(frame_type, self.number, payload)
 
     async def pass_on(self, frame: Frame) -> None:
         """Send a frame of an agent, of any size it can have."""
-        await self._peer.write(frame.type, self._number, frame.payload)
+        await self._peer.write(frame.type, self.number, frame.payload)
 
     async def open_window(self, size: int) -> None:
-        await self._peer.open_window(self._number, size)
+        await self._peer.open_window(self.number, size)
+
+
+def _drop(streams: dict[int, Stream], stream: Stream, session: asyncio.Task[None]) -> None:  # noqa: ARG001 - ended
+    """Forget a stream that has ended, unless the host has used its number again."""
+    if streams.get(stream.number) is stream:
+        del streams[stream.number]
 
 
 class FakeGuest:
@@ -137,7 +144,8 @@ class FakeGuest:
                                 stream.frames.put_nowait(frame)
                         else:
                             stream = streams[frame.stream] = Stream(peer, frame.stream)
-                            running.create_task(self._answer(self._session(stream, frame), peer, frame))
+                            session = running.create_task(self._answer(self._session(stream, frame), peer, frame))
+                            session.add_done_callback(partial(_drop, streams, stream))
                 for stream in streams.values():
                     stream.frames.put_nowait(None)
 
