@@ -12,7 +12,9 @@ import pytest
 from conftest import HostFactory
 from coppice.client.connecting import connect_async
 from coppice.errors import HostCannot, kinds
+from coppice.model import ExecResult
 from coppice.requests import RunRequest
+from coppice.server.running import Limits, Operations
 from fakes.driver import FakeDriver
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
@@ -113,3 +115,20 @@ async def test_operations_share_one_connection(socket_address: str, monkeypatch:
             await host.volumes.create(name, size_bytes=32 << 20)
         assert len(await host.volumes.ls()) == 3
     assert opened == 1
+
+
+async def test_the_results_of_ended_operations_are_bounded() -> None:
+    """Commands and reads of files have results of any size. The latest can be looked up, and all together take a
+    bounded part of the server's memory.
+    """
+    operations = Operations(Limits())
+
+    async def read(_: object) -> ExecResult:
+        return ExecResult(exit_code=0, stdout=bytes(8 << 20), stderr=bytes(8 << 20))
+
+    for _ in range(20):
+        latest = operations.start("exec", None, read)
+        await latest.result()
+    kept = operations.all(None)
+    assert 1 <= len(kept) <= 4
+    assert operations.get(latest.id, None) is latest

@@ -221,7 +221,7 @@ class FakeGuest:
 
     async def _attach_process(self, stream: Stream) -> None:
         """Send the end of the image's process when it comes."""
-        if not self._ram.state.argv:
+        if not self._ram.state.argv or "older" in self._ram.state.remembered:
             raise Fault(errno.ESRCH, PROCESS)
         await stream.send(FrameType.STARTED, encode_fields([(1, 2), (2, WINDOW_SIZE), (3, 0)]))
         leaving = asyncio.create_task(stream.frames.get())
@@ -339,7 +339,10 @@ class FakeGuest:
         return 128 + signal.SIGHUP
 
     async def _remember(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
-        """`remember KEY VALUE`: in RAM, so that forks inherit it and a stop forgets it."""
+        """`remember KEY VALUE`: in RAM, so that forks inherit it and a stop forgets it.
+
+        With `older`, the guest's agent has no command for the image's process.
+        """
         key, value = arguments
         more = {"exited-at": str(self._now_ns())} if key == "exited" else {}
         self._ram.change(remembered={**self._ram.state.remembered, key: value, **more})

@@ -19,6 +19,8 @@ from coppice.server.failures import Failure, failure_of
 KEPT_S: Final = 3600.0
 """Seconds for which an ended operation can still be looked up."""
 _MOST_KEPT: Final = 10_000
+_MOST_BYTES: Final = 64 << 20
+"""Of the results of ended operations: those of commands and of reads of files have any size."""
 
 Status = Literal["running", "succeeded", "failed", "cancelled"]
 Work = Callable[[ProgressSink], Awaitable[Any]]
@@ -82,6 +84,11 @@ class Operation:
     def ended(self) -> bool:
         """Return whether it has ended."""
         return self.task.done()
+
+    @property
+    def outcome(self) -> Any:
+        """Return the result of an operation that has succeeded, else None."""
+        return None if self.task.cancelled() or self.task.exception() else self.task.result()
 
     def view(self) -> OperationView:
         """Return its present state."""
@@ -154,7 +161,8 @@ class Operations:
         self._limits = limits
         self._operations: dict[str, Operation] = {}
         self._running: Counter[str | None] = Counter()  # by owner
-        self._ended: deque[tuple[float, Operation]] = deque()  # with the time
+        self._ended: deque[tuple[float, int, Operation]] = deque()  # with the time, and the size of the result
+        self._bytes = 0  # of the results of those
 
     def start(self, name: str, owner: str | None, work: Work) -> Operation:
         """Start an operation.
@@ -177,7 +185,9 @@ class Operations:
         return operation
 
     def _end(self, operation: Operation) -> None:
-        self._ended.append((time.time(), operation))
+        size = _size_of(operation.outcome)
+        self._ended.append((time.time(), size, operation))
+        self._bytes += size
         self._running[operation.owner] -= 1
         if not self._running[operation.owner]:
             del self._running[operation.owner]
@@ -213,5 +223,20 @@ class Operations:
     def _forget(self) -> None:
         """Forget operations that ended long ago, and the oldest if there are too many."""
         old = time.time() - KEPT_S
-        while self._ended and (len(self._operations) > _MOST_KEPT or self._ended[0][0] < old):
-            del self._operations[self._ended.popleft()[1].id]
+        while self._ended and (
+            len(self._operations) > _MOST_KEPT or self._bytes > _MOST_BYTES or self._ended[0][0] < old
+        ):
+            _, size, operation = self._ended.popleft()
+            self._bytes -= size
+            del self._operations[operation.id]
+
+
+def _size_of(value: Any) -> int:
+    """Return about how many bytes a result takes."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, msgspec.Struct):
+        return 100 + sum(map(_size_of, msgspec.structs.astuple(value)))
+    if isinstance(value, (list, tuple)):
+        return 100 + (len(value) * _size_of(value[0]) if value else 0)  # its elements are alike
+    return 50
