@@ -46,7 +46,7 @@ async def _attached(vm: AsyncMachine, directory: Path) -> None:
 
 async def _left(vm: AsyncMachine, directory: Path) -> None:
     """Leave a command in the middle of its output."""
-    async with vm.open_exec(["/usr/bin/yes"]) as endless:
+    async with vm.open_exec(["/bin/sh", "-c", "echo said; sleep 100"]) as endless:
         await anext(aiter(endless))
 
 
