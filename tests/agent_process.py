@@ -10,6 +10,7 @@ import functools
 import shutil
 import socket
 import subprocess
+import tarfile
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -23,6 +24,9 @@ SOURCE = Path(__file__).parents[1] / "src/coppice/agent/c"
 _STATIC = ("-O2", "-static", "-s")
 _SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 BUILDS = ("static", "sanitized")
+OLDER = "older"
+"""The oldest agent of protocol 2 that today's host serves with all operations. Its sources are kept."""
+_OLDER_SOURCES = Path(__file__).parent / "data/agent-2.tar.xz"
 
 
 @functools.cache
@@ -45,6 +49,11 @@ def agent_binary(build: str) -> Path:
 
 @functools.cache
 def _compiled(build: str) -> Path:
+    if build == OLDER:
+        with tarfile.open(_OLDER_SOURCES) as archive:
+            archive.extractall(_directory() / OLDER, filter="data")
+        sources = _directory() / OLDER / "c"
+        return compile_agent(build, sources / "main.c", _STATIC, sources=sources)
     return compile_agent(build, SOURCE / "main.c", _STATIC if build == "static" else _SANITIZED)
 
 

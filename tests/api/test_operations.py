@@ -11,9 +11,10 @@ import pytest
 
 from conftest import HostFactory
 from coppice.client.connecting import connect_async
+from coppice.client.remote import backend, patience
 from coppice.errors import HostCannot, kinds
 from coppice.model import ExecResult
-from coppice.requests import RunRequest
+from coppice.requests import ExecRequest, RunRequest, WaitProcessRequest
 from coppice.server import running
 from fakes.driver import FakeDriver
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
@@ -115,6 +116,19 @@ async def test_operations_share_one_connection(socket_address: str, monkeypatch:
             await host.volumes.create(name, size_bytes=32 << 20)
         assert len(await host.volumes.ls()) == 3
     assert opened == 1
+
+
+async def test_a_client_waits_in_many_calls_at_once(socket_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that last do not hold up further ones: none waits for a connection of the others."""
+    monkeypatch.setattr(backend, "_TIMEOUTS", httpx.Timeout(10.0, read=60.0, pool=1.0))
+    monkeypatch.setattr(patience, "PERSIST_S", 1.0)
+    async with connect_async(socket_address) as host, client_of(socket_address) as other, asyncio.timeout(60):
+        vm = await host.call(RunRequest(**RUN))
+        waits = [asyncio.create_task(host.call(WaitProcessRequest(instance=vm.id))) for _ in range(150)]
+        while [each["status"] for each in (await other.get("/operations")).json()].count("running") < len(waits):
+            assert not [each for each in waits if each.done()]
+        await host.call(ExecRequest(instance=vm.id, argv=("remember", "exited", "3")))
+        assert {each.process_end.exit_code for each in await asyncio.gather(*waits) if each.process_end} == {3}
 
 
 async def test_the_results_of_ended_operations_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,25 @@ async def test_a_wait_knows_the_status_of_a_busy_agent(fake_host: AsyncHost, dri
     assert status_of(await get(fake_host)) == 3
 
 
+async def test_a_wait_asks_an_older_agent(fake_host: AsyncHost, other: AsyncHost) -> None:
+    """Of which the process is no command that a client can attach to. The end of the machine ends the wait too."""
+    for name, how in (("oak", end), ("elm", None)):
+        vm = await boot(fake_host, name)
+        await ask(fake_host, name, "remember", "older", "yes")
+        waiting = asyncio.create_task(other.call(WaitProcessRequest(instance=name)))
+        done, _ = await asyncio.wait({waiting}, timeout=0.2)
+        assert not done
+        assert vm.vmm is not None
+        if how is not None:
+            await how(fake_host, name)
+        else:
+            os.kill(vm.vmm.pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            found = await waiting
+        assert status_of(found) == (3 if how else None)
+        assert found.state is (State.RUNNING if how else State.STOPPED)
+
+
 async def test_a_wait_ends_with_the_machine(fake_host: AsyncHost, other: AsyncHost) -> None:
     """Which may tell no status. A machine that does not run has ended."""
     oak = await boot(fake_host, "oak")

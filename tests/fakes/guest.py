@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,24 @@ class Stream:
 
     def __init__(self, peer: Peer, number: int) -> None:
         self._peer = peer
-        self._number = number
+        self.number = number
         self.frames: asyncio.Queue[Frame | None] = asyncio.Queue()
 
     async def send(self, frame_type: FrameType, payload: bytes = b"") -> None:
-        await self._peer.send(frame_type, self._number, payload)
+        await self._peer.send(frame_type, self.number, payload)
 
     async def pass_on(self, frame: Frame) -> None:
         """Send a frame of an agent, of any size it can have."""
-        await self._peer.write(frame.type, self._number, frame.payload)
+        await self._peer.write(frame.type, self.number, frame.payload)
 
     async def open_window(self, size: int) -> None:
-        await self._peer.open_window(self._number, size)
+        await self._peer.open_window(self.number, size)
+
+
+def _drop(streams: dict[int, Stream], stream: Stream, session: asyncio.Task[None]) -> None:  # noqa: ARG001 - ended
+    """Forget a stream that has ended, unless the host has used its number again."""
+    if streams.get(stream.number) is stream:
+        del streams[stream.number]
 
 
 class FakeGuest:
@@ -137,7 +144,8 @@ class FakeGuest:
                                 stream.frames.put_nowait(frame)
                         else:
                             stream = streams[frame.stream] = Stream(peer, frame.stream)
-                            running.create_task(self._answer(self._session(stream, frame), peer, frame))
+                            session = running.create_task(self._answer(self._session(stream, frame), peer, frame))
+                            session.add_done_callback(partial(_drop, streams, stream))
                 for stream in streams.values():
                     stream.frames.put_nowait(None)
 
@@ -213,7 +221,7 @@ class FakeGuest:
 
     async def _attach_process(self, stream: Stream) -> None:
         """Send the end of the image's process when it comes."""
-        if not self._ram.state.argv:
+        if not self._ram.state.argv or "older" in self._ram.state.remembered:
             raise Fault(errno.ESRCH, PROCESS)
         await stream.send(FrameType.STARTED, encode_fields([(1, 2), (2, WINDOW_SIZE), (3, 0)]))
         leaving = asyncio.create_task(stream.frames.get())
@@ -331,7 +339,10 @@ class FakeGuest:
         return 128 + signal.SIGHUP
 
     async def _remember(self, stream: Stream, arguments: list[str], fields: Fields) -> int:
-        """`remember KEY VALUE`: in RAM, so that forks inherit it and a stop forgets it."""
+        """`remember KEY VALUE`: in RAM, so that forks inherit it and a stop forgets it.
+
+        With `older`, the guest's agent has no command for the image's process.
+        """
         key, value = arguments
         more = {"exited-at": str(self._now_ns())} if key == "exited" else {}
         self._ram.change(remembered={**self._ram.state.remembered, key: value, **more})

@@ -106,6 +106,27 @@ async def test_a_tree_survives_a_copy_in_and_out(session: Session, tmp_path: Pat
     assert (tmp_path / "host/tree/hard").stat().st_nlink == 2
 
 
+async def test_directories_keep_their_times_in_both_directions(session: Session, tmp_path: Path) -> None:
+    """Although their entries are made in them later."""
+    directories = ["a", "a/b", "a/b/c", "d"]
+    for at in directories:
+        (tmp_path / "tree" / at).mkdir(parents=True)
+        (tmp_path / "tree" / at / "file").write_bytes(b"x")
+    for number, at in enumerate(["", *directories]):
+        os.utime(tmp_path / "tree" / at, (1_000_000_000 + number, 1_000_000_000 + number))
+
+    def times(root: Path, *others: str) -> list[float]:
+        return [(root / at).stat().st_mtime for at in (*others, *directories)]
+
+    await copy_in(session, tmp_path / "tree", str(tmp_path / "inside"))
+    assert times(tmp_path / "inside", "") == times(tmp_path / "tree", "")
+    await copy_out(session, str(tmp_path / "inside"), tmp_path / "back")
+    assert times(tmp_path / "back", "") == times(tmp_path / "tree", "")
+    (tmp_path / "contents").mkdir()
+    await copy_out(session, f"{tmp_path}/inside/.", tmp_path / "contents")
+    assert times(tmp_path / "contents") == times(tmp_path / "tree")
+
+
 async def test_a_copy_reports_its_progress(session: Session, tmp_path: Path) -> None:
     """A copy reports progress until all bytes are copied; the total is unknown only for a tree
     copied out.

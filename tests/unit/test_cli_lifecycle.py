@@ -4,6 +4,7 @@ programs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -35,6 +36,8 @@ from coppice.model import (
 from coppice.model.inspection import StandbyReport
 from coppice.model.kernel import Kernel
 from coppice.requests import GetRequest, ReadyRequest, RmRequest
+from coppice.state import locks
+from coppice.state.layout import Layout
 from fakes.records import make_capture
 
 VM = instance("vm")
@@ -47,6 +50,16 @@ IMAGE = Image(
     created_at=1_700_000_000.0,
 )
 KERNEL = Kernel(key="custom-6.1-0011aabb", version="6.1", vmlinuz=Path("/k/vmlinuz"), modules=Path("/k/modules"))
+
+
+@pytest.fixture(autouse=True)
+def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hold the lock of a server on the data directory."""
+    monkeypatch.setenv("COPPICE_HOME", str(tmp_path))
+    descriptor = locks.try_lock(Layout(tmp_path).supervisor_lock(None))
+    assert descriptor is not None
+    yield
+    locks.release(descriptor)
 
 
 def test_run_passes_every_option_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -383,3 +396,30 @@ def test_a_malformed_policy_is_refused(words: list[str], capsys: pytest.CaptureF
     assert run(host, "update", "vm", *words) == 2
     said = capsys.readouterr().err
     assert "write" in said or "add" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--restart", "always"], "--restart"),
+        (["--restart", "on-failure:2", "--auto-standby", "10m"], "--restart and --auto-standby"),
+        (["--restart", "never", "--auto-standby", "0s", "--health", "tcp:80"], None),
+        ([], None),
+    ],
+)
+def test_policies_that_nothing_carries_out_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], wanted: str | None
+) -> None:
+    """Without a server on the data directory, a machine that ends by itself stays ended, and the user is told. With one,
+    nothing is said.
+    """
+    host, home = FakeHost(run=VM, update=VM), tmp_path / "home"
+    commands = [["run", "debian", *words], *([["update", "vm", *words]] if words else [])]
+    for command in commands:
+        assert run(host, "--home", str(home), *command) == 0
+        told = capsys.readouterr().err
+        assert (f"no server runs on {home}, so nothing carries out {wanted} yet" in told) == (wanted is not None)
+        assert ("coppice serve" in told) == (wanted is not None)
+    for command in commands:  # the common fixture holds the lock of its server
+        assert run(host, *command) == 0
+        assert capsys.readouterr().err == ""

@@ -19,6 +19,7 @@ from coppice.commands import PROCESS
 from coppice.errors import GuestError, GuestTimeout
 from coppice.model import MIB, Instance
 from coppice.model.guest import ExecSession
+from flat_memory import assert_flat
 
 KILLS = int(os.environ.get("COPPICE_CRASH_KILLS", "10"))
 AT_ONCE = int(os.environ.get("COPPICE_COMMANDS_AT_ONCE", "40"))
@@ -152,6 +153,24 @@ async def test_many_commands_lose_nothing_and_leave_nothing(host: AsyncHost, vm:
     )
     assert after - before < MIB
     assert [each.id for each in await machine.commands.ls()] == [PROCESS]
+
+
+@pytest.mark.timeout(300 + 10 * AT_ONCE + 2 * SHORT)
+async def test_the_hosts_memory_stays_flat(host: AsyncHost, vm: Instance) -> None:
+    """After short commands one after another, and after rounds of many at once. (The contract tests have connections,
+    copies and watches too.)
+    """
+    machine = host.machine(vm)
+
+    async def short() -> None:
+        assert (await machine.exec(["echo", "said"])).stdout == b"said\n"
+
+    async def together() -> None:
+        await asyncio.gather(*(short() for _ in range(AT_ONCE)))
+
+    async with asyncio.timeout(WAIT_S + 10 * AT_ONCE + 2 * SHORT):
+        grown = [await assert_flat(short, SHORT), await assert_flat(together, 3, at_once=AT_ONCE)]
+    sys.stdout.write(f"bytes after {SHORT} short commands, and after 3 rounds of {AT_ONCE} at once: {grown}\n")
 
 
 async def _next_line(session: ExecSession) -> bytes:

@@ -60,6 +60,7 @@ def unpack(
     """
     budget = Budget(max_bytes, moved)
     root = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    entered: list[tuple[list[str], int]] = []  # directories around the present entry, with their times
     try:
         for entry in items:
             if not isinstance(entry, Entry):
@@ -69,11 +70,23 @@ def unpack(
                 if entry.kind != "d":
                     raise UnsafePath(f"the guest sends {entry.path[:200]!r}, which is not a directory", hint=_HINT)
                 continue
+            _leave(root, entered, parts)
             with _parent(root, parts) as (directory, base):
                 _make(items, budget, directory, base, entry, place)
+            if entry.kind == "d":
+                entered.append((parts, entry.mtime_ns))
+        _leave(root, entered, [])
     finally:
         os.close(root)
     return budget.used
+
+
+def _leave(root: int, entered: list[tuple[list[str], int]], following: list[str]) -> None:
+    """Set the times of directories that the following entry is not in: what is made in them changes their times."""
+    while entered and following[: len(entered[-1][0])] != entered[-1][0]:
+        parts, mtime_ns = entered.pop()
+        with _parent(root, [*parts, "."]) as (directory, _):
+            os.utime(directory, ns=(mtime_ns, mtime_ns))
 
 
 class _Place(NamedTuple):

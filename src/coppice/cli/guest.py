@@ -198,9 +198,10 @@ def cp(
     a new name.
 
     NAME:PATH goes on exactly one side. A DST that ends with a slash is a directory; DIR/. is a
-    directory's content. Links stay links. Modes and times are kept, except unsafe ones. The copy
-    belongs to root in the guest, and to you on the host. It replaces files and links, but no
-    device, pipe or socket.
+    directory's content. Links stay links. Modes and times are kept, except unsafe ones, and extended
+    attributes are not. The copy belongs to root in the guest, and to you on the host. It replaces
+    files and links, but no device, pipe or socket. From a guest, a device, a pipe or a link that
+    leads out of the copy is refused; an archive has it.
 
     `coppice cp - NAME:DIR` unpacks a tar archive from standard input into a directory, with its owners.
     `coppice cp NAME:PATH -` writes one to standard output.

@@ -160,6 +160,7 @@ def run(
     if patience_s is not None:
         cli.request(ReadyRequest(instance=instance.id, deadline_s=patience_s))
     cli.show(instance, lambda: output.line(instance.name))
+    policies.warn_without_server(cli)
 
 
 def start(
@@ -227,6 +228,7 @@ def update(ctx: click.Context, names: options.Names, policies: options.PolicyOpt
         lambda name: UpdateRequest(instance=name, **given),
         lambda changed: f"{changed.name}: {format.policies(changed.supervision) or 'no policies'}",
     )
+    policies.warn_without_server(Cli.of(ctx))
 
 
 def stop(

@@ -59,7 +59,9 @@ def fork(
 
     cli = Cli.of(ctx)
     request = forks.request(ForkRequest, instance=source, from_running=from_running, volume_policy=volume_policy)
-    show(cli, cli.request(request), quiet=quiet)
+    report = cli.request(request)
+    forks.warn_without_server(cli)
+    show(cli, report, quiet=quiet)
 
 
 def show(cli: Cli, report: ForkReport, *, quiet: bool) -> None:

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from coppice.cli import complete, parse
+from coppice.cli import complete, output, parse
 from coppice.cli.declare import Argument, Option, Values
 
 if TYPE_CHECKING:
+    from coppice.cli.context import Cli
     from coppice.requests import FanOut
 
 F = TypeVar("F", bound="FanOut")
@@ -195,6 +196,26 @@ class PolicyOptions(Values):
             ),
             "auto_standby_s": parse.ttl(self.auto_standby),
         }
+
+    def warn_without_server(self, cli: "Cli") -> None:
+        """Print that nothing carries the policies out, if only a server can and none runs."""
+        from coppice.state import locks
+        from coppice.state.layout import Layout, default_home
+
+        restarts, rests = self.restart not in (None, "never"), bool(parse.ttl(self.auto_standby))
+        given = [f"--{name}" for name, wanted in (("restart", restarts), ("auto-standby", rests)) if wanted]
+        if not given or cli.server is not None:
+            return
+        layout = Layout(cli.home or default_home())
+        for owner in {None, cli.owner}:
+            lock = layout.supervisor_lock(owner)
+            descriptor = locks.try_lock(lock, shared=True, create=False) if lock.exists() else -1
+            if descriptor is None:
+                return
+            if descriptor >= 0:
+                locks.release(descriptor)
+        output.complain(f"no server runs on {layout.home}, so nothing carries out {' and '.join(given)} yet")
+        output.complain("hint: run `coppice serve` there")
 
 
 class ForkOptions(PolicyOptions):

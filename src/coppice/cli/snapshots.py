@@ -176,7 +176,9 @@ def fork(
     from coppice.requests import SnapshotForkRequest
 
     cli = Cli.of(ctx)
-    lineage.show(cli, cli.request(forks.request(SnapshotForkRequest, snapshot=snapshot)), quiet=quiet)
+    report = cli.request(forks.request(SnapshotForkRequest, snapshot=snapshot))
+    forks.warn_without_server(cli)
+    lineage.show(cli, report, quiet=quiet)
 
 
 @snapshot_app.declare("rm")

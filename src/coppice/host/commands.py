@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from typing import Final
 
 import msgspec
 
@@ -26,6 +27,8 @@ from coppice.requests import (
     CommandWaitRequest,
     WaitProcessRequest,
 )
+
+_ASK_AGAIN_S: Final = 1.0
 
 
 class Commands(Guest):
@@ -104,10 +107,14 @@ class Commands(Guest):
                 return instance
             end = ProcessEnd(exit_code=ended.exit_code, signal=ended.signal, at=time.time())
             return msgspec.structs.replace(instance, process_end=end)  # a later look records the agent's own word
-        except (NotFound, VmmDied):  # the machine has no process, or has ended
-            if instance.vmm is None:
-                raise AssertionError("a running instance has a VMM") from None
-            await self.rooms.driver(instance).wait_exit(self.rooms.directory(instance.id), instance.vmm)
+        except NotFound:  # the machine has no process, or an older agent, of which the process is no command
+            if (found := await self._asked(instance)) is not None:
+                return found
+        except VmmDied:
+            pass
+        if instance.vmm is None:
+            raise AssertionError("a running instance has a VMM")
+        await self.rooms.driver(instance).wait_exit(self.rooms.directory(instance.id), instance.vmm)
         instance = await self._settled(instance)
         if instance.state is State.STANDBY:
             raise IllegalTransition(
@@ -120,6 +127,16 @@ class Commands(Guest):
                 hint=f"run `coppice wait {instance.name}` again",
             )
         return instance
+
+    async def _asked(self, instance: Instance) -> Instance | None:
+        """Ask an older agent until the machine's process has ended. None: the machine has ended, or has no process."""
+        current = instance
+        while process.may_end(current) and current.vmm == instance.vmm:
+            current = await process.learn(self.rooms, current)
+            if current.process_end is None:
+                await asyncio.sleep(_ASK_AGAIN_S)
+                current = await self._current(instance.id)
+        return current if current.process_end is not None else None
 
     async def command_forget(self, request: CommandForgetRequest) -> None:
         """Have the agent forget it, and see whether it did: it keeps commands that are in use."""

@@ -90,8 +90,7 @@ class Supervisor:
 
     @contextlib.asynccontextmanager
     async def _lease(self) -> AsyncIterator[None]:
-        owner = f"-{self._host.owner}" if self._host.owner else ""
-        path = self._host.rooms.layout.home / f"supervisor{owner}.lock"
+        path = self._host.rooms.layout.supervisor_lock(self._host.owner)
         while (descriptor := locks.try_lock(path)) is None:
             await self._clock.wait(asyncio.Event(), self._clock.now() + _LEASE_S)
         try:

@@ -86,6 +86,11 @@ class Operation:
         """Return whether it has ended."""
         return self.task.done()
 
+    @property
+    def outcome(self) -> Any:
+        """Return the result of an operation that has succeeded, else None."""
+        return None if self.task.cancelled() or self.task.exception() else self.task.result()
+
     def view(self) -> OperationView:
         """Return its present state."""
         status: Status = "running"

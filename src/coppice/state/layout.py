@@ -75,6 +75,10 @@ class Layout(Record, frozen=True, dict=True):
     def volumes(self) -> Path:
         return self.home / "volumes"
 
+    def supervisor_lock(self, owner: str | None) -> Path:
+        """Return the lock of the process that supervises all instances, or those of one owner."""
+        return self.home / f"supervisor{f'-{owner}' if owner else ''}.lock"
+
     @property
     def uploads(self) -> Path:
         """Files that clients of a server send for a request, while it uses them."""

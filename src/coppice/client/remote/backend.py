@@ -53,6 +53,8 @@ _EVENTS: Final = "text/event-stream"
 _OPERATION: Final = "coppice-operation"
 # A server that works on a request sends a byte every 15 s.
 _TIMEOUTS: Final = httpx.Timeout(10.0, read=60.0)
+# Each call that lasts has a connection. The server bounds the number of its operations.
+_LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 
 
 class RemoteBackend:
@@ -74,9 +76,13 @@ class RemoteBackend:
         :raises HostCannot: it does not
         """
         if self._client is None:
-            transport = httpx.AsyncHTTPTransport(uds=self._address.socket) if self._address.socket else None
+            socket = self._address.socket
             self._client = httpx.AsyncClient(
-                base_url=self._address.url, headers=self._headers, timeout=_TIMEOUTS, transport=transport
+                base_url=self._address.url,
+                headers=self._headers,
+                timeout=_TIMEOUTS,
+                limits=_LIMITS,
+                transport=httpx.AsyncHTTPTransport(uds=socket, limits=_LIMITS) if socket else None,
             )
             try:
                 with self._reachable():

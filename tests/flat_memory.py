@@ -1,0 +1,51 @@
+"""The memory of this process, for tests that it does not grow with the number of operations."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tracemalloc
+from collections.abc import Awaitable, Callable, Iterator
+
+_BYTES_PER_ROUND = 64  # less than the smallest record, task or buffer that a round could leave
+_SLACK = 24 << 10
+_TABLES = 192 << 10
+_FRAMES = 8
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Count the memory of this process, for a block."""
+    tracemalloc.start(_FRAMES)
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+
+
+def _held() -> tuple[int, tracemalloc.Snapshot]:
+    gc.collect()
+    ours = tracemalloc.Filter(True, "*/src/coppice/*", all_frames=True)  # and not what a fake guest holds
+    taken = tracemalloc.take_snapshot().filter_traces((ours,))
+    return sum(trace.size for trace in taken.traces), taken
+
+
+def _growth(before: tracemalloc.Snapshot, after: tracemalloc.Snapshot) -> str:
+    grown = after.compare_to(before, "traceback")[:6]
+    return "\n".join(f"{each.size_diff} bytes in {each.count_diff}:\n" + "\n".join(each.traceback.format()) for each in grown)
+
+
+async def assert_flat(work: Callable[[], Awaitable[object]], rounds: int, *, at_once: int = 1) -> int:
+    """Assert that the memory of this package does not grow with the number of rounds. Return its growth in bytes.
+
+    :param at_once: operations of a round at once. The loop's tables of tasks and timers double now and then
+    """
+    with traced():
+        for _ in range(max(rounds // 4, 3)):
+            await work()
+        before, first = _held()
+        for _ in range(rounds):
+            await work()
+        after, last = _held()
+    assert after - before < _SLACK + (_TABLES if at_once > 1 else 0) + rounds * at_once * _BYTES_PER_ROUND, _growth(first, last)
+    return after - before
