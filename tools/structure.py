@@ -49,6 +49,7 @@ DUTIES = {
     "archive": "archives of templates: the format, the writer, and the reader of hostile ones",
     "images": "suites, tar archives, docker archives, OCI layouts and images of registries become EROFS images",
     "integrity": "the digests of captures, and `verify`",
+    "lazily": "names of a package that are imported at their first use",
     "linux": "interfaces of the kernel: extents, reflinks, page maps, ptrace, control groups",
     "machine": "one instance: its directory, activation, capture, restore and end",
     "memory": "mem-files, the capture of private mappings, and the sharing report",
