@@ -49,6 +49,7 @@ DUTIES = {
     "archive": "archives of templates: the format, the writer, and the reader of hostile ones",
     "images": "suites, tar archives, docker archives, OCI layouts and images of registries become EROFS images",
     "integrity": "the digests of captures, and `verify`",
+    "lazily": "names of a package that are imported at their first use",
     "linux": "interfaces of the kernel: extents, reflinks, page maps, ptrace, control groups",
     "machine": "one instance: its directory, activation, capture, restore and end",
     "memory": "mem-files, the capture of private mappings, and the sharing report",
@@ -73,8 +74,9 @@ class Package:
     """A directory of src/coppice, or a module directly in it."""
 
     name: str
-    lines: int = 0
+    lines: int = 0  # written by hand
     generated: int = 0
+    of_c: int = 0  # of the lines written by hand
     imports: set[str] = field(default_factory=set)
     later: set[str] = field(default_factory=set)  # in functions, or for types alone
 
@@ -111,9 +113,18 @@ class Structure:
             level[name] = 1 + max((level[imported] for imported in graph[name]), default=-1)
         return sorted(self.packages.values(), key=lambda package: (-level[package.name], package.name))
 
+    def summary(self) -> str:
+        """Return the sentence of docs/architecture.md about the number of lines."""
+        counts = [(each.lines - each.of_c, each.of_c, each.generated) for each in self.packages.values()]
+        python, c, generated = (sum(each) for each in zip(*counts, strict=True))
+        return (
+            f"Written by hand: {python:,} lines of Python and {c:,} of C, with comments and docstrings. Generated from\n"
+            f"the request records and committed: {generated:,} lines of Python, the public methods and their blocking twins.\n"
+        )
+
     def table(self) -> str:
         """Return the table of docs/architecture.md."""
-        rows = ["| package | duty | lines | generated | imports | imports later |", "|---|---|---:|---:|---|---|"]
+        rows = ["| package | duty | by hand | generated | imports | imports later |", "|---|---|---:|---:|---|---|"]
         for package in self.ordered():
             cells = (package.name, DUTIES[package.name], package.lines, package.generated)
             arrows = (" ".join(sorted(arrows)) or "-" for arrows in (package.imports, package.later))
@@ -154,6 +165,7 @@ def _count(found: Structure, package: Package, path: Path, text: str, source: Pa
         package.generated += lines
     else:
         package.lines += lines
+        package.of_c += lines if path.suffix != ".py" else 0
     if lines > MAX_LINES:
         found.too_long[path.relative_to(source).as_posix()] = lines
 
@@ -230,7 +242,7 @@ def page_table() -> str:
     block = _TABLE.search(PAGE.read_text())
     if block is None:
         raise SystemExit(f"{PAGE} has no table: add the two `structure` comments again")
-    return block[0].split("-->\n\n", 1)[1].rsplit("\n<!--", 1)[0]
+    return block[0].split("-->\n\n", 1)[1].split("\n\n", 1)[0] + "\n"
 
 
 def main() -> int:
@@ -240,10 +252,11 @@ def main() -> int:
         print("\n".join(problems), file=sys.stderr)  # noqa: T201
         return 1
     if "--write" in sys.argv[1:]:
-        block = f"<!-- structure -->\n\n{found.table()}\n<!-- end of structure -->\n"
+        block = f"<!-- structure -->\n\n{found.table()}\n{found.summary()}\n<!-- end of structure -->\n"
         PAGE.write_text(_TABLE.sub(lambda _: block, PAGE.read_text()))
         return 0
     print(found.table())  # noqa: T201
+    print(found.summary())  # noqa: T201
     print("Imported later: in a function, or for types alone")  # noqa: T201
     for name, imported in sorted(found.later.items()):
         print(f"  {name}: {' '.join(sorted(imported))}")  # noqa: T201

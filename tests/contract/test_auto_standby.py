@@ -117,6 +117,32 @@ async def test_a_clock_that_is_set_back_delays_no_standby(fake_host: AsyncHost, 
         await until_state(fake_host, "oak", State.STANDBY)
 
 
+async def test_a_clock_that_is_set_back_during_a_look_delays_no_standby(
+    fake_host: AsyncHost, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that is under way ends with a deadline of the clock as it was: another one follows."""
+    oak = await boot(fake_host, "oak", auto_standby_s=IDLE_S)
+    networks, begun, ended = fake_host.local.rooms.networks.of(oak.machine), asyncio.Event(), asyncio.Event()
+
+    async def connections(instance: Instance) -> int:
+        if instance.name == "oak":
+            begun.set()
+            await ended.wait()
+        return 0
+
+    monkeypatch.setattr(networks, "connections", connections)
+    async with supervised(fake_host, clock), asyncio.timeout(SOON_S):
+        await begun.wait()
+        await boot(fake_host, "elm", auto_standby_s=IDLE_S)
+        clock.back(100_000)
+        for name in ("elm", "oak"):
+            while (seen := (await fake_host.call(GetRequest(instance=name))).observed) is None or (
+                seen.active_at != clock.now()
+            ):
+                pass
+            ended.set()
+
+
 async def test_connections_keep_a_machine_awake(fake_host: AsyncHost, clock: FakeClock) -> None:
     """Open ones, also silent ones."""
     port = free_port()

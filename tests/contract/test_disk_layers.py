@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 
 from coppice.client import AsyncHost
-from coppice.errors import VmmError
+from coppice.errors import NoSpace, VmmError
 from coppice.machine import directory as directories
 from coppice.machine import disk, disks
 from coppice.model import MIB, Instance, State
@@ -149,6 +150,26 @@ async def test_a_fork_of_a_running_layered_machine_has_the_disk_of_the_pause(fak
     assert await ask(fake_host, elm, "load") == "then"
     raw = [fake_host.local.rooms.directory(each.id) / "overlay.raw" for each in (oak, ash, elm)]
     assert len({path.stat().st_ino for path in raw}) == 1
+    await assert_tidy(fake_host, "oak", "ash", "elm")
+
+
+async def test_a_disk_without_space_for_its_check_stops_no_other(
+    fake_host: AsyncHost, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`verify` reports that disk, and checks all others and their memory."""
+    oak = await make(fake_host, State.STANDBY)
+    ash, _ = [await fork(fake_host, oak, name, State.STANDBY) for name in ("ash", "elm")]
+    full, flatten_disk = fake_host.local.rooms.directory(ash.id), driver.flatten_disk
+
+    def flatten(base: Path, layers: Sequence[Path], out: Path) -> None:
+        if base.parent == full:
+            raise NoSpace("the disk is full", hint="see the test")
+        flatten_disk(base, layers, out)
+
+    monkeypatch.setattr(driver, "flatten_disk", flatten)
+    report = await fake_host.verify()
+    assert (report.no_space, report.skipped, report.differences) == (("ash",), (), ())
+    assert (report.mem_files, report.disks) == (1, 2)
     await assert_tidy(fake_host, "oak", "ash", "elm")
 
 

@@ -12,7 +12,7 @@ import pytest
 from coppice.client import AsyncHost
 from coppice.errors import NoSpace
 from coppice.model import State
-from coppice.requests import LsRequest, PromoteRequest, RmRequest
+from coppice.requests import LsRequest, PromoteRequest, RmRequest, SnapshotRequest
 from coppice.state.database import Database
 from fakes.driver import FakeDriver
 from fakes.hosting import assert_tidy, boot, make
@@ -65,10 +65,13 @@ async def test_a_host_on_a_full_disk_can_list_and_remove(small_disk: Path, seed_
         for name in ("oak", "elm"):
             await make(host, State.STANDBY, name)
         await host.call(PromoteRequest(instance="oak"))
+        await host.call(SnapshotRequest(instance="oak", name="kept"))
     fill(small_disk)
     async with host_on(small_disk, driver) as host:
         assert [instance.name for instance in await host.call(LsRequest())] == ["oak", "elm"]
     async with host_on(small_disk, driver) as host:
+        report = await host.verify()
+        assert (report.mem_files, report.disks, report.no_space, report.differences) == (2, 3, (), ())
         with pytest.raises(NoSpace):
             await boot(host, "ash")
         await assert_tidy(host, "oak", "elm")

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from coppice.client import AsyncHost
+from coppice.errors import NoSpace
 from coppice.model import Instance, Progress, Snapshot, SnapshotKind, State
 from coppice.requests import ExecRequest, ForkRequest, GetRequest, SnapshotForkRequest, SnapshotRequest
 from coppice.vmm import driver as files
@@ -121,6 +122,24 @@ async def test_a_flipped_bit_in_shared_memory_is_named_for_every_holder(fake_hos
     ]
     assert all("SHA-256" in detail for _, _, detail in found)
     assert await findings(fake_host) == found  # the wrong sum was not recorded
+
+
+async def test_sums_that_a_full_disk_refuses_are_recorded_by_the_next_run(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is checked all the same."""
+
+    def refuse(*_: object, **__: object) -> bool:
+        raise NoSpace("the disk is full", hint="see the test")
+
+    await grown(fake_host)
+    store = fake_host.local.rooms.store
+    with monkeypatch.context() as full:
+        full.setattr(store, "record_sha256", refuse)
+        full.setattr(store.snapshots, "record_sha256", refuse)
+        report = await fake_host.verify()
+    assert (report.mem_files, report.disks, report.recorded, report.differences) == (1, 3, 0, ())
+    assert (await fake_host.verify()).recorded == 4
 
 
 async def test_a_holder_without_a_hash_is_compared_with_the_others(fake_host: AsyncHost) -> None:

@@ -59,15 +59,7 @@ class Named(SlotNetwork):
 
     def __init__(self, name: str, backend: NicBackend, missing: str = "", hindrance: str = "") -> None:
         super().__init__(Path("unused"))
-        self._name, self._backend, self._missing, self._hindrance = name, backend, missing, hindrance
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def backend(self) -> NicBackend:
-        return self._backend
+        self.name, self.backend, self._missing, self._hindrance = name, backend, missing, hindrance
 
     def missing(self) -> str:
         return self._missing

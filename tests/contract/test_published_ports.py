@@ -12,7 +12,7 @@ import pytest
 from coppice.client import AsyncHost
 from coppice.errors import HostCannot, InUse, NoSpace
 from coppice.model import Instance, Publish, State
-from coppice.network import user
+from coppice.network import loopback
 from coppice.requests import (
     ForkRequest,
     GetRequest,
@@ -59,7 +59,7 @@ async def test_an_address_is_kept_and_given_back(fake_host: AsyncHost, monkeypat
 
     If the pool is empty a fork is refused as a whole, and a removal frees an address.
     """
-    monkeypatch.setattr(user, "_POOL", "127.64.0.0/30")
+    monkeypatch.setattr(loopback, "_POOL", "127.64.0.0/30")
     await make(fake_host, State.TEMPLATE)
     forks = (await fake_host.call(ForkRequest(instance="oak", count=4, publish=[OWN]))).instances
     assert set(addresses_of(*forks)) == {f"127.64.0.{number}" for number in range(4)}
@@ -127,5 +127,5 @@ def test_addresses_of_two_data_directories_seldom_collide(tmp_path: Path) -> Non
     """The search starts at a point that depends on the instance's id, since data directories do not
     know each other's addresses.
     """
-    made = [user.with_own_address(make_instance(f"vm{number}", publish=(OWN,)), set()) for number in range(64)]
+    made = [loopback.with_own_address(make_instance(f"vm{number}", publish=(OWN,)), set()) for number in range(64)]
     assert len(set(addresses_of(*made))) > 60

@@ -19,13 +19,11 @@ class SlotNetwork(UserNetwork):
     namespace.
     """
 
+    name = SLOTS
+
     def __init__(self, directory: Path) -> None:
         super().__init__()
         self._directory = directory
-
-    @property
-    def name(self) -> str:
-        return SLOTS
 
     async def attach(self, instance: Instance) -> tuple[Nic, ...]:
         nics = await super().attach(instance)

@@ -321,7 +321,15 @@ def test_coppice_without_a_command_shows_the_help(capsys: pytest.CaptureFixture[
         assert f"  {command} " in shown
 
 
-@pytest.mark.parametrize("module", ["click", "asyncio"])
+def test_the_program_catches_ctrl_c_before_it_imports_anything() -> None:
+    """Before its first statement Python has imported only these small modules for it."""
+    program = "import sys; before = {*sys.modules}; import coppice.cli; print(*sorted({*sys.modules} - before))"
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    shown = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=30, check=True)
+    assert shown.stdout.split() == [b"__future__", b"coppice", b"coppice.cli", b"coppice.lazily"]
+
+
+@pytest.mark.parametrize("module", ["coppice.cli.start", "typing", "click", "asyncio"])
 def test_ctrl_c_during_the_start_is_quiet(module: str) -> None:
     """An early Ctrl-C prints no traceback and no error either, also while a command is imported."""
     program = (
@@ -330,7 +338,8 @@ def test_ctrl_c_during_the_start_is_quiet(module: str) -> None:
         f"    if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
         "    return original(name, *rest)\n"
         "builtins.__import__ = importing\n"
-        "from coppice.cli import main; sys.exit(main(['ls']))"
+        "sys.argv[1:] = ['ls']\n"
+        "from coppice.cli import entry; entry()"
     )
     env = {**os.environ, "PYTHONPATH": str(SOURCE)}
     ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, timeout=30, check=False)

@@ -195,3 +195,10 @@ def test_verify_counts_sound_files_and_names_differences(capsys: pytest.CaptureF
     assert "memory of the snapshot kept: its size is 1 bytes, not 2" in capsys.readouterr().err
     found = document(capsys, FakeHost(verify=broken), "verify", status=1)
     assert found["differences"][0]["name"] == "kept"
+
+
+def test_verify_says_which_disks_had_no_space(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are no success, and the message says what to do."""
+    report = VerifyReport(mem_files=1, disks=1, no_space=("ash", "elm"))
+    assert run(FakeHost(verify=report), "verify") == 1
+    assert "the disks of ash, elm; free disk space" in capsys.readouterr().err

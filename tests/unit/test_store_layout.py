@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from coppice.errors import HostCannot
+from coppice.client import AsyncHost
+from coppice.errors import HostCannot, UsageError
 from coppice.state import layout
 
 
@@ -21,11 +23,11 @@ def unprivileged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_order_of_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """COPPICE_HOME takes precedence over XDG_DATA_HOME, and that over HOME."""
     monkeypatch.setenv("HOME", "/home/of")
-    assert layout.default_home() == Path("/home/of/.local/share/coppice")
+    assert layout.data_directory() == Path("/home/of/.local/share/coppice")
     monkeypatch.setenv("XDG_DATA_HOME", "/data")
-    assert layout.default_home() == Path("/data/coppice")
+    assert layout.data_directory() == Path("/data/coppice")
     monkeypatch.setenv("COPPICE_HOME", "/chosen")
-    assert layout.default_home() == Path("/chosen")
+    assert layout.data_directory() == Path("/chosen")
 
 
 def test_a_user_without_a_home_gets_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,5 +36,20 @@ def test_a_user_without_a_home_gets_a_hint(monkeypatch: pytest.MonkeyPatch) -> N
     """
     monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
     with pytest.raises(HostCannot) as refused:
-        layout.default_home()
+        layout.data_directory()
     assert "COPPICE_HOME" in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize("place", ["given", "variable", "working directory"])
+def test_a_path_that_is_not_utf8_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str) -> None:
+    """SQLite would refuse it with a message about a column, after half of the directory was made."""
+    path = tmp_path / os.fsdecode(b"d\xff")
+    match place:
+        case "variable":
+            monkeypatch.setenv("COPPICE_HOME", str(path))
+        case "working directory":
+            path.mkdir()
+            monkeypatch.chdir(path)
+    given = {"given": path, "variable": None, "working directory": "here"}[place]
+    with pytest.raises(UsageError, match="data directory is not UTF-8"):
+        AsyncHost(given)

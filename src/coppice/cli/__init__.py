@@ -2,15 +2,20 @@
 codes.
 
 `coppice --help` must answer at once. Modules here therefore import the host, asyncio, rich and
-msgspec only inside the commands that need them.
+msgspec only inside the commands that need them. This one and `coppice` itself import nothing that
+Python has not imported at its start: Ctrl-C during these imports cannot be caught.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+import os
+import sys
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
     from coppice.cli.context import HostFactory
 
 __all__ = ["entry", "main"]
@@ -21,16 +26,13 @@ def main(arguments: Sequence[str] | None = None, *, host_factory: HostFactory | 
 
     `host_factory` makes the host from the global options; tests give a fake one.
     """
-    try:
-        from coppice.cli.start import defer_imports, without_collection
+    from coppice.cli.start import defer_imports, without_collection
 
-        defer_imports()
-        with without_collection():
-            from coppice.cli import program
+    defer_imports()
+    with without_collection():
+        from coppice.cli import program
 
-            return program.run(arguments, host_factory)
-    except KeyboardInterrupt:  # nothing was started yet, so there is nothing to clean up
-        return 130
+        return program.run(arguments, host_factory)
 
 
 def entry() -> NoReturn:
@@ -39,12 +41,13 @@ def entry() -> NoReturn:
     `os._exit` skips the teardown of the interpreter, which takes a tenth of the CPU time of
     `coppice ls`.
     """
-    import contextlib
-    import os
-    import sys
-
-    status = main()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    try:
+        status = main()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                continue
+    except KeyboardInterrupt:  # before the operation began, or after its end: there is nothing to clean up
+        status = 130
     os._exit(status)

@@ -153,12 +153,10 @@ def _owner(ctx: click.Context) -> str | None:
 
 def _home(ctx: click.Context) -> Path:
     from coppice.errors import CoppiceError
-    from coppice.state.layout import default_home
+    from coppice.state.layout import data_directory
 
-    if chosen := ctx.find_root().params.get("home"):
-        return Path(chosen)
     try:
-        return default_home()
+        return data_directory(ctx.find_root().params.get("home"))
     except CoppiceError:
         return Path(os.devnull)  # no data directory: find no names
 

@@ -102,7 +102,7 @@ def serve(
         raise MissingTool(f"a server needs the package {error.name}", hint=f"run `pip install '{_NEEDED}'`") from error
     from coppice.host import LocalBackend
     from coppice.images.reach import PublicHosts
-    from coppice.state.layout import default_home
+    from coppice.state.layout import data_directory
 
     if log_format == "json":
         log_json()
@@ -110,7 +110,7 @@ def serve(
     where = Listening(socket=path, address=address, port=port, certificate=tls_cert, key=tls_key)
     if insecure_no_auth and where.socket is None and where.address not in LOOPBACK:
         raise UsageError("a server without tokens must not listen to other machines", hint="listen on 127.0.0.1")
-    key = None if insecure_no_auth or where.socket is not None else load_key(cli.home or default_home())
+    key = None if insecure_no_auth or where.socket is not None else load_key(data_directory(cli.home))
 
     def host(owner: str | None) -> LocalBackend:
         made = LocalBackend(cli.home, vmm=cli.vmm, accel=cli.accel, owner=owner or cli.owner, spares=spares)
@@ -193,9 +193,9 @@ def create(
         from coppice.server.auth import load_key, make_token
     except ModuleNotFoundError as error:
         raise MissingTool(f"a token needs the package {error.name}", hint=f"run `pip install '{_NEEDED}'`") from error
-    from coppice.state.layout import default_home
+    from coppice.state.layout import data_directory
 
     cli = Cli.of(context)
-    key = load_key(cli.home or default_home())
+    key = load_key(data_directory(cli.home))
     token = make_token(key, owner=owner or cli.owner, scopes=scope, ttl_s=None if ttl is None else duration(ttl))
     cli.show({"token": token}, lambda: output.line(token))

@@ -197,7 +197,8 @@ def verify(ctx: click.Context) -> None:
     """Check that captured mem-files and disks at rest, volumes included, are unchanged.
 
     Compare SHA-256, size, inode and mode of mem-files, and run e2fsck on disks. A SHA-256 that was
-    not computed yet is recorded. No file is changed. Exit status 1 if a file differs.
+    not computed yet is recorded. No file is changed. Exit status 1 if a file differs, or if a disk
+    could not be checked because the file system is full.
     """
     from coppice.requests import VerifyRequest
 
@@ -211,9 +212,14 @@ def verify(ctx: click.Context) -> None:
         )
         if report.skipped:
             output.line(f"not checked because they are in use: the disks of {', '.join(report.skipped)}")
+        if report.no_space:
+            output.complain(
+                f"not checked because the disk is full: the disks of {', '.join(report.no_space)}; "
+                "free disk space, and run `coppice verify` again"
+            )
         for difference in report.differences:
             output.complain(f"{difference.file} of the {difference.holder} {difference.name}: {difference.detail}")
 
     cli.show(report, human)
-    if report.differences:
+    if report.differences or report.no_space:
         raise ProgramExit(1)

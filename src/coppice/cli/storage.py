@@ -53,12 +53,12 @@ def remove(ctx: click.Context) -> None:
 
 
 def _home(ctx: click.Context) -> tuple[Cli, Path]:
-    from coppice.state.layout import default_home
+    from coppice.state.layout import data_directory
 
     cli = Cli.of(ctx)
     if cli.server is not None:
         raise UsageError("storage is made on the server's machine", hint="run the command there, without --host")
-    return cli, cli.home or default_home()
+    return cli, data_directory(cli.home)
 
 
 def _show(cli: Cli, made: Storage) -> None:

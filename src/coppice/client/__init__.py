@@ -8,60 +8,40 @@ first use, because the command line needs only a part of them.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from coppice.lazily import Names
+
 if TYPE_CHECKING:
-    from coppice.client.aio.forks import AsyncForks
-    from coppice.client.aio.host import AsyncHost
-    from coppice.client.aio.images import AsyncImages, AsyncKernels
-    from coppice.client.aio.machine import AsyncMachine
-    from coppice.client.aio.managers import AsyncSnapshots, AsyncVolumes
-    from coppice.client.backend import Backend
-    from coppice.client.blocking.forks import Forks
-    from coppice.client.blocking.host import Host
-    from coppice.client.blocking.images import Images, Kernels
-    from coppice.client.blocking.machine import Machine
-    from coppice.client.blocking.managers import Snapshots, Volumes
-    from coppice.client.session import ExecSession
+    from coppice.client.aio.forks import AsyncForks as AsyncForks
+    from coppice.client.aio.host import AsyncHost as AsyncHost
+    from coppice.client.aio.images import AsyncImages as AsyncImages, AsyncKernels as AsyncKernels
+    from coppice.client.aio.machine import AsyncMachine as AsyncMachine
+    from coppice.client.aio.managers import AsyncSnapshots as AsyncSnapshots, AsyncVolumes as AsyncVolumes
+    from coppice.client.backend import Backend as Backend
+    from coppice.client.blocking.forks import Forks as Forks
+    from coppice.client.blocking.host import Host as Host
+    from coppice.client.blocking.images import Images as Images, Kernels as Kernels
+    from coppice.client.blocking.machine import Machine as Machine
+    from coppice.client.blocking.managers import Snapshots as Snapshots, Volumes as Volumes
+    from coppice.client.session import ExecSession as ExecSession
 
-__all__ = [
-    "AsyncForks",
-    "AsyncHost",
-    "AsyncImages",
-    "AsyncKernels",
-    "AsyncMachine",
-    "AsyncSnapshots",
-    "AsyncVolumes",
-    "Backend",
-    "ExecSession",
-    "Forks",
-    "Host",
-    "Images",
-    "Kernels",
-    "Machine",
-    "Snapshots",
-    "Volumes",
-]
-_HOME = {
-    "AsyncForks": "aio.forks",
-    "AsyncHost": "aio.host",
-    "AsyncMachine": "aio.machine",
-    **dict.fromkeys(("AsyncImages", "AsyncKernels"), "aio.images"),
-    **dict.fromkeys(("AsyncSnapshots", "AsyncVolumes"), "aio.managers"),
-    "Backend": "backend",
-    "ExecSession": "session",
-    "Forks": "blocking.forks",
-    "Host": "blocking.host",
-    "Machine": "blocking.machine",
-    **dict.fromkeys(("Images", "Kernels"), "blocking.images"),
-    **dict.fromkeys(("Snapshots", "Volumes"), "blocking.managers"),
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'coppice.client' has no attribute {name!r}")
-    value: object = getattr(import_module(f"coppice.client.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+_NAMES = Names(
+    __name__,
+    {
+        "aio.forks": "AsyncForks",
+        "aio.host": "AsyncHost",
+        "aio.images": "AsyncImages AsyncKernels",
+        "aio.machine": "AsyncMachine",
+        "aio.managers": "AsyncSnapshots AsyncVolumes",
+        "backend": "Backend",
+        "blocking.forks": "Forks",
+        "blocking.host": "Host",
+        "blocking.images": "Images Kernels",
+        "blocking.machine": "Machine",
+        "blocking.managers": "Snapshots Volumes",
+        "session": "ExecSession",
+    },
+)
+__all__ = sorted(_NAMES)
+__getattr__ = _NAMES.find

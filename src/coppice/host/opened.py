@@ -16,7 +16,7 @@ from coppice.host import recovery
 from coppice.machine.rooms import Deadlines, Rooms
 from coppice.model import Budgets
 from coppice.names import check_owner, check_spares
-from coppice.state.layout import Layout, default_home
+from coppice.state.layout import Layout, data_directory
 from coppice.state.settings import asked_budgets, hashes_in_background
 from coppice.state.store import Store
 from coppice.vmm.process import own_process
@@ -70,7 +70,7 @@ class OpenedHost:
         spares: int | None = None,
         open_rooms: RoomsOpener | None = None,
     ) -> None:
-        """Prepare to use the data directory `home` (default: see `default_home`).
+        """Prepare to use the data directory `home` (default: that of the command line).
 
         `owner` limits the host to one owner: it makes, sees and uses only that owner's records.
         Without an owner the host belongs to the operator, who may use everything (see
@@ -91,9 +91,10 @@ class OpenedHost:
         `coppice.fork.spare`). Each takes about 20 MiB. 0: none.
 
         :raises InvalidName: the owner is not a valid name
-        :raises UsageError: there is no such VMM, or the number of spares is out of range
+        :raises UsageError: there is no such VMM, the number of spares is out of range, or the path of
+            the data directory is not UTF-8
         """
-        self._home = Path(home) if home is not None else default_home()
+        self._home = data_directory(home)
         self._owner = check_owner(owner)
         self.drivers = Drivers(driver or vmm or DEFAULT, accel=accel)
         self._deadlines = deadlines or Deadlines()
@@ -175,7 +176,7 @@ class OpenedHost:
 
         One call in a thread asks all, since most commands find nothing.
         """
-        layout = Layout(self._home.absolute())
+        layout = Layout(self._home)
         layout.create()
         self._budgets = self._given_budgets
         if self._budgets is None:

@@ -153,10 +153,13 @@ class Supervisor:
     def _pop_due(self) -> Iterator[str]:
         """Yield the instances whose deadline is now or earlier. Drop outdated deadlines.
 
-        If the clock was set back, all deadlines are of another time: yield every instance.
+        If the clock was set back, all deadlines are of another time: yield every instance. Those
+        that are being looked after return such a deadline too: look after them again.
         """
         now = self._clock.now()
         set_back, self._latest = now < self._latest - _SOON_S, now
+        if set_back:
+            self._again.update(self._attending)
         while self._deadlines and (
             set_back or self._deadlines[0][0] <= now or self._due.get(self._deadlines[0][1]) != self._deadlines[0][0]
         ):

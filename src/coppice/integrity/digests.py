@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coppice.completion import in_thread
-from coppice.errors import Busy, CoppiceError, NotFound
+from coppice.errors import Busy, CoppiceError, NoSpace, NotFound
 from coppice.machine import directory as directories
 from coppice.machine import disks
 from coppice.memory import memfile
@@ -89,7 +89,7 @@ async def record(
     layout: Layout, store: Store, holder: Instance | Snapshot, inode: int, digest: str, *, deadline_s: float
 ) -> bool:
     """Record the digest of a file of a memory while its holder is locked; return whether that
-    succeeded.
+    succeeded. Another run records it if the holder is busy or the disk is full.
     """
     lock = layout.lock(holder.id)
     try:
@@ -104,7 +104,7 @@ async def record(
                 except NotFound:
                     locks.remove(lock)
             return recorded
-    except Busy:
+    except (Busy, NoSpace):
         return False
 
 

@@ -51,6 +51,7 @@ class _Findings:
     bytes_hashed: int = 0
     recorded: int = 0
     skipped: list[str] = field(default_factory=list)
+    no_space: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
 
 
@@ -92,6 +93,7 @@ async def verify(rooms: Rooms, progress: ProgressSink) -> VerifyReport:
         bytes_hashed=found.bytes_hashed,
         recorded=found.recorded,
         skipped=tuple(found.skipped),
+        no_space=tuple(found.no_space),
         differences=tuple(found.differences),
     )
 
@@ -229,7 +231,10 @@ async def _fsck_disk(directory: Path, of: disk.Disk, driver: VmmDriver, name: st
     flat = disk.flat(directory, of, driver)
     try:
         path = await in_thread(flat.__enter__)
-    except (MissingTool, NoSpace):
+    except NoSpace:
+        found.no_space.append(name)
+        return None
+    except MissingTool:
         raise
     except HostCannot as error:
         found.disks += 1
@@ -244,16 +249,20 @@ async def _fsck_file(path: Path, name: str, found: _Findings) -> str | None:
     """Return what is wrong with the disk of a holder; None if it is sound, or nothing is known."""
     if not path.exists():
         return "it is missing"
-    found.disks += 1
     try:
         result = await in_thread(fsck, path)
-    except (MissingTool, NoSpace):
-        raise
+    except NoSpace:
+        found.no_space.append(name)
+        return None
     except NotFinished:
         found.skipped.append(name)
         return None
+    except MissingTool:
+        raise
     except HostCannot as error:  # it is not a file system any more
+        found.disks += 1
         return error.message
+    found.disks += 1
     if result.clean:
         return None
     lines = result.output.splitlines()
@@ -326,7 +335,8 @@ async def _check_snapshot_disk(rooms: Rooms, holder: Holder, record: Snapshot, f
         digest = digests.of_disk([await _sha256(path, no_progress) for path in paths])
         found.bytes_hashed += sum(path.stat().st_size for path in paths)
         if current.disk_sha256 is None:
-            found.recorded += await in_thread(rooms.store.snapshots.record_sha256, record.id, disk=digest)
+            with contextlib.suppress(NoSpace):  # another run records it
+                found.recorded += await in_thread(rooms.store.snapshots.record_sha256, record.id, disk=digest)
         elif current.disk_sha256 != digest:
             found.differences.append(_differs(holder, files.OVERLAY_DISK, _hashes(digest, current.disk_sha256)))
     except NotFound:

@@ -225,4 +225,5 @@ class VerifyReport(Record, frozen=True, kw_only=True):
     bytes_hashed: int = 0
     recorded: int = 0  # SHA-256 sums recorded for the first time
     skipped: tuple[str, ...] = ()  # instances and volumes whose disks are in use and cannot be checked
+    no_space: tuple[str, ...] = ()  # others, of whose disks the free space allowed no temporary copy
     differences: tuple[Difference, ...] = ()

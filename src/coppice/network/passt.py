@@ -10,19 +10,15 @@ Inside, all guests have the same addresses, and passt has the same MAC for all.
 from __future__ import annotations
 
 import shutil
-import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from coppice.completion import in_thread
 from coppice.errors import UsageError
-from coppice.model import ANY_PORT, OWN_ADDRESS, Instance, Publish
+from coppice.model import ANY_PORT, Instance, Publish
 from coppice.model.network import GuestNetwork, Nic, NicBackend
+from coppice.network.listening import ListeningNetwork
 from coppice.network.mac import mac_address
-from coppice.network.ports import Picks, require_free
-from coppice.network.provider import NetworkProvider
-from coppice.network.user import loopback_in_use, with_own_address
 
 _ADDRESS: Final = "10.0.2.15"
 _PREFIX: Final = 24
@@ -37,20 +33,11 @@ _MTU: Final = 65520
 _ROUTES6: Final = Path("/proc/net/ipv6_route")
 
 
-class PasstNetwork(NetworkProvider):
+class PasstNetwork(ListeningNetwork):
     """The provider `passt`."""
 
-    def __init__(self, database: Path | None = None) -> None:
-        """`database` is as for `Picks`."""
-        self._picks = Picks(database)
-
-    @property
-    def name(self) -> str:
-        return "passt"
-
-    @property
-    def backend(self) -> NicBackend:
-        return NicBackend.STREAM
+    name = "passt"
+    backend = NicBackend.STREAM
 
     def missing(self) -> str:
         return "" if shutil.which("passt") else "passt is not installed"
@@ -65,19 +52,9 @@ class PasstNetwork(NetworkProvider):
                     hint="publish different ports of this host, or use `--network nat`",
                 )
 
-    def allocate(self, connection: sqlite3.Connection, instances: Sequence[Instance]) -> list[Instance]:
-        if not any(port.host_address == OWN_ADDRESS for instance in instances for port in instance.publish):
-            return list(instances)
-        taken = loopback_in_use(connection)
-        return [with_own_address(instance, taken) for instance in instances]
-
-    async def attach(self, instance: Instance) -> tuple[Nic, ...]:
-        forwards: tuple[Publish, ...] = ()
-        if instance.publish:
-            await in_thread(require_free, instance)
-            forwards = await in_thread(self._picks.hold, instance)
+    def nic(self, instance: Instance, forwards: tuple[Publish, ...]) -> Nic:
         mac = mac_address(instance.id)
-        return (Nic(backend=self.backend, mac=mac, helper=_command(forwards), greeting=_greeting(mac)),)
+        return Nic(backend=self.backend, mac=mac, helper=_command(forwards), greeting=_greeting(mac))
 
     def guest(self, instance: Instance) -> GuestNetwork:
         routed6 = _has_route6()
@@ -90,15 +67,6 @@ class PasstNetwork(NetworkProvider):
             address6=f"{_ADDRESS6}/{_PREFIX6}" if routed6 else None,
             gateway6=_GATEWAY6 if routed6 else None,
         )
-
-    async def published(self, instance: Instance) -> tuple[Publish, ...]:
-        return self._picks.release(instance.id) or instance.publish
-
-    async def detach(self, instance_id: str) -> None:
-        self._picks.release(instance_id)
-
-    def leftovers(self, known: Callable[[], set[str]]) -> set[str]:  # noqa: ARG002
-        return set()
 
 
 def _command(forwards: Sequence[Publish]) -> tuple[str, ...]:

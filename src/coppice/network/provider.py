@@ -34,23 +34,19 @@ from coppice.errors import HostCannot, NotSupported, UsageError
 from coppice.linux.tcp import count_connections
 from coppice.model import ANY_PORT, Egress, EgressReport, Instance, MachineSpec, Publish, Traffic
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
+from coppice.network.loopback import with_own_addresses
 
 
 class NetworkProvider(ABC):
     """One kind of network."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The name stored in records and given on the command line."""
+    name: str
+    """The name stored in records and given on the command line."""
 
-    @property
-    @abstractmethod
-    def backend(self) -> NicBackend | None:
-        """The backend that the VMM connects a NIC to.
-
-        None if the network has no NICs, so that every driver supports it.
-        """
+    backend: NicBackend | None
+    """The backend that the VMM connects a NIC to. None if the network has no NICs, so that every
+    driver supports it.
+    """
 
     def missing(self) -> str:
         """Return what this host or process lacks for this network; empty if nothing. Blocks."""
@@ -74,11 +70,8 @@ class NetworkProvider(ABC):
         :raises UsageError: a port cannot be published on this network; the message says which
         """
 
-    @abstractmethod
     def allocate(self, connection: sqlite3.Connection, instances: Sequence[Instance]) -> list[Instance]:
-        """Return new instances with their permanent properties, such as their own addresses.
-
-        Blocks.
+        """Return new instances with their permanent properties: addresses of their own. Blocks.
 
         Prerequisite: `connection` is in the transaction that will record the instances. All of them
         have this network.
@@ -88,6 +81,7 @@ class NetworkProvider(ABC):
 
         :raises NoSpace: an address pool is exhausted; the caller rolls the transaction back
         """
+        return with_own_addresses(connection, instances)
 
     @abstractmethod
     async def attach(self, instance: Instance) -> tuple[Nic, ...]:
@@ -178,14 +172,14 @@ class NetworkProvider(ABC):
         """Count the slots; None if the network has none that are made ahead of time. Blocks."""
         return None
 
-    @abstractmethod
-    def leftovers(self, known: Callable[[], set[str]]) -> set[str]:
+    def leftovers(self, known: Callable[[], set[str]]) -> set[str]:  # noqa: ARG002 - most networks leave nothing
         """Return the ids that have an attachment but no record. Blocks.
 
         Read the attachments first, and then call `known`, which reads the ids of all records: an
         instance is recorded before it is attached. Before it detaches an id, the caller takes its
         lock and looks up its record again.
         """
+        return set()
 
 
 def reachable(address: str) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from coppice.errors import UsageError
 from coppice.model import Egress, Instance, Publish, Traffic
@@ -14,13 +13,8 @@ from coppice.network.provider import NetworkProvider
 class Unconnected(NetworkProvider):
     """The provider `none`."""
 
-    @property
-    def name(self) -> str:
-        return "none"
-
-    @property
-    def backend(self) -> None:
-        return None
+    name = "none"
+    backend = None
 
     def check(self, ports: Sequence[Publish]) -> None:
         if ports:
@@ -32,9 +26,6 @@ class Unconnected(NetworkProvider):
     def check_egress(self, policy: Egress) -> None:
         if policy.mode == "allow":
             raise UsageError("a machine without a network reaches nothing", hint="make it with `--network nat`")
-
-    def allocate(self, connection: sqlite3.Connection, instances: Sequence[Instance]) -> list[Instance]:  # noqa: ARG002
-        return list(instances)
 
     async def attach(self, instance: Instance) -> tuple[Nic, ...]:  # noqa: ARG002
         return ()
@@ -51,6 +42,3 @@ class Unconnected(NetworkProvider):
 
     async def detach(self, instance_id: str) -> None:
         """Do nothing: nothing is ever attached."""
-
-    def leftovers(self, known: Callable[[], set[str]]) -> set[str]:  # noqa: ARG002
-        return set()

@@ -11,234 +11,152 @@ Each module is imported at the first use of one of its names: a command needs on
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from coppice.lazily import Names
 
 if TYPE_CHECKING:
     from coppice.requests.archives import (
-        ExportRequest,
-        ImportTemplateRequest,
-        OpenExportRequest,
-        OpenImportRequest,
+        ExportRequest as ExportRequest,
+        ImportTemplateRequest as ImportTemplateRequest,
+        OpenExportRequest as OpenExportRequest,
+        OpenImportRequest as OpenImportRequest,
     )
     from coppice.requests.automation import (
-        AutoStandbyHoldRequest,
-        AutoStandbyRequest,
-        SnapshotScheduleRequest,
-        SnapshotScheduleRmRequest,
-        SnapshotScheduleSetRequest,
+        AutoStandbyHoldRequest as AutoStandbyHoldRequest,
+        AutoStandbyRequest as AutoStandbyRequest,
+        SnapshotScheduleRequest as SnapshotScheduleRequest,
+        SnapshotScheduleRmRequest as SnapshotScheduleRmRequest,
+        SnapshotScheduleSetRequest as SnapshotScheduleSetRequest,
     )
-    from coppice.requests.base import Request, StreamRequest
+    from coppice.requests.base import Request as Request, StreamRequest as StreamRequest
     from coppice.requests.commands import (
-        CommandAttachRequest,
-        CommandForgetRequest,
-        CommandKillRequest,
-        CommandLsRequest,
-        CommandStartRequest,
-        CommandWaitRequest,
+        CommandAttachRequest as CommandAttachRequest,
+        CommandForgetRequest as CommandForgetRequest,
+        CommandKillRequest as CommandKillRequest,
+        CommandLsRequest as CommandLsRequest,
+        CommandStartRequest as CommandStartRequest,
+        CommandWaitRequest as CommandWaitRequest,
     )
     from coppice.requests.files import (
-        FileLsRequest,
-        FileMkdirRequest,
-        FileMvRequest,
-        FileRmRequest,
-        FileWatchRequest,
+        FileLsRequest as FileLsRequest,
+        FileMkdirRequest as FileMkdirRequest,
+        FileMvRequest as FileMvRequest,
+        FileRmRequest as FileRmRequest,
+        FileWatchRequest as FileWatchRequest,
     )
-    from coppice.requests.forks import FanOut, ForkRequest, SnapshotForkRequest, StartAheadRequest
+    from coppice.requests.forks import (
+        FanOut as FanOut,
+        ForkRequest as ForkRequest,
+        SnapshotForkRequest as SnapshotForkRequest,
+        StartAheadRequest as StartAheadRequest,
+    )
     from coppice.requests.guest import (
-        ConnectRequest,
-        CpInRequest,
-        CpOutRequest,
-        ExecRequest,
-        HealthRequest,
-        LogSource,
-        LogsRequest,
-        OpenCopyRequest,
-        OpenExecRequest,
-        ReadFileRequest,
-        ReadyRequest,
-        StatRequest,
-        WaitProcessRequest,
-        WaitRequest,
-        WriteFileRequest,
+        ConnectRequest as ConnectRequest,
+        CpInRequest as CpInRequest,
+        CpOutRequest as CpOutRequest,
+        ExecRequest as ExecRequest,
+        HealthRequest as HealthRequest,
+        LogSource as LogSource,
+        LogsRequest as LogsRequest,
+        OpenCopyRequest as OpenCopyRequest,
+        OpenExecRequest as OpenExecRequest,
+        ReadFileRequest as ReadFileRequest,
+        ReadyRequest as ReadyRequest,
+        StatRequest as StatRequest,
+        WaitProcessRequest as WaitProcessRequest,
+        WaitRequest as WaitRequest,
+        WriteFileRequest as WriteFileRequest,
     )
     from coppice.requests.host import (
-        BudgetRequest,
-        DoctorRequest,
-        EventsRequest,
-        GcRequest,
-        GetRequest,
-        InspectRequest,
-        LsRequest,
-        StatsRequest,
-        TreeRequest,
-        UnloadableRequest,
-        VerifyRequest,
+        BudgetRequest as BudgetRequest,
+        DoctorRequest as DoctorRequest,
+        EventsRequest as EventsRequest,
+        GcRequest as GcRequest,
+        GetRequest as GetRequest,
+        InspectRequest as InspectRequest,
+        LsRequest as LsRequest,
+        StatsRequest as StatsRequest,
+        TreeRequest as TreeRequest,
+        UnloadableRequest as UnloadableRequest,
+        VerifyRequest as VerifyRequest,
     )
     from coppice.requests.images import (
-        ImageBuildRequest,
-        ImageImportRequest,
-        ImageInspectRequest,
-        ImageLsRequest,
-        ImagePullRequest,
-        ImageRmRequest,
-        ImageTagRequest,
-        KernelAddRequest,
-        KernelFetchRequest,
-        KernelLsRequest,
-        KernelRmRequest,
+        ImageBuildRequest as ImageBuildRequest,
+        ImageImportRequest as ImageImportRequest,
+        ImageInspectRequest as ImageInspectRequest,
+        ImageLsRequest as ImageLsRequest,
+        ImagePullRequest as ImagePullRequest,
+        ImageRmRequest as ImageRmRequest,
+        ImageTagRequest as ImageTagRequest,
+        KernelAddRequest as KernelAddRequest,
+        KernelFetchRequest as KernelFetchRequest,
+        KernelLsRequest as KernelLsRequest,
+        KernelRmRequest as KernelRmRequest,
     )
     from coppice.requests.machines import (
-        DemoteRequest,
-        EgressRequest,
-        PromoteRequest,
-        RestoreRequest,
-        RmRequest,
-        RunRequest,
-        StandbyRequest,
-        StartRequest,
-        StopRequest,
-        UpdateRequest,
+        DemoteRequest as DemoteRequest,
+        EgressRequest as EgressRequest,
+        PromoteRequest as PromoteRequest,
+        RestoreRequest as RestoreRequest,
+        RmRequest as RmRequest,
+        RunRequest as RunRequest,
+        StandbyRequest as StandbyRequest,
+        StartRequest as StartRequest,
+        StopRequest as StopRequest,
+        UpdateRequest as UpdateRequest,
     )
     from coppice.requests.snapshots import (
-        SnapshotInspectRequest,
-        SnapshotLsRequest,
-        SnapshotRequest,
-        SnapshotRestoreRequest,
-        SnapshotRmRequest,
+        SnapshotInspectRequest as SnapshotInspectRequest,
+        SnapshotLsRequest as SnapshotLsRequest,
+        SnapshotRequest as SnapshotRequest,
+        SnapshotRestoreRequest as SnapshotRestoreRequest,
+        SnapshotRmRequest as SnapshotRmRequest,
     )
     from coppice.requests.volumes import (
-        VolumeCreateRequest,
-        VolumeInspectRequest,
-        VolumeLsRequest,
-        VolumeRmRequest,
+        VolumeCreateRequest as VolumeCreateRequest,
+        VolumeInspectRequest as VolumeInspectRequest,
+        VolumeLsRequest as VolumeLsRequest,
+        VolumeRmRequest as VolumeRmRequest,
     )
 
-__all__ = [
-    "AutoStandbyHoldRequest",
-    "AutoStandbyRequest",
-    "BudgetRequest",
-    "CommandAttachRequest",
-    "CommandForgetRequest",
-    "CommandKillRequest",
-    "CommandLsRequest",
-    "CommandStartRequest",
-    "CommandWaitRequest",
-    "ConnectRequest",
-    "CpInRequest",
-    "CpOutRequest",
-    "DemoteRequest",
-    "DoctorRequest",
-    "EgressRequest",
-    "EventsRequest",
-    "ExecRequest",
-    "ExportRequest",
-    "FanOut",
-    "FileLsRequest",
-    "FileMkdirRequest",
-    "FileMvRequest",
-    "FileRmRequest",
-    "FileWatchRequest",
-    "ForkRequest",
-    "GcRequest",
-    "GetRequest",
-    "HealthRequest",
-    "ImageBuildRequest",
-    "ImageImportRequest",
-    "ImageInspectRequest",
-    "ImageLsRequest",
-    "ImagePullRequest",
-    "ImageRmRequest",
-    "ImageTagRequest",
-    "ImportTemplateRequest",
-    "InspectRequest",
-    "KernelAddRequest",
-    "KernelFetchRequest",
-    "KernelLsRequest",
-    "KernelRmRequest",
-    "LogSource",
-    "LogsRequest",
-    "LsRequest",
-    "OpenCopyRequest",
-    "OpenExecRequest",
-    "OpenExportRequest",
-    "OpenImportRequest",
-    "PromoteRequest",
-    "ReadFileRequest",
-    "ReadyRequest",
-    "Request",
-    "RestoreRequest",
-    "RmRequest",
-    "RunRequest",
-    "SnapshotForkRequest",
-    "SnapshotInspectRequest",
-    "SnapshotLsRequest",
-    "SnapshotRequest",
-    "SnapshotRestoreRequest",
-    "SnapshotRmRequest",
-    "SnapshotScheduleRequest",
-    "SnapshotScheduleRmRequest",
-    "SnapshotScheduleSetRequest",
-    "StandbyRequest",
-    "StartAheadRequest",
-    "StartRequest",
-    "StatRequest",
-    "StatsRequest",
-    "StopRequest",
-    "StreamRequest",
-    "TreeRequest",
-    "UnloadableRequest",
-    "UpdateRequest",
-    "VerifyRequest",
-    "VolumeCreateRequest",
-    "VolumeInspectRequest",
-    "VolumeLsRequest",
-    "VolumeRmRequest",
-    "WaitProcessRequest",
-    "WaitRequest",
-    "WriteFileRequest",
-]
-
-_MODULES: Final = {
-    "archives": "ExportRequest ImportTemplateRequest OpenExportRequest OpenImportRequest",
-    "automation": (
-        "AutoStandbyHoldRequest AutoStandbyRequest "
-        "SnapshotScheduleRequest SnapshotScheduleRmRequest SnapshotScheduleSetRequest"
-    ),
-    "base": "Request StreamRequest",
-    "commands": (
-        "CommandAttachRequest CommandForgetRequest CommandKillRequest "
-        "CommandLsRequest CommandStartRequest CommandWaitRequest"
-    ),
-    "files": "FileLsRequest FileMkdirRequest FileMvRequest FileRmRequest FileWatchRequest",
-    "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
-    "guest": (
-        "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "
-        "OpenCopyRequest OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitProcessRequest WaitRequest "
-        "WriteFileRequest"
-    ),
-    "host": (
-        "BudgetRequest DoctorRequest EventsRequest GcRequest GetRequest InspectRequest LsRequest "
-        "StatsRequest TreeRequest UnloadableRequest VerifyRequest"
-    ),
-    "images": (
-        "ImageBuildRequest ImageImportRequest ImageInspectRequest ImageLsRequest ImagePullRequest "
-        "ImageRmRequest ImageTagRequest KernelAddRequest KernelFetchRequest KernelLsRequest "
-        "KernelRmRequest"
-    ),
-    "machines": (
-        "DemoteRequest EgressRequest PromoteRequest RestoreRequest RmRequest RunRequest StandbyRequest "
-        "StartRequest StopRequest UpdateRequest"
-    ),
-    "snapshots": ("SnapshotInspectRequest SnapshotLsRequest SnapshotRequest SnapshotRestoreRequest SnapshotRmRequest"),
-    "volumes": "VolumeCreateRequest VolumeInspectRequest VolumeLsRequest VolumeRmRequest",
-}
-_HOME: Final = {name: module for module, names in _MODULES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+_NAMES = Names(
+    __name__,
+    {
+        "archives": "ExportRequest ImportTemplateRequest OpenExportRequest OpenImportRequest",
+        "automation": (
+            "AutoStandbyHoldRequest AutoStandbyRequest SnapshotScheduleRequest SnapshotScheduleRmRequest "
+            "SnapshotScheduleSetRequest"
+        ),
+        "base": "Request StreamRequest",
+        "commands": (
+            "CommandAttachRequest CommandForgetRequest CommandKillRequest CommandLsRequest CommandStartRequest "
+            "CommandWaitRequest"
+        ),
+        "files": "FileLsRequest FileMkdirRequest FileMvRequest FileRmRequest FileWatchRequest",
+        "forks": "FanOut ForkRequest SnapshotForkRequest StartAheadRequest",
+        "guest": (
+            "ConnectRequest CpInRequest CpOutRequest ExecRequest HealthRequest LogSource LogsRequest "
+            "OpenCopyRequest OpenExecRequest ReadFileRequest ReadyRequest StatRequest WaitProcessRequest "
+            "WaitRequest WriteFileRequest"
+        ),
+        "host": (
+            "BudgetRequest DoctorRequest EventsRequest GcRequest GetRequest InspectRequest LsRequest "
+            "StatsRequest TreeRequest UnloadableRequest VerifyRequest"
+        ),
+        "images": (
+            "ImageBuildRequest ImageImportRequest ImageInspectRequest ImageLsRequest ImagePullRequest "
+            "ImageRmRequest ImageTagRequest KernelAddRequest KernelFetchRequest KernelLsRequest KernelRmRequest"
+        ),
+        "machines": (
+            "DemoteRequest EgressRequest PromoteRequest RestoreRequest RmRequest RunRequest StandbyRequest "
+            "StartRequest StopRequest UpdateRequest"
+        ),
+        "snapshots": (
+            "SnapshotInspectRequest SnapshotLsRequest SnapshotRequest SnapshotRestoreRequest SnapshotRmRequest"
+        ),
+        "volumes": "VolumeCreateRequest VolumeInspectRequest VolumeLsRequest VolumeRmRequest",
+    },
+)
+__all__ = sorted(_NAMES)
+__getattr__ = _NAMES.find

@@ -4,11 +4,11 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from coppice.commands import check_command_id, check_kept, check_new_id, check_signal
-from coppice.model.guest import KEPT_BYTES, ExecSession, Exit, GuestCommand, StartedCommand, TerminalSize
-from coppice.names import check_limit, check_terminal, check_timeout
+from coppice.commands import check_command_id, check_kept, check_signal
+from coppice.model.guest import KEPT_BYTES, ExecSession, Exit, GuestCommand, StartedCommand
+from coppice.names import check_limit, check_timeout
 from coppice.requests.base import InstanceRequest, R, StreamRequest
-from coppice.requests.guest import CommandRequest
+from coppice.requests.guest import NewCommandRequest
 
 CommandKey = Annotated[str, Meta(description="Id of the command.")]
 
@@ -27,7 +27,7 @@ class OneCommandRequest(InstanceRequest[R], frozen=True, kw_only=True):
         check_command_id(self.command)
 
 
-class CommandStartRequest(CommandRequest[StartedCommand], frozen=True, kw_only=True):
+class CommandStartRequest(NewCommandRequest[StartedCommand], frozen=True, kw_only=True):
     """Start a command that needs no client, and return its id and process id.
 
     It goes on until it ends, whatever happens to this host. The guest keeps its latest output. In
@@ -39,22 +39,12 @@ class CommandStartRequest(CommandRequest[StartedCommand], frozen=True, kw_only=T
     :raises NameTaken: the machine has a command with this id
     """
 
-    command: Annotated[
-        str | None, Meta(description="Its id: letters, digits, `_`, `.` and `-`. Default: generated.")
-    ] = None
-    tty: Annotated[bool, Meta(description="Give the command a terminal.")] = False
-    size: Annotated[TerminalSize | None, Meta(description="(rows, columns) of the terminal. Default: (24, 80).")] = None
-    term: Annotated[str | None, Meta(description="Type of the terminal, as in TERM.")] = None
     stdin: Annotated[bool, Meta(description="Keep its standard input open for clients that attach.")] = False
     keep_bytes: Annotated[int, Meta(description="How much of its latest output the guest keeps.")] = KEPT_BYTES
 
     def check(self) -> None:
-        """Also check the id, the size and the amount."""
+        """Also check the amount."""
         super().check()
-        if self.command is not None:
-            check_new_id(self.command)
-        if self.size is not None:
-            check_terminal(self.size)
         check_kept(self.keep_bytes)
 
 

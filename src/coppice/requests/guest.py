@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from coppice.addresses import check_endpoint
-from coppice.commands import check_bound, check_command_id
+from coppice.commands import check_bound, check_new_id
 from coppice.model import MIB, ExecResult, FileStat, Instance
 from coppice.model.guest import Connection, CopySession, ExecSession, Health, TerminalSize
 from coppice.names import (
@@ -70,7 +70,26 @@ class ExecRequest(CommandRequest[ExecResult], frozen=True, kw_only=True):
         check_limit(self.max_output_bytes)
 
 
-class OpenExecRequest(CommandRequest[ExecSession], StreamRequest[ExecSession], frozen=True, kw_only=True):
+class NewCommandRequest(CommandRequest[R], frozen=True, kw_only=True):
+    """The parameters of all requests whose command has an id, and may have a terminal."""
+
+    command: Annotated[
+        str | None, Meta(description="Its id: letters, digits, `_`, `.` and `-`. Default: generated.")
+    ] = None
+    tty: Annotated[bool, Meta(description="Give the command a terminal.")] = False
+    size: Annotated[TerminalSize | None, Meta(description="(rows, columns) of the terminal. Default: (24, 80).")] = None
+    term: Annotated[str | None, Meta(description="Type of the terminal, as in TERM.")] = None
+
+    def check(self) -> None:
+        """Also check the id and the size."""
+        super().check()
+        if self.command is not None:
+            check_new_id(self.command)
+        if self.size is not None:
+            check_terminal(self.size)
+
+
+class OpenExecRequest(NewCommandRequest[ExecSession], StreamRequest[ExecSession], frozen=True, kw_only=True):
     """Start a command and open a session with it. Closing the session ends the command (SIGHUP).
 
     A session through a server that is restarted goes on with the next server, without loss of
@@ -79,21 +98,7 @@ class OpenExecRequest(CommandRequest[ExecSession], StreamRequest[ExecSession], f
     :raises NameTaken: the machine has a command with this id
     """
 
-    command: Annotated[
-        str | None, Meta(description="Its id: letters, digits, `_`, `.` and `-`. Default: generated.")
-    ] = None
-    tty: Annotated[bool, Meta(description="Give the command a terminal.")] = False
-    size: Annotated[TerminalSize | None, Meta(description="(rows, columns) of the terminal. Default: (24, 80).")] = None
-    term: Annotated[str | None, Meta(description="Type of the terminal, as in TERM.")] = None
     stdin: Annotated[bool, Meta(description="False: the command has no standard input.")] = True
-
-    def check(self) -> None:
-        """Also check the id and the size."""
-        super().check()
-        if self.command is not None:
-            check_command_id(self.command)
-        if self.size is not None:
-            check_terminal(self.size)
 
 
 class ConnectRequest(InstanceRequest[Connection], StreamRequest[Connection], frozen=True, kw_only=True):

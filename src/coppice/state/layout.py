@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from coppice.errors import HostCannot
+from coppice.errors import HostCannot, UsageError
 from coppice.linux.files import sync
 from coppice.model import Record
 from coppice.names import is_id
@@ -15,12 +15,24 @@ PROBE_PREFIX = ".coppice-doctor-"
 """Begins the names of directories in which something is tried. `gc` removes those that were left."""
 
 
-def default_home() -> Path:
-    """Return COPPICE_HOME, or the default: /var/lib/coppice for root, else `coppice` in
-    XDG_DATA_HOME or ~/.local/share.
+def data_directory(chosen: Path | str | None = None) -> Path:
+    """Return the absolute path of the chosen data directory. Default: COPPICE_HOME, or
+    /var/lib/coppice for root, or `coppice` in XDG_DATA_HOME or ~/.local/share.
 
     :raises HostCannot: this user has no home directory
+    :raises UsageError: the path is not UTF-8, which neither SQLite nor JSON can name
     """
+    home = (_default() if chosen is None else Path(chosen)).absolute()
+    try:
+        str(home).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the path of the data directory is not UTF-8: {str(home)!r}", hint="set COPPICE_HOME to another directory"
+        ) from error
+    return home
+
+
+def _default() -> Path:
     if chosen := os.environ.get("COPPICE_HOME"):
         return Path(chosen)
     if os.geteuid() == 0:

@@ -57,7 +57,7 @@ class HostOperations(Twin[AsyncHost]):
         open_rooms: RoomsOpener | None = None,
         backend: Backend | None = None,
     ) -> None:
-        """Prepare to use the data directory `home` (default: see `default_home`).
+        """Prepare to use the data directory `home` (default: that of the command line).
 
         `owner` limits the host to one owner: it makes, sees and uses only that owner's records.
         Without an owner the host belongs to the operator, who may use everything (see
@@ -80,7 +80,8 @@ class HostOperations(Twin[AsyncHost]):
         `backend` carries out the requests instead of this machine.
 
         :raises InvalidName: the owner is not a valid name
-        :raises UsageError: there is no such VMM, or the number of spares is out of range
+        :raises UsageError: there is no such VMM, the number of spares is out of range, or the path of
+            the data directory is not UTF-8
         """
         from coppice.client.aio.host import AsyncHost
 

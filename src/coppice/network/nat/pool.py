@@ -69,11 +69,11 @@ class Pool:
 
     def used(self) -> set[str]:
         """Return the ids of the instances that have a slot."""
-        return set(self._names("used"))
+        return set(rows(self.root, "used"))
 
     def free(self) -> int:
         """Return the number of free slots."""
-        return len(self._names("free"))
+        return len(rows(self.root, "free"))
 
     def is_empty(self) -> bool:
         """Return whether the data directory has no pool on this host."""
@@ -81,14 +81,11 @@ class Pool:
 
     def claim(self, instance_id: str) -> Slot | None:
         """Give a free slot to an instance that has none; return None if no slot is free."""
-        for number in self._names("free"):
+        for number in rows(self.root, "free"):
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 (self.root / "free" / number).rename(self.root / "used" / instance_id)
                 return Slot(self.key, int(number))
         return None
-
-    def _names(self, directory: str) -> list[str]:
-        return rows(self.root, directory)
 
     # ---- making and removing ----
 
@@ -137,24 +134,24 @@ class Pool:
 
         :raises OSError: the kernel refused
         """
-        if self.is_empty() or (keep and not self._names("making") and not self._names("removing")):
+        if self.is_empty() or (keep and not rows(self.root, "making") and not rows(self.root, "removing")):
             return
         with self._locked() as there:
             if not there:
                 return
             self._remove_remains()
-            if keep or self._names("used"):
+            if keep or rows(self.root, "used"):
                 return
-            for number in self._names("free"):
+            for number in rows(self.root, "free"):
                 with contextlib.suppress(FileNotFoundError):
                     (self.root / "free" / number).rename(self.root / "removing" / number)
             self._remove_remains()
-            if not self._names("used"):
+            if not rows(self.root, "used"):
                 self._close()
 
     def _make(self, where: str, name: str | None = None) -> Slot:
         self._remove_remains()
-        taken = {int(number) for directory in ("making", "free", "removing") for number in self._names(directory)}
+        taken = {int(number) for directory in ("making", "free", "removing") for number in rows(self.root, directory)}
         taken |= {slot.number for each in self.used() if (slot := self.find(each))}
         for _ in range(_TRIES):
             # Start at a random number: data directories do not know of each other, and so seldom
@@ -177,17 +174,17 @@ class Pool:
         raise NoSpace("no network slot is left", hint="stop instances of this or another data directory")
 
     def _remove_remains(self) -> None:
-        rows = [self.root / each / number for each in ("making", "removing") for number in self._names(each)]
-        slots = [Slot(self.key, int(row.name)) for row in rows]
+        links = [self.root / each / number for each in ("making", "removing") for number in rows(self.root, each)]
+        slots = [Slot(self.key, int(each.name)) for each in links]
         if not slots:
             return
         for slot in slots:
             self.unpublish(slot)
         link.remove(slots, self.host)
-        for row in rows:
+        for each in links:
             for kind in ("egress", "refused"):
-                (self.root / kind / row.name).unlink(missing_ok=True)
-            row.unlink(missing_ok=True)
+                (self.root / kind / each.name).unlink(missing_ok=True)
+            each.unlink(missing_ok=True)
 
     # ---- what guests may reach ----
 

@@ -9,19 +9,17 @@ The code for slots is imported at the first slot: a command that lists machines 
 from __future__ import annotations
 
 import functools
-import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coppice.completion import in_thread
 from coppice.errors import UsageError
-from coppice.model import ANY_PORT, OWN_ADDRESS, Egress, EgressReport, Instance, Publish, Traffic
+from coppice.model import ANY_PORT, Egress, EgressReport, Instance, Publish, Traffic
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
 from coppice.network.mac import mac_address
 from coppice.network.nat import RUNTIME, is_wanted, key_of, rows
 from coppice.network.provider import NetworkProvider
-from coppice.network.user import loopback_in_use, with_own_address
 
 if TYPE_CHECKING:
     from coppice.network.nat.pool import Pool
@@ -30,6 +28,9 @@ if TYPE_CHECKING:
 
 class NatNetwork(NetworkProvider):
     """Slots of one data directory."""
+
+    name = "nat"
+    backend = NicBackend.TAP
 
     def __init__(self, home: Path, pool: Pool | None = None) -> None:
         """`pool` replaces the data directory's own."""
@@ -53,14 +54,6 @@ class NatNetwork(NetworkProvider):
     def _root(self) -> Path:
         return self._given.root if self._given else RUNTIME / key_of(self._home)
 
-    @property
-    def name(self) -> str:
-        return "nat"
-
-    @property
-    def backend(self) -> NicBackend:
-        return NicBackend.TAP
-
     def missing(self) -> str:
         from coppice.network.nat.rights import missing_rights
 
@@ -81,12 +74,6 @@ class NatNetwork(NetworkProvider):
 
     def check_egress(self, policy: Egress) -> None:
         """Accept every policy: all are enforced."""
-
-    def allocate(self, connection: sqlite3.Connection, instances: Sequence[Instance]) -> list[Instance]:
-        if not any(port.host_address == OWN_ADDRESS for instance in instances for port in instance.publish):
-            return list(instances)
-        taken = loopback_in_use(connection)
-        return [with_own_address(instance, taken) for instance in instances]
 
     async def attach(self, instance: Instance) -> tuple[Nic, ...]:
         from coppice.network.nat.addresses import TAP
