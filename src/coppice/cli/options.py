@@ -200,13 +200,13 @@ class PolicyOptions(Values):
     def warn_without_server(self, cli: "Cli") -> None:
         """Print that nothing carries the policies out, if only a server can and none runs."""
         from coppice.state import locks
-        from coppice.state.layout import Layout, default_home
+        from coppice.state.layout import Layout, data_directory
 
         restarts, rests = self.restart not in (None, "never"), bool(parse.ttl(self.auto_standby))
         given = [f"--{name}" for name, wanted in (("restart", restarts), ("auto-standby", rests)) if wanted]
         if not given or cli.server is not None:
             return
-        layout = Layout(cli.home or default_home())
+        layout = Layout(data_directory(cli.home))
         for owner in {None, cli.owner}:
             lock = layout.supervisor_lock(owner)
             descriptor = locks.try_lock(lock, shared=True, create=False) if lock.exists() else -1
