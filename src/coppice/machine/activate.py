@@ -378,10 +378,9 @@ def _sentence(what: str, words: str) -> str:
 
 def verified_sharing(rooms: Rooms, instance: Instance) -> Sharing | None:
     """Return how the running VMM really has its memory: an undeclared copy shows as `copy`. Blocks."""
-    if (capture := instance.capture) is not None and instance.vmm is not None:
-        path = rooms.directory(instance.id) / files.MEMORY
-        if maps_privately(instance.vmm.pid, path):
-            return (capture.copied or capture.mem_file).sharing
+    capture, vmm, memory = instance.capture, instance.vmm, f"{rooms.directory(instance.id)}/{files.MEMORY}"
+    if capture is not None and vmm is not None and maps_privately(vmm.pid, memory):
+        return (capture.copied or capture.mem_file).sharing
     return memory_of(rooms, instance).sharing
 
 

@@ -8,6 +8,7 @@ begins with nothing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
@@ -19,10 +20,10 @@ SEEN: Final = "process.seen"
 """The file with the size of the console when the agent was last asked for the end of the process."""
 
 
-def size(directory: Path) -> int:
-    """Return the bytes in a machine's console log; 0 if there is none. Blocks."""
+def size(directory: Path, of: str = files.CONSOLE_LOG) -> int:
+    """Return the bytes in a machine's console log, or in another one; 0 if there is none. Blocks."""
     try:
-        return (directory / files.CONSOLE_LOG).stat().st_size
+        return os.stat(f"{directory}/{of}").st_size  # noqa: PTH116 - a fork does this many times
     except OSError:
         return 0
 
