@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from coppice.completion import in_thread
 from coppice.linux.files import os_errors
 from coppice.model import MIB, Instance
 from coppice.vmm import driver as files
@@ -65,10 +66,12 @@ class Search:
         return next((each for each in beginnings if self._last.endswith(each.encode())), "")
 
 
-def printed(directory: Path, instance: Instance, end: int) -> str:
-    """Return how much of the text of an instance's check the console has shown, for its capture. Blocks.
+async def printed(directory: Path, instance: Instance, end: int) -> str:
+    """Return how much of the text of an instance's check the console has shown, for its capture.
 
     :param end: the size of the console at the instant of the capture
     """
     check = instance.health_check
-    return Search(directory, instance, check.text).printed(end) if check and check.kind == "log" else ""
+    if check is None or check.kind != "log":
+        return ""
+    return await in_thread(Search(directory, instance, check.text).printed, end)
