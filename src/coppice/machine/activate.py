@@ -316,12 +316,15 @@ async def _introduce(
         async with asyncio.timeout(deadline_s):
             network = rooms.networks.of(instance.machine).guest(instance)
             message = partial(identity_message, instance, network, booted=booted, payload=payload)
-            may_lose = (
-                not booted
-                and instance.manifest is not None
-                and rooms.driver(instance).loses_connections(instance.manifest)
-            )
-            taken = await rooms.ports(instance).identify(message, deadline_s, runs=runs, may_lose=may_lose)
+            if booted:
+                # The message carries the time, which would be stale if it waited for the boot to
+                # end.
+                async with rooms.ports(instance).control(deadline_s) as control:
+                    await control.health()
+                    taken = await control.identity(message())
+            else:
+                may_lose = instance.manifest is not None and rooms.driver(instance).loses_connections(instance.manifest)
+                taken = await rooms.ports(instance).identify(message, deadline_s, runs=runs, may_lose=may_lose)
         if instance.capture is not None:
             await rooms.ports(instance).hang_up(instance.capture.open_ports, deadline_s)
     except TimeoutError as error:
