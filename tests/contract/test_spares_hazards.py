@@ -228,8 +228,8 @@ async def test_a_spare_whose_link_fails_is_replaced_by_an_ordinary_start(
     await host.call(StartAheadRequest(instance="oak"))
     link = os.link
 
-    def refused(source: Path, destination: Path, *, follow_symlinks: bool = True) -> None:
-        if destination.name == files.MEMORY:
+    def refused(source: str, destination: str, *, follow_symlinks: bool = True) -> None:
+        if Path(destination).name == files.MEMORY:
             raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
         link(source, destination, follow_symlinks=follow_symlinks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_a_text_is_found_across_parts_and_captures(old: list[bytes], before: lis
         end = console.size(directory)
         with log.open("ab") as stream:
             stream.write(TEXT.encode())  # after the capture
-        printed = console.printed(directory, source, end)
+        printed = asyncio.run(console.printed(directory, source, end))
         log.write_bytes(b"".join(after))
         fork = console.Search(directory, instance(printed), TEXT)
         assert fork.found() is (TEXT.encode() in b"".join(before + after))
@@ -67,20 +68,22 @@ def test_bytes_are_read_once(tmp_path: Path) -> None:
     assert search.found()
 
 
-def test_a_machine_without_a_console_or_without_such_a_check(tmp_path: Path) -> None:
-    """Nothing is printed."""
+async def test_a_machine_without_a_console_or_without_such_a_check(tmp_path: Path) -> None:
+    """Nothing is printed. Without such a check the answer comes at once, since each standby asks."""
     assert not console.Search(tmp_path, instance(), "ready").found()
-    assert console.printed(tmp_path, instance(text="ready"), 0) == ""
+    assert await console.printed(tmp_path, instance(text="ready"), 0) == ""
     (tmp_path / "console.log").write_bytes(b"ready")
-    assert console.printed(tmp_path, instance(text="ready"), 5) == "ready"
-    assert console.printed(tmp_path, make_instance("elm"), 5) == ""
+    assert await console.printed(tmp_path, instance(text="ready"), 5) == "ready"
+    with pytest.raises(StopIteration) as returned:
+        console.printed(tmp_path, make_instance("elm"), 5).send(None)
+    assert returned.value.value == ""
 
 
 @pytest.mark.parametrize(
     ("shown", "printed"),
     [(b"x aab", "aab"), (b"aabab", ""), (b"aabaab", "aab"), (b"aabaabaa", "aa"), (b"aaba\xc3", "")],
 )
-def test_the_beginning_that_may_go_on(tmp_path: Path, shown: bytes, printed: str) -> None:
+async def test_the_beginning_that_may_go_on(tmp_path: Path, shown: bytes, printed: str) -> None:
     """The longest one; half a character is none."""
     (tmp_path / "console.log").write_bytes(shown)
-    assert console.printed(tmp_path, instance(), len(shown)) == printed
+    assert await console.printed(tmp_path, instance(), len(shown)) == printed

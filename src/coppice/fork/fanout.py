@@ -129,9 +129,10 @@ async def fan_out(
         return result
 
     payloads = request.child_payloads
-    tasks = [asyncio.create_task(child(*each)) for each in zip(children, payloads, strict=True)]
+    works = [child(*each) for each in zip(children, payloads, strict=True)]
+    tasks = [asyncio.create_task(work) for work in works] if len(works) > 1 else []
     try:
-        outcomes = await asyncio.gather(*tasks)
+        outcomes = await asyncio.gather(*tasks) if tasks else [await works[0]]
         failure = next((outcome for outcome in outcomes if isinstance(outcome, CoppiceError)), None)
         if request.atomic and failure is not None:
             raise failure

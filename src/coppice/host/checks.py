@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from coppice.completion import in_thread
 from coppice.host.probes import Probe
 from coppice.host.restarts import Restarts
 from coppice.model import HealthCheck, Instance, Observed, State
@@ -33,7 +32,7 @@ class Checks(Restarts):
         if seen.checked_at is not None and seen.checked_at <= now < seen.checked_at + check.interval_s:
             return seen, seen.checked_at + check.interval_s
         error = await Probe(self.rooms, instance, check).failure()
-        current = await in_thread(self.rooms.store.get, instance.id)
+        current, _ = await self.rooms.store.look_up(instance.id)
         if current.state is not State.RUNNING or current.started_at != instance.started_at:
             return seen, None  # the check met another state: its event brings the next look
         seen = await self._judge(instance, seen, check, error, now)

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NotFound
 from coppice.host import process
 from coppice.linux.inotify import Watches
@@ -110,7 +109,7 @@ class Endings:
     async def _learn(self, key: str) -> float | None:
         """Ask a machine and record its answer. Return the time until it may be asked again; None: it has ended."""
         try:
-            instance = await in_thread(self._rooms.store.get, key)
+            instance, _ = await self._rooms.store.look_up(key)
             if not process.may_end(instance) or not owns(self._owner, instance):
                 self.drop((key,))
                 return None

@@ -72,7 +72,7 @@ async def record(rooms: Rooms, instance: Instance, end: ProcessEnd) -> Instance:
         raise Busy(f"{instance.name} is being changed", hint="wait, then try again")
     try:
         with locks.of_record(lock, instance.name):
-            current = await in_thread(rooms.store.get, instance.id)
+            current, _ = await rooms.store.look_up(instance.id)
             if not may_end(current) or current.vmm != instance.vmm:
                 return current
             changed = msgspec.structs.replace(current, process_end=end)

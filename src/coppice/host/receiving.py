@@ -101,7 +101,7 @@ class Receiving(Admission):
             # Record first: gc removes a lock file that has no record.
             (instance,) = await in_thread(self.rooms.store.create, [instance], JournalOperation.RUN, check)
             async with locks.hold(self.rooms.layout.lock(instance.id), what=instance.name):
-                await in_thread(self.rooms.store.get, instance.id)  # another process may have removed it
+                await self.rooms.store.look_up(instance.id)  # another process may have removed it
                 return await self._fill(plan._replace(instance=instance), rest, chunks)
         except BaseException:
             await complete(destroy.destroy(self.rooms, instance))

@@ -137,7 +137,7 @@ async def _resolve_held(rooms: Rooms, entry: JournalEntry) -> list[str]:
             if entry.instance not in await in_thread(rooms.store.volumes.ids):
                 raise NotFound(f"the volume {entry.instance} is gone")
         else:
-            await in_thread(rooms.store.get, entry.instance)
+            await rooms.store.look_up(entry.instance)
         current = await in_thread(rooms.store.journal_entry, entry.instance)
         if current is None or not is_interrupted(current):
             return []
@@ -175,7 +175,7 @@ async def look(rooms: Rooms, instance: Instance) -> Instance:
         return instance
     try:
         with locks.of_record(lock, instance.name):
-            return await look_locked(rooms, *await in_thread(rooms.store.get_journaled, instance.id))
+            return await look_locked(rooms, *await rooms.store.look_up(instance.id))
     finally:
         locks.release(descriptor)
 
@@ -191,7 +191,7 @@ async def look_locked(rooms: Rooms, instance: Instance, entry: JournalEntry | No
         from coppice.host import settling
 
         _log.warning("recovered: %s", await settling.resolve(rooms, entry))
-        return await in_thread(rooms.store.get, instance.id)
+        return (await rooms.store.look_up(instance.id))[0]
     if not gone:
         return instance
     from coppice.host import settling

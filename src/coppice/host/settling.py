@@ -33,7 +33,7 @@ async def resolve(rooms: Rooms, entry: JournalEntry) -> str:
     if entry.operation in OF_SNAPSHOTS | OF_VOLUMES:
         await (snapshot if entry.operation in OF_SNAPSHOTS else volume).remove(rooms, entry.instance)
         return f"{entry.operation} of {entry.instance} was interrupted: removed"
-    instance = await in_thread(rooms.store.get, entry.instance)
+    instance, _ = await rooms.store.look_up(entry.instance)
     what = f"{entry.operation} of {instance.name} was interrupted"
     with untranslated(f"resolve that {what}"):
         return await _resolved(rooms, entry, instance, what)

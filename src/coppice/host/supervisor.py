@@ -245,7 +245,8 @@ class Supervisor:
             if descriptor is None:
                 raise Busy(f"{instance.name} is being changed", hint="wait for it")
             try:
-                if (await in_thread(self._host.rooms.store.get, key)).state is not State.STANDBY:
+                current, _ = await self._host.rooms.store.look_up(key)
+                if current.state is not State.STANDBY:
                     raise Busy(f"{instance.name} was changed", hint="look at it again")
                 self._ports.hold(instance)
             finally:

@@ -99,7 +99,7 @@ class Upkeep(Idleness, Removal):
         """Do what was asked for expired instances, but for those that another process holds."""
         for key in keys:
             try:
-                if owns(self.owner, await in_thread(self.rooms.store.get, key)):
+                if owns(self.owner, (await self.rooms.store.look_up(key))[0]):
                     await self.expire(key, time.time(), deadline_s=0)
             except (NotFound, Busy):
                 continue

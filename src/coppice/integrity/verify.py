@@ -196,8 +196,8 @@ async def _check_disk(rooms: Rooms, holder: Holder, found: _Findings) -> None:
         found.skipped.append(record.name)
         return
     try:
-        current = await in_thread(rooms.store.get, record.id)
-        if current.vmm is not None or await in_thread(rooms.store.journal_entry, record.id) is not None:
+        current, entry = await rooms.store.look_up(record.id)
+        if current.vmm is not None or entry is not None:
             found.skipped.append(record.name)
             return
         capture = current.capture

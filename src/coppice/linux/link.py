@@ -34,7 +34,7 @@ class LinkResult(NamedTuple):
     bytes_written: int
 
 
-def link_or_copy(source: Path, destination: Path) -> LinkResult:
+def link_or_copy(source: Path | str, destination: Path | str) -> LinkResult:
     """Give `destination` the contents of an immutable file, by hard link if possible; its mode is
     0444 on return.
 
@@ -46,7 +46,7 @@ def link_or_copy(source: Path, destination: Path) -> LinkResult:
     meanwhile, HostCannot if it is not a regular file, NoSpace if the disk is too full for a copy.
     """
     with os_errors(f"link {source} to {destination}"):
-        before = source.lstat()
+        before = os.lstat(source)
         if not stat.S_ISREG(before.st_mode):
             raise HostCannot(f"{source} is not a regular file", hint="check what replaced it in the data directory")
         try:
@@ -55,15 +55,15 @@ def link_or_copy(source: Path, destination: Path) -> LinkResult:
             reason = _REASONS.get(error.errno or 0)
             if reason is None:
                 raise
-            result = clone_file(source, destination, mode=IMMUTABLE)
+            result = clone_file(Path(source), Path(destination), mode=IMMUTABLE)
             return LinkResult(Sharing.COPY, reason, result.bytes_written)
-        after = destination.lstat()
+        after = os.lstat(destination)
         if (after.st_dev, after.st_ino) != (before.st_dev, before.st_ino):
-            destination.unlink()
+            Path(destination).unlink()
             raise IntegrityError(
                 f"{source} was replaced while it was linked: inode {before.st_ino} became {after.st_ino}",
                 hint="try again; if it repeats, something else writes to the data directory",
             )
         if stat.S_IMODE(after.st_mode) != IMMUTABLE:
-            destination.chmod(IMMUTABLE)
+            Path(destination).chmod(IMMUTABLE)
         return LinkResult(Sharing.HARDLINK, "", 0)

@@ -321,12 +321,15 @@ async def _introduce(
         async with asyncio.timeout(deadline_s):
             network = rooms.networks.of(instance.machine).guest(instance)
             message = partial(identity_message, instance, network, booted=booted, payload=payload)
-            may_lose = (
-                not booted
-                and instance.manifest is not None
-                and rooms.driver(instance).loses_connections(instance.manifest)
-            )
-            taken = await rooms.ports(instance).identify(message, deadline_s, runs=runs, may_lose=may_lose)
+            if booted:
+                # The message carries the time, which would be stale if it waited for the boot to
+                # end.
+                async with rooms.ports(instance).control(deadline_s) as control:
+                    await control.health()
+                    taken = await control.identity(message())
+            else:
+                may_lose = instance.manifest is not None and rooms.driver(instance).loses_connections(instance.manifest)
+                taken = await rooms.ports(instance).identify(message, deadline_s, runs=runs, may_lose=may_lose)
         if instance.capture is not None:
             await rooms.ports(instance).hang_up(instance.capture.open_ports, deadline_s)
     except TimeoutError as error:
@@ -383,10 +386,9 @@ def _sentence(what: str, words: str) -> str:
 
 def verified_sharing(rooms: Rooms, instance: Instance) -> Sharing | None:
     """Return how the running VMM really has its memory: an undeclared copy shows as `copy`. Blocks."""
-    if (capture := instance.capture) is not None and instance.vmm is not None:
-        path = rooms.directory(instance.id) / files.MEMORY
-        if maps_privately(instance.vmm.pid, path):
-            return (capture.copied or capture.mem_file).sharing
+    capture, vmm, memory = instance.capture, instance.vmm, f"{rooms.directory(instance.id)}/{files.MEMORY}"
+    if capture is not None and vmm is not None and maps_privately(vmm.pid, memory):
+        return (capture.copied or capture.mem_file).sharing
     return memory_of(rooms, instance).sharing
 
 

@@ -85,7 +85,7 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
         with stages.stage("secure"):  # before the commit: a later failure would cost the guest
             await in_thread(directories.sync_capture, directory, instance, mem_file, memory)
         with stages.stage("commit"):
-            printed = await in_thread(console.printed, directory, instance, console.size(directory))
+            printed = await console.printed(directory, instance, console.size(directory))
             capture = new_capture(instance, mem_file, layers, open_ports, shared, printed)
             committed = msgspec.structs.replace(instance, capture=capture)
             await in_thread(rooms.store.begin, committed, JournalOperation.STANDBY_COMMIT)
@@ -253,7 +253,7 @@ async def undo(
     if private is not None:
         await in_thread(private.abort)
     # The record may be ahead of the caller: a cancelled call does not return what it has saved.
-    recorded = await in_thread(rooms.store.get, instance.id)
+    recorded, _ = await rooms.store.look_up(instance.id)
     instance = msgspec.structs.replace(instance, disk_layers=recorded.disk_layers)
     state = State.PAUSED
     # A VMM that has ended cannot be resumed; `recovery.look` records its end later.

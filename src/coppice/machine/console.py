@@ -8,9 +8,11 @@ begins with nothing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
+from coppice.completion import in_thread
 from coppice.linux.files import os_errors
 from coppice.model import MIB, Instance
 from coppice.vmm import driver as files
@@ -19,10 +21,10 @@ SEEN: Final = "process.seen"
 """The file with the size of the console when the agent was last asked for the end of the process."""
 
 
-def size(directory: Path) -> int:
-    """Return the bytes in a machine's console log; 0 if there is none. Blocks."""
+def size(directory: Path, of: str = files.CONSOLE_LOG) -> int:
+    """Return the bytes in a machine's console log, or in another one; 0 if there is none. Blocks."""
     try:
-        return (directory / files.CONSOLE_LOG).stat().st_size
+        return os.stat(f"{directory}/{of}").st_size  # noqa: PTH116 - a fork does this many times
     except OSError:
         return 0
 
@@ -64,10 +66,12 @@ class Search:
         return next((each for each in beginnings if self._last.endswith(each.encode())), "")
 
 
-def printed(directory: Path, instance: Instance, end: int) -> str:
-    """Return how much of the text of an instance's check the console has shown, for its capture. Blocks.
+async def printed(directory: Path, instance: Instance, end: int) -> str:
+    """Return how much of the text of an instance's check the console has shown, for its capture.
 
     :param end: the size of the console at the instant of the capture
     """
     check = instance.health_check
-    return Search(directory, instance, check.text).printed(end) if check and check.kind == "log" else ""
+    if check is None or check.kind != "log":
+        return ""
+    return await in_thread(Search(directory, instance, check.text).printed, end)

@@ -186,7 +186,7 @@ async def capture_running(rooms: Rooms, source: Instance, stem: Instance) -> tup
                 open_ports=open_ports,
                 frozen=frozen,
                 shared_random=shared,
-                printed=await in_thread(console.printed, directory, source, console_end),
+                printed=await console.printed(directory, source, console_end),
             )
         captured = directories.captured_here(taken, target, layers)
         ready = msgspec.structs.replace(stem, state=State.STANDBY, capture=captured, disk_layers=layers)

@@ -39,7 +39,7 @@ def freeze(live: Path, frozen: Path) -> MemFile:
     return _mem_file(info, Sharing.OWN)
 
 
-def link(source: Path, destination: Path, expected: MemFile | None) -> tuple[MemFile, int]:
+def link(source: Path | str, destination: Path | str, expected: MemFile | None) -> tuple[MemFile, int]:
     """Make `destination` a link to the mem-file `source`, or a copy with the reason for it; also
     return the bytes written.
 
@@ -53,9 +53,9 @@ def link(source: Path, destination: Path, expected: MemFile | None) -> tuple[Mem
         check(source, expected)
     result = link_or_copy(source, destination)
     with os_errors(f"look at {destination}"):
-        info = destination.lstat()
+        info = os.lstat(destination)
     if expected is not None and result.sharing is Sharing.HARDLINK and info.st_ino != expected.inode:
-        destination.unlink(missing_ok=True)
+        Path(destination).unlink(missing_ok=True)
         raise _differs(source, f"its inode is {info.st_ino}, not {expected.inode}")
     sha256 = expected.sha256 if expected is not None else None
     return _mem_file(info, result.sharing, result.reason, sha256), result.bytes_written
@@ -76,7 +76,7 @@ def allocated(path: Path) -> int:
         return path.stat().st_blocks * 512
 
 
-def check(path: Path, expected: MemFile) -> None:
+def check(path: Path | str, expected: MemFile) -> None:
     """Compare a mem-file with its record from the capture or link. Costs one lstat.
 
     The device number is not compared: it may change with a reboot.
@@ -84,7 +84,7 @@ def check(path: Path, expected: MemFile) -> None:
     Raises IntegrityError that names the difference: missing, type, inode, size or mode.
     """
     try:
-        info = path.lstat()
+        info = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _differs(path, "it is missing") from error
     if not stat.S_ISREG(info.st_mode):
@@ -161,7 +161,7 @@ def _mem_file(info: os.stat_result, sharing: Sharing, reason: str = "", sha256: 
     )
 
 
-def _differs(path: Path, difference: str) -> IntegrityError:
+def _differs(path: Path | str, difference: str) -> IntegrityError:
     return IntegrityError(
         f"The mem-file {path} differs from its capture: {difference}",
         difference=difference,

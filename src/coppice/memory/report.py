@@ -86,7 +86,7 @@ def _account(pid: int, paths: Sequence[Path], size_bytes: int) -> tuple[GuestRam
     return classify(of_files or parse_smaps(smaps), files, size_bytes), total_anonymous(smaps)
 
 
-def maps_privately(pid: int, path: Path) -> bool:
+def maps_privately(pid: int, path: str) -> bool:
     """Return whether a process maps a file privately, by the kernel's list of its mappings. Blocks.
 
     Unlike `memory_report`, it makes the kernel walk no page tables.
@@ -94,8 +94,8 @@ def maps_privately(pid: int, path: Path) -> bool:
     Raises VmmDied if the process is gone, IntegrityError if the file is missing, HostCannot.
     """
     with os_errors(f"look at {path}"):
-        likely = likely_identity(path.lstat())
-    return is_mapped_privately(pid, likely) or is_mapped_privately(pid, identify(path))
+        likely = likely_identity(os.lstat(path))
+    return is_mapped_privately(pid, likely) or is_mapped_privately(pid, identify(Path(path)))
 
 
 def memory_at_rest(mem: MemFile, path: str, layers: int) -> MemoryReport:

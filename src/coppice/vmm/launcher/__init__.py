@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Final
 
@@ -10,6 +11,7 @@ from coppice.errors import HostCannot
 PROGRAM: Final = "coppice-launcher"
 
 
+@functools.cache
 def launcher_binary() -> str:
     """Return the path of the compiled launcher.
 
