@@ -29,7 +29,7 @@ from machines import GUEST_MEMORY
 DATA = 32 * MIB
 READ = "sync; echo 3 >/proc/sys/vm/drop_caches; cat /cache/words; cksum </cache/data"
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ async def fork(host: AsyncHost, source: str, name: str, target: State = State.RU
     )
     (result,) = (await host.call(request)).results
     assert result.instance is not None
-    assert result.disk_bytes_written <= 128 << 10
+    assert result.disk_bytes_written <= 2 * MIB  # a layer for each disk, or its merged layers
     return result.instance
 
 
@@ -89,7 +89,7 @@ async def test_a_tree_of_clones(host: AsyncHost, image: str, cache: Volume, monk
         host, "oak", f"yes | head -c {DATA} >/cache/data; echo oak >/cache/words; cksum </cache/data; sync"
     )
     words = "oak"
-    for number in range(disk.MOST + 2):
+    for number in range(disk.MOST + 1):
         await fork(host, "oak", f"f{number}", State.STOPPED)
         await sh(host, "oak", f"echo {number} >>/cache/words; sync")
         oak = await host.call(GetRequest(instance="oak"))
@@ -105,7 +105,7 @@ async def test_a_tree_of_clones(host: AsyncHost, image: str, cache: Volume, monk
     assert await sh(host, "fir", READ) == await sh(host, "elm", READ) == f"{words}\nelm\n{digest}"
     kept = await host.call(SnapshotRequest(instance="elm", name="kept"))
     await sh(host, "elm", "rm /cache/data; echo lost >>/cache/words; sync")
-    for each in ("f0", "f1", "f2", "f3", "f4"):
+    for each in ("f0", "f1", "f2", "f3"):
         await host.call(RmRequest(instance=each))
     await host.call(StandbyRequest(instance="oak"))
     (ash,) = (await host.call(SnapshotForkRequest(snapshot="kept", names=["ash"], atomic=True))).instances
