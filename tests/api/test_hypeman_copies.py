@@ -79,3 +79,14 @@ async def test_a_copy_out_of_a_guest_takes_no_reserved_space(
     with files_below(tmp_path / "guest"), pytest.raises(CopyProtocolError, match="more than 524288 bytes"):
         await cp_from_instance_async(client, "oak", f"{tmp_path}/guest/data", tmp_path / "back")
     assert list((fake_home / "uploads").glob("*")) == []
+
+
+async def test_the_status_of_a_path_that_cannot_be_followed(client: AsyncHypeman, tmp_path: Path) -> None:
+    """It does not exist, with the reason; a path that is only missing has none."""
+    (tmp_path / "loop").symlink_to("loop")
+    with files_below(tmp_path):
+        found = await client.instances.stat("oak", path=f"{tmp_path}/loop", follow_links=True)
+        assert (found.exists, found.is_symlink) == (False, False)
+        assert "symbolic links" in (found.error or "")
+        found = await client.instances.stat("oak", path=f"{tmp_path}/nothing")
+        assert (found.exists, found.error) == (False, None)
