@@ -117,7 +117,7 @@ def _schedule(found: SnapshotSchedule) -> list[tuple[str, str]]:
         ("Every", f"{found.interval_s:g} s"),
         ("Kept", ", ".join(limits)),
         ("Prefix", found.name_prefix),
-        ("Tags", format.tags(found.tags)),
+        ("Tags", format.tags(found.tags) if found.tags else ""),
         ("Next", format.moment(found.next_run_at)),
         ("Latest", format.moment(found.last_run_at) if found.last_run_at else ""),
         ("Snapshot", found.last_snapshot or ""),
