@@ -7,15 +7,17 @@ import gzip
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hypeman
 import pytest
 from hypeman import AsyncHypeman
 from hypeman.lib import exec_async
+from litestar.response import ServerSentEventMessage
 
 from coppice.images.cache import SLOTS
 from coppice.server.auth import make_token
+from coppice.server.hypeman import guests
 from fakes.cards import cards
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
@@ -313,6 +315,36 @@ async def test_the_log_of_the_host(client: AsyncHypeman) -> None:
     lines_so_far = [each async for each in await client.instances.logs(made.id, source="hypeman")]
     assert lines_so_far[0].split()[1:] == ["made", "Created"]
     assert all("Z" in each or "+00:00" in each for each in lines_so_far)
+
+
+@pytest.mark.parametrize("source", ["vmm", "hypeman"])
+async def test_silence_of_a_log_is_no_line(
+    client: AsyncHypeman, monkeypatch: pytest.MonkeyPatch, source: Literal["vmm", "hypeman"]
+) -> None:
+    """The server sends comments then, which the client does not take for lines."""
+    monkeypatch.setattr(guests, "KEEPALIVE_S", 0.01)
+    silent = asyncio.Event()
+    encode = ServerSentEventMessage.encode
+
+    def encoded(message: ServerSentEventMessage) -> bytes:
+        if message.comment:
+            silent.set()
+        return encode(message)
+
+    monkeypatch.setattr(ServerSentEventMessage, "encode", encoded)
+    made = await client.instances.create(name="oak", **SMALL)
+    stream = await client.instances.logs(made.id, tail=0, follow=True, source=source)
+    first = asyncio.ensure_future(anext(stream.__aiter__()))
+    async with asyncio.timeout(20):
+        await silent.wait()
+        if source == "vmm":
+            first.cancel()
+        else:
+            await client.instances.stop(made.id)
+            assert (await first).split()[1] == "state"
+    await asyncio.wait({first})
+    assert first.cancelled() or source == "hypeman"
+    await stream.close()
 
 
 async def test_pulls_wait_in_order(client: AsyncHypeman) -> None:

@@ -38,6 +38,10 @@ _NONE: Final = Traffic(received_bytes=0, sent_bytes=0, counted_by="host")
 _ABSENT: Final = (errno.ENOENT, errno.ENOTDIR)
 _SOURCES: Final[dict[str, Literal["console", "vmm"]]] = {"app": "console", "vmm": "vmm"}
 
+KEEPALIVE_S: Final = 15.0
+"""A client hears from a silent log at least this often, so that a proxy keeps the connection."""
+_SILENCE: Final = ServerSentEventMessage(comment="no news", data=None)
+
 Source = Literal["app", "vmm", "hypeman"]
 
 
@@ -77,10 +81,12 @@ async def _history(
         return
     async with (
         host.stream(EventsRequest(after=last, follow=True)) as events,
-        contextlib.aclosing(following(events, server.ending)) as coming,
+        contextlib.aclosing(following(events, server.ending, every_s=KEEPALIVE_S)) as coming,
     ):
         async for each in coming:
-            if each is not None and each.instance == found.id:
+            if each is None:
+                yield _SILENCE
+            elif each.instance == found.id:
                 yield _line(each)
 
 
@@ -93,9 +99,12 @@ async def _events(
     lines: AsyncIterator[bytes], stream: object, ending: asyncio.Event
 ) -> AsyncIterator[ServerSentEventMessage]:
     try:
-        async with contextlib.aclosing(following(lines, ending)) as found:
+        async with contextlib.aclosing(following(lines, ending, every_s=KEEPALIVE_S)) as found:
             async for line in found:
-                text = (line or b"").decode(errors="replace").rstrip("\r\n")
+                if line is None:
+                    yield _SILENCE
+                    continue
+                text = line.decode(errors="replace").rstrip("\r\n")
                 yield ServerSentEventMessage(data=msgspec.json.encode(text).decode())
     finally:
         await stream.__aexit__(None, None, None)  # type: ignore[attr-defined]
