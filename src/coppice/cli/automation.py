@@ -11,7 +11,7 @@ from coppice.cli.context import Cli
 from coppice.cli.declare import Commands, Option
 
 if TYPE_CHECKING:
-    from coppice.model import AutoStandbyStatus, SnapshotSchedule
+    from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
 
 auto_standby_app = Commands("auto-standby", help="See when an idle instance is put into standby, and hold that off.")
 schedule_app = Commands("schedule", help="Let a server take snapshots again and again, and remove old ones.")

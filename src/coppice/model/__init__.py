@@ -43,14 +43,7 @@ from coppice.model.specs import (
     VolumeDisk,
     VolumeMount,
 )
-from coppice.model.supervision import (
-    AutoStandbyStatus,
-    HealthCheck,
-    Observed,
-    RestartPolicy,
-    SnapshotSchedule,
-    Supervision,
-)
+from coppice.model.supervision import HealthCheck, Observed, RestartPolicy, Supervision
 from coppice.model.volumes import Attachment, Volume
 
 __all__ = [
@@ -60,7 +53,6 @@ __all__ = [
     "OWN_ADDRESS",
     "PAGE_SIZE",
     "Attachment",
-    "AutoStandbyStatus",
     "BudgetUse",
     "Budgets",
     "Capture",
@@ -98,7 +90,6 @@ __all__ = [
     "Sharing",
     "Snapshot",
     "SnapshotKind",
-    "SnapshotSchedule",
     "State",
     "Supervision",
     "Traffic",
