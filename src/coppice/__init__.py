@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         HostCannot,
         IllegalTransition,
         ImageError,
+        InStandby,
         IntegrityError,
         InUse,
         InvalidName,
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
         SnapshotKind,
         State,
         Supervision,
+        Traffic,
         TreeNode,
         VerifyReport,
         VmmProcess,
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
         VolumeDisk,
         VolumeMount,
     )
+    from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
     from coppice.model.events import Event
     from coppice.model.guest import ExecSession, Exit, Health
     from coppice.model.inspection import Inspection, SnapshotInspection, StandbyReport, VolumeInspection
@@ -121,7 +124,7 @@ __version__ = "0.1.0"
 
 _ERRORS = (
     "Busy", "CommandNotFound", "CommandNotStarted", "CoppiceError", "DigestMismatch", "Expired", "Forbidden", "GuestError", "GuestProtocolError",
-    "GuestRefused", "GuestTimeout", "HostCannot", "IllegalTransition", "ImageError", "InUse", "IntegrityError", "InvalidName",
+    "GuestRefused", "GuestTimeout", "HostCannot", "IllegalTransition", "ImageError", "InStandby", "InUse", "IntegrityError", "InvalidName",
     "KeyReused", "MissingTool", "NameTaken", "NoSpace", "NotFound", "NotSupported", "OutcomeUnknown",
     "Overloaded", "Refused", "TooManyOperations", "Unauthorized", "UnsafePath", "UsageError", "VmmDied", "VmmError",
     "VmmTimeout",
@@ -131,7 +134,7 @@ _MODEL = (
     "FileEvent", "FileStat", "ForkReport", "ForkResult", "GcReport",
     "HealthCheck", "Image", "ImageConfig", "Instance",
     "Limits", "MachineSpec", "Manifest", "MemFile", "MemLayer", "MemoryReport", "Observed", "ProcessSpec", "Progress", "ProgressSink", "Publish",
-    "RestartPolicy", "Sharing", "Snapshot", "SnapshotKind", "State", "Supervision", "TreeNode", "VerifyReport", "VmmProcess",
+    "RestartPolicy", "Sharing", "Snapshot", "SnapshotKind", "State", "Supervision", "Traffic", "TreeNode", "VerifyReport", "VmmProcess",
     "Volume", "VolumeDisk", "VolumeMount",
 )  # fmt: skip
 _CLIENT = (
@@ -146,6 +149,7 @@ _HOME = {
     **dict.fromkeys(
         ("Inspection", "SnapshotInspection", "StandbyReport", "VolumeInspection"), "coppice.model.inspection"
     ),
+    **dict.fromkeys(("AutoStandbyStatus", "SnapshotSchedule"), "coppice.model.automation"),
     "Event": "coppice.model.events",
     "Kernel": "coppice.model.kernel",
     **dict.fromkeys(_ERRORS, "coppice.errors"),
@@ -161,6 +165,7 @@ __all__ = [
     "AsyncSnapshots",
     "AsyncVolumes",
     "Attachment",
+    "AutoStandbyStatus",
     "BudgetUse",
     "Budgets",
     "Busy",
@@ -198,6 +203,7 @@ __all__ = [
     "ImageConfig",
     "ImageError",
     "Images",
+    "InStandby",
     "InUse",
     "Inspection",
     "Instance",
@@ -231,11 +237,13 @@ __all__ = [
     "Snapshot",
     "SnapshotInspection",
     "SnapshotKind",
+    "SnapshotSchedule",
     "Snapshots",
     "StandbyReport",
     "State",
     "Supervision",
     "TooManyOperations",
+    "Traffic",
     "TreeNode",
     "Unauthorized",
     "UnsafePath",
