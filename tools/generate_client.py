@@ -334,10 +334,11 @@ from coppice.client.aio.base import Bound, MachineBase, key_of, text_of
 from coppice.client.backend import Backend, Opening
 from coppice.client.joining import Connecting
 from coppice.model import (
-    AutoStandbyStatus, BudgetUse, Budgets, CaptureReport, Check, Egress, EgressReport, ExecResult, FileEvent, FileStat, GcReport,
-    HealthCheck, Image, Limits, MemoryReport, ProgressSink, Publish, RestartPolicy, Snapshot, SnapshotKind, SnapshotSchedule, State,
+    BudgetUse, Budgets, CaptureReport, Check, Egress, EgressReport, ExecResult, FileEvent, FileStat, GcReport,
+    HealthCheck, Image, Limits, MemoryReport, ProgressSink, Publish, RestartPolicy, Snapshot, SnapshotKind, State,
     TreeNode, VerifyReport, Volume, VolumeMount, no_progress,
 )
+from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
 from coppice.model.events import Event
 from coppice.model.guest import ExecSession, Exit, GuestCommand, Health, StartedCommand
 from coppice.model.inspection import Inspection, SnapshotInspection, VolumeInspection

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         HostCannot as HostCannot,
         IllegalTransition as IllegalTransition,
         ImageError as ImageError,
+        InStandby as InStandby,
         IntegrityError as IntegrityError,
         InUse as InUse,
         InvalidName as InvalidName,
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
         SnapshotKind as SnapshotKind,
         State as State,
         Supervision as Supervision,
+        Traffic as Traffic,
         TreeNode as TreeNode,
         VerifyReport as VerifyReport,
         VmmProcess as VmmProcess,
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
         VolumeDisk as VolumeDisk,
         VolumeMount as VolumeMount,
     )
+    from coppice.model.automation import AutoStandbyStatus as AutoStandbyStatus, SnapshotSchedule as SnapshotSchedule
     from coppice.model.events import Event as Event
     from coppice.model.guest import ExecSession as ExecSession, Exit as Exit, Health as Health
     from coppice.model.inspection import (
@@ -134,7 +137,7 @@ _NAMES = Names(
         "client.connecting": "connect connect_async",
         "errors": (
             "Busy CommandNotFound CommandNotStarted CoppiceError DigestMismatch Expired Forbidden GuestError "
-            "GuestProtocolError GuestRefused GuestTimeout HostCannot IllegalTransition ImageError "
+            "GuestProtocolError GuestRefused GuestTimeout HostCannot IllegalTransition ImageError InStandby "
             "IntegrityError InUse InvalidName KeyReused MissingTool NameTaken NoSpace NotFound NotSupported "
             "OutcomeUnknown Overloaded Refused TooManyOperations Unauthorized UnsafePath UsageError VmmDied "
             "VmmError VmmTimeout"
@@ -144,9 +147,10 @@ _NAMES = Names(
             "Attachment Budgets BudgetUse Capture CaptureReport Check Difference ExecResult FileEvent FileStat "
             "ForkReport ForkResult GcReport HealthCheck Image ImageConfig Instance Limits MachineSpec Manifest "
             "MemFile MemLayer MemoryReport Observed ProcessSpec Progress ProgressSink Publish RestartPolicy "
-            "Sharing Snapshot SnapshotKind State Supervision TreeNode VerifyReport VmmProcess Volume VolumeDisk "
+            "Sharing Snapshot SnapshotKind State Supervision Traffic TreeNode VerifyReport VmmProcess Volume VolumeDisk "
             "VolumeMount"
         ),
+        "model.automation": "AutoStandbyStatus SnapshotSchedule",
         "model.events": "Event",
         "model.guest": "ExecSession Exit Health",
         "model.inspection": "Inspection SnapshotInspection StandbyReport VolumeInspection",

@@ -85,7 +85,7 @@ async def test_a_malformed_body_is_refused(socket_address: str, make_host: HostF
         before = everything(local)
         harmless = name in ("nothing", "null")  # of routes whose body is optional
         async with client_of(socket_address) as client:
-            for method, path in routes("post"):
+            for method, path in routes("post", "put"):
                 if harmless and not path.startswith("/call/"):
                     continue
                 headers = {"content-type": "application/json"}
@@ -168,3 +168,27 @@ async def test_a_wrong_type_names_its_field(socket_address: str) -> None:
         answer = await client.post("/call/wait", json={"instance": "oak", "deadline_s": "soon"})
         assert answer.status_code == 400
         assert "deadline_s" in answer.json()["message"]
+
+
+async def test_a_wrong_method_is_told_the_right_ones(socket_address: str) -> None:
+    """Also of a path with a parameter, and of one that several handlers have."""
+    async with client_of(socket_address) as client:
+        for method, path, allowed in (
+            ("PATCH", "/instances", {"GET", "OPTIONS", "POST"}),
+            ("PUT", "/instances/oak", {"DELETE", "GET", "OPTIONS", "PATCH"}),
+            ("POST", "/instances/oak/snapshot-schedule", {"DELETE", "GET", "OPTIONS", "PUT"}),
+            ("DELETE", "/call/ls", {"OPTIONS", "POST"}),
+        ):
+            answer = await client.request(method, path)
+            assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
+            assert set(answer.headers["allow"].split(", ")) == allowed
+
+
+async def test_a_wrong_parameter_is_named_as_the_client_named_it(socket_address: str) -> None:
+    """And a missing body is called that."""
+    async with client_of(socket_address) as client:
+        answer = await client.get("/instances?state=bogus")
+        assert "state: Invalid enum value" in answer.json()["message"]
+        answer = await client.get("/instances/oak/logs?source=bogus")
+        assert "source: Invalid enum value" in answer.json()["message"]
+        assert "has no body" in (await client.post("/instances")).json()["message"]

@@ -144,3 +144,13 @@ def test_the_newest_events_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (events[0].kind, [event.id for event in events[1:]], last) == ("lost", list(range(21, 31)), 30)
     assert log.newest() == 30
     database.close()
+
+
+@pytest.mark.parametrize("wrong", ["x", "-1", "1.0", "9" * 5000, "9" * 20, "9" * 19, "\u0663".encode()])
+async def test_a_wrong_last_event_id_is_the_clients_error(tcp_address: str, wrong: str | bytes) -> None:
+    """However long, and whatever digits it has."""
+    headers = {b"authorization": f"Bearer {make_token(KEY, owner=None)}".encode()}
+    headers[b"last-event-id"] = wrong if isinstance(wrong, bytes) else wrong.encode()
+    async with httpx.AsyncClient(base_url=tcp_address) as client:
+        answer = await client.get("/events", headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid_request")

@@ -7,15 +7,17 @@ import gzip
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hypeman
 import pytest
 from hypeman import AsyncHypeman
 from hypeman.lib import exec_async
+from litestar.response import ServerSentEventMessage
 
 from coppice.images.cache import SLOTS
 from coppice.server.auth import make_token
+from coppice.server.hypeman import guests
 from fakes.cards import cards
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
 from fakes.rooms import IMAGE
@@ -76,9 +78,9 @@ async def test_the_first_exercise(client: AsyncHypeman, tmp_path: Path) -> None:
 
 
 async def test_ids_names_and_prefixes(client: AsyncHypeman) -> None:
-    """An instance is found by its id, its name, or the beginning of its id."""
+    """An instance is found by its id, its name, or the beginning of its id, however short."""
     made = await client.instances.create(name="oak", **SMALL)
-    for key in (made.id, "oak", made.id[:8]):
+    for key in (made.id, "oak", made.id[:8], made.id[:1]):
         assert (await client.instances.get(key)).id == made.id
     with pytest.raises(hypeman.NotFoundError) as caught:
         await client.instances.get("elm")
@@ -156,7 +158,16 @@ async def test_what_coppice_lacks_is_declared(client: AsyncHypeman) -> None:
         assert caught.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(hypeman.InternalServerError, match="snapshot_policy"):
         await client.instances.create(name="oak", snapshot_policy={"standby_compression_delay": "1s"}, **SMALL)
-    assert (await client.resources.get()).memory.effective_limit > 0
+    found_resources = await client.resources.get()
+    assert found_resources.memory.effective_limit > 0
+    assert found_resources.allocations == []
+    await client.volumes.create(name="data", size_gb=1)
+    mount: Any = [{"volume_id": "data", "mount_path": "/data", "readonly": True}]
+    await client.instances.create(name="elm", volumes=mount, **SMALL)
+    found_resources = await client.resources.get()
+    (taken,) = found_resources.allocations
+    assert (taken.cpu, taken.disk_bytes, taken.network_download_bps) == (1, OVERLAY_BYTES + (1 << 30), None)
+    assert (found_resources.cpu.allocated, found_resources.network.source in ("detected", "unknown")) == (1, True)
 
 
 async def test_a_lifetime(client: AsyncHypeman) -> None:
@@ -298,9 +309,42 @@ async def test_the_log_of_the_host(client: AsyncHypeman) -> None:
         while not (await anext(lines)).endswith("state Running"):
             pass
     await stream.close()
+    for wrong in (-1, 1 << 63):
+        with pytest.raises(hypeman.BadRequestError):
+            await client.instances.logs(made.id, source="hypeman", tail=wrong)
     lines_so_far = [each async for each in await client.instances.logs(made.id, source="hypeman")]
     assert lines_so_far[0].split()[1:] == ["made", "Created"]
     assert all("Z" in each or "+00:00" in each for each in lines_so_far)
+
+
+@pytest.mark.parametrize("source", ["vmm", "hypeman"])
+async def test_silence_of_a_log_is_no_line(
+    client: AsyncHypeman, monkeypatch: pytest.MonkeyPatch, source: Literal["vmm", "hypeman"]
+) -> None:
+    """The server sends comments then, which the client does not take for lines."""
+    monkeypatch.setattr(guests, "KEEPALIVE_S", 0.01)
+    silent = asyncio.Event()
+    encode = ServerSentEventMessage.encode
+
+    def encoded(message: ServerSentEventMessage) -> bytes:
+        if message.comment:
+            silent.set()
+        return encode(message)
+
+    monkeypatch.setattr(ServerSentEventMessage, "encode", encoded)
+    made = await client.instances.create(name="oak", **SMALL)
+    stream = await client.instances.logs(made.id, tail=0, follow=True, source=source)
+    first = asyncio.ensure_future(anext(stream.__aiter__()))
+    async with asyncio.timeout(20):
+        await silent.wait()
+        if source == "vmm":
+            first.cancel()
+        else:
+            await client.instances.stop(made.id)
+            assert (await first).split()[1] == "state"
+    await asyncio.wait({first})
+    assert first.cancelled() or source == "hypeman"
+    await stream.close()
 
 
 async def test_pulls_wait_in_order(client: AsyncHypeman) -> None:
@@ -310,6 +354,7 @@ async def test_pulls_wait_in_order(client: AsyncHypeman) -> None:
     names = [f"127.0.0.1:{port}/app:{number}" for number in range(SLOTS + 2)]
     try:
         made = [await client.images.create(name=name, tags={"number": name[-1]}) for name in names]
+        assert {(each.size_bytes, each.cmd, each.working_dir) for each in made} == {(None, None, None)}
         assert [(each.status, each.queue_position) for each in made] == [
             *[("pulling", None)] * SLOTS,
             ("pending", 1),
@@ -380,6 +425,8 @@ async def test_a_template_is_reached_by_plain_requests(client: AsyncHypeman) -> 
     made = await lax.instances.create(name="oak", **SMALL)
     await lax.instances.standby(made.id)
     await lax.post("/instances/oak/promote-template", cast_to=object)
+    waited = await lax.instances.wait(made.id, state="Running", api_timeout="60s")
+    assert (waited.state, waited.timed_out) == ("Template", False)  # it does not leave this state by itself
     assert str((await lax.instances.get("oak")).state) == "Template"
     assert (await lax.instances.fork("oak", name="elm")).state == "Running"
     with pytest.raises(hypeman.ConflictError):

@@ -28,6 +28,8 @@ VALUES: dict[str, Any] = {
     "data": "",
     "port": 80,
     "deadline_s": 1.0,
+    "interval_s": 60.0,
+    "max_count": 1,
 }
 PUBLIC = {"/health"}
 LISTS = {"snapshot_ls"}  # with a filter; empty lists
@@ -54,7 +56,9 @@ def body_for(kind: type[Request[Any]]) -> dict[str, Any]:
     for name in fields_of(kind):
         if name in TARGETS:
             found[name] = TARGETS[name]
-        elif kind.__struct_fields__.index(name) < len(kind.__struct_fields__) - len(kind.__struct_defaults__):
+        elif name == "max_count" or kind.__struct_fields__.index(name) < len(kind.__struct_fields__) - len(
+            kind.__struct_defaults__
+        ):
             found[name] = VALUES.get(name, "x")
     return found
 

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from conftest import HostFactory
+from coppice.cli import main
 from coppice.model import State
 from coppice.requests import RunRequest
 from coppice.server.auth import load_key, make_token
@@ -153,3 +154,14 @@ async def test_a_log_of_json_lines(tmp_path: Path) -> None:
     }
     assert (refused["owner"], refused["status"]) == (None, 401)
     assert b"secret-name" not in errors
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:8080"])
+def test_a_server_without_tokens_listens_on_loopback_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    """Any other address is refused before anything listens or is made."""
+    home = tmp_path / "home"
+    assert main(["--home", str(home), "serve", "--listen", address, "--insecure-no-auth"]) == 2
+    assert "other machines" in capsys.readouterr().err
+    assert not home.exists()

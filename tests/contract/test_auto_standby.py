@@ -13,7 +13,8 @@ import pytest
 
 from coppice.client import AsyncHost
 from coppice.errors import InStandby
-from coppice.model import AutoStandbyStatus, Instance, Publish, State
+from coppice.model import Instance, Publish, State
+from coppice.model.automation import AutoStandbyStatus
 from coppice.requests import (
     AutoStandbyHoldRequest,
     AutoStandbyRequest,

@@ -12,7 +12,8 @@ from coppice.client import AsyncHost
 from coppice.completion import in_thread
 from coppice.errors import InvalidName, NotFound, UsageError
 from coppice.host.schedules import Schedules
-from coppice.model import Snapshot, SnapshotKind, SnapshotSchedule, State
+from coppice.model import Snapshot, SnapshotKind, State
+from coppice.model.automation import SnapshotSchedule
 from coppice.requests import (
     ForkRequest,
     RestoreRequest,
@@ -69,7 +70,7 @@ async def until_run(host: AsyncHost, at: float) -> SnapshotSchedule:
 async def until_forgotten(host: AsyncHost, key: str) -> None:
     """Wait until the schedule of a removed instance is forgotten."""
     async with asyncio.timeout(SOON_S):
-        while await in_thread(host.local.rooms.store.schedules.get, key) is not None:
+        while await in_thread(host.local.rooms.store.supervised.schedules.get, key) is not None:
             pass
 
 
@@ -181,7 +182,7 @@ async def test_a_removed_machines_snapshots_wait_for_their_age(fake_host: AsyncH
         for name in kept:
             await fake_host.call(RmRequest(instance=name))
         clock.forward(HOUR_S)
-        schedules = fake_host.local.rooms.store.schedules
+        schedules = fake_host.local.rooms.store.supervised.schedules
         await until_forgotten(fake_host, kept["elm"])
         assert {each.source_name for each in await saved(fake_host)} == {"oak", "elm"}
         assert schedules.get(kept["oak"]) is not None

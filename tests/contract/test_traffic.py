@@ -10,7 +10,7 @@ import pytest
 from coppice.client import AsyncHost
 from coppice.errors import GuestTimeout, HostCannot
 from coppice.model import Instance, State, Traffic
-from coppice.requests import StandbyRequest, StatsRequest
+from coppice.requests import AutoStandbyRequest, StandbyRequest, StatsRequest
 from fakes.cards import cards, table
 from fakes.driver import FakeDriver
 from fakes.hosting import boot
@@ -103,3 +103,12 @@ async def test_a_machine_at_rest_has_no_traffic(fake_host: AsyncHost, card: Path
     captured = (await fake_host.call(StandbyRequest(instance="oak"))).instance
     assert captured.state is State.STANDBY
     assert await traffic_of(fake_host) is None
+
+
+async def test_a_question_for_the_traffic_is_no_use_of_a_machine(fake_host: AsyncHost, card: Path) -> None:
+    """Who watches a machine does not keep it from an automatic standby."""
+    await boot(fake_host, auto_standby_s=60)
+    before = await fake_host.call(AutoStandbyRequest(instance="oak"))
+    assert await traffic_of(fake_host) is not None
+    after = await fake_host.call(AutoStandbyRequest(instance="oak"))
+    assert (after.idle_since, after.in_use) == (before.idle_since, False)

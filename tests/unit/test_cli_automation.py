@@ -7,7 +7,7 @@ import pytest
 from cli_host import FakeHost
 from cli_lines import document, output_of, run
 from coppice.errors import InStandby, NotFound
-from coppice.model import AutoStandbyStatus, SnapshotSchedule
+from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
 
 AT = 1_700_000_000.0
 SCHEDULE = SnapshotSchedule(

@@ -30,6 +30,10 @@ _I64_MAX: Final = (1 << 63) - 1
 _AGAIN: Final = "check whether the guest still runs, and try again"
 
 
+END: Final = HEADER.pack(END_TREE, 0)
+"""The record at the end of a tree."""
+
+
 class Entry(NamedTuple):
     """A file, directory, link or other member of a tree. The content of a file follows."""
 
@@ -90,7 +94,7 @@ def write(items: Iterable[Item], stream: BinaryIO) -> None:
     """Write the records of a tree, and its end."""
     for item in items:
         stream.write(encode(item))
-    stream.write(HEADER.pack(END_TREE, 0))
+    stream.write(END)
 
 
 def read(stream: BinaryIO) -> Iterator[Item]:

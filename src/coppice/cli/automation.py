@@ -11,7 +11,7 @@ from coppice.cli.context import Cli
 from coppice.cli.declare import Commands, Option
 
 if TYPE_CHECKING:
-    from coppice.model import AutoStandbyStatus, SnapshotSchedule
+    from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
 
 auto_standby_app = Commands("auto-standby", help="See when an idle instance is put into standby, and hold that off.")
 schedule_app = Commands("schedule", help="Let a server take snapshots again and again, and remove old ones.")
@@ -117,7 +117,7 @@ def _schedule(found: SnapshotSchedule) -> list[tuple[str, str]]:
         ("Every", f"{found.interval_s:g} s"),
         ("Kept", ", ".join(limits)),
         ("Prefix", found.name_prefix),
-        ("Tags", format.tags(found.tags)),
+        ("Tags", format.tags(found.tags) if found.tags else ""),
         ("Next", format.moment(found.next_run_at)),
         ("Latest", format.moment(found.last_run_at) if found.last_run_at else ""),
         ("Snapshot", found.last_snapshot or ""),

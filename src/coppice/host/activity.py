@@ -77,6 +77,8 @@ async def use_of(rooms: Rooms, instance: Instance, seen: Observed, now: float) -
 
 
 def _is_locked(path: Path) -> bool:
+    if not path.exists():  # nobody used the machine yet; the time of a new file would count as that of a use
+        return False
     descriptor = locks.try_lock(path)
     if descriptor is None:
         return True

@@ -9,7 +9,8 @@ from coppice.completion import in_thread
 from coppice.errors import InStandby
 from coppice.host.activity import active, idle_s, use_of
 from coppice.host.base import UseCases
-from coppice.model import AutoStandbyStatus, Instance, State
+from coppice.model import Instance, State
+from coppice.model.automation import AutoStandbyStatus
 from coppice.requests import AutoStandbyHoldRequest, AutoStandbyRequest
 
 _AT_REST: Final = (State.STANDBY, State.TEMPLATE)

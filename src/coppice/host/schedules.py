@@ -9,7 +9,8 @@ from typing import Final
 from coppice.completion import in_thread
 from coppice.errors import Busy, CoppiceError, NotFound
 from coppice.host.snapshots import Snapshots
-from coppice.model import Instance, Snapshot, SnapshotSchedule
+from coppice.model import Instance, Snapshot
+from coppice.model.automation import SnapshotSchedule
 from coppice.model.ownership import no_instance, owns
 from coppice.names import new_name
 from coppice.requests import (
@@ -31,7 +32,7 @@ class Schedules(Snapshots):
     async def snapshot_schedule(self, request: SnapshotScheduleRequest) -> SnapshotSchedule:
         """Read the schedule."""
         instance = await self._current(request.instance)
-        found = await in_thread(self.rooms.store.schedules.get, instance.id)
+        found = await in_thread(self.rooms.store.supervised.schedules.get, instance.id)
         if found is None:
             raise _no_schedule(instance)
         return found
@@ -51,12 +52,12 @@ class Schedules(Snapshots):
             updated_at=now,
             next_run_at=now + request.interval_s,
         )
-        return await in_thread(self.rooms.store.schedules.put, wanted)
+        return await in_thread(self.rooms.store.supervised.schedules.put, wanted)
 
     async def snapshot_schedule_rm(self, request: SnapshotScheduleRmRequest) -> None:
         """Forget the schedule. Its snapshots stay."""
         instance = await self._current(request.instance)
-        if not await in_thread(self.rooms.store.schedules.remove, instance.id):
+        if not await in_thread(self.rooms.store.supervised.schedules.remove, instance.id):
             raise _no_schedule(instance)
 
     # ---- what the supervisor does ----
@@ -67,7 +68,7 @@ class Schedules(Snapshots):
 
         :raises NotFound: the instance is not of this host's owner
         """
-        schedule = await in_thread(self.rooms.store.schedules.get, key)
+        schedule = await in_thread(self.rooms.store.supervised.schedules.get, key)
         if schedule is None:
             return
         instance = await self._source(key)
@@ -77,9 +78,9 @@ class Schedules(Snapshots):
         if instance is not None:
             due = min(due or schedule.next_run_at, schedule.next_run_at)
         if due is not None:
-            await in_thread(self.rooms.store.schedules.look_again, schedule, due)
+            await in_thread(self.rooms.store.supervised.schedules.look_again, schedule, due)
         else:
-            await in_thread(self.rooms.store.schedules.remove, key)
+            await in_thread(self.rooms.store.supervised.schedules.remove, key)
 
     async def _source(self, key: str) -> Instance | None:
         """Return the instance of a schedule; None if it was removed."""
@@ -93,7 +94,7 @@ class Schedules(Snapshots):
 
     async def _run(self, instance: Instance, now: float) -> SnapshotSchedule | None:
         """Take a snapshot, and record what became of it. Return the schedule with the time of the next one."""
-        begun = await in_thread(self.rooms.store.schedules.begin, instance.id, now)
+        begun = await in_thread(self.rooms.store.supervised.schedules.begin, instance.id, now)
         if begun is None:
             return None
         name = new_name(begun.name_prefix or instance.name)
@@ -104,7 +105,7 @@ class Schedules(Snapshots):
         except CoppiceError as failure:
             _log.warning("no scheduled snapshot of %s: %s", instance.name, failure)
             made, error = None, str(failure)[:_LONGEST_ERROR]
-        await in_thread(self.rooms.store.schedules.ran, instance.id, made, error)
+        await in_thread(self.rooms.store.supervised.schedules.ran, instance.id, made, error)
         return begun
 
     async def _prune(self, schedule: SnapshotSchedule, now: float) -> float | None:

@@ -193,7 +193,7 @@ class Supervisor:
 
     async def _attend_schedules(self) -> list[float]:
         """Look after the snapshot schedules that are due. Return the time of the next one, if there is one."""
-        due, following = await in_thread(self._host.rooms.store.schedules.due, self._clock.now())
+        due, following = await in_thread(self._host.rooms.store.supervised.schedules.due, self._clock.now())
         for key in due:
             if key not in self._scheduled:
                 self._scheduled[key] = asyncio.create_task(self._carry_out(key), name=f"schedule of {key}")

@@ -22,7 +22,7 @@ COUNTERS: Final = "/proc/net/dev"
 _VIRTUAL: Final = "/virtual/"  # in the link of a loopback, a bridge, or the like
 _LARGEST: Final = 1 << 20
 _MOST: Final = 1 << 64
-_PATIENCE_S: Final = 2.0
+_PATIENCE_S: Final = 5.0
 
 
 async def traffic_of(rooms: Rooms, instance: Instance, *, ask: bool) -> Traffic | None:

@@ -14,7 +14,6 @@ from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NotFound
 from coppice.host import process, recovery
 from coppice.host.base import UseCases
-from coppice.host.traffic import traffic_of
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, MemoryReport, Snapshot, State, TreeNode
 from coppice.model.inspection import Inspection
@@ -99,6 +98,8 @@ class View(UseCases):
 
     async def stats(self, request: StatsRequest) -> dict[str, MemoryReport]:
         """Read the memory accounts and the traffic of one instance, or of all. Of many, no guest is asked."""
+        from coppice.host.traffic import traffic_of  # imports the agent's client, which no other view needs
+
         alone = request.instance is not None
         instances = [await self._current(request.instance)] if request.instance else await self.ls(LsRequest())
         reports = await self._memories(instances)

@@ -63,11 +63,9 @@ from coppice.model.specs import (
     VolumeMount as VolumeMount,
 )
 from coppice.model.supervision import (
-    AutoStandbyStatus as AutoStandbyStatus,
     HealthCheck as HealthCheck,
     Observed as Observed,
     RestartPolicy as RestartPolicy,
-    SnapshotSchedule as SnapshotSchedule,
     Supervision as Supervision,
 )
 from coppice.model.volumes import Attachment as Attachment, Volume as Volume

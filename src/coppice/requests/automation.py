@@ -5,7 +5,7 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 from coppice.errors import UsageError
-from coppice.model import AutoStandbyStatus, SnapshotSchedule
+from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
 from coppice.names import MAX_SECONDS, check_name, check_tags
 from coppice.requests.base import InstanceRequest, Tags
 

@@ -205,6 +205,12 @@ async def _receive(socket: Socket, host: LocalBackend, upload: UploadedFile, fir
         raise UsageError(error.message.replace("the guest", "the client"), hint="send a tar archive") from error
 
 
+def space_left(host: LocalBackend) -> int:
+    """Return how many bytes a file may take without the free space that the budgets reserve. Blocks."""
+    disk = os.statvfs(host.home)
+    return max(0, disk.f_bavail * disk.f_frsize - host.budgets.disk_floor_bytes)
+
+
 def require_space(host: LocalBackend, directory: Path) -> None:
     """Require the free space that the budgets reserve, after `CHECK_EVERY` more bytes.
 

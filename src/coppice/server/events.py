@@ -22,6 +22,7 @@ from coppice.server.sse import EventStream
 from coppice.server.table import scope_of
 
 _KEEPALIVE_S: Final = 15.0
+_MOST_DIGITS: Final = 19
 
 After = Annotated[int | None, QueryParameter(description="Begin after this event. Default: with the next one.", ge=0)]
 Follow = Annotated[bool, QueryParameter(description="Stay open for new events.")]
@@ -46,7 +47,7 @@ async def events_get(
     An event `lost` says that older events are no longer kept: list the instances again.
     """
     if last_id:
-        if not last_id.isdecimal():
+        if not last_id.isascii() or not last_id.isdecimal() or len(last_id) > _MOST_DIGITS:
             raise UsageError(f"{last_id[:40]!r} is not the id of an event", hint="send the id of the last event")
         after = int(last_id)
     host = await server.host(caller)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any, Final
 
 from litestar import Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, MethodNotAllowedException
+from litestar.routes import HTTPRoute
 from litestar.status_codes import HTTP_500_INTERNAL_SERVER_ERROR
 
 from coppice.errors import Busy, CoppiceError, GuestRefused, Overloaded, TooManyOperations, Unauthorized
@@ -29,6 +31,14 @@ NAMES: Final = {
     429: "rate_limited",
 }
 """The codes of the framework's errors, by status."""
+_PARAMETERS: Final = {
+    "wanted": "state",
+    "origin": "source",
+    "place": "path",
+    "limit": "timeout",
+    "last_id": "Last-Event-ID",
+}
+"""Names of query parameters that are other names in the handlers."""
 
 
 class Failure(Record, frozen=True, kw_only=True):
@@ -77,9 +87,11 @@ def _detail(error: HTTPException) -> str:
 
 
 def _reason(reason: dict[str, Any]) -> str:
-    """Return one reason of a failed validation, with the field that it is about."""
+    """Return one reason of a failed validation, with the field that it is about as a client knows it."""
     message, field = str(reason.get("message", reason)), reason.get("key")
-    return f"{field}: {message}" if field else message
+    if (field, message) == ("data", "'data'"):
+        return "the request has no body"
+    return f"{_PARAMETERS.get(field, field)}: {message}" if field else message
 
 
 def is_transient(error: Exception) -> bool:
@@ -100,7 +112,26 @@ def headers_of(error: Exception) -> dict[str, str]:
     return headers
 
 
-def respond(_: Request[Any, Any, Any], error: Exception) -> Response[Failure]:
+def respond(request: Request[Any, Any, Any], error: Exception) -> Response[Failure]:
     """Return the response for an error of a handler."""
     status, failure = failure_of(error)
-    return Response(failure, status_code=status, headers=headers_of(error), media_type="application/json")
+    headers = headers_of(error)
+    if isinstance(error, MethodNotAllowedException):
+        headers["allow"] = ", ".join(sorted(_methods(request)))
+    return Response(failure, status_code=status, headers=headers, media_type="application/json")
+
+
+def _methods(request: Request[Any, Any, Any]) -> set[str]:
+    """Return the methods of a path (RFC 9110, section 15.5.6)."""
+    parts = [each for each in request.scope["path"].split("/") if each]
+    routes = (
+        each for each in request.app.routes if isinstance(each, HTTPRoute) and _leads(each.path_components, parts)
+    )
+    return {str(method) for route in routes for method in route.methods}
+
+
+def _leads(components: Sequence[object], parts: Sequence[str]) -> bool:
+    """Return whether a path has the components of a route, in which a parameter is any text."""
+    return len(components) == len(parts) and all(
+        not isinstance(one, str) or one == other for one, other in zip(components, parts, strict=True)
+    )

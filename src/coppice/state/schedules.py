@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from coppice.completion import QuickCalls
-from coppice.model import SnapshotSchedule
+from coppice.model.automation import SnapshotSchedule
 from coppice.model.ownership import no_instance
 from coppice.state.database import Database
 

@@ -24,7 +24,6 @@ from coppice.state.events import EventLog
 from coppice.state.images import ImageRecords
 from coppice.state.journal import COMMITS, JournalEntry, JournalOperation
 from coppice.state.load import Load, read_load
-from coppice.state.schedules import Schedules
 from coppice.state.snapshots import SnapshotStore
 from coppice.state.supervised import Supervised
 from coppice.state.volumes import SHOWN_NAME, VolumeStore, require_attachable
@@ -72,7 +71,6 @@ class Store(QuickCalls):
         self.images = ImageRecords(self._db)
         self.events = EventLog(self._db)
         self.supervised = Supervised(self._db)
-        self.schedules = Schedules(self._db)
         self.snapshots = SnapshotStore(self._db, self._journal)
         self.volumes = VolumeStore(self._db, self._journal)
 

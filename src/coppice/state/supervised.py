@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -12,6 +13,9 @@ from coppice.completion import QuickCalls
 from coppice.model import Observed, Record, State
 from coppice.model.events import Kind
 from coppice.state.database import Database
+
+if TYPE_CHECKING:
+    from coppice.state.schedules import Schedules
 
 _PAGE: Final = 1000
 _CLOCKS_S: Final = 5.0  # more than the times of a request and of a supervisor differ by
@@ -35,6 +39,13 @@ class Supervised(QuickCalls):
 
     def __init__(self, database: Database) -> None:
         self._db = database
+
+    @functools.cached_property
+    def schedules(self) -> Schedules:
+        """The snapshot schedules of instances."""
+        from coppice.state.schedules import Schedules  # few processes need them
+
+        return Schedules(self._db)
 
     def ids(self) -> set[str]:
         """Return the ids of all instances with policies."""

@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from coppice.client.aio.base import MachineBase
-from coppice.model import (
-    AutoStandbyStatus,
-    SnapshotSchedule,
-)
+from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
 from coppice.requests import (
     AutoStandbyHoldRequest,
     AutoStandbyRequest,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from coppice.client.blocking.base import MachineBase
-from coppice.model import AutoStandbyStatus, SnapshotSchedule
+from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
 
 if TYPE_CHECKING:
     pass

@@ -10,8 +10,7 @@ from litestar import delete, get, post, put
 from litestar.params import FromPath, JSONBody
 from msgspec import UNSET, UnsetType
 
-from coppice import model
-from coppice.model import Record
+from coppice.model import Record, automation
 from coppice.requests import (
     AutoStandbyHoldRequest,
     AutoStandbyRequest,
@@ -48,7 +47,7 @@ class AutoStandbyStatus(Record, frozen=True, kw_only=True):
     configured: bool
     enabled: bool
     eligible: bool
-    status: model.supervision.Idleness
+    status: automation.Idleness
     reason: Reason
     tracking_mode: str = "sessions-and-published-ports"
     active_inbound_connections: int
@@ -60,7 +59,7 @@ class AutoStandbyStatus(Record, frozen=True, kw_only=True):
     hold_until: datetime | UnsetType = UNSET
 
 
-def _status_of(found: model.AutoStandbyStatus) -> AutoStandbyStatus:
+def _status_of(found: automation.AutoStandbyStatus) -> AutoStandbyStatus:
     enabled, due = found.status != "disabled", found.standby_at
     return AutoStandbyStatus(
         configured=enabled,
@@ -142,7 +141,7 @@ class Schedule(Record, frozen=True, kw_only=True):
     last_error: str | UnsetType = UNSET
 
 
-def _schedule_of(found: model.SnapshotSchedule) -> Schedule:
+def _schedule_of(found: automation.SnapshotSchedule) -> Schedule:
     return Schedule(
         instance_id=found.instance,
         interval=go_duration(found.interval_s),

@@ -15,6 +15,7 @@ import msgspec
 from litestar import get
 from litestar.params import FromPath, FromQuery, QueryParameter
 from litestar.response import ServerSentEventMessage
+from msgspec import UNSET
 
 from coppice.completion import in_thread
 from coppice.errors import GuestRefused
@@ -29,12 +30,17 @@ from coppice.server.hypeman.instances import READ, TAGS
 from coppice.server.hypeman.paths import find
 from coppice.server.hypeman.wire import InstanceStats, PathInfo, moment
 from coppice.server.sse import EventStream
+from coppice.state.event_schema import KEPT
 
 _TICKS: Final = float(os.sysconf("SC_CLK_TCK"))  # per second, in /proc/PID/stat
 _UTIME, _VSIZE, _RSS = 11, 20, 21  # fields of /proc/PID/stat after the command, proc(5)
 _NONE: Final = Traffic(received_bytes=0, sent_bytes=0, counted_by="host")
 _ABSENT: Final = (errno.ENOENT, errno.ENOTDIR)
 _SOURCES: Final[dict[str, Literal["console", "vmm"]]] = {"app": "console", "vmm": "vmm"}
+
+KEEPALIVE_S: Final = 15.0
+"""A client hears from a silent log at least this often, so that a proxy keeps the connection."""
+_SILENCE: Final = ServerSentEventMessage(comment="no news", data=None)
 
 Source = Literal["app", "vmm", "hypeman"]
 
@@ -48,15 +54,15 @@ async def instance_logs(
         Source,
         QueryParameter(name="source", description="app: the console; vmm: the VMM's log; hypeman: its events."),
     ] = "app",
-    tail: FromQuery[int] = 100,
+    tail: Annotated[int, QueryParameter(description="How many of the last lines to send first.", ge=0)] = 100,
     follow: FromQuery[bool] = False,
 ) -> EventStream:
     """Send the lines of a log as events; the data of each is a JSON string."""
     host = await server.host(caller)
     found = await find(host, key)
+    request = LogsRequest(instance=found.id, source=_SOURCES.get(origin, "console"), tail=tail, follow=follow)
     if origin == "hypeman":
-        return EventStream(_history(server, host, found, tail, follow=follow))
-    request = LogsRequest(instance=found.id, source=_SOURCES[origin], tail=tail, follow=follow)
+        return EventStream(_history(server, host, found, min(tail, KEPT), follow=follow))
     stream = host.stream(request)
     lines = await stream.__aenter__()  # a missing log is an error of the request, not of the stream
     return EventStream(_events(lines, stream, server.ending))
@@ -75,10 +81,12 @@ async def _history(
         return
     async with (
         host.stream(EventsRequest(after=last, follow=True)) as events,
-        contextlib.aclosing(following(events, server.ending)) as coming,
+        contextlib.aclosing(following(events, server.ending, every_s=KEEPALIVE_S)) as coming,
     ):
         async for each in coming:
-            if each is not None and each.instance == found.id:
+            if each is None:
+                yield _SILENCE
+            elif each.instance == found.id:
                 yield _line(each)
 
 
@@ -91,9 +99,12 @@ async def _events(
     lines: AsyncIterator[bytes], stream: object, ending: asyncio.Event
 ) -> AsyncIterator[ServerSentEventMessage]:
     try:
-        async with contextlib.aclosing(following(lines, ending)) as found:
+        async with contextlib.aclosing(following(lines, ending, every_s=KEEPALIVE_S)) as found:
             async for line in found:
-                text = (line or b"").decode(errors="replace").rstrip("\r\n")
+                if line is None:
+                    yield _SILENCE
+                    continue
+                text = line.decode(errors="replace").rstrip("\r\n")
                 yield ServerSentEventMessage(data=msgspec.json.encode(text).decode())
     finally:
         await stream.__aexit__(None, None, None)  # type: ignore[attr-defined]
@@ -113,9 +124,9 @@ async def instance_stat(
     try:
         status = await host.call(StatRequest(instance=found.id, path=place, follow_links=follow_links))
     except GuestRefused as error:
-        if error.errno in _ABSENT:
-            return PathInfo(exists=False)
-        raise
+        if not error.errno:
+            raise
+        return PathInfo(exists=False, error=UNSET if error.errno in _ABSENT else error.message)
     return PathInfo(
         exists=True,
         is_dir=status.kind == "d",

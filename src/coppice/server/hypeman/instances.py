@@ -53,7 +53,7 @@ PLATFORM: Final = "linux/amd64"
 _MISSING: Final = ("devices", "gpu", "credentials", "snapshot_policy", "skip_guest_agent", "disk_io_bps")
 _POLL_S: Final = 0.05  # another process can change the state, which has no event
 _LONGEST_WAIT_S: Final = 300.0
-_FINAL: Final = frozenset({State.UNKNOWN, State.STOPPED, State.STANDBY})
+_FINAL: Final = frozenset({State.UNKNOWN, State.STOPPED, State.STANDBY, State.TEMPLATE})
 
 
 @get("/instances", summary="List instances.", tags=TAGS, opt=READ)

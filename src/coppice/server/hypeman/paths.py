@@ -16,7 +16,6 @@ from coppice.requests import GetRequest, LsRequest
 _TAG: Final = re.compile(r"tags\[(?P<key>[^\]]*)\]")
 _PART: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|m|s|us|µs|ns)")
 _UNITS: Final = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_LEAST_PREFIX: Final = 4
 
 
 class Ambiguous(Refused):
@@ -81,8 +80,6 @@ async def find(host: LocalBackend, key: str) -> Instance:
     try:
         return await host.call(GetRequest(instance=key))
     except NotFound:
-        if len(key) < _LEAST_PREFIX:
-            raise
         matching = [each for each in await host.call(LsRequest()) if each.id.startswith(key)]
         if not matching:
             raise

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Final
 
 from litestar import HttpMethod, get, route
 from litestar.handlers import HTTPRouteHandler
 
 from coppice import __version__
+from coppice.completion import in_thread
 from coppice.errors import CoppiceError, NotSupported
 from coppice.host import LocalBackend
 from coppice.model import MachineSpec, Record, State
@@ -99,8 +101,6 @@ class Allocation(Record, frozen=True, kw_only=True):
     cpu: int
     memory_bytes: int
     disk_bytes: int
-    network_download_bps: int = 0
-    network_upload_bps: int = 0
 
 
 class Resources(Record, frozen=True, kw_only=True):
@@ -142,7 +142,9 @@ async def resources(server: TheServer, caller: TheCaller) -> Resources:
     found = await host.call(LsRequest())
     live = [each for each in found if each.state is State.RUNNING]
     cpus = os.cpu_count() or 1
-    taken = sum(each.machine.cpus for each in live)
+    of_all = await in_thread(host.rooms.store.instances)
+    taken = sum(each.machine.cpus for each in of_all if each.state is State.RUNNING)
+    speed = await in_thread(_uplink_bytes)
     disk = os.statvfs(host.home)
     size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     limit = used.memory_limit_bytes
@@ -166,18 +168,37 @@ async def resources(server: TheServer, caller: TheCaller) -> Resources:
             allocated=size - free,
             available=max(0, free - used.disk_floor_bytes),
         ),
-        network=ResourceStatus(type="network", capacity=0, effective_limit=0, allocated=0, available=0),
+        network=ResourceStatus(
+            type="network",
+            capacity=speed,
+            effective_limit=speed,
+            allocated=0,  # no instance has a share of it for itself
+            available=speed,
+            source="detected" if speed else "unknown",
+        ),
         allocations=[
             Allocation(
                 instance_id=each.id,
                 instance_name=each.name,
                 cpu=each.machine.cpus,
                 memory_bytes=each.machine.memory_bytes,
-                disk_bytes=each.machine.overlay_bytes,
+                disk_bytes=each.machine.overlay_bytes + sum(volume.size_bytes for volume in each.machine.volumes),
             )
             for each in live
         ],
     )
+
+
+def _uplink_bytes() -> int:
+    """Return the bytes per second of the card of the default route; 0 if the kernel does not know its speed."""
+    for line in Path("/proc/net/route").read_text().splitlines()[1:]:
+        card, destination, *_ = line.split()
+        if int(destination, 16) == 0:
+            try:
+                return max(0, int(Path(f"/sys/class/net/{card}/speed").read_text())) * 125_000
+            except (OSError, ValueError):
+                return 0
+    return 0
 
 
 def _memory() -> int:

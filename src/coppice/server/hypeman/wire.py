@@ -220,6 +220,7 @@ class PathInfo(Record, frozen=True, kw_only=True):
     is_dir: bool = False
     is_file: bool = False
     is_symlink: bool = False
+    error: str | UnsetType = UNSET
     link_target: str | UnsetType = UNSET
     mode: int | UnsetType = UNSET
     size: int | UnsetType = UNSET
@@ -247,12 +248,12 @@ class Image(Record, frozen=True, kw_only=True):
     digest: str
     status: ImageStatus
     created_at: datetime
-    size_bytes: int
-    entrypoint: list[str]
-    cmd: list[str]
-    env: dict[str, str]
-    working_dir: str
     tags: dict[str, str]
+    size_bytes: int | UnsetType = UNSET  # this and the following four: of an image that is ready
+    entrypoint: list[str] | UnsetType = UNSET
+    cmd: list[str] | UnsetType = UNSET
+    env: dict[str, str] | UnsetType = UNSET
+    working_dir: str | UnsetType = UNSET
     queue_position: int | UnsetType = UNSET
     error: str | UnsetType = UNSET
 
@@ -286,11 +287,6 @@ def image_under_way(name: str, pull: OperationView, position: int | None, tags: 
         digest="",
         status=status if pull.status == "running" else "failed",
         created_at=moment(pull.created_at),
-        size_bytes=0,
-        entrypoint=[],
-        cmd=[],
-        env={},
-        working_dir="/",
         tags=dict(tags),
         queue_position=UNSET if position is None else position,
         error=UNSET if pull.error is None else pull.error.message,

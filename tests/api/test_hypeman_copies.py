@@ -1,0 +1,92 @@
+"""Copies by the official client of the hypeman API, with the files of fake guests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypeman import AsyncHypeman
+from hypeman.lib import cp_from_instance_async, cp_to_instance_async
+from hypeman.lib.cp import CopyProtocolError
+
+from agent_process import agent_binary
+from coppice.client.connecting import connect_async
+from coppice.server.auth import make_token
+from coppice.server.hypeman import copies
+from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
+from fakes.relay import files_below
+from fakes.rooms import IMAGE
+from servers import KEY
+
+
+@pytest.fixture
+async def client(tcp_address: str) -> AsyncIterator[AsyncHypeman]:
+    """A client of a server with one running machine, oak."""
+    agent_binary("static")  # the first call compiles it, which can take as long as a deadline
+    token = make_token(KEY, owner=None)
+    async with connect_async(tcp_address, token=token) as host:
+        await host.run(IMAGE, name="oak", memory_bytes=MEMORY_BYTES, overlay_bytes=OVERLAY_BYTES)
+    async with AsyncHypeman(api_key=token, base_url=tcp_address, max_retries=0) as opened:
+        yield opened
+
+
+async def test_modes_and_owners_are_kept(client: AsyncHypeman, tmp_path: Path) -> None:
+    """In both directions, also of directories, and without a program in the guest."""
+    guest, back = tmp_path / "guest", tmp_path / "back"
+    guest.mkdir()
+    source = tmp_path / "tree"
+    (source / "deep" / "empty").mkdir(parents=True)
+    (source / "deep" / "data").write_bytes(content := os.urandom(200_000))
+    (source / "deep" / "data").chmod(0o664)
+    (source / "deep").chmod(0o2775)
+    os.chown(source / "deep" / "data", 1234, 2345)
+    with files_below(guest):
+        await cp_to_instance_async(client, "oak", source, f"{guest}/new/tree", archive=True)
+        made = (guest / "new/tree/deep/data").stat()
+        assert (guest / "new/tree/deep/data").read_bytes() == content
+        assert (made.st_mode & 0o7777, made.st_uid, made.st_gid) == (0o664, 1234, 2345)
+        assert (guest / "new/tree/deep").stat().st_mode & 0o7777 == 0o2775
+        os.link(guest / "new/tree/deep/data", guest / "new/tree/deep/zlast")
+        await cp_from_instance_async(client, "oak", f"{guest}/new/tree", back, archive=True)
+        for name in ("data", "zlast"):
+            found = (back / "deep" / name).stat()
+            assert (back / "deep" / name).read_bytes() == content
+            assert (found.st_mode & 0o777, found.st_uid, found.st_gid) == (0o664, 1234, 2345)
+        assert (back / "deep/empty").is_dir()
+        await cp_from_instance_async(client, "oak", f"{guest}/new/tree/deep/data", back)
+        assert (back / "data").read_bytes() == content
+        (guest / "new/tree/link").symlink_to("deep/data")
+        await cp_from_instance_async(client, "oak", f"{guest}/new/tree", back)
+        assert (back / "link").readlink() == Path("deep/data")
+        with pytest.raises(CopyProtocolError, match="cannot be followed"):
+            await cp_from_instance_async(client, "oak", f"{guest}/new/tree", back, follow_symlinks=True)
+        for wrong in (f"{guest}/nothing", "relative"):
+            with pytest.raises(CopyProtocolError, match="copy failed"):
+                await cp_from_instance_async(client, "oak", wrong, back)
+        with pytest.raises(CopyProtocolError, match="copy failed"):
+            await cp_to_instance_async(client, "oak", source / "deep/data", f"{guest}/new/tree")
+
+
+async def test_a_copy_out_of_a_guest_takes_no_reserved_space(
+    client: AsyncHypeman, fake_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest cannot fill the server's disk, and what was kept is removed."""
+    (tmp_path / "guest").mkdir()
+    (tmp_path / "guest" / "data").write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(copies, "space_left", lambda _: 1 << 19)
+    with files_below(tmp_path / "guest"), pytest.raises(CopyProtocolError, match="more than 524288 bytes"):
+        await cp_from_instance_async(client, "oak", f"{tmp_path}/guest/data", tmp_path / "back")
+    assert list((fake_home / "uploads").glob("*")) == []
+
+
+async def test_the_status_of_a_path_that_cannot_be_followed(client: AsyncHypeman, tmp_path: Path) -> None:
+    """It does not exist, with the reason; a path that is only missing has none."""
+    (tmp_path / "loop").symlink_to("loop")
+    with files_below(tmp_path):
+        found = await client.instances.stat("oak", path=f"{tmp_path}/loop", follow_links=True)
+        assert (found.exists, found.is_symlink) == (False, False)
+        assert "symbolic links" in (found.error or "")
+        found = await client.instances.stat("oak", path=f"{tmp_path}/nothing")
+        assert (found.exists, found.error) == (False, None)
