@@ -32,7 +32,9 @@ def _held() -> tuple[int, tracemalloc.Snapshot]:
 
 def _growth(before: tracemalloc.Snapshot, after: tracemalloc.Snapshot) -> str:
     grown = after.compare_to(before, "traceback")[:6]
-    return "\n".join(f"{each.size_diff} bytes in {each.count_diff}:\n" + "\n".join(each.traceback.format()) for each in grown)
+    return "\n".join(
+        f"{each.size_diff} bytes in {each.count_diff}:\n" + "\n".join(each.traceback.format()) for each in grown
+    )
 
 
 async def assert_flat(work: Callable[[], Awaitable[object]], rounds: int, *, at_once: int = 1) -> int:
@@ -47,5 +49,7 @@ async def assert_flat(work: Callable[[], Awaitable[object]], rounds: int, *, at_
         for _ in range(rounds):
             await work()
         after, last = _held()
-    assert after - before < _SLACK + (_TABLES if at_once > 1 else 0) + rounds * at_once * _BYTES_PER_ROUND, _growth(first, last)
+    assert after - before < _SLACK + (_TABLES if at_once > 1 else 0) + rounds * at_once * _BYTES_PER_ROUND, _growth(
+        first, last
+    )
     return after - before

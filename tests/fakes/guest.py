@@ -83,7 +83,7 @@ class Stream:
         await self._peer.open_window(self.number, size)
 
 
-def _drop(streams: dict[int, Stream], stream: Stream, session: asyncio.Task[None]) -> None:  # noqa: ARG001 - ended
+def _drop(streams: dict[int, Stream], stream: Stream, session: asyncio.Task[None]) -> None:
     """Forget a stream that has ended, unless the host has used its number again."""
     if streams.get(stream.number) is stream:
         del streams[stream.number]

@@ -114,13 +114,12 @@ async def _connections(session: Session, directory: Path) -> None:
         writer.close()
 
     data = os.urandom(300_000)
-    async with await asyncio.start_unix_server(reverse, directory / "server", limit=1 << 20):
-        async with session.connect(f"unix:{directory}/server") as connection:
-            await connection.send(data)
-            await connection.eof()
-            told = bytearray()
-            while chunk := await connection.receive():
-                told += chunk
+    async with await asyncio.start_unix_server(reverse, directory / "server", limit=1 << 20), session.connect(f"unix:{directory}/server") as connection:
+        await connection.send(data)
+        await connection.eof()
+        told = bytearray()
+        while chunk := await connection.receive():
+            told += chunk
     assert bytes(told) == data[::-1]
 
 
