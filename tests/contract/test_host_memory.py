@@ -21,7 +21,7 @@ from fakes.hosting import make
 from fakes.relay import files_below
 from flat_memory import assert_flat
 
-ROUNDS = int(os.environ.get("COPPICE_MEMORY_ROUNDS", "60"))
+ROUNDS = int(os.environ.get("COPPICE_MEMORY_ROUNDS", "40"))
 AT_ONCE = {"embedded": 200, "served": 40}  # a server has connections and records for each
 DEADLINE_S = 200.0 + ROUNDS
 
