@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,7 @@ async def test_a_slow_guest_has_time_for_each_request(answered: int) -> None:
 
     async with talking_to(keep, 0.4) as channel, asyncio.timeout(30):
 
-        async def ask_others(until: asyncio.Future[object]) -> None:
+        async def ask_others(until: asyncio.Future[Any]) -> None:
             while not until.done():
                 await channel.call(FrameType.HEALTH)
 
