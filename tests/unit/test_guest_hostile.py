@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from coppice.agent.control import Control, Identity
 from coppice.agent.copy import copy_out
 from coppice.agent.protocol import Frame, FrameType, encode_fields
 from coppice.agent.session import Session
-from coppice.errors import GuestTimeout
+from coppice.errors import GuestRefused, GuestTimeout
 from fakes.wire import Peer, talking_to
 
 
@@ -115,3 +117,35 @@ async def test_hanging_copies_do_not_occupy_all_threads(tmp_path: Path) -> None:
         for copy in copies:
             copy.cancel()
         await asyncio.gather(*copies, return_exceptions=True)
+
+
+@pytest.mark.parametrize("answered", [12, 7])
+async def test_a_slow_guest_has_time_for_each_request(answered: int) -> None:
+    """Of many requests at once the last is answered long after its patience. One that is never answered is a timeout, as
+    soon as nothing before it is answered either: also while the guest goes on with later requests.
+    """
+    asked: asyncio.Queue[tuple[Peer, Frame]] = asyncio.Queue()
+
+    async def keep(peer: Peer, frame: Frame) -> None:
+        if frame.type == FrameType.HEALTH:
+            await peer.send(FrameType.OK, frame.stream)
+        elif frame.type == FrameType.FILE_STAT:
+            asked.put_nowait((peer, frame))
+
+    async def answer_slowly() -> None:
+        for _ in range(answered):
+            peer, frame = await asked.get()
+            await asyncio.sleep(0.15)
+            await peer.send(FrameType.ERROR, frame.stream, encode_fields([(1, errno.ENOENT), (2, "nothing")]))
+
+    async with talking_to(keep, 0.4) as channel, asyncio.timeout(30):
+
+        async def ask_others(until: asyncio.Future[Any]) -> None:
+            while not until.done():
+                await channel.call(FrameType.HEALTH)
+
+        session = Session(channel)
+        asking = asyncio.gather(*(session.stat("/nothing") for _ in range(12)), return_exceptions=True)
+        await asyncio.sleep(0)
+        errors, *_ = await asyncio.gather(asking, answer_slowly(), ask_others(asking))
+    assert [type(error) for error in errors] == [GuestRefused] * answered + [GuestTimeout] * (12 - answered)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -151,6 +152,11 @@ class Channel(asyncio.Protocol):
     def streams_open(self) -> int:
         """The number of streams whose last frame has not come yet."""
         return len(self._streams)
+
+    def unanswered_before(self, stream: RemoteStream) -> int:
+        """Return how many requests that were sent before this one are not answered yet."""
+        earlier = itertools.takewhile(lambda each: each is not stream, self._streams.values())
+        return sum(not each.begun for each in earlier)
 
     # ---- sending ----
 

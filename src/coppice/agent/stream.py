@@ -61,6 +61,7 @@ class RemoteStream:
         self.id = stream_id
         self.kind = kind
         self.window = WINDOW_SIZE  # bytes that may be sent now
+        self.begun = False  # a first frame has come
         self.ended = False  # the last frame has come, or the connection has failed
         self._channel = channel
         self._frames: deque[Frame] = deque()
@@ -78,6 +79,7 @@ class RemoteStream:
 
         :raises GuestProtocolError: the guest sent more than it may
         """
+        self.begun |= frame.type != FrameType.WINDOW
         if frame.type == FrameType.WINDOW:
             self.window += unpack_number(frame.payload)
         elif frame.type in _LAST:
@@ -144,8 +146,7 @@ class RemoteStream:
         """
         while True:
             try:
-                async with deadline(self._channel.patience_s, "it does not say whether it has begun"):
-                    frame = await self.receive()
+                frame = await self._first("it does not say whether it has begun")
             except GuestTimeout:
                 if self._failure or not await self._channel.waits_for_resume():
                     raise
@@ -155,6 +156,21 @@ class RemoteStream:
                 if frame.type != FrameType.STARTED:
                     raise unexpected(frame)
                 return frame
+
+    async def _first(self, waiting_for: str) -> Frame:
+        """Return the first frame. While the guest answers earlier requests, its time begins again: of many at once
+        a slow guest answers the last one late. Earlier requests are finite, so the wait is.
+
+        :raises GuestTimeout: it did not come in time
+        """
+        while True:
+            before = self._channel.unanswered_before(self)
+            try:
+                async with deadline(self._channel.patience_s, waiting_for):
+                    return await self.receive()
+            except GuestTimeout:
+                if self._failure or self._channel.unanswered_before(self) >= before:
+                    raise
 
     async def _grant(self) -> None:
         """Let the guest send as much as was taken. Waits while the guest does not read: otherwise a
@@ -173,8 +189,7 @@ class RemoteStream:
         :raises GuestTimeout: it did not come in time, even if other frames did
         :raises GuestRefused: the agent answered with an error
         """
-        async with deadline(self._channel.patience_s, "no reply"):
-            return self.final(await self.receive())
+        return self.final(await self._first("no reply"))
 
     def final(self, frame: Frame, expected: FrameType = FrameType.OK) -> Fields:
         """Return the fields of the last frame.
