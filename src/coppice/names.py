@@ -324,7 +324,7 @@ def check_target(target: State) -> None:
 
 
 def check_children(names: Sequence[str], count: int) -> tuple[str, ...]:
-    """Return the name of each of `count` forks, or none if they are to be generated.
+    """Return the name of each of `count` forks, or no names if Coppice is to generate them.
 
     :raises UsageError: there are not as many as forks, or two are the same
     :raises InvalidName: one is not a valid name

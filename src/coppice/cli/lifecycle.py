@@ -241,7 +241,7 @@ def stop(
             "--time",
             "-t",
             metavar="SECONDS",
-            help="Time to power off by itself; 0: end it at once. Default: 30.",
+            help="Time for the guest to power off. 0: end it at once. Default: 30.",
         ),
     ] = None,
 ) -> None:

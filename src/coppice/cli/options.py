@@ -120,8 +120,8 @@ Notify = Annotated[
     Option(
         "--notify",
         metavar="PORT|unix:PATH|none",
-        help="Where a warm process takes the notice of a fork: POST /coppice/fork with the payload. Default of forks: "
-        "as their source.",
+        help="Address of a warm process that is to know of each fork, by POST /coppice/fork with the payload. "
+        "Default: none; a fork: its source's.",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""The supervisor: it knows when which instance is to be looked at, and has `Upkeep` look.
+"""The supervisor: it decides when to look at each instance, and `Upkeep` does it.
 
 It sleeps until the earliest deadline of any instance, or until a process writes to the database.
 All its state is in the database, so another process can go on at any time. One process at a time

@@ -76,7 +76,7 @@ def reflink_file(source: Path, destination: Path, *, mode: int = 0o600) -> bool:
 
 @contextlib.contextmanager
 def _replacing(source: Path, destination: Path) -> Iterator[tuple[int, int, Path]]:
-    """Yield descriptors of a source and of a new file beside `destination`, and the path of that
+    """Yield descriptors of a source and of a new file next to `destination`, and the path of that
     file, which is removed unless the block publishes it.
     """
     with os_errors(f"clone {source} to {destination}"), open_source(source) as src:

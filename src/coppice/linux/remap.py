@@ -33,9 +33,7 @@ from coppice.linux.maps import FileIdentity, Part, Vma, identify, private_parts,
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _OVERCOMMIT, _STRICT = Path("/proc/sys/vm/overcommit_memory"), "2"  # Documentation/mm/overcommit-accounting.rst
-_MUNMAP = 11
 _ENTRY = struct.Struct("<4Q")  # address, length, descriptor, offset: one system call of the loop below
-_STOP = b"\xcc"  # int3: the tracer hears of it as of a SIGTRAP
 # Called twice. First with the registers of an mmap: it makes room for the table of entries, and stops. Then with r12 = the table, r13 = the number
 # of entries, r15 and rbx = the room and its size: it maps each entry until one fails, gives the room back, and stops. r13 is then the number of
 # entries that were not mapped, and r14 the result of the last mmap.
@@ -195,7 +193,7 @@ def _lay_over(
 
 
 def _run(pid: int, registers: tracing.Registers) -> tracing.Registers:
-    """Let the stopped thread run from these registers to the next `_STOP`; return its registers then."""
+    """Let the stopped thread run from these registers to the next int3; return its registers then."""
     tracing.ptrace(tracing.SETREGS, pid, 0, ctypes.byref(registers))
     stop = 0
     while stop != signal.SIGTRAP:  # no other signal gets through, but the kernel may report a stop of all threads

@@ -1,4 +1,4 @@
-"""Why a machine ended by itself or did not start, from its guest's console.
+"""Read from a guest's console why its machine ended or did not start.
 
 The VMM exits with status 0 whether the guest powered off, restarted or panicked, and only the
 process that started it learns the status. The kernel's last console lines show the difference. The

@@ -1,4 +1,4 @@
-"""What the supervisor of a data directory does with an instance by itself, and what it has seen."""
+"""The policies of an instance, which the supervisor follows, and the supervisor's observations."""
 
 from typing import Literal
 

@@ -133,7 +133,7 @@ def pick(port: Publish, database: Path | None, taken: Container[int] = ()) -> so
 
 
 def _is_recorded(database: Path, number: int) -> bool:
-    """Return whether an instance has this port, on whatever address."""
+    """Return whether an instance has this port, on any address."""
     if not database.exists():
         return False
     words = [f'"host_port":{number}{end}'.encode() for end in ",}"]

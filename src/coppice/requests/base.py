@@ -25,10 +25,10 @@ InstanceKey = Annotated[str, msgspec.Meta(description="Name or id of the instanc
 Notify = Annotated[
     int | str | None,
     msgspec.Meta(
-        description="Where a process that is warm in the source takes the notice of a fork: a port of the guest's own "
-        "loopback, or `unix:` and the path of a socket. Each fork of captured memory sends it one HTTP request, "
-        "`POST /coppice/fork` with the payload as its body, and is Running only after an answer of 2xx. `none`: nobody "
-        "does. Default: nobody; of forks: as their source."
+        description="Address of a process that is warm in the source and is to know of each fork: a port of the "
+        "guest's own loopback, or `unix:` and the path of a socket. Each fork of captured memory sends it one HTTP "
+        "request, `POST /coppice/fork` with the payload as its body, and is Running only after an answer of 2xx. "
+        "`none`: no request. Default: none; a fork: its source's."
     ),
 ]
 Tags = Annotated[Mapping[str, str], msgspec.Meta(description="Tags of the new records.")]

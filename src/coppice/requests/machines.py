@@ -193,7 +193,7 @@ class StopRequest(InstanceRequest[Instance], frozen=True, kw_only=True):
 
     grace_s: Annotated[
         float | None,
-        Meta(description="Seconds in which the guest may power off by itself. Default: 30; 0: end it at once."),
+        Meta(description="Seconds for the guest to power off. 0: end it at once. Default: 30."),
     ] = None
 
     def check(self) -> None:

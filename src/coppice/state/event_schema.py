@@ -1,6 +1,6 @@
 """The table of events. Triggers write it, in the transaction of the change itself.
 
-So no change is without its event, whatever process and whatever statement makes it.
+So each change has its event, whichever process and statement makes it.
 """
 
 from __future__ import annotations

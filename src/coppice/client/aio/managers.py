@@ -193,11 +193,11 @@ class AsyncSnapshots(Bound):
         :param payload: At most 1 MiB, written to /run/coppice/payload in each fork before the
             image's /etc/coppice/on-fork runs. It is stored nowhere else.
         :param payloads: A payload for each fork, instead of one for all.
-        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
-            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
-            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
-            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
-            as their source.
+        :param notify: Address of a process that is warm in the source and is to know of each fork:
+            a port of the guest's own loopback, or `unix:` and the path of a socket. Each fork of
+            captured memory sends it one HTTP request, `POST /coppice/fork` with the payload as its
+            body, and is Running only after an answer of 2xx. `none`: no request. Default: none; a
+            fork: its source's.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead
@@ -283,11 +283,11 @@ class AsyncSnapshots(Bound):
         :param measure: Also report each fork's memory, as `stats` does later.
         :param payload: At most 1 MiB, written to /run/coppice/payload in each fork before the
             image's /etc/coppice/on-fork runs. It is stored nowhere else.
-        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
-            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
-            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
-            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
-            as their source.
+        :param notify: Address of a process that is warm in the source and is to know of each fork:
+            a port of the guest's own loopback, or `unix:` and the path of a socket. Each fork of
+            captured memory sends it one HTTP request, `POST /coppice/fork` with the payload as its
+            body, and is Running only after an answer of 2xx. `none`: no request. Default: none; a
+            fork: its source's.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead

@@ -181,11 +181,11 @@ class HostOperations(Bound):
         :param start: False: do not boot the instance; it is Stopped.
         :param pull: When to pull the image. `missing`: if it is missing and its name begins with a
             registry, as in `docker.io/library/alpine`.
-        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
-            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
-            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
-            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
-            as their source.
+        :param notify: Address of a process that is warm in the source and is to know of each fork:
+            a port of the guest's own loopback, or `unix:` and the path of a socket. Each fork of
+            captured memory sends it one HTTP request, `POST /coppice/fork` with the payload as its
+            body, and is Running only after an answer of 2xx. `none`: no request. Default: none; a
+            fork: its source's.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead

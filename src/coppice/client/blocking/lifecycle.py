@@ -88,8 +88,7 @@ class MachineLifecycle(MachineBase):
     def stop(self, *, grace_s: float | None = None) -> Self:
         """Power off a guest. Its memory is lost; its disk is kept.
 
-        :param grace_s: Seconds in which the guest may power off by itself. Default: 30; 0: end it
-            at once.
+        :param grace_s: Seconds for the guest to power off. 0: end it at once. Default: 30.
         """
         self._portal.call(self._twin.stop(grace_s=grace_s))
         return self
@@ -108,11 +107,11 @@ class MachineLifecycle(MachineBase):
 
         :param public: True: other owners may also fork it, and so share its memory. False: they may
             not; existing forks are kept.
-        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
-            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
-            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
-            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
-            as their source.
+        :param notify: Address of a process that is warm in the source and is to know of each fork:
+            a port of the guest's own loopback, or `unix:` and the path of a socket. Each fork of
+            captured memory sends it one HTTP request, `POST /coppice/fork` with the payload as its
+            body, and is Running only after an answer of 2xx. `none`: no request. Default: none; a
+            fork: its source's.
         """
         self._portal.call(self._twin.promote(public=public, notify=notify))
         return self
@@ -237,11 +236,11 @@ class MachineLifecycle(MachineBase):
         :param payload: At most 1 MiB, written to /run/coppice/payload in each fork before the
             image's /etc/coppice/on-fork runs. It is stored nowhere else.
         :param payloads: A payload for each fork, instead of one for all.
-        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
-            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
-            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
-            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
-            as their source.
+        :param notify: Address of a process that is warm in the source and is to know of each fork:
+            a port of the guest's own loopback, or `unix:` and the path of a socket. Each fork of
+            captured memory sends it one HTTP request, `POST /coppice/fork` with the payload as its
+            body, and is Running only after an answer of 2xx. `none`: no request. Default: none; a
+            fork: its source's.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead
@@ -335,11 +334,11 @@ class MachineLifecycle(MachineBase):
         :param measure: Also report each fork's memory, as `stats` does later.
         :param payload: At most 1 MiB, written to /run/coppice/payload in each fork before the
             image's /etc/coppice/on-fork runs. It is stored nowhere else.
-        :param notify: Where a process that is warm in the source takes the notice of a fork: a port
-            of the guest's own loopback, or `unix:` and the path of a socket. Each fork of captured
-            memory sends it one HTTP request, `POST /coppice/fork` with the payload as its body, and
-            is Running only after an answer of 2xx. `none`: nobody does. Default: nobody; of forks:
-            as their source.
+        :param notify: Address of a process that is warm in the source and is to know of each fork:
+            a port of the guest's own loopback, or `unix:` and the path of a socket. Each fork of
+            captured memory sends it one HTTP request, `POST /coppice/fork` with the payload as its
+            body, and is Running only after an answer of 2xx. `none`: no request. Default: none; a
+            fork: its source's.
         :param ttl_s: Seconds from now after which the instance expires; 0: never. Default:
             unchanged.
         :param expires_at: Time at which the instance expires, in seconds since the epoch; instead

@@ -144,7 +144,7 @@ class RemoteExecSession(Collecting):
 
     @property
     def outlives_connection(self) -> bool:
-        """Whether the command runs on when the connection is closed, though nobody said so."""
+        """Whether the command outlives the connection although its caller did not ask for that."""
         return self._is_attached and self._exit is None and not self._is_wanted and not self._is_lost
 
     async def send_stdin(self, data: bytes) -> None:

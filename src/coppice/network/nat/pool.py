@@ -37,7 +37,6 @@ from coppice.network.nat.filtering import needs_names, read_policy, read_refused
 
 _DIRECTORIES: Final = ("making", "free", "used", "removing", "ports", "egress", "refused")
 _TRIES: Final = 64
-_ATTEMPTS_TO_CLAIM: Final = 256
 
 
 class Pool:
