@@ -25,6 +25,7 @@ def older_rooms(layout: Layout, drivers: Drivers, deadlines: Deadlines) -> Rooms
     return msgspec.structs.replace(default_rooms(layout, drivers, deadlines), agent=agent_binary(OLDER))
 
 
+@pytest.mark.timeout(400)
 async def test_an_older_agent_runs_forks_and_rests(host: AsyncHost, image: str, tmp_path: Path) -> None:
     """Commands and their later clients, copies, connections, forks with payloads, standby; and the end of the machine's
     process. Its next boot brings today's agent.
