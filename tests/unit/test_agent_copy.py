@@ -20,7 +20,7 @@ from agent_process import agent_session, names
 from coppice.agent import records
 from coppice.agent.copy import copy_in, copy_out
 from coppice.agent.pack import pack
-from coppice.agent.records import Content, End, Item
+from coppice.agent.records import Content, End, Entry, Item
 from coppice.agent.session import Session
 from coppice.agent.unpack import unpack
 from coppice.errors import (
@@ -407,6 +407,30 @@ def test_hostile_trees_are_refused(tmp_path: Path, case: str) -> None:
     assert set(names(tmp_path)) <= {"outside", "copy"}
     assert (tmp_path / "outside").read_bytes() == b"secret"
     assert (tmp_path / "outside").stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_links_out_of_a_tree_are_made_on_request_and_never_followed(tmp_path: Path, case: str) -> None:
+    """With links that lead out, all other hostile entries are refused as before."""
+    (tmp_path / "outside").write_bytes(b"secret")
+    links = {
+        each.path.removeprefix("top/"): each.link
+        for each in REFUSED[case]
+        if isinstance(each, Entry) and each.kind == "l"
+    }
+    if case in {"absolute link", "link up and out", "top is a link", "down and up"}:
+        unpack(iter(REFUSED[case]), tmp_path, "copy", outside_links=True)
+        copy = tmp_path / "copy"
+        assert links == {path: str((copy if path == "top" else copy / path).readlink()) for path in links}
+    else:
+        with pytest.raises(UnsafePath):
+            unpack(iter(REFUSED[case]), tmp_path, "copy", outside_links=True)
+    through = [entry("top/d", "l", link="../outside_directory"), *file("top/d/file", b"")]
+    (tmp_path / "outside_directory").mkdir()
+    with pytest.raises(UnsafePath, match="through a link"):
+        unpack(iter(through), tmp_path, "second", outside_links=True)
+    assert (tmp_path / "outside").read_bytes() == b"secret"
+    assert names(tmp_path / "outside_directory") == []
 
 
 def test_a_file_is_not_written_through_a_link(tmp_path: Path) -> None:

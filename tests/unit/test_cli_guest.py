@@ -22,6 +22,10 @@ from coppice.requests import CpInRequest, CpOutRequest, LogsRequest, Request
     ("words", "call"),
     [
         (["cp", "vm:/etc/x", "here"], CpOutRequest(instance="vm", guest_path="/etc/x", host_path="here")),
+        (
+            ["cp", "--outside-links", "vm:/etc", "."],
+            CpOutRequest(instance="vm", guest_path="/etc", host_path=".", outside_links=True),
+        ),
         (["cp", "here", "vm:/tmp/"], CpInRequest(instance="vm", host_path="here", guest_path="/tmp/")),
     ],
 )

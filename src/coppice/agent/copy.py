@@ -77,6 +77,7 @@ async def copy_out(
     source: str,
     destination: Path | str,
     *,
+    outside_links: bool = False,
     max_bytes: int | None = None,
     progress: ProgressSink = no_progress,
 ) -> int:
@@ -87,13 +88,14 @@ async def copy_out(
     :param source: a path. `DIR/.` names the contents of a directory, and `LINK/` the directory that
         a link leads to
     :param destination: an existing directory to copy into, or a new name in one
+    :param outside_links: make symbolic links that lead out of the copy too
     :param max_bytes: the limit of all contents together
     :param progress: called from a thread; the total of a tree is unknown
     :raises NotFound: the directory to copy into does not exist
     :raises UsageError: a directory would replace a file, or a file a directory
     :raises GuestRefused: the source does not exist or cannot be read
     :raises NoSpace: the contents exceed `max_bytes`, or the disk is full
-    :raises UnsafePath: the guest sent a path outside the destination, or a device
+    :raises UnsafePath: the guest sent a path outside the destination, a device, or a link that leads out
     """
     destination = os.fspath(destination)
     found = await session.stat(source)
@@ -104,7 +106,8 @@ async def copy_out(
 
     def receive(stream: BinaryIO) -> int:
         meter = Meter(progress, found.size_bytes if found.kind == "f" else None)
-        return unpack(records.read(stream), Path(parent), name, max_bytes=max_bytes, moved=meter.moved)
+        items = records.read(stream)
+        return unpack(items, Path(parent), name, max_bytes=max_bytes, outside_links=outside_links, moved=meter.moved)
 
     async def fetch(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inside = f"{source}." if source.endswith("/") else source  # LINK/ names the link's directory

@@ -45,6 +45,7 @@ def unpack(
     name: str | None,
     *,
     max_bytes: int | None = None,
+    outside_links: bool = False,
     moved: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Unpack a tree that has one top directory or file, as `parent`/`name`.
@@ -52,6 +53,7 @@ def unpack(
     Without a name, the contents of the top directory go into `parent`, whose mode is kept. Owners,
     set-id bits and write permission for group and others are not restored.
 
+    :param outside_links: make symbolic links that lead out of the tree too; unpacking follows none of them
     :param moved: called with each number of content bytes received
     :return: the bytes of contents
     :raises UnsafePath: an entry is outside the destination, or not a file, directory or link
@@ -65,7 +67,7 @@ def unpack(
         for entry in items:
             if not isinstance(entry, Entry):
                 raise GuestProtocolError("the guest sent content without a file", hint="try again")
-            place = _Place(root, name, parts_of(entry.path))
+            place = _Place(root, name, parts_of(entry.path), outside_links)
             if not (parts := place.renamed(place.parts)):
                 if entry.kind != "d":
                     raise UnsafePath(f"the guest sends {entry.path[:200]!r}, which is not a directory", hint=_HINT)
@@ -93,6 +95,7 @@ class _Place(NamedTuple):
     root: int
     name: str | None  # replaces the tree's first path component; None removes it
     parts: list[str]
+    outside_links: bool
 
     def renamed(self, parts: list[str]) -> list[str]:
         """Return the path below `root` of an entry of the tree."""
@@ -110,7 +113,8 @@ def parts_of(name: str) -> list[str]:
     return parts
 
 
-_HINT = "exclude it, or get the unchanged tree as an archive with `coppice cp NAME:PATH -`"
+_HINT = "get the unchanged tree as an archive with `coppice cp NAME:PATH -`"
+_LINK_HINT = "make such links with `coppice cp --outside-links`, if no program follows them; or " + _HINT
 
 
 @contextlib.contextmanager
@@ -145,9 +149,10 @@ def _make(items: Iterator[Item], budget: Budget, directory: int, base: str, entr
     if entry.kind == "f":
         _write(items, budget, directory, base, entry)
     elif entry.kind == "l":
-        if not stays_inside(entry.link, len(place.parts) - 1):
+        if "\0" in entry.link or not (place.outside_links or stays_inside(entry.link, len(place.parts) - 1)):
             raise UnsafePath(
-                f"the guest sends {entry.path[:200]!r}, a link to {entry.link[:200]!r} outside the copy", hint=_HINT
+                f"the guest sends {entry.path[:200]!r}, a link to {entry.link[:200]!r} outside the copy",
+                hint=_LINK_HINT,
             )
         os.symlink(entry.link, base, dir_fd=directory)
     elif entry.kind == "h":

@@ -192,6 +192,9 @@ def cp(
     archive: Annotated[
         bool, Option("--archive", "-a", help="Into a guest: keep the numeric owners, instead of root.")
     ] = False,
+    outside_links: Annotated[
+        bool, Option("--outside-links", help="From a guest: make links that lead out of the copy too.")
+    ] = False,
     recursive: options.Recursive = False,
 ) -> None:
     """Copy files into or out of a Running guest, as `cp -r` does: into an existing directory, or to
@@ -201,7 +204,8 @@ def cp(
     directory's content. Links stay links. Modes and times are kept, except unsafe ones, and extended
     attributes are not. The copy belongs to root in the guest, and to you on the host. It replaces
     files and links, but no device, pipe or socket. From a guest, a device, a pipe or a link that
-    leads out of the copy is refused; an archive has it.
+    leads out of the copy is refused; an archive has it. With --outside-links such links are made: a
+    program that reads the copy may then read files of yours through them.
 
     `coppice cp - NAME:DIR` unpacks a tar archive from standard input into a directory, with its owners.
     `coppice cp NAME:PATH -` writes one to standard output.
@@ -217,7 +221,7 @@ def cp(
     copied = cli.request(
         CpInRequest(instance=name, host_path=source, guest_path=path, keep_owners=archive)
         if into
-        else CpOutRequest(instance=name, guest_path=path, host_path=target)
+        else CpOutRequest(instance=name, guest_path=path, host_path=target, outside_links=outside_links)
     )
     cli.show({"bytes": copied}, lambda: output.line(f"{format.size(copied)} copied"))
 

@@ -143,7 +143,13 @@ class Guest(UseCases):
         from coppice.agent.copy import copy_out
 
         async with self._session(request.instance) as session:
-            return await copy_out(session, request.guest_path, request.host_path, progress=progress)
+            return await copy_out(
+                session,
+                request.guest_path,
+                request.host_path,
+                outside_links=request.outside_links,
+                progress=progress,
+            )
 
     async def read_file(self, request: ReadFileRequest) -> bytes:
         """Read the file on a session port."""

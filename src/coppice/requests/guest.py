@@ -158,13 +158,20 @@ class CpOutRequest(InstanceRequest[int], frozen=True, kw_only=True):
     Nothing is written outside `host_path`.
 
     :raises GuestRefused: the source does not exist, or cannot be read
-    :raises UnsafePath: the guest sent a device, or a path outside the destination
+    :raises UnsafePath: the guest sent a device, a path outside the destination, or a link that leads out of the copy
     """
 
     reports_progress: ClassVar[bool] = True
 
     guest_path: GuestPath
     host_path: Annotated[str, Meta(description="A path on this machine.", extra=PATH)]
+    outside_links: Annotated[
+        bool,
+        Meta(
+            description="Make symbolic links that lead out of the copy too. A program that reads the copy then reads "
+            "files of this machine through them, and the guest chooses which."
+        ),
+    ] = False
 
     def check(self) -> None:
         """Check the path too."""

@@ -175,7 +175,14 @@ class MachineGuest(MachineBase):
         """
         return self._portal.call(self._twin.cp_in(host_path, guest_path, keep_owners=keep_owners, progress=progress))
 
-    def cp_out(self, guest_path: str, host_path: Path | str, *, progress: ProgressSink = no_progress) -> int:
+    def cp_out(
+        self,
+        guest_path: str,
+        host_path: Path | str,
+        *,
+        outside_links: bool = False,
+        progress: ProgressSink = no_progress,
+    ) -> int:
         """Copy a file or directory of the guest to this machine, as `cp -r` does; return the bytes
         copied.
 
@@ -183,11 +190,17 @@ class MachineGuest(MachineBase):
 
         :param guest_path: A path in the guest.
         :param host_path: A path on this machine.
+        :param outside_links: Make symbolic links that lead out of the copy too. A program that
+            reads the copy then reads files of this machine through them, and the guest chooses
+            which.
         :param progress: Called with each step of the work.
         :raises GuestRefused: the source does not exist, or cannot be read
-        :raises UnsafePath: the guest sent a device, or a path outside the destination
+        :raises UnsafePath: the guest sent a device, a path outside the destination, or a link that
+            leads out of the copy
         """
-        return self._portal.call(self._twin.cp_out(guest_path, host_path, progress=progress))
+        return self._portal.call(
+            self._twin.cp_out(guest_path, host_path, outside_links=outside_links, progress=progress)
+        )
 
     def read_file(self, path: str, *, max_bytes: int = 64 << 20) -> bytes:
         """Return the content of a file of the guest.

@@ -121,7 +121,13 @@ class RemoteBackend:
                     session, request.host_path, request.guest_path, keep_owners=request.keep_owners, progress=progress
                 )
                 return unpacked.content_bytes
-            return await copy_out(session, request.guest_path, request.host_path, progress=progress)
+            return await copy_out(
+                session,
+                request.guest_path,
+                request.host_path,
+                outside_links=request.outside_links,
+                progress=progress,
+            )
 
     async def _move(self, request: ExportRequest | ImportTemplateRequest, progress: ProgressSink) -> int | Instance:
         """Export to a file of this machine, or import one, through a stream of the server."""
