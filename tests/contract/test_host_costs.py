@@ -94,7 +94,7 @@ async def test_an_operation_takes_few_hops_turns_and_statements(fake_host: Async
     assert costs["exec"].statements <= 1
     assert costs["exec again"].hops == 0
     assert costs["exec again"].statements <= 1
-    assert costs["rm"].statements <= 22
+    assert costs["rm"].statements <= 25  # each trigger counts as one
 
 
 async def test_the_costs_do_not_grow_with_the_number_of_instances(fake_host: AsyncHost, counting: Counting) -> None:
