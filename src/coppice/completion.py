@@ -83,13 +83,21 @@ class _Threads:
         self._queue: queue.SimpleQueue[Work[Any] | None] = queue.SimpleQueue()
 
     def submit(self, call: Callable[[], T]) -> Work[T]:
+        """Start the work, or let it wait for one of the threads.
+
+        :raises RuntimeError: there is no thread, and none can be started
+        """
+        if self._started <= self._busy and self._started < self._most:
+            number = self._started + 1
+            thread = threading.Thread(target=_serve, args=(self._queue,), name=f"{self._name}_{number}", daemon=True)
+            try:
+                thread.start()
+                self._started = number
+            except RuntimeError:  # the limit of processes: the threads that there are do the work
+                if not self._started:
+                    raise
         work = Work(call, self._freed)
         self._busy += 1
-        if self._started < min(self._busy, self._most):
-            self._started += 1
-            threading.Thread(
-                target=_serve, args=(self._queue,), name=f"{self._name}_{self._started}", daemon=True
-            ).start()
         self._queue.put(work)
         return work
 
