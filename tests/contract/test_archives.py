@@ -81,6 +81,7 @@ async def test_a_template_whose_layers_were_merged_goes_to_another_data_director
         await fake_host.call(request)
     source = await fake_host.call(PromoteRequest(instance="f4"))
     assert list(source.disk_layers["overlay"]) != sorted(source.disk_layers["overlay"])
+    await fake_host.call(RmRequest(instance="oak"))
     await (await fake_host.get("f4")).export(tmp_path / "archive")
     made = await elsewhere.import_template(tmp_path / "archive")
     assert made.record.disk_layers == source.disk_layers
