@@ -77,7 +77,9 @@ async def test_a_template_whose_layers_were_merged_goes_to_another_data_director
     await boot(fake_host, "oak")
     for number in range(5):
         await ask(fake_host, "oak", "save", f"turn {number}")
-        request = ForkRequest(instance="oak", names=[f"f{number}"], target=State.STANDBY, from_running=True, atomic=True)
+        request = ForkRequest(
+            instance="oak", names=[f"f{number}"], target=State.STANDBY, from_running=True, atomic=True
+        )
         await fake_host.call(request)
     source = await fake_host.call(PromoteRequest(instance="f4"))
     assert list(source.disk_layers["overlay"]) != sorted(source.disk_layers["overlay"])

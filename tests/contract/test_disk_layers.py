@@ -12,8 +12,8 @@ import pytest
 
 from coppice.client import AsyncHost
 from coppice.errors import NoSpace, VmmError
-from coppice.machine import directory as directories
 from coppice.machine import activate, disk, disks
+from coppice.machine import directory as directories
 from coppice.model import MIB, Instance, State
 from coppice.requests import (
     ForkRequest,

@@ -78,7 +78,8 @@ def manifest_in(beginning: bytearray) -> tuple[Manifest, int] | None:
     version = decoded(text, _Format, "manifest").format
     if version not in (_UNNAMED_DISK, FORMAT):
         raise NotSupported(
-            f"the archive has format {version}, and this Coppice reads formats up to {FORMAT}", hint="use a newer Coppice"
+            f"the archive has format {version}, and this Coppice reads formats up to {FORMAT}",
+            hint="use a newer Coppice",
         )
     manifest: Manifest = decoded(text if version == FORMAT else _with_named_disk(text), Manifest, "manifest")
     possible = all(0 <= file.data_bytes <= file.size_bytes for file in manifest.files)
