@@ -54,6 +54,7 @@ class Work(Generic[T]):
             self.error = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any longer
             self._loop.call_soon_threadsafe(self._wake)
+        del self  # the error's traceback refers to this frame, and the work to the error
 
     def _wake(self) -> None:
         self.done = True
@@ -68,9 +69,12 @@ class Work(Generic[T]):
 
     def result(self) -> T:
         """Return the result of work that is done, or raise its error."""
-        if self.error is not None:
-            raise self.error
-        return self._value
+        try:
+            if self.error is not None:
+                raise self.error
+            return self._value
+        finally:
+            del self  # as in `carry_out`
 
 
 class _Threads:
@@ -165,9 +169,13 @@ async def in_own_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     The loop has few threads, and all operations need them: a few builds would block the rest.
     """
     stop = threading.Event()
-    work = Work(partial(stopping.run, stop, function, *args, **kwargs))
+    return await ended(_alone(partial(stopping.run, stop, function, *args, **kwargs)), on_cancel=stop.set)
+
+
+def _alone(call: Callable[[], T]) -> Work[T]:
+    work = Work(call)
     threading.Thread(target=work.carry_out, name="coppice-work", daemon=True).start()
-    return await ended(work, on_cancel=stop.set)
+    return work
 
 
 async def beside(side: Coroutine[Any, Any, None], main: Coroutine[Any, Any, T]) -> T:

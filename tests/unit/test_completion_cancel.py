@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -354,3 +356,29 @@ def test_threads_that_cannot_be_started_are_not_counted(monkeypatch: pytest.Monk
             assert both[0] == both[1]
 
     asyncio.run(calls())
+
+
+async def test_an_error_of_a_thread_keeps_nothing_alive() -> None:
+    """Else the objects of the calls that failed, such as open files, would wait for the collector of cycles."""
+
+    class Kept:
+        pass
+
+    seen: list[weakref.ref[Kept]] = []
+
+    def fail() -> None:
+        kept = Kept()
+        seen.append(weakref.ref(kept))
+        raise ZeroDivisionError
+
+    gc.disable()
+    try:
+        for call in (in_thread, in_own_thread):
+            with contextlib.suppress(ZeroDivisionError):
+                await call(fail)
+            for _ in range(100):  # until the thread has left its call
+                if seen[-1]() is not None:
+                    await asyncio.sleep(0.001)
+    finally:
+        gc.enable()
+    assert [each() for each in seen] == [None, None]
