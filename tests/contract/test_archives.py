@@ -22,14 +22,17 @@ from coppice.errors import (
     UsageError,
 )
 from coppice.linux.files import allocated_bytes
-from coppice.machine import disk, portable
+from coppice.machine import activate, disk, disks, portable
+from coppice.machine import directory as directories
 from coppice.model import State
 from coppice.requests import (
+    DemoteRequest,
     ForkRequest,
     GetRequest,
     OpenExportRequest,
     OpenImportRequest,
     PromoteRequest,
+    RestoreRequest,
     RmRequest,
 )
 from coppice.state import locks
@@ -89,6 +92,34 @@ async def test_a_template_whose_layers_were_merged_goes_to_another_data_director
     assert made.record.disk_layers == source.disk_layers
     (fork,) = (await elsewhere.call(ForkRequest(instance="f4", names=["elm"], atomic=True))).instances
     assert await ask(elsewhere, fork, "load") == "turn 4"
+
+
+@pytest.mark.parametrize("personality", ["file", "firecracker"], indirect=True)
+async def test_an_imported_disk_is_still_that_of_its_capture_before_it_is_recorded(
+    fake_host: AsyncHost, elsewhere: AsyncHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed after it gave the machine a disk of its own, and before it recorded that, loses no memory."""
+    await template(fake_host)
+    await (await fake_host.get("oak")).export(tmp_path / "oak")
+    await elsewhere.import_template(tmp_path / "oak")
+    oak, rooms = await elsewhere.call(DemoteRequest(instance="oak")), elsewhere.local.rooms
+    directory = rooms.directory(oak.id)
+    assert disk.is_frozen(directory, disks.of(oak)[0])
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rooms.store, "save", kill)
+        with pytest.raises(Killed):
+            activate._own_disks(rooms, oak)
+    assert directories.capture_is_current(directory, oak)
+    oak = await elsewhere.call(RestoreRequest(instance="oak"))
+    assert await ask(elsewhere, oak, "recall", "own") == "rings"
+    assert await ask(elsewhere, oak, "load") == "bark"
 
 
 @pytest.mark.parametrize("personality", ["file", "firecracker"], indirect=True)

@@ -12,6 +12,7 @@ import pytest
 
 from coppice.client import AsyncHost
 from coppice.errors import NoSpace, VmmError
+from coppice.host.admission import demand_of_activation
 from coppice.machine import activate, disk, disks
 from coppice.machine import directory as directories
 from coppice.model import MIB, Instance, State
@@ -203,6 +204,9 @@ async def test_a_start_cancelled_when_its_disk_is_recorded_keeps_the_disk(
         if number < 2:
             oak = await fake_host.call((RestoreRequest if state is State.STANDBY else StartRequest)(instance=oak.id))
     assert len(disks.of(oak)[0].layers) == disk.MOST
+    layers = disks.paths(fake_host.local.rooms.directory(oak.id), disks.of(oak))[1:]
+    demand = demand_of_activation(fake_host.local.rooms, oak, boot=state is State.STOPPED)
+    assert demand.clone_bytes >= disk.allocated(layers) > 0  # the start merges them
     original, loop = activate._own_disks, asyncio.get_running_loop()
 
     async def cancel() -> None:
