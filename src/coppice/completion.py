@@ -54,6 +54,7 @@ class Work(Generic[T]):
             self.error = error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any longer
             self._loop.call_soon_threadsafe(self._wake)
+        del self  # the error's traceback refers to this frame, and the work to the error
 
     def _wake(self) -> None:
         self.done = True
@@ -68,9 +69,12 @@ class Work(Generic[T]):
 
     def result(self) -> T:
         """Return the result of work that is done, or raise its error."""
-        if self.error is not None:
-            raise self.error
-        return self._value
+        try:
+            if self.error is not None:
+                raise self.error
+            return self._value
+        finally:
+            del self  # as in `carry_out`
 
 
 class _Threads:
@@ -83,13 +87,21 @@ class _Threads:
         self._queue: queue.SimpleQueue[Work[Any] | None] = queue.SimpleQueue()
 
     def submit(self, call: Callable[[], T]) -> Work[T]:
+        """Start the work, or let it wait for one of the threads.
+
+        :raises RuntimeError: there is no thread, and none can be started
+        """
+        if self._started <= self._busy and self._started < self._most:
+            number = self._started + 1
+            thread = threading.Thread(target=_serve, args=(self._queue,), name=f"{self._name}_{number}", daemon=True)
+            try:
+                thread.start()
+                self._started = number
+            except RuntimeError:  # the limit of processes: the threads that there are do the work
+                if not self._started:
+                    raise
         work = Work(call, self._freed)
         self._busy += 1
-        if self._started < min(self._busy, self._most):
-            self._started += 1
-            threading.Thread(
-                target=_serve, args=(self._queue,), name=f"{self._name}_{self._started}", daemon=True
-            ).start()
         self._queue.put(work)
         return work
 
@@ -157,9 +169,13 @@ async def in_own_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwa
     The loop has few threads, and all operations need them: a few builds would block the rest.
     """
     stop = threading.Event()
-    work = Work(partial(stopping.run, stop, function, *args, **kwargs))
+    return await ended(_alone(partial(stopping.run, stop, function, *args, **kwargs)), on_cancel=stop.set)
+
+
+def _alone(call: Callable[[], T]) -> Work[T]:
+    work = Work(call)
     threading.Thread(target=work.carry_out, name="coppice-work", daemon=True).start()
-    return await ended(work, on_cancel=stop.set)
+    return work
 
 
 async def beside(side: Coroutine[Any, Any, None], main: Coroutine[Any, Any, T]) -> T:

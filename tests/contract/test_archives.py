@@ -22,13 +22,17 @@ from coppice.errors import (
     UsageError,
 )
 from coppice.linux.files import allocated_bytes
-from coppice.machine import portable
+from coppice.machine import activate, disk, disks, portable
+from coppice.machine import directory as directories
 from coppice.model import State
 from coppice.requests import (
+    DemoteRequest,
     ForkRequest,
     GetRequest,
     OpenExportRequest,
     OpenImportRequest,
+    PromoteRequest,
+    RestoreRequest,
     RmRequest,
 )
 from coppice.state import locks
@@ -64,6 +68,75 @@ async def test_a_template_goes_to_another_data_directory(
     assert (await elsewhere.verify()).differences == ()
     await assert_tidy(fake_host, "oak")
     await assert_tidy(elsewhere, "elm", "oak")
+
+
+@pytest.mark.parametrize("personality", ["file"], indirect=True)
+async def test_a_template_whose_layers_were_merged_goes_to_another_data_directory(
+    fake_host: AsyncHost, elsewhere: AsyncHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merged layer of a running machine has a higher number than the one above it."""
+    monkeypatch.setattr(disk, "MOST", 3)
+    monkeypatch.setattr(disk, "reflink_file", lambda *_, **__: False)
+    await boot(fake_host, "oak")
+    for number in range(5):
+        await ask(fake_host, "oak", "save", f"turn {number}")
+        request = ForkRequest(
+            instance="oak", names=[f"f{number}"], target=State.STANDBY, from_running=True, atomic=True
+        )
+        await fake_host.call(request)
+    source = await fake_host.call(PromoteRequest(instance="f4"))
+    assert list(source.disk_layers["overlay"]) != sorted(source.disk_layers["overlay"])
+    await fake_host.call(RmRequest(instance="oak"))
+    await (await fake_host.get("f4")).export(tmp_path / "archive")
+    made = await elsewhere.import_template(tmp_path / "archive")
+    assert made.record.disk_layers == source.disk_layers
+    (fork,) = (await elsewhere.call(ForkRequest(instance="f4", names=["elm"], atomic=True))).instances
+    assert await ask(elsewhere, fork, "load") == "turn 4"
+
+
+@pytest.mark.parametrize("personality", ["file", "firecracker"], indirect=True)
+async def test_an_imported_disk_is_still_that_of_its_capture_before_it_is_recorded(
+    fake_host: AsyncHost, elsewhere: AsyncHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed after it gave the machine a disk of its own, and before it recorded that, loses no memory."""
+    await template(fake_host)
+    await (await fake_host.get("oak")).export(tmp_path / "oak")
+    await elsewhere.import_template(tmp_path / "oak")
+    oak, rooms = await elsewhere.call(DemoteRequest(instance="oak")), elsewhere.local.rooms
+    directory = rooms.directory(oak.id)
+    assert disk.is_frozen(directory, disks.of(oak)[0])
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rooms.store, "save", kill)
+        with pytest.raises(Killed):
+            activate._own_disks(rooms, oak)
+    assert directories.capture_is_current(directory, oak)
+    oak = await elsewhere.call(RestoreRequest(instance="oak"))
+    assert await ask(elsewhere, oak, "recall", "own") == "rings"
+    assert await ask(elsewhere, oak, "load") == "bark"
+
+
+@pytest.mark.parametrize("personality", ["file", "firecracker"], indirect=True)
+async def test_an_archive_of_the_first_format_is_imported(
+    fake_host: AsyncHost, elsewhere: AsyncHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before other disks had layers, a record had a list of them without a name."""
+    monkeypatch.setattr(disk, "reflink_file", lambda *_, **__: False)
+    source = await template(fake_host, layered=True)
+    archive = tmp_path / "oak"
+    await (await fake_host.get("oak")).export(archive)
+    layers = list(source.disk_layers.get("overlay", ()))
+    old = rewritten(archive, tmp_path / "old", template={"disk_layers": layers}, format=1)
+    made = await elsewhere.import_template(old)
+    assert made.record.disk_layers == source.disk_layers
+    (fork,) = (await elsewhere.call(ForkRequest(instance="oak", names=["elm"], atomic=True))).instances
+    assert await ask(elsewhere, fork, "load") == "bark"
 
 
 async def test_an_archive_is_named_anew_and_can_be_bare(
@@ -140,8 +213,8 @@ async def test_a_host_refuses_what_it_cannot_load(
     with pytest.raises(HostCannot, match="vmm version was 1, is 2"):
         await elsewhere.import_template(archive)
     driver.vmm_version = "1"
-    with pytest.raises(NotSupported, match="the archive has format 2"):
-        await elsewhere.import_template(rewritten(archive, tmp_path / "later", format=2))
+    with pytest.raises(NotSupported, match="the archive has format 3"):
+        await elsewhere.import_template(rewritten(archive, tmp_path / "later", format=3))
     with pytest.raises(NotSupported, match="xen"):
         await elsewhere.import_template(
             rewritten(archive, tmp_path / "vmm", template={"driver": "xen", "capture.manifest.driver": "xen"})

@@ -12,11 +12,13 @@ import pytest
 
 from coppice.client import AsyncHost
 from coppice.errors import NoSpace, VmmError
+from coppice.host.admission import demand_of_activation
+from coppice.machine import activate, disk, disks
 from coppice.machine import directory as directories
-from coppice.machine import disk, disks
 from coppice.model import MIB, Instance, State
 from coppice.requests import (
     ForkRequest,
+    GetRequest,
     RestoreRequest,
     RmRequest,
     SnapshotRequest,
@@ -185,3 +187,44 @@ async def test_a_failed_restore_keeps_the_capture(fake_host: AsyncHost, driver: 
     (oak, _) = sorted(await assert_tidy(fake_host, "oak", "ash"), key=lambda each: each.name != "oak")
     assert oak.state is State.STANDBY
     assert await ask(fake_host, await fake_host.call(RestoreRequest(instance=oak.id)), "load") == "kept"
+
+
+@pytest.mark.parametrize("state", [State.STOPPED, State.STANDBY])
+async def test_a_start_cancelled_when_its_disk_is_recorded_keeps_the_disk(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch, state: State
+) -> None:
+    """The layers were merged and recorded, and the old ones removed. The call that recorded that does not learn it."""
+    monkeypatch.setattr(disk, "MOST", 2)
+    oak = await make(fake_host, State.RUNNING)
+    for number in range(3):  # the last fork freezes the last layer that fits
+        await ask(fake_host, oak, "save", f"turn {number}")
+        await fake_host.call((StandbyRequest if state is State.STANDBY else StopRequest)(instance=oak.id))
+        oak = await fake_host.call(GetRequest(instance=oak.id))
+        await fork(fake_host, oak, f"f{number}", state)
+        if number < 2:
+            oak = await fake_host.call((RestoreRequest if state is State.STANDBY else StartRequest)(instance=oak.id))
+    assert len(disks.of(oak)[0].layers) == disk.MOST
+    layers = disks.paths(fake_host.local.rooms.directory(oak.id), disks.of(oak))[1:]
+    demand = demand_of_activation(fake_host.local.rooms, oak, boot=state is State.STOPPED)
+    assert demand.clone_bytes >= disk.allocated(layers) > 0  # the start merges them
+    original, loop = activate._own_disks, asyncio.get_running_loop()
+
+    async def cancel() -> None:
+        starting.cancel()
+
+    def cancelled(*args: Any) -> Instance:
+        owned = original(*args)
+        asyncio.run_coroutine_threadsafe(cancel(), loop).result(10)
+        return owned
+
+    with monkeypatch.context() as patch:
+        patch.setattr(activate, "_own_disks", cancelled)
+        request = (RestoreRequest if state is State.STANDBY else StartRequest)(instance=oak.id)
+        starting = asyncio.create_task(fake_host.call(request))
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    oak = await fake_host.call(GetRequest(instance=oak.id))
+    assert oak.state is state
+    oak = await fake_host.call(request)
+    assert await ask(fake_host, oak, "load") == "turn 2"
+    await assert_tidy(fake_host, "oak", "f0", "f1", "f2")

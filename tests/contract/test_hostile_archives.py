@@ -24,6 +24,14 @@ LIES: dict[str, dict[str, Any]] = {
             ]
         }
     },
+    "clones": {
+        "template": {
+            "machine.volumes": [
+                {"volume_id": "x", "volume_name": "x", "size_bytes": 1, "mount_path": "/x", "private": True}
+            ]
+        }
+    },
+    "unnamed disk": {"template": {"disk_layers": {"overlay": [1]}}, "format": 1},
     "name": {"template": {"name": "../oak"}},
     "cpus": {"template": {"machine.cpus": 0}},
     "memory": {"template": {"machine.memory_bytes": 1 << 30}},

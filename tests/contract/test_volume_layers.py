@@ -30,6 +30,7 @@ from coppice.state.journal import JournalOperation
 from coppice.state.store import Store
 from coppice.state.volumes import VolumeStore
 from coppice.vmm.process import start_ticks
+from coppice.volumes import ext4
 from fakes.driver import CAPABILITIES, FakeDriver
 from fakes.hosting import ask, assert_tidy, fingerprint
 from fakes.rooms import IMAGE
@@ -221,6 +222,30 @@ async def test_a_vmm_without_layers_gets_a_file_of_its_own(
         assert got_of_volume(fake_host) == "ash"
     finally:
         await raw_only.end(fake_home / "instances")
+
+
+async def test_the_journal_of_a_frozen_volume_is_replayed(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clones are gone, so nothing else has the file. A user who is not root could not write to it as it is."""
+    await make_writer(fake_host)
+    await fake_host.call(StopRequest(instance="oak"))
+    await fork(fake_host, "elm")
+    for name in ("oak", "elm"):
+        await fake_host.call(RmRequest(instance=name))
+    raw = fake_host.local.rooms.layout.volume_disk((await fake_host.volumes.inspect("data")).volume.id)
+    assert disk.frozen(raw)
+    replayed: list[bool] = []
+
+    def replay(path: Path) -> bool:
+        replayed.append(disk.frozen(path))
+        return True
+
+    monkeypatch.setattr(ext4, "needs_recovery", lambda _: not replayed)
+    monkeypatch.setattr(ext4, "replay_journal", replay)
+    ash = await with_volume(fake_host, READS, "ash")
+    assert replayed == [False]
+    assert disk.frozen(own_link(fake_host, ash))
 
 
 async def test_many_forks_leave_few_layers(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -332,3 +334,51 @@ async def test_an_error_of_the_work_does_not_reach_the_block() -> None:
 
     async with asyncio.timeout(20), later(0.001, side):
         await failed.wait()
+
+
+def test_threads_that_cannot_be_started_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit of processes a call fails, or another thread does its work. Later calls do not wait for ever."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def calls() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            for _ in range(completion._LONG_THREADS + 1):
+                with pytest.raises(RuntimeError, match="new thread"):
+                    await in_thread(threading.get_ident)
+        async with asyncio.timeout(5):
+            assert await in_thread(threading.get_ident) != threading.get_ident()
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                both = await asyncio.gather(in_thread(threading.get_ident), in_thread(threading.get_ident))
+            assert both[0] == both[1]
+
+    asyncio.run(calls())
+
+
+async def test_an_error_of_a_thread_keeps_nothing_alive() -> None:
+    """Else the objects of the calls that failed, such as open files, would wait for the collector of cycles."""
+
+    class Kept:
+        pass
+
+    seen: list[weakref.ref[Kept]] = []
+
+    def fail() -> None:
+        kept = Kept()
+        seen.append(weakref.ref(kept))
+        raise ZeroDivisionError
+
+    gc.disable()
+    try:
+        for call in (in_thread, in_own_thread):
+            with contextlib.suppress(ZeroDivisionError):
+                await call(fail)
+            for _ in range(100):  # until the thread has left its call
+                if seen[-1]() is not None:
+                    await asyncio.sleep(0.001)
+    finally:
+        gc.enable()
+    assert [each() for each in seen] == [None, None]

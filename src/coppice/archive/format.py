@@ -20,7 +20,7 @@ from coppice import stopping
 from coppice.errors import ImageError
 from coppice.model import MIB, Image, Instance, Record, from_json, to_json
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 BLOCK: Final = tarfile.BLOCKSIZE
 MANIFEST: Final = "coppice-template.json"
 DIGESTS: Final = "coppice-digests.json"

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from coppice import stopping
 from coppice.archive.format import (
     BLOCK,
@@ -35,16 +37,28 @@ from coppice.errors import DigestMismatch, ImageError, NotSupported
 from coppice.linux.clone import write_all
 from coppice.linux.files import os_errors
 from coppice.linux.link import IMMUTABLE
-from coppice.model import Record
+from coppice.model import Record, to_json
 
 _RANGE = re.compile(r"data/(0|[1-9a-f][0-9a-f]{0,15})/(0|[1-9a-f][0-9a-f]{0,15})")
 
 
+_UNNAMED_DISK = 1  # an earlier format
+_OVERLAY = "overlay"  # the disk that it means
 _OTHER = "give a file that `coppice export` wrote; `coppice image import` takes images"
 
 
 class _Format(Record, frozen=True, kw_only=True):
     format: int
+
+
+def _with_named_disk(text: bytes) -> bytes:
+    """Return a manifest of the first format as one of the second: the layers of the overlay disk had no name."""
+    parts = dict[str, msgspec.Raw]
+    manifest = decoded(text, parts, "manifest")
+    template = decoded(bytes(manifest.get("template", b"{}")), parts, "manifest")
+    layers = decoded(bytes(template.get("disk_layers", b"[]")), tuple[int, ...], "manifest")
+    template["disk_layers"] = msgspec.Raw(to_json({_OVERLAY: layers} if layers else {}))
+    return to_json({**manifest, "template": msgspec.Raw(to_json(template))})
 
 
 def manifest_in(beginning: bytearray) -> tuple[Manifest, int] | None:
@@ -62,11 +76,12 @@ def manifest_in(beginning: bytearray) -> tuple[Manifest, int] | None:
         return None
     text = bytes(beginning[BLOCK : BLOCK + member.size])
     version = decoded(text, _Format, "manifest").format
-    if version != FORMAT:
+    if version not in (_UNNAMED_DISK, FORMAT):
         raise NotSupported(
-            f"the archive has format {version}, and this Coppice reads format {FORMAT}", hint="use a newer Coppice"
+            f"the archive has format {version}, and this Coppice reads formats up to {FORMAT}",
+            hint="use a newer Coppice",
         )
-    manifest: Manifest = decoded(text, Manifest, "manifest")
+    manifest: Manifest = decoded(text if version == FORMAT else _with_named_disk(text), Manifest, "manifest")
     possible = all(0 <= file.data_bytes <= file.size_bytes for file in manifest.files)
     if len(manifest.files) > MOST_FILES or not possible or total_bytes(manifest.files) > LARGEST_TOTAL:
         raise ImageError("the manifest has too many files, or files of impossible sizes", hint=CURE)

@@ -202,11 +202,15 @@ def demand_of_run(driver: VmmDriver, machine: MachineSpec, *, start: bool, clone
 
 
 def demand_of_activation(rooms: Rooms, instance: Instance, *, boot: bool) -> Demand:
-    """Return the demand of starting or restoring an instance."""
-    ram_bytes = instance.machine.memory_bytes
-    in_file = boot and rooms.driver(instance).capabilities.boots_in_file
+    """Return the demand of starting or restoring an instance. Blocks."""
+    ram_bytes, driver, directory = instance.machine.memory_bytes, rooms.driver(instance), rooms.directory(instance.id)
+    in_file = boot and driver.capabilities.boots_in_file
     return Demand(
-        what=instance.name, ram_bytes=ram_bytes, vmm_bytes=instance.vmm_bytes, disk_bytes=ram_bytes if in_file else 0
+        what=instance.name,
+        ram_bytes=ram_bytes,
+        vmm_bytes=instance.vmm_bytes,
+        disk_bytes=ram_bytes if in_file else 0,
+        clone_bytes=sum(disk.bytes_of_own(directory, each, driver) for each in disks.of(instance)),
     )
 
 

@@ -82,6 +82,9 @@ async def settle(rooms: Rooms, instance: Instance, reason: str, ending: Ending |
     directory = rooms.directory(instance.id)
     await destroy.end_vmm(rooms, instance)
     await in_thread(directories.clear_runtime, directory)
+    recorded, _ = await rooms.store.look_up(instance.id)
+    if recorded.disk_layers != instance.disk_layers:  # a cancelled call does not return what it has recorded
+        instance = msgspec.structs.replace(instance, disk_layers=recorded.disk_layers, capture=recorded.capture)
     await in_thread(disks.remove_others, directory, instance)
     whole = instance.state not in _HAS_RUN and await in_thread(directories.capture_is_current, directory, instance)
     if not whole:

@@ -174,7 +174,10 @@ def own(directory: Path, disk: Disk, driver: VmmDriver, overlays: OverlayStore) 
     """
     top = disk.paths(directory)[-1]
     if not driver.capabilities.layer_format:
-        clone_file(top, top)
+        if top.stat().st_nlink > 1:
+            clone_file(top, top)
+        else:  # an imported one; a new file would no longer be that of its capture until the record is saved
+            top.chmod(0o600)
         return disk
     if len(disk.layers) >= MOST:
         disk, _ = _merge(directory, directory, disk, driver, disk._next)
@@ -208,8 +211,17 @@ def bytes_of_fork(directory: Path, disk: Disk, drivers: tuple[VmmDriver, VmmDriv
     of_source, own = (driver.capabilities.layer_format for driver in drivers)
     if not own or own != of_source:
         return allocated(disk.paths(directory))
-    merged = allocated(disk.paths(directory)[1:]) if len(disk.layers) >= MOST else 0
-    return merged + _EMPTY_LAYER
+    return _EMPTY_LAYER + _merged_bytes(directory, disk)
+
+
+def bytes_of_own(directory: Path, disk: Disk, driver: VmmDriver) -> int:
+    """Return the most bytes that a start writes to give a machine at rest a disk of its own, as `own` does."""
+    top = disk.paths(directory)[-1]
+    if not top.exists() or not frozen(top):
+        return 0
+    if not driver.capabilities.layer_format:
+        return _allocated(top)
+    return _EMPTY_LAYER + _merged_bytes(directory, disk)
 
 
 def bytes_of_share(directory: Path, disk: Disk, driver: VmmDriver) -> int:
@@ -221,7 +233,11 @@ def bytes_of_running(directory: Path, disk: Disk, driver: VmmDriver) -> int:
     """Return the most bytes that a capture of a running machine writes for its disk without reflinks."""
     if not driver.capabilities.switches_layers:
         return _allocated(disk.paths(directory)[-1])
-    return _EMPTY_LAYER + (allocated(disk.paths(directory)[1:]) if len(disk.layers) >= MOST else 0)
+    return _EMPTY_LAYER + _merged_bytes(directory, disk)
+
+
+def _merged_bytes(directory: Path, disk: Disk) -> int:
+    return allocated(disk.paths(directory)[1:]) if len(disk.layers) >= MOST else 0
 
 
 def _allocated(path: Path) -> int:

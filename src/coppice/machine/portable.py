@@ -77,13 +77,14 @@ def require_sound(template: Instance, sizes: Mapping[str, int]) -> None:
     capture, machine = template.capture, template.machine
     if template.state is not State.TEMPLATE or capture is None:
         raise ImageError("the archive has no captured memory", hint=_CURE)
-    (overlay,) = disks.of(template)
-    numbers = overlay.layers
-    ascending = all(low < high for low, high in zip((0, *numbers), (*numbers, _LARGEST_LAYER_NUMBER), strict=True))
+    overlay, *volumes = disks.of(template)
+    numbers = overlay.layers  # in any order: the layer of a merge has a higher number than the one above it
+    valid = len(set(numbers)) == len(numbers) and all(0 < number < _LARGEST_LAYER_NUMBER for number in numbers)
     if (
         len(capture.layers) > layers.MOST
         or len(numbers) > disk.MOST
-        or not ascending
+        or not valid
+        or volumes
         or template.disk_layers != disks.recorded([overlay])
     ):
         raise ImageError("the archive has impossible layers of memory or disk", hint=_CURE)
@@ -112,7 +113,7 @@ def require_layers(directory: Path, template: Instance, driver: VmmDriver) -> No
     """
     if template.capture is None:
         raise AssertionError("`require_sound` has seen a capture")
-    (overlay,) = disks.of(template)
+    (overlay,) = disks.of(template)  # it has no volumes
     for path in overlay.paths(directory)[1:]:
         driver.check_layer(path, overlay.size_bytes)
     layers.check_foreign_map(directory / files.MEMORY, template.capture.layers, template.machine.memory_bytes)

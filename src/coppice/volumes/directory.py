@@ -91,6 +91,7 @@ def bytes_of_place(rooms: Rooms, volumes: Sequence[VolumeDisk], driver: VmmDrive
     )
 
 
+@os_errors("look at a volume")
 def _obstacle(
     rooms: Rooms, volume: Volume, wanted: VolumeDisk, driver: VmmDriver
 ) -> Literal["shared", "journal"] | None:
@@ -131,5 +132,7 @@ def _make_usable(rooms: Rooms, wanted: VolumeDisk, driver: VmmDriver, directory:
         volume = msgspec.structs.replace(volume, layers=(), driver="")
         attached.keep(rooms, volume)
     if wanted.readonly:
+        if ext4.needs_recovery(raw):  # nothing else has the file, or it is "shared"
+            raw.chmod(0o600)  # clones that are gone have left it frozen
         ext4.replay_journal(raw)
     return volume
