@@ -97,6 +97,7 @@ def set_(
         )
     )
     cli.show(made, lambda: output.line(format.moment(made.next_run_at)))
+    options.warn_without_server(cli, "the schedule")
 
 
 @schedule_app.declare("show")
