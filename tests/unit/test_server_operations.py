@@ -10,6 +10,7 @@ import pytest
 
 from coppice.errors import NoSpace
 from coppice.model import Progress, ProgressSink
+from coppice.server import running
 from coppice.server.running import Limits, Operations
 
 
@@ -66,3 +67,19 @@ async def test_a_late_step_changes_no_sum() -> None:
     operations._ended[0] = (0.0, *operations._ended[0][1:])
     operations._forget()
     assert operations._bytes == 0
+
+
+async def test_the_latest_operation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large its result is: its client has not looked it up yet."""
+    monkeypatch.setattr(running, "MOST_BYTES", 1 << 20)
+    operations = Operations(Limits())
+
+    async def work(_: ProgressSink) -> bytes:
+        return bytes(2 << 20)
+
+    async with asyncio.timeout(10):
+        for _ in range(2):
+            last = operations.start("read_file", None, work)
+            await last.result()
+            await asyncio.sleep(0)
+    assert operations.all(None) == [last]

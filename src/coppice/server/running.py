@@ -253,7 +253,9 @@ class Operations:
         """Forget operations that ended long ago, and the oldest if they are too many or their results too large."""
         old = time.time() - KEPT_S
         while self._ended and (
-            len(self._operations) > _MOST_KEPT or self._bytes > MOST_BYTES or self._ended[0][0] < old
+            len(self._operations) > _MOST_KEPT
+            or (self._bytes > MOST_BYTES and len(self._ended) > 1)  # the latest can be looked up, however large
+            or self._ended[0][0] < old
         ):
             _, weight, forgotten = self._ended.popleft()
             self._bytes -= weight
