@@ -24,6 +24,7 @@ from coppice.requests import (
     SnapshotScheduleSetRequest,
     UpdateRequest,
 )
+from coppice.state import locks
 from coppice.state import schedules as recorded
 from fakes.clock import FakeClock
 from fakes.driver import FakeDriver
@@ -108,6 +109,38 @@ async def test_a_failed_removal_keeps_no_other_snapshot(fake_host: AsyncHost, mo
     due, following = fake_host.local.rooms.store.supervised.schedules.due(at, None)
     assert due == []
     assert following == pytest.approx(at + 60)
+
+
+async def test_no_removal_waits_for_an_operation(fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that uses the oldest snapshot may take minutes, and other schedules would wait too."""
+    await boot(fake_host)
+    await schedule(fake_host, max_count=10)
+    now = time.time()
+    for number in (1, 2, 3):
+        found = await run(fake_host, now + number * (HOUR_S + 1))
+    await schedule(fake_host, max_count=1)
+    asked: list[str] = []
+    remove = Schedules.snapshot_rm
+
+    async def noted(self: Schedules, request: SnapshotRmRequest) -> None:
+        asked.append(request.snapshot)
+        await remove(self, request)
+
+    monkeypatch.setattr(Schedules, "snapshot_rm", noted)
+    lock = fake_host.local.rooms.layout.lock(found[0].id)
+    async with locks.hold(lock, shared=True, what="test", deadline_s=SOON_S):
+        await run(fake_host, now + 3.5 * HOUR_S)
+    assert asked == [found[1].id]
+    assert [each.id for each in await run(fake_host, now + 3.6 * HOUR_S)] == [found[2].id]
+
+
+async def test_a_supervisor_that_begins_again_looks_at_all(fake_host: AsyncHost, clock: FakeClock) -> None:
+    """Also at an instance whose look was cancelled before its first step, when the database could not be read."""
+    watching = supervisor.Supervisor(fake_host.local, clock)
+    watching._attend("a" * 24)
+    watching._wake("b" * 24)
+    await watching._end()
+    assert (watching._attending, watching._waking) == ({}, {})
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed"])

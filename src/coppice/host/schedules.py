@@ -20,6 +20,7 @@ from coppice.requests import (
     SnapshotScheduleRmRequest,
     SnapshotScheduleSetRequest,
 )
+from coppice.state import locks
 
 _log = logging.getLogger(__name__)
 _AGAIN_S: Final = 60.0  # after a snapshot could not be removed
@@ -133,8 +134,10 @@ class Schedules(Snapshots):
 
     async def _removed(self, snapshot: Snapshot) -> bool:
         """Remove a snapshot. Return whether it is gone: an operation may use it, or its removal fails. The others
-        are removed nevertheless.
+        are removed nevertheless, and none waits for an operation.
         """
+        if await in_thread(locks.is_held, self.rooms.layout.lock(snapshot.id)):
+            return False
         try:
             await self.snapshot_rm(SnapshotRmRequest(snapshot=snapshot.id))
         except NotFound:

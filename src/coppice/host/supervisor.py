@@ -306,3 +306,5 @@ class Supervisor:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        for each in (self._attending, self._waking, self._scheduled):
+            each.clear()  # a task that was cancelled before its first step has not left its own place
