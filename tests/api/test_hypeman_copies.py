@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from hypeman.lib.cp import CopyProtocolError
 from websockets.asyncio.client import connect
 
 from agent_process import agent_binary
+from coppice.agent import records
 from coppice.client.connecting import connect_async
-from coppice.errors import NoSpace
+from coppice.errors import GuestError, NoSpace
 from coppice.server.auth import make_token
 from coppice.server.hypeman import copies
 from fakes.records import MEMORY_BYTES, OVERLAY_BYTES
@@ -168,6 +170,21 @@ async def test_a_tree_takes_a_bounded_part_of_memory_and_disk(
             with pytest.raises(CopyProtocolError, match=refusal):
                 await cp_from_instance_async(client, "oak", f"{guest}", tmp_path / "back")
     assert list((fake_home / "uploads").glob("*")) == []
+
+
+async def test_a_hostile_guest_sends_no_path_that_this_host_cannot_open(tmp_path: Path) -> None:
+    """It can make one in its records, whatever its own kernel allows."""
+    parts = ["tree", *("x" * 250 for _ in range(20))]
+
+    class Hostile:
+        async def tree_out(self, _: str) -> AsyncIterator[bytes]:
+            for depth in range(1, len(parts) + 1):
+                yield records.encode(records.Entry(path="/".join(parts[:depth]), kind="d"))
+            yield records.END
+
+    host = SimpleNamespace(home=tmp_path, budgets=SimpleNamespace(disk_floor_bytes=0))
+    with pytest.raises(GuestError, match="too long"):
+        await copies._received(Hostile(), "/tree", tmp_path / "content", host)  # type: ignore[arg-type]
 
 
 async def test_the_status_of_a_path_that_cannot_be_followed(client: AsyncHypeman, tmp_path: Path) -> None:

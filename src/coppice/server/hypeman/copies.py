@@ -7,6 +7,7 @@ true size of each file before its content. It takes no space that the budgets re
 from __future__ import annotations
 
 import asyncio
+import os
 import posixpath
 import stat
 import time
@@ -38,6 +39,7 @@ from coppice.server.streams import Socket, answering, frame_from, send, silence
 _CHUNK: Final = 32 << 10
 _MOST_BYTES: Final = 256 << 20  # of memory for the entries of a tree
 _ENTRY: Final = 512  # bytes that an entry takes besides its names
+_PATH_MAX: Final = 4096  # of Linux
 _PERMISSIONS: Final = 0o777
 
 
@@ -161,17 +163,19 @@ async def _received(session: CopySession, source: str, target: Path, host: Local
 
     :raises GuestRefused: the source does not exist or cannot be read
     :raises NoSpace: it takes free space that the budgets reserve
-    :raises GuestError: it has too many entries
+    :raises GuestError: it has too many entries, or too long a path
     :raises NotSupported: a name in it is not UTF-8
     """
     found: dict[str, Entry] = {}
-    unchecked = 0
+    unchecked, top = 0, len(os.fsencode(target)) + 1
 
     def noted(items: Iterator[Item]) -> Iterator[Item]:
         entries = 0
         for item in items:
             if isinstance(item, Entry):
                 _require_text(item)
+                if top + len(os.fsencode(item.path)) >= _PATH_MAX:
+                    raise GuestError(f"{item.path[:200]!r} is too long for a path", hint="copy a part of it")
                 found["/".join(parts_of(item.path)[1:])] = item
                 entries += _ENTRY + 2 * len(item.path) + len(item.link)
                 if entries > _MOST_BYTES:
