@@ -191,4 +191,6 @@ async def test_a_wrong_parameter_is_named_as_the_client_named_it(socket_address:
         assert "state: Invalid enum value" in answer.json()["message"]
         answer = await client.get("/instances/oak/logs?source=bogus")
         assert "source: Invalid enum value" in answer.json()["message"]
+        assert "limit: Expected" in (await client.get("/audit?limit=0")).json()["message"]
+        assert "timeout: Expected" not in (await client.get("/audit?limit=0")).json()["message"]
         assert "has no body" in (await client.post("/instances")).json()["message"]

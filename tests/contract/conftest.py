@@ -48,6 +48,7 @@ ALIKE = frozenset(
         "test_host_memory",
         "test_hostile_archives",
         "test_restarts",
+        "test_schedule_hazards",
         "test_snapshot_schedules",
         "test_traffic",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,6 +14,7 @@ import pytest
 
 from coppice.client import AsyncHost
 from coppice.errors import InStandby
+from coppice.host.upkeep import Upkeep
 from coppice.model import Instance, Publish, State
 from coppice.model.automation import AutoStandbyStatus
 from coppice.requests import (
@@ -378,6 +380,14 @@ async def test_a_hold_without_effect(fake_host: AsyncHost) -> None:
     await fake_host.call(StopRequest(instance="oak"))
     held = await fake_host.call(AutoStandbyHoldRequest(instance="oak"))
     assert (held.status, held.hold_until) == ("ineligible", None)
+
+
+async def test_a_hold_counts_for_a_supervisor_that_waited(fake_host: AsyncHost) -> None:
+    """For the machine's lock, or for a health check: its time is from before the hold."""
+    oak = await boot(fake_host, auto_standby_s=IDLE_S)
+    await fake_host.call(AutoStandbyHoldRequest(instance="oak"))
+    assert not await fake_host.local.group(Upkeep)._rest(oak, time.time() - 30)
+    assert (await fake_host.call(GetRequest(instance="oak"))).state is State.RUNNING
 
 
 async def test_a_hold_of_the_future_does_not_count(fake_host: AsyncHost, clock: FakeClock) -> None:

@@ -15,6 +15,8 @@ from coppice.client import AsyncHost, AsyncMachine
 from coppice.errors import InUse, InvalidName, NameTaken, NotFound, Refused
 from coppice.model import MIB, Instance, State, VolumeMount
 from coppice.requests import (
+    AutoStandbyHoldRequest,
+    AutoStandbyRequest,
     ConnectRequest,
     DemoteRequest,
     ExecRequest,
@@ -36,6 +38,9 @@ from coppice.requests import (
     SnapshotRequest,
     SnapshotRestoreRequest,
     SnapshotRmRequest,
+    SnapshotScheduleRequest,
+    SnapshotScheduleRmRequest,
+    SnapshotScheduleSetRequest,
     StandbyRequest,
     StartRequest,
     StatRequest,
@@ -64,6 +69,7 @@ EVERY_USE: tuple[Callable[[str], Request[object]], ...] = (
         for kind in (
             GetRequest, InspectRequest, StandbyRequest, RestoreRequest, StartRequest, StopRequest, RmRequest, ForkRequest, PromoteRequest,
             DemoteRequest, HealthRequest, StatsRequest, TreeRequest, SnapshotRequest, UpdateRequest,
+            AutoStandbyRequest, AutoStandbyHoldRequest, SnapshotScheduleRequest, SnapshotScheduleRmRequest,
         )
     ),
     lambda name: ExecRequest(instance=name, argv=["hostname"]),
@@ -72,6 +78,7 @@ EVERY_USE: tuple[Callable[[str], Request[object]], ...] = (
     lambda name: WriteFileRequest(instance=name, path="/etc/hostname", data=b""),
     lambda name: StatRequest(instance=name, path="/etc/hostname"),
     lambda name: WaitRequest(instance=name, deadline_s=1),
+    lambda name: SnapshotScheduleSetRequest(instance=name, interval_s=60, max_count=1),
 )  # fmt: skip
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from cli_host import FakeHost
 from cli_lines import document, output_of, run
 from coppice.errors import InStandby, NotFound
 from coppice.model.automation import AutoStandbyStatus, SnapshotSchedule
+from coppice.state import locks
+from coppice.state.layout import Layout
 
 AT = 1_700_000_000.0
 SCHEDULE = SnapshotSchedule(
@@ -22,6 +27,16 @@ SCHEDULE = SnapshotSchedule(
     last_run_at=AT,
     last_error="the disk is full",
 )
+
+
+@pytest.fixture(autouse=True)
+def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hold the lock of a server on the data directory."""
+    monkeypatch.setenv("COPPICE_HOME", str(tmp_path))
+    descriptor = locks.try_lock(Layout(tmp_path).supervisor_lock(None))
+    assert descriptor is not None
+    yield
+    locks.release(descriptor)
 
 
 def test_the_status_names_what_keeps_an_instance_awake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +70,16 @@ def test_a_schedule_is_set(capsys: pytest.CaptureFixture[str]) -> None:
     asked = host.asked("snapshot_schedule_set")
     assert (asked["instance"], asked["interval_s"], asked["max_count"]) == ("web", 3600, 24)
     assert (asked["max_age_s"], asked["name_prefix"], asked["tags"]) == (7 * 86400, "nightly", {"team": "a"})
+
+
+def test_a_schedule_that_nothing_carries_out_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Without a server on the data directory no snapshot is taken, and the user is told."""
+    host = FakeHost(snapshot_schedule_set=SCHEDULE)
+    words = ["snapshot", "schedule", "set", "web", "--every", "1h", "--keep", "24"]
+    assert run(host, "--home", str(home := tmp_path / "home"), *words) == 0
+    assert f"no server runs on {home}, so nothing carries out the schedule yet" in capsys.readouterr().err
+    assert run(host, *words) == 0  # the common fixture holds the lock of its server
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("words", [["--every", "1h"], ["--every", "soon", "--keep", "1"], ["--keep", "1"]])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -374,3 +375,24 @@ def test_lock_files_are_removed_only_by_their_holder() -> None:
     sources = Path(locks.__file__).parents[1]
     unlinks = re.compile(r"lock[\w.()]*\.unlink\(")
     assert [path for path in sources.rglob("*.py") if unlinks.search(path.read_text())] == []
+
+
+def test_those_who_ask_for_holders_do_not_see_each_other(tmp_path: Path) -> None:
+    """Many may ask at the same time whether a machine is in use: that is no use. A holder of either kind is seen."""
+    path = tmp_path / "lock"
+    assert not locks.is_held(path)
+    assert not path.exists()
+    path.touch()
+    seen: list[bool] = []
+    threads = [Thread(target=lambda: seen.extend(locks.is_held(path) for _ in range(2000))) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(60)
+    assert (len(seen), sum(seen)) == (6000, 0)
+    for shared in (True, False):
+        descriptor = try_lock(path, shared=shared)
+        assert descriptor is not None
+        assert locks.is_held(path)
+        release(descriptor)
+    assert not locks.is_held(path)

@@ -114,7 +114,7 @@ def parts_of(name: str) -> list[str]:
 
 
 _HINT = "get the unchanged tree as an archive with `coppice cp NAME:PATH -`"
-_LINK_HINT = "make such links with `coppice cp --outside-links`, if no program follows them; or " + _HINT
+_LINK_HINT = "make such links with `coppice cp --outside-links NAME:PATH DST`, if no program follows them; or " + _HINT
 
 
 @contextlib.contextmanager

@@ -76,7 +76,9 @@ def set_(
     prefix: Annotated[
         str | None, Option("--prefix", help="Beginning of the snapshots' names. Default: the instance's name.")
     ] = None,
-    tag: options.Tags = None,
+    tag: Annotated[
+        list[str] | None, Option("--tag", metavar="KEY=VALUE", help="A tag for its snapshots; repeatable.")
+    ] = None,
 ) -> None:
     """Let a server take snapshots of an instance at an interval; print the time of the next one.
 
@@ -97,6 +99,7 @@ def set_(
         )
     )
     cli.show(made, lambda: output.line(format.moment(made.next_run_at)))
+    options.warn_without_server(cli, "the schedule")
 
 
 @schedule_app.declare("show")

@@ -126,6 +126,25 @@ Notify = Annotated[
 ]
 
 
+def warn_without_server(cli: "Cli", what: str) -> None:
+    """Print that nothing carries something out, if only a server can and none runs."""
+    from coppice.state import locks
+    from coppice.state.layout import Layout, data_directory
+
+    if cli.server is not None:
+        return
+    layout = Layout(data_directory(cli.home))
+    for owner in {None, cli.owner}:
+        lock = layout.supervisor_lock(owner)
+        descriptor = locks.try_lock(lock, shared=True, create=False) if lock.exists() else -1
+        if descriptor is None:
+            return
+        if descriptor >= 0:
+            locks.release(descriptor)
+    output.complain(f"no server runs on {layout.home}, so nothing carries out {what} yet")
+    output.complain("hint: run `coppice serve` there")
+
+
 class PolicyOptions(Values):
     """The options of every command that sets policies."""
 
@@ -199,23 +218,10 @@ class PolicyOptions(Values):
 
     def warn_without_server(self, cli: "Cli") -> None:
         """Print that nothing carries the policies out, if only a server can and none runs."""
-        from coppice.state import locks
-        from coppice.state.layout import Layout, data_directory
-
         restarts, rests = self.restart not in (None, "never"), bool(parse.ttl(self.auto_standby))
         given = [f"--{name}" for name, wanted in (("restart", restarts), ("auto-standby", rests)) if wanted]
-        if not given or cli.server is not None:
-            return
-        layout = Layout(data_directory(cli.home))
-        for owner in {None, cli.owner}:
-            lock = layout.supervisor_lock(owner)
-            descriptor = locks.try_lock(lock, shared=True, create=False) if lock.exists() else -1
-            if descriptor is None:
-                return
-            if descriptor >= 0:
-                locks.release(descriptor)
-        output.complain(f"no server runs on {layout.home}, so nothing carries out {' and '.join(given)} yet")
-        output.complain("hint: run `coppice serve` there")
+        if given:
+            warn_without_server(cli, " and ".join(given))
 
 
 class ForkOptions(PolicyOptions):

@@ -69,21 +69,11 @@ async def use_of(rooms: Rooms, instance: Instance, seen: Observed, now: float) -
     path, limit = activity_file(rooms, instance), idle_s(instance)
     times = (instance.started_at, seen.active_at, await in_thread(_changed_at, path))
     return Use(
-        in_use=await in_thread(_is_locked, path),
+        in_use=await in_thread(locks.is_held, path),  # nobody used the machine yet if there is no file
         connections=await rooms.networks.of(instance.machine).connections(instance),
         last=max((at for at in times if at and at <= now + limit), default=None),  # a later one: the clock was set back
         held_until=await in_thread(rooms.store.supervised.held_until, instance.id, now),
     )
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.exists():  # nobody used the machine yet; the time of a new file would count as that of a use
-        return False
-    descriptor = locks.try_lock(path)
-    if descriptor is None:
-        return True
-    locks.release(descriptor)
-    return False
 
 
 def _changed_at(path: Path) -> float:

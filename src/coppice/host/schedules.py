@@ -20,6 +20,7 @@ from coppice.requests import (
     SnapshotScheduleRmRequest,
     SnapshotScheduleSetRequest,
 )
+from coppice.state import locks
 
 _log = logging.getLogger(__name__)
 _AGAIN_S: Final = 60.0  # after a snapshot could not be removed
@@ -73,7 +74,10 @@ class Schedules(Snapshots):
             return
         instance = await self._source(key)
         if instance is not None and not now < schedule.next_run_at <= now + schedule.interval_s:
-            schedule = await self._run(instance, now) or schedule
+            await self._run(instance, schedule, now)
+            schedule = await in_thread(self.rooms.store.supervised.schedules.get, key)
+            if schedule is None:  # removed meanwhile, so all snapshots stay
+                return
         due = await self._prune(schedule, now)
         if instance is not None:
             due = min(due or schedule.next_run_at, schedule.next_run_at)
@@ -92,11 +96,11 @@ class Schedules(Snapshots):
             raise no_instance(key)
         return found
 
-    async def _run(self, instance: Instance, now: float) -> SnapshotSchedule | None:
-        """Take a snapshot, and record what became of it. Return the schedule with the time of the next one."""
-        begun = await in_thread(self.rooms.store.supervised.schedules.begin, instance.id, now)
+    async def _run(self, instance: Instance, schedule: SnapshotSchedule, now: float) -> None:
+        """Take a snapshot, and record what became of it."""
+        begun = await in_thread(self.rooms.store.supervised.schedules.begin, schedule, now)
         if begun is None:
-            return None
+            return
         name = new_name(begun.name_prefix or instance.name)
         try:
             request = SnapshotRequest(instance=instance.id, name=name, tags=begun.tags)
@@ -106,7 +110,6 @@ class Schedules(Snapshots):
             _log.warning("no scheduled snapshot of %s: %s", instance.name, failure)
             made, error = None, str(failure)[:_LONGEST_ERROR]
         await in_thread(self.rooms.store.supervised.schedules.ran, instance.id, made, error)
-        return begun
 
     async def _prune(self, schedule: SnapshotSchedule, now: float) -> float | None:
         """Remove the snapshots that a schedule no longer keeps. Return when the next one has its age; None: no
@@ -116,7 +119,9 @@ class Schedules(Snapshots):
             each
             for each in await in_thread(self.rooms.store.snapshots.all)
             if each.scheduled and each.source == schedule.instance
-        ]  # the oldest first
+        ]
+        # The oldest first. A snapshot of the future, other than the latest, is from before the clock was set back.
+        found.sort(key=lambda each: (each.id == schedule.last_snapshot, each.created_at <= now, each.created_at))
         surplus = len(found) - schedule.max_count if schedule.max_count else 0
         again: list[float] = []
         for place, each in enumerate(found):
@@ -124,16 +129,23 @@ class Schedules(Snapshots):
             if (place < surplus or too_old) and not await self._removed(each):
                 again.append(now + _AGAIN_S)
             elif schedule.max_age_s and not too_old:
-                again.append(each.created_at + schedule.max_age_s)
+                again.append(min(each.created_at, now) + schedule.max_age_s)
         return min(again, default=None)
 
     async def _removed(self, snapshot: Snapshot) -> bool:
-        """Remove a snapshot. Return whether it is gone: an operation may use it."""
+        """Remove a snapshot. Return whether it is gone: an operation may use it, or its removal fails. The others
+        are removed nevertheless, and none waits for an operation.
+        """
+        if await in_thread(locks.is_held, self.rooms.layout.lock(snapshot.id)):
+            return False
         try:
             await self.snapshot_rm(SnapshotRmRequest(snapshot=snapshot.id))
         except NotFound:
             pass
         except Busy:
+            return False
+        except CoppiceError as failure:
+            _log.warning("cannot remove the scheduled snapshot %s: %s", snapshot.name, failure)
             return False
         return True
 

@@ -36,6 +36,7 @@ _CALM_S: Final = 0.1  # from a change to the look at it
 _AGAIN_S: Final = 30.0  # after a failure
 _LONGEST_S: Final = 60.0  # of one sleep: the clock of the day may be set, or the host be suspended
 _AT_ONCE: Final = 64
+_SNAPSHOTS_AT_ONCE: Final = 4  # they take long, and no wake of a machine waits for them
 
 
 class Clock:
@@ -74,6 +75,7 @@ class Supervisor:
         self._schedules = host.group(Schedules)
         self._scheduled: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._snapshot_slots = asyncio.Semaphore(_SNAPSHOTS_AT_ONCE)
         self._endings = Endings(host.rooms, host.owner)
 
     async def run(self) -> None:
@@ -193,7 +195,8 @@ class Supervisor:
 
     async def _attend_schedules(self) -> list[float]:
         """Look after the snapshot schedules that are due. Return the time of the next one, if there is one."""
-        due, following = await in_thread(self._host.rooms.store.supervised.schedules.due, self._clock.now())
+        schedules = self._host.rooms.store.supervised.schedules
+        due, following = await in_thread(schedules.due, self._clock.now(), self._host.owner)
         for key in due:
             if key not in self._scheduled:
                 self._scheduled[key] = asyncio.create_task(self._carry_out(key), name=f"schedule of {key}")
@@ -201,7 +204,7 @@ class Supervisor:
 
     async def _carry_out(self, key: str) -> None:
         try:
-            async with self._slots:
+            async with self._snapshot_slots:
                 await self._schedules.attend_schedule(key, self._clock.now())
         except Exception as error:
             _log.warning("the snapshot schedule of %s: %s", key, error, exc_info=not isinstance(error, CoppiceError))
@@ -303,3 +306,5 @@ class Supervisor:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        for each in (self._attending, self._waking, self._scheduled):
+            each.clear()  # a task that was cancelled before its first step has not left its own place

@@ -35,7 +35,7 @@ _PARAMETERS: Final = {
     "wanted": "state",
     "origin": "source",
     "place": "path",
-    "limit": "timeout",
+    "longest": "timeout",
     "last_id": "Last-Event-ID",
 }
 """Names of query parameters that are other names in the handlers."""

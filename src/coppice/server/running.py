@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from coppice.errors import NotFound, Overloaded, Refused, TooManyOperations
+from coppice.errors import CoppiceError, NotFound, Overloaded, Refused, TooManyOperations
 from coppice.model import Progress, ProgressSink, Record
 from coppice.names import new_id
 from coppice.server.failures import Failure, failure_of
@@ -47,6 +47,18 @@ class OperationView(Record, frozen=True, kw_only=True):
     error: Failure | None = None
 
 
+def without_frames(error: BaseException) -> None:
+    """Let an error, and those that led to it, refer to no frames: they keep the body of the request in memory."""
+    chain: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while chain:
+        each = chain.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            chain += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
+
+
 class Operation:
     """One operation of one owner."""
 
@@ -65,7 +77,11 @@ class Operation:
     async def _run(self, work: Work) -> Any:
         try:
             return await work(self._report)
+        except (CoppiceError, asyncio.CancelledError) as error:
+            without_frames(error)
+            raise
         finally:
+            del work
             self._ended_at = time.time()
             self._wake()
 
@@ -173,7 +189,7 @@ class Operations:
         self._limits = limits
         self._operations: dict[str, Operation] = {}
         self._running: Counter[str | None] = Counter()  # by owner
-        self._ended: deque[tuple[float, Operation]] = deque()  # with the time
+        self._ended: deque[tuple[float, int, Operation]] = deque()  # with the time and the weight
         self._bytes = 0  # of those that have ended
 
     def start(self, name: str, owner: str | None, work: Work) -> Operation:
@@ -197,8 +213,9 @@ class Operations:
         return operation
 
     def _end(self, operation: Operation) -> None:
-        self._ended.append((time.time(), operation))
-        self._bytes += operation.weight
+        weight = operation.weight  # later it can be another one: a thread may still report a step
+        self._ended.append((time.time(), weight, operation))
+        self._bytes += weight
         self._running[operation.owner] -= 1
         if not self._running[operation.owner]:
             del self._running[operation.owner]
@@ -236,8 +253,10 @@ class Operations:
         """Forget operations that ended long ago, and the oldest if they are too many or their results too large."""
         old = time.time() - KEPT_S
         while self._ended and (
-            len(self._operations) > _MOST_KEPT or self._bytes > MOST_BYTES or self._ended[0][0] < old
+            len(self._operations) > _MOST_KEPT
+            or (self._bytes > MOST_BYTES and len(self._ended) > 1)  # the latest can be looked up, however large
+            or self._ended[0][0] < old
         ):
-            forgotten = self._ended.popleft()[1]
-            self._bytes -= forgotten.weight
+            _, weight, forgotten = self._ended.popleft()
+            self._bytes -= weight
             del self._operations[forgotten.id]

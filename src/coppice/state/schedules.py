@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from coppice.completion import QuickCalls
@@ -11,6 +13,12 @@ from coppice.state.database import Database
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(SnapshotSchedule).decode
+# An instance has the owner of its snapshots, which may outlive it.
+_OWN: Final = """(?2 IS NULL OR NOT EXISTS (
+    SELECT 1 FROM instances WHERE id = schedules.instance AND json_extract(CAST(record AS TEXT), '$.owner') IS NOT ?2
+    UNION ALL
+    SELECT 1 FROM snapshots WHERE source = schedules.instance AND json_extract(CAST(record AS TEXT), '$.owner') IS NOT ?2
+))"""
 
 
 class Schedules(QuickCalls):
@@ -63,26 +71,37 @@ class Schedules(QuickCalls):
         with self._db.write() as connection:
             return connection.execute("DELETE FROM schedules WHERE instance = ?", (instance_id,)).rowcount > 0
 
-    def due(self, now: float) -> tuple[list[str], float | None]:
-        """Return the instances whose schedules are to be looked at now, and the time of the next one."""
+    def due(self, now: float, owner: str | None) -> tuple[list[str], float | None]:
+        """Return the instances whose schedules are to be looked at now, and the time of the next one.
+
+        :param owner: leave out the schedules of other owners; None: of none
+        """
         with self._db.read() as connection:
             rows = connection.execute(
-                "SELECT instance FROM schedules WHERE due <= ?1 OR due > ?1 + longest ORDER BY due", (now,)
+                f"SELECT instance FROM schedules WHERE (due <= ?1 OR due > ?1 + longest) AND {_OWN} ORDER BY due",  # noqa: S608 - a constant
+                (now, owner),
             ).fetchall()
-            following = connection.execute("SELECT min(due) FROM schedules WHERE due > ?", (now,)).fetchone()
+            following = connection.execute(
+                f"SELECT min(due) FROM schedules WHERE due > ?1 AND {_OWN}",  # noqa: S608 - a constant
+                (now, owner),
+            ).fetchone()
         return [row[0] for row in rows], following[0]
 
-    def begin(self, instance_id: str, now: float) -> SnapshotSchedule | None:
+    def begin(self, seen: SnapshotSchedule, now: float) -> SnapshotSchedule | None:
         """Record that a run begins, before its snapshot is made: a killed process repeats none. Return the
-        schedule with the time of its next run.
+        schedule with the time of its next run; None if it was removed, changed, or begun by another supervisor since
+        it was `seen`.
 
         The times keep their rhythm. Runs that were missed are left out.
         """
+        instance_id = seen.instance
         with self._db.write() as connection:
             row = connection.execute("SELECT record FROM schedules WHERE instance = ?", (instance_id,)).fetchone()
             if row is None:
                 return None
             found = _decode(row[0])
+            if found.next_run_at != seen.next_run_at:
+                return None
             missed = max(now - found.next_run_at, 0.0) // found.interval_s
             following = min(found.next_run_at + (missed + 1) * found.interval_s, now + found.interval_s)
             begun = msgspec.structs.replace(found, last_run_at=now, next_run_at=following)

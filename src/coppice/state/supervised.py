@@ -128,12 +128,13 @@ class Supervised(QuickCalls):
 
     def held_until(self, instance_id: str, now: float) -> float | None:
         """Return until when an instance is not put into standby. A hold of the future is from before the clock was
-        set back, and does not count.
+        set back, and does not count. One that came after `now` does, since a supervisor may have waited for a lock
+        or a health check.
         """
         with self._db.read() as connection:
             row = connection.execute(
-                "SELECT hold_until FROM observations WHERE instance = ?1 AND hold_until > ?2 AND held_at <= ?2 + ?3",
-                (instance_id, now, _CLOCKS_S),
+                "SELECT hold_until FROM observations WHERE instance = ?1 AND hold_until > ?2 AND held_at <= ?3",
+                (instance_id, now, max(now, time.time()) + _CLOCKS_S),
             ).fetchone()
         return row[0] if row else None
 

@@ -7,12 +7,13 @@ true size of each file before its content. It takes no space that the budgets re
 from __future__ import annotations
 
 import asyncio
+import os
 import posixpath
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Annotated, Any, BinaryIO, Final
 
 import msgspec
 from litestar import websocket
@@ -23,21 +24,26 @@ from coppice.agent.copy import with_thread
 from coppice.agent.records import Content, End, Entry, Item
 from coppice.agent.unpack import parts_of, unpack
 from coppice.completion import beside, in_thread
-from coppice.errors import CoppiceError, GuestError, NotSupported, UsageError
+from coppice.errors import CoppiceError, GuestError, GuestRefused, NotSupported, UsageError
 from coppice.host import LocalBackend
 from coppice.model.guest import CopySession
 from coppice.requests import FileMkdirRequest, OpenCopyRequest
 from coppice.server.browsers import accept
 from coppice.server.context import Server, TheCaller, TheServer
-from coppice.server.copies import space_left
+from coppice.server.copies import CHECK_EVERY, require_space, space_left
 from coppice.server.failures import failure_of
 from coppice.server.hypeman.instances import WRITE
 from coppice.server.hypeman.sockets import decoded_frame, running
 from coppice.server.streams import Socket, answering, frame_from, send, silence
 
 _CHUNK: Final = 32 << 10
-_MOST_ENTRIES: Final = 1_000_000
+_MOST_BYTES: Final = 256 << 20  # of memory for the entries of a tree
+_ENTRY: Final = 512  # bytes that an entry takes besides its names
+_PATH_MAX: Final = 4096  # of Linux
 _PERMISSIONS: Final = 0o777
+
+
+Id = Annotated[int, msgspec.Meta(ge=0, lt=(1 << 32) - 1)]
 
 
 class Copy(msgspec.Struct, kw_only=True):
@@ -46,9 +52,9 @@ class Copy(msgspec.Struct, kw_only=True):
     direction: str
     guest_path: str
     is_dir: bool = False
-    mode: int = 0o644
-    uid: int | None = None
-    gid: int | None = None
+    mode: int = 0  # 0: that of a new file or directory
+    uid: Id | None = None
+    gid: Id | None = None
     follow_links: bool = False
 
 
@@ -102,17 +108,29 @@ async def _copy_to(socket: Socket, _: Server, host: LocalBackend, request: OpenC
 
     if name:
         async with host.stream(request) as session:
-            await session.tree_in(directory, items())
+            if copy.is_dir and copy.uid is None and copy.gid is None and await _is_directory(session, path):
+                # The mode and owner of a directory such as /tmp stay. Only a copy with owners replaces them.
+                async for _record in items():
+                    pass
+            else:
+                await session.tree_in(directory, items())
     elif not copy.is_dir:
         raise UsageError("/ is a directory", hint="name a file")
     await send(socket, type="result", success=True, bytes_written=written)
+
+
+async def _is_directory(session: CopySession, path: str) -> bool:
+    try:
+        return (await session.stat(path, follow=True)).kind == "d"
+    except GuestRefused:
+        return False
 
 
 async def _copy_from(socket: Socket, server: Server, host: LocalBackend, request: OpenCopyRequest, copy: Copy) -> None:
     """Copy out of the guest, then send each member: a header, its content, and an end."""
     async with server.uploads.make(host.owner, "content") as kept:
         async with host.stream(request) as session:
-            found = await beside(silence(socket), _received(session, copy.guest_path, kept.path, space_left(host)))
+            found = await beside(silence(socket), _received(session, copy.guest_path, kept.path, host))
         if copy.follow_links and any(each.kind == "l" for each in found.values()):
             raise NotSupported(f"{copy.guest_path} has symbolic links, which cannot be followed", hint="copy the links")
         members = await in_thread(_members, kept.path)  # no name of the guest is followed
@@ -140,25 +158,39 @@ def _entry(found: dict[str, Entry], name: str) -> Entry:
     return found.get("/".join(parts_of(entry.link)[1:]), entry) if entry.kind == "h" else entry
 
 
-async def _received(session: CopySession, source: str, target: Path, most_bytes: int) -> dict[str, Entry]:
+async def _received(session: CopySession, source: str, target: Path, host: LocalBackend) -> dict[str, Entry]:
     """Keep a file or tree of a guest. Return its entries, by their paths below its top.
 
     :raises GuestRefused: the source does not exist or cannot be read
-    :raises NoSpace: it is larger than `most_bytes`
-    :raises GuestError: it has too many entries
+    :raises NoSpace: it takes free space that the budgets reserve
+    :raises GuestError: it has too many entries, or too long a path
+    :raises NotSupported: a name in it is not UTF-8
     """
     found: dict[str, Entry] = {}
+    unchecked, top = 0, len(os.fsencode(target)) + 1
 
     def noted(items: Iterator[Item]) -> Iterator[Item]:
+        entries = 0
         for item in items:
             if isinstance(item, Entry):
+                _require_text(item)
+                if top + len(os.fsencode(item.path)) >= _PATH_MAX:
+                    raise GuestError(f"{item.path[:200]!r} is too long for a path", hint="copy a part of it")
                 found["/".join(parts_of(item.path)[1:])] = item
-                if len(found) > _MOST_ENTRIES:
-                    raise GuestError(f"{source} has more than {_MOST_ENTRIES} entries", hint="copy a part of it")
+                entries += _ENTRY + 2 * len(item.path) + len(item.link)
+                if entries > _MOST_BYTES:
+                    raise GuestError(f"{source} has too many entries", hint="copy a part of it")
             yield item
 
+    def moved(count: int) -> None:
+        nonlocal unchecked
+        unchecked += count
+        if unchecked >= CHECK_EVERY:  # other copies take space at the same time
+            require_space(host, target.parent)
+            unchecked = 0
+
     def receive(stream: BinaryIO) -> None:
-        unpack(noted(records.read(stream)), target.parent, target.name, max_bytes=most_bytes)
+        unpack(noted(records.read(stream)), target.parent, target.name, max_bytes=space_left(host), moved=moved)
 
     async def fetch(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async for chunk in session.tree_out(source):
@@ -168,6 +200,19 @@ async def _received(session: CopySession, source: str, target: Path, most_bytes:
 
     await with_thread(fetch, receive)
     return found
+
+
+def _require_text(entry: Entry) -> None:
+    """Require names that a JSON frame can carry.
+
+    :raises NotSupported: one is not UTF-8
+    """
+    try:
+        f"{entry.path}{entry.link}".encode()
+    except UnicodeEncodeError as error:
+        raise NotSupported(
+            f"{entry.path[:200]!r} has a name or a target that is not UTF-8", hint="copy it with `coppice cp`"
+        ) from error
 
 
 async def _send_member(socket: Socket, file: Path, name: str, entry: Entry) -> None:

@@ -231,7 +231,9 @@ async def instance_wait(
     server: TheServer,
     caller: TheCaller,
     wanted: Annotated[State, QueryParameter(name="state", description="The state to wait for.")],
-    limit: Annotated[str, QueryParameter(name="timeout", description="Longest wait, such as 30s; at most 5m.")] = "60s",
+    longest: Annotated[
+        str, QueryParameter(name="timeout", description="Longest wait, such as 30s; at most 5m.")
+    ] = "60s",
 ) -> Waited:
     """Wait until an instance is in a state, or in one that it does not leave by itself."""
     if wanted is State.UNKNOWN:
@@ -239,7 +241,7 @@ async def instance_wait(
     host = await server.host(caller)
     found = await find(host, key)
     loop = asyncio.get_running_loop()
-    end = loop.time() + min(seconds(limit), _LONGEST_WAIT_S)
+    end = loop.time() + min(seconds(longest), _LONGEST_WAIT_S)
     while found.state is not wanted and found.state not in _FINAL and loop.time() < end:
         await unless_ending(asyncio.sleep(_POLL_S), server.ending)
         found = await find(host, found.id)
