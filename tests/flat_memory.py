@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 _BYTES_PER_ROUND = 64  # less than the smallest record, task or buffer that a round could leave
 _SLACK = 8 << 10
-_WINDOWS = 3
+_WINDOWS = 8  # seconds each: what is kept for some seconds, as lingering connections are, has gone by then
 _FRAMES = 8
 
 
