@@ -9,8 +9,9 @@ or compare the whole data directory, in which a server has files of its own.
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import pytest
 
 from conftest import HostFactory
 from coppice.client import AsyncHost
+from coppice.state.store import Store
+from coppice.vmm.process import start_ticks
 from fakes.clock import FakeClock
 from fakes.driver import PERSONALITIES, FakeDriver
 from fakes.rooms import DEADLINES, open_rooms, plant
@@ -133,3 +136,16 @@ async def elsewhere(carrier: str, seed_home: Path, driver: FakeDriver, tmp_path:
         await driver.end(home / "instances")
     finally:
         shutil.rmtree(home.parent)
+
+
+@pytest.fixture
+def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
+    """The database as opened by a process that has died, which interrupts its operations."""
+    process = subprocess.Popen(["sleep", "100"])
+    ticks = start_ticks(process.pid)
+    process.kill()
+    process.wait()
+    assert ticks is not None
+    store = Store(fake_host.local.rooms.layout.database, (process.pid, ticks))
+    yield store
+    store.close()

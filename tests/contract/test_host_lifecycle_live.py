@@ -5,7 +5,7 @@ and nothing else remains.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -278,14 +278,6 @@ async def test_a_cancelled_fork_of_a_running_machine_leaves_it_running(
     await fake_host.call(StandbyRequest(instance="oak"))
     await fake_host.call(RestoreRequest(instance="oak"))
     assert await ask(fake_host, "oak", "recall", "lesson") == "learned"
-
-
-@pytest.fixture
-def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
-    """The database as opened by a process that has since died; no process has this start time."""
-    store = Store(fake_host.local.rooms.layout.database, (1, 1))
-    yield store
-    store.close()
 
 
 async def test_a_fork_from_running_whose_host_was_killed(

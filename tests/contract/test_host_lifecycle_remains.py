@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,6 @@ from coppice.vmm.launcher import PROGRAM as LAUNCHER
 from coppice.vmm.process import kill, start_ticks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, boot, make, snapshot
-
-
-@pytest.fixture
-def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
-    """The database as opened by a process that has since died; no process has this start time."""
-    store = Store(fake_host.local.rooms.layout.database, (1, 1))
-    yield store
-    store.close()
 
 
 async def test_a_lock_that_outlives_its_process_for_a_moment(

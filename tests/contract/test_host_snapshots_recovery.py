@@ -5,8 +5,6 @@ is finished or undone, and gc keeps snapshots.
 from __future__ import annotations
 
 import asyncio
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -28,23 +26,9 @@ from coppice.snapshots import rollback
 from coppice.state.journal import JournalOperation
 from coppice.state.store import Store
 from coppice.vmm import driver as files
-from coppice.vmm.process import start_ticks
 from fakes.hosting import ask, assert_tidy, boot, make
 
 KEPT = "kept"
-
-
-@pytest.fixture
-def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
-    """The database as opened by a process that has died, which interrupts its operations."""
-    process = subprocess.Popen(["sleep", "100"])
-    ticks = start_ticks(process.pid)
-    process.kill()
-    process.wait()
-    assert ticks is not None
-    store = Store(fake_host.local.rooms.layout.database, (process.pid, ticks))
-    yield store
-    store.close()
 
 
 async def moved_on(host: AsyncHost, kind: SnapshotKind) -> tuple[Instance, Snapshot]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -31,14 +30,6 @@ from fakes.hosting import ask, assert_tidy, boot, fingerprint
 
 switching = pytest.mark.parametrize("personality", ["file", "anonymous"], indirect=True)
 once = pytest.mark.parametrize("personality", ["file"], indirect=True)
-
-
-@pytest.fixture
-def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
-    """The database as opened by a process that has since died; no process has this start time."""
-    store = Store(fake_host.local.rooms.layout.database, (1, 1))
-    yield store
-    store.close()
 
 
 async def live_fork(host: AsyncHost, name: str, target: State = State.STOPPED) -> Instance:

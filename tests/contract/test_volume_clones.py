@@ -6,8 +6,6 @@ import asyncio
 import errno
 import os
 import stat
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,6 @@ from coppice.requests import (
 )
 from coppice.state.journal import JournalOperation
 from coppice.state.store import Store
-from coppice.vmm.process import start_ticks
 from fakes.driver import FakeDriver
 from fakes.hosting import ask, assert_tidy, cancelled_at, make_threads_late
 from fakes.rooms import DEADLINES, open_rooms
@@ -73,19 +70,6 @@ async def fork(host: AsyncHost, source: Instance, *names: str, **options: Any) -
         **options,
     )
     return (await host.call(request)).instances
-
-
-@pytest.fixture
-def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
-    """The database as opened by a process that has died, which interrupts its operations."""
-    process = subprocess.Popen(["sleep", "100"])
-    ticks = start_ticks(process.pid)
-    process.kill()
-    process.wait()
-    assert ticks is not None
-    store = Store(fake_host.local.rooms.layout.database, (process.pid, ticks))
-    yield store
-    store.close()
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -29,7 +27,6 @@ from coppice.requests import (
 from coppice.state.journal import JournalOperation
 from coppice.state.store import Store
 from coppice.state.volumes import VolumeStore
-from coppice.vmm.process import start_ticks
 from coppice.volumes import ext4
 from fakes.driver import CAPABILITIES, FakeDriver
 from fakes.hosting import ask, assert_tidy, fingerprint
@@ -43,19 +40,6 @@ pytestmark = pytest.mark.parametrize("personality", ["file"], indirect=True)
 def without_reflinks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each file system behave as one without reflinks."""
     monkeypatch.setattr(disk, "reflink_file", lambda *_, **__: False)
-
-
-@pytest.fixture
-def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
-    """The database as opened by a process that has died, which interrupts its operations."""
-    process = subprocess.Popen(["sleep", "100"])
-    ticks = start_ticks(process.pid)
-    process.kill()
-    process.wait()
-    assert ticks is not None
-    store = Store(fake_host.local.rooms.layout.database, (process.pid, ticks))
-    yield store
-    store.close()
 
 
 async def make_writer(host: AsyncHost) -> Instance:

@@ -7,9 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,24 +20,10 @@ from coppice.names import new_id
 from coppice.requests import LsRequest, RmRequest, StopRequest
 from coppice.state.journal import JournalOperation
 from coppice.state.store import Store
-from coppice.vmm.process import start_ticks
 from fakes.hosting import assert_tidy, boot
 
 SIZE = 16 * MIB
 MOUNT = VolumeMount(volume="data", mount_path="/data")
-
-
-@pytest.fixture
-def dead_store(fake_host: AsyncHost) -> Iterator[Store]:
-    """The database as opened by a process that has died, which interrupts its operations."""
-    process = subprocess.Popen(["sleep", "100"])
-    ticks = start_ticks(process.pid)
-    process.kill()
-    process.wait()
-    assert ticks is not None
-    store = Store(fake_host.local.rooms.layout.database, (process.pid, ticks))
-    yield store
-    store.close()
 
 
 @pytest.mark.parametrize("came", ["record", "directory", "half a disk", "disk"])

@@ -20,8 +20,7 @@ from coppice.requests import (
 )
 from coppice.server.context import TheCaller, TheServer
 from coppice.server.hypeman.instances import READ, TAGS, WRITE
-from coppice.server.hypeman.paths import find, go_duration, seconds
-from coppice.server.hypeman.wire import moment
+from coppice.server.hypeman.paths import find, go_duration, moment, moment_if, seconds
 
 Reason = Literal[
     "policy_missing",
@@ -69,16 +68,12 @@ def _status_of(found: automation.AutoStandbyStatus) -> AutoStandbyStatus:
         reason=_REASONS[found.status],
         active_inbound_connections=found.connections,
         idle_timeout=go_duration(found.idle_timeout_s) if enabled else UNSET,
-        idle_since=_moment(found.idle_since),
-        last_inbound_activity_at=_moment(found.last_active_at),
-        next_standby_at=_moment(due),
+        idle_since=moment_if(found.idle_since),
+        last_inbound_activity_at=moment_if(found.last_active_at),
+        next_standby_at=moment_if(due),
         countdown_remaining=go_duration(max(due - time.time(), 0.0)) if due is not None else UNSET,
-        hold_until=_moment(found.hold_until),
+        hold_until=moment_if(found.hold_until),
     )
-
-
-def _moment(at: float | None) -> datetime | UnsetType:
-    return UNSET if at is None else moment(at)
 
 
 @get("/instances/{key:str}/auto-standby/status", summary="When it is put into standby.", tags=TAGS, opt=READ)
@@ -154,7 +149,7 @@ def _schedule_of(found: automation.SnapshotSchedule) -> Schedule:
         next_run_at=moment(found.next_run_at),
         name_prefix=found.name_prefix or UNSET,
         metadata=found.tags,
-        last_run_at=_moment(found.last_run_at),
+        last_run_at=moment_if(found.last_run_at),
         last_snapshot_id=found.last_snapshot or UNSET,
         last_error=found.last_error or UNSET,
     )

@@ -27,8 +27,8 @@ from coppice.server.context import Server, TheCaller, TheServer
 from coppice.server.document import EVENTS
 from coppice.server.ending import following
 from coppice.server.hypeman.instances import READ, TAGS
-from coppice.server.hypeman.paths import find
-from coppice.server.hypeman.wire import InstanceStats, PathInfo, moment
+from coppice.server.hypeman.paths import find, moment
+from coppice.server.hypeman.wire import InstanceStats, PathInfo
 from coppice.server.sse import EventStream
 from coppice.state.event_schema import KEPT
 

@@ -1,12 +1,14 @@
-"""Path and query parameters of the hypeman API: image names with slashes, ids and `tags[k]=v`."""
+"""Parameters and plain values of the hypeman API: image names with slashes, ids, `tags[k]=v`, durations and times."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import unquote
 
 from litestar.types import ASGIApp, Receive, Scope, Send
+from msgspec import UNSET, UnsetType
 
 from coppice.errors import NotFound, Refused, UsageError
 from coppice.host import LocalBackend
@@ -86,3 +88,13 @@ async def find(host: LocalBackend, key: str) -> Instance:
     if len(matching) > 1:
         raise Ambiguous(f"{len(matching)} ids start with {key!r}", hint="write more of the id")
     return matching[0]
+
+
+def moment(seconds: float) -> datetime:
+    """Return the time of a record."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def moment_if(seconds: float | None) -> datetime | UnsetType:
+    """Return the time of a record that may have none."""
+    return UNSET if seconds is None else moment(seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType
@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, UnsetType
 from coppice import model
 from coppice.errors import NotSupported
 from coppice.model import Record
-from coppice.server.hypeman.paths import go_duration, seconds
+from coppice.server.hypeman.paths import go_duration, moment_if, seconds
 
 _WHEN: dict[str, Literal["never", "always", "on-failure"]] = {
     "never": "never",
@@ -185,8 +185,8 @@ def restart_status_of(record: model.Instance) -> RestartStatus | UnsetType:
         else "manual_stop"
         if record.ending == "asked"
         else UNSET,
-        last_attempt_at=_moment(seen.last_attempt_at),
-        next_attempt_at=_moment(seen.next_attempt_at),
+        last_attempt_at=moment_if(seen.last_attempt_at),
+        next_attempt_at=moment_if(seen.next_attempt_at),
     )
 
 
@@ -218,10 +218,6 @@ def health_status_of(record: model.Instance) -> HealthStatus | UnsetType:
         status=seen.health or "unknown" if record.state is model.State.RUNNING else "unknown",
         consecutive_failures=seen.failures,
         consecutive_successes=seen.successes,
-        last_checked_at=_moment(seen.checked_at),
+        last_checked_at=moment_if(seen.checked_at),
         last_error=seen.health_error or UNSET,
     )
-
-
-def _moment(at: float | None) -> datetime | UnsetType:
-    return UNSET if at is None else datetime.fromtimestamp(at, UTC)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final, Literal
 
 import msgspec
@@ -13,6 +13,7 @@ from coppice import model
 from coppice.model import GIB, MemoryReport, Record, State
 from coppice.model.inspection import Inspection
 from coppice.model.instance import said
+from coppice.server.hypeman.paths import moment
 from coppice.server.hypeman.policies import (
     AutoStandby,
     HealthCheck,
@@ -32,11 +33,6 @@ from coppice.server.running import OperationView
 Kind = Literal["Standby", "Stopped"]
 _FETCHING: Final = ("manifest", "download")  # stages of a pull
 ImageStatus = Literal["pending", "pulling", "converting", "ready", "failed"]
-
-
-def moment(seconds: float) -> datetime:
-    """Return the time of a record."""
-    return datetime.fromtimestamp(seconds, UTC)
 
 
 class Network(Record, frozen=True, kw_only=True):
