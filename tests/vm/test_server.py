@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -149,3 +150,26 @@ async def test_the_first_exercise_with_real_machines(host: AsyncHost, tmp_path: 
                 await asyncio.gather(*(several.instances.delete(each.id, graceful_shutdown=False) for each in forks))
                 await several.instances.delete(source)
                 await several.images.delete(image)
+
+
+async def test_forks_of_the_command_line_find_their_vmm_started(host: AsyncHost, template: Instance) -> None:
+    """Each command is a process of its own. The server sees the forks of all of them, and starts VMMs ahead."""
+    async with serve_command(host.home) as address:
+        env = os.environ | {"COPPICE_TOKEN": make_token(load_key(host.home), owner=None)}
+
+        async def coppice(*words: str) -> bytes:
+            command = (sys.executable, "-m", "coppice", "--host", address, "--json", *words)
+            process = await asyncio.create_subprocess_exec(*command, env=env, stdout=asyncio.subprocess.PIPE)
+            output, _ = await process.communicate()
+            assert process.returncode == 0
+            return output
+
+        names = [f"ahead-{number}" for number in range(AT_ONCE)]
+        for number, name in enumerate(names, 1):
+            (fork,) = json.loads(await coppice("fork", template.id, "--name", name))["results"]
+            if fork["started_ahead"]:
+                break
+        assert number > 2, "spares are for templates that are forked again"
+        assert fork["started_ahead"]
+        assert json.loads(await coppice("exec", name, "--", "hostname"))["stdout"] == f"{name}\n"
+        await coppice("rm", "--force", *names[:number])
