@@ -48,6 +48,7 @@ from coppice.requests.base import Request, StreamRequest, description_of, extra_
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = ROOT / "src/coppice/client"
 NOTE = "# Written by tools/generate_client.py: change coppice.requests, then run it.\n\n"
+_WRITTEN_BY_HAND = ("base", "machine", "host")  # of the asynchronous modules that have a generated twin
 _METHODS_OF_HOST = {"get", "stats", "tree"}  # requests about one instance that are methods of the host
 
 Operations = Sequence[type[Request[Any]]]
@@ -420,26 +421,12 @@ def _tidy(text: str, path: Path) -> str:
 
 
 def modules() -> dict[Path, Callable[[], str]]:
-    """Return every generated module with its writer. The blocking ones read the asynchronous
-    ones.
-    """
+    """Return every generated module with its writer. The blocking ones read the asynchronous ones."""
     found: dict[Path, Callable[[], str]] = {}
     for name, (doc, classes) in _modules().items():
         path = CLIENT / "aio" / f"{name}.py"
         found[path] = lambda path=path, doc=doc, classes=classes: _tidy(_aio_module(doc, classes), path)  # type: ignore[misc]
-    for name in (
-        "base",
-        "automation",
-        "lifecycle",
-        "guest",
-        "machine",
-        "operations",
-        "images",
-        "managers",
-        "commands",
-        "files",
-        "host",
-    ):
+    for name in (*_modules(), *_WRITTEN_BY_HAND):
         source, path = CLIENT / "aio" / f"{name}.py", CLIENT / "blocking" / f"{name}.py"
         found[path] = lambda source=source, path=path: _tidy(blocking_module(source.read_text()), path)  # type: ignore[misc]
     return found

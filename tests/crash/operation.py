@@ -19,6 +19,11 @@ States = frozenset[State | None]
 """States that a machine may be found in; None: it does not exist."""
 
 
+def may(*states: State | None) -> States:
+    """Return the states that an operation may leave a machine in."""
+    return frozenset(states)
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operation of a host process that will be killed."""
