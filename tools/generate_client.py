@@ -357,7 +357,6 @@ if TYPE_CHECKING:
 
 """
 
-
 _OF_ONE_MACHINE = ("AsyncCommands", "AsyncFiles")
 _OF_ONE_INIT = """    def __init__(self, backend: Backend, machine_id: str) -> None:
         super().__init__(backend)
