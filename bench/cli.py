@@ -215,6 +215,7 @@ def tree(
     memory: _TreeMemory,
     levels: _Levels = 6,
     dirty: _DirtyLevel = "16M",
+    rounds: _Rounds = 3,
     output: _Output = None,
     quick: _Quick = False,
     home: _Home = None,
@@ -223,10 +224,15 @@ def tree(
 ) -> None:
     """Disk, page cache and time of generations of forks: layered memory, and whole mem-files."""
     plan = TreePlan(
-        image=image, kernel=kernel, memory_bytes=_sizes(memory), levels=levels, dirtied_bytes=parse_size(dirty)
+        image=image,
+        kernel=kernel,
+        memory_bytes=_sizes(memory),
+        levels=levels,
+        dirtied_bytes=parse_size(dirty),
+        rounds=rounds,
     )
     if quick:
-        plan = msgspec.structs.replace(plan, memory_bytes=_QUICK_MEMORY, levels=2, dirtied_bytes=MIB)
+        plan = msgspec.structs.replace(plan, memory_bytes=_QUICK_MEMORY, levels=2, dirtied_bytes=MIB, rounds=1)
     results = _Results(tree_table, None, output, None)
     _measure(_on(home, accel, as_json), lambda host, say: measure_tree(host, plan, say), results)
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import msgspec
 
-from bench.records import write_report
+from bench.accounting import host_facts
+from bench.records import HostFacts, write_report
 from coppice.client import AsyncHost
 from coppice.model import Budgets, Instance, Record, State
 from coppice.names import new_id
@@ -36,6 +37,7 @@ class Spent(Record, frozen=True, kw_only=True):
 
     median_ms: float
     least_ms: float
+    samples_ms: tuple[float, ...] = ()
 
 
 class Batch(Record, frozen=True, kw_only=True):
@@ -49,6 +51,7 @@ class Batch(Record, frozen=True, kw_only=True):
 class HostCpuReport(Record, frozen=True, kw_only=True):
     """Figures by number of other instances, then by operation."""
 
+    host: HostFacts | None = None  # older checkouts do not say it (see `side_by_side`)
     python: str
     samples: int
     loop_ms: float  # CPU of a fixed loop in the same run: compare runs by it
@@ -89,7 +92,11 @@ async def operations(host: AsyncHost, samples: int) -> dict[str, Spent]:
         await measure("stats", lambda: host.call(StatsRequest()))
     taken["fork+exec+rm"] = [sum(each) for each in zip(taken["fork"], taken["exec"], taken["rm"], strict=True)]
     return {
-        name: Spent(median_ms=round(statistics.median(spent), 2), least_ms=round(min(spent), 2))
+        name: Spent(
+            median_ms=round(statistics.median(spent), 2),
+            least_ms=round(min(spent), 2),
+            samples_ms=tuple(round(each, 2) for each in spent),
+        )
         for name, spent in taken.items()
     }
 
@@ -129,6 +136,7 @@ async def measured(home: Path, image: str, others: int, samples: int, batches: S
     spent: dict[str, dict[str, Spent]] = {}
     forked: dict[str, list[Batch]] = {}
     async with AsyncHost(home, budgets=_ROOMY, background="off", spares=0) as host:
+        facts = await host_facts(host)
         machine = await host.run(image, name=_TEMPLATE, network="user")
         try:
             await machine.standby()
@@ -143,7 +151,7 @@ async def measured(home: Path, image: str, others: int, samples: int, batches: S
             remove_others(host)
             await machine.rm()
     loop_ms = round(statistics.median(fixed_loop() for _ in range(9)), 1)
-    return HostCpuReport(python=sys.version.split()[0], samples=samples, loop_ms=loop_ms, spent=spent, batches=forked)
+    return HostCpuReport(host=facts, python=facts.python, samples=samples, loop_ms=loop_ms, spent=spent, batches=forked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

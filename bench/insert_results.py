@@ -20,6 +20,7 @@ from bench.cookbook import PAGES as RECIPES
 from bench.cookbook import CookbookReport
 from bench.records import Cache, CaptureBenchReport, FanOutReport, FanOutSummary, Method, TreeReport
 from bench.report import describe_host, ratio_to_shared, size_text
+from bench.side_by_side import SideBySide
 from coppice.model import GIB, MIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,6 +163,22 @@ def tree_table(report: TreeReport) -> str:
     return f"{describe_host(report.host)}.\n\n{markdown(headings, rows, text_columns=3)}"
 
 
+def host_cpu_table(report: SideBySide) -> str:
+    """Return the CPU time of each operation before and after, and the Standby forks per second."""
+    rows = [
+        (name, f"{each.before:.2f}", f"{each.after:.2f}", f"{report.host[name].before / report.host[name].after:.1f}")
+        for name, each in report.host_ms.items()
+    ]
+    rows += [
+        (f"{name}, per second", f"{each.before:.0f}", f"{each.after:.0f}", f"{each.after / each.before:.1f}")
+        for name, each in report.forks_per_second.items()
+    ]
+    host = (
+        f"{describe_host(report.facts)}; the fixed loop took {report.loop_ms.after:.0f} ms.\n\n" if report.facts else ""
+    )
+    return host + markdown(("operation", "before, ms", "after, ms", "x"), rows, text_columns=1)
+
+
 def recipe_table(report: CookbookReport, page: str) -> str:
     """Return the times of a recipe's commands, and the tree of its forks."""
     (cost,) = (cost for cost in report.costs if cost.page == page)
@@ -184,6 +201,8 @@ def filled(page: str) -> str:
     capture = msgspec.json.decode((ROOT / "benchmarks/capture.json").read_bytes(), type=CaptureBenchReport)
     firecracker = msgspec.json.decode((ROOT / "benchmarks/firecracker.json").read_bytes(), type=FanOutReport)
     all_in = msgspec.json.decode((ROOT / "benchmarks/all-in.json").read_bytes(), type=FanOutReport)
+    kvm = msgspec.json.decode((ROOT / "benchmarks/kvm.json").read_bytes(), type=FanOutReport)
+    host_cpu = msgspec.json.decode((ROOT / "benchmarks/host-cpu-side-by-side.json").read_bytes(), type=SideBySide)
     tree = msgspec.json.decode((ROOT / "benchmarks/tree.json").read_bytes(), type=TreeReport)
     recipes = msgspec.json.decode((ROOT / "benchmarks/cookbook.json").read_bytes(), type=CookbookReport)
     tables: dict[str, Callable[[], str]] = {
@@ -194,6 +213,8 @@ def filled(page: str) -> str:
         "firecracker": lambda: fan_out_table(firecracker),
         "capture": lambda: capture_table(capture),
         "tree": lambda: tree_table(tree),
+        "host-cpu": lambda: host_cpu_table(host_cpu),
+        "kvm": lambda: fan_out_table(kvm),
     }
     return _REGION.sub(lambda found: f"{found[1]}\n{tables[found[2]]()}\n{found[3]}", (ROOT / page).read_text())
 

@@ -185,6 +185,8 @@ class Level(Record, frozen=True, kw_only=True):
     file_bytes: int  # allocated by the new file of the memory
     extents: int  # of the map of its layers
     layers: int
+    fork_samples_ms: tuple[float, ...] = ()  # of each round; the figures above are medians
+    capture_samples_ms: tuple[float, ...] = ()
 
 
 class Tree(Record, frozen=True, kw_only=True):

@@ -17,7 +17,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from bench.records import write_report
+from bench.accounting import host_facts
+from bench.records import HostFacts, write_report
 from coppice.client import AsyncHost
 from coppice.client.connecting import connect_async
 from coppice.model import Record, State
@@ -37,6 +38,7 @@ class Cost(Record, frozen=True, kw_only=True):
     wall_least_ms: float
     outside_median_ms: float
     cpu_mean_ms: float
+    wall_samples_ms: tuple[float, ...]
 
 
 class Compared(Record, frozen=True, kw_only=True):
@@ -52,7 +54,7 @@ class Compared(Record, frozen=True, kw_only=True):
 class ServerReport(Record, frozen=True, kw_only=True):
     """Figures by the state of the forks."""
 
-    python: str
+    host: HostFacts
     samples: int
     forks: dict[str, Compared]
 
@@ -127,6 +129,7 @@ async def compare(library: AsyncHost, http: AsyncHost, server: int, target: Stat
             wall_least_ms=round(min(walls[way]), 2),
             outside_median_ms=round(statistics.median(outside[way]), 2),
             cpu_mean_ms=round(cpus[way] / samples, 2),
+            wall_samples_ms=tuple(round(each, 2) for each in walls[way]),
         )
         for way in walls
     }
@@ -143,6 +146,7 @@ async def compare(library: AsyncHost, http: AsyncHost, server: int, target: Stat
 async def measure(home: Path, image: str, samples: int) -> ServerReport:
     """Make a template, compare, and remove it."""
     async with AsyncHost(home, spares=0) as library:
+        facts = await host_facts(library)
         template = await (await library.run(image, name=_TEMPLATE, memory_bytes=128 << 20)).freeze()
         try:
             async with serving(home) as (pid, address):
@@ -154,7 +158,7 @@ async def measure(home: Path, image: str, samples: int) -> ServerReport:
                     }
         finally:
             await template.rm()
-    return ServerReport(python=sys.version.split()[0], samples=samples, forks=forks)
+    return ServerReport(host=facts, samples=samples, forks=forks)
 
 
 def main() -> None:

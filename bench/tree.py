@@ -1,13 +1,15 @@
 """The tree benchmark: generations of forks, each of which dirties memory and is captured.
 
-Each tree is grown twice in one run, level by level in turns: with layered memory, and with whole
-mem-files, as for a VMM that cannot map layers.
+Each tree is grown by two methods in one run, level by level in turns, and several times: with layered
+memory, and with whole mem-files, as for a VMM that cannot map layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,7 @@ class TreePlan(Record, frozen=True, kw_only=True):
     memory_bytes: tuple[int, ...] = (512 * MIB, 4 * GIB)
     levels: int = 6
     dirtied_bytes: int = 16 * MIB
+    rounds: int = 3
 
 
 async def measure_tree(host: AsyncHost, plan: TreePlan, say: Say) -> TreeReport:
@@ -49,20 +52,21 @@ async def measure_tree(host: AsyncHost, plan: TreePlan, say: Say) -> TreeReport:
             guest = Guest(image=plan.image, kernel=plan.kernel, memory_bytes=memory_bytes)
             template = await make_template(host, guest, tags)
             guest_kernel = template.record.machine.kernel
-            latest = dict.fromkeys(METHODS, template)
-            levels: dict[str, list[Level]] = {method: [] for method in METHODS}
-            for number in range(1, plan.levels + 1):
+            levels: dict[str, list[list[Level]]] = {method: [[] for _ in range(plan.levels)] for method in METHODS}
+            for round_number, number in itertools.product(range(1, plan.rounds + 1), range(1, plan.levels + 1)):
+                if number == 1:
+                    latest = dict.fromkeys(METHODS, template)
                 for method in METHODS:
                     with _memory_as(host, method):
                         latest[method], level = await _grow(host, latest[method], plan.dirtied_bytes, number, tags)
-                    levels[method].append(level)
+                    levels[method][number - 1].append(level)
                     say(
-                        f"{memory_bytes // MIB} MiB, {method}, level {number} of {plan.levels}: "
+                        f"{memory_bytes // MIB} MiB, {method}, round {round_number}, level {number} of {plan.levels}: "
                         f"{level.dirty_bytes / MIB:.1f} MiB dirty, {level.written_bytes / MIB:.1f} MiB written, "
                         f"fork {level.fork_ms:.0f} ms, capture {level.capture_ms:.0f} ms"
                     )
             trees += [
-                await _measure(host, method, memory_bytes, template, levels[method], latest[method])
+                await _measure(host, method, memory_bytes, template, list(map(_median, levels[method])), latest[method])
                 for method in METHODS
             ]
     return TreeReport(
@@ -71,6 +75,20 @@ async def measure_tree(host: AsyncHost, plan: TreePlan, say: Say) -> TreeReport:
         guest_kernel=guest_kernel,
         dirtied_bytes=plan.dirtied_bytes,
         trees=tuple(trees),
+    )
+
+
+def _median(rounds: list[Level]) -> Level:
+    """Return a level with the median times of all rounds, and what the last one wrote."""
+    times = {
+        name: statistics.median(getattr(level, name) for level in rounds)
+        for name in ("fork_ms", "answered_ms", "pause_ms", "capture_ms")
+    }
+    return msgspec.structs.replace(
+        rounds[-1],
+        **times,
+        fork_samples_ms=tuple(level.fork_ms for level in rounds),
+        capture_samples_ms=tuple(level.capture_ms for level in rounds),
     )
 
 

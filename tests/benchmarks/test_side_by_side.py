@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.host_cpu import Batch, HostCpuReport, Spent
-from bench.side_by_side import compared, host_ratios
+from bench.side_by_side import compared, host_figures, shares
 
 
 def test_a_figure_is_a_share_of_the_fixed_loop_of_its_run() -> None:
@@ -15,8 +15,9 @@ def test_a_figure_is_a_share_of_the_fixed_loop_of_its_run() -> None:
         spent={"0": {"fork": Spent(median_ms=10.0, least_ms=9.0)}},
         batches={"0": [Batch(count=100, cpu_ms_per_fork=5.0, forks_per_second=200.0)]},
     )
-    ratios, rates = host_ratios(report)
-    assert ratios == {"fork, 0 others": [0.2], "each of 100 Standby forks, 0 others": [0.1]}
+    spent_ms, rates = host_figures(report)
+    assert spent_ms == {"fork, 0 others": [10.0], "each of 100 Standby forks, 0 others": [5.0]}
+    assert shares(report) == {"fork, 0 others": [0.2], "each of 100 Standby forks, 0 others": [0.1]}
     assert rates == {"100 Standby forks, 0 others": [200.0]}
 
 

@@ -33,6 +33,23 @@ async def test_a_first_boot_writes_no_ram_at_standby(host: AsyncHost, image: str
         await host.call(RmRequest(instance=vm.id))
 
 
+async def test_the_first_command_of_a_fork_reads_no_library(host: AsyncHost, image: str) -> None:
+    """A capture has the dynamic loader and the C library in its page cache, though no program has run before it."""
+    machine = await host.run(image, name="idle")
+    await machine.standby()
+    async with machine.fork(1, atomic=True) as (fork,):
+
+        async def read_bytes() -> int:
+            stats = [(await fork.read_text(f"/sys/block/{disk}/stat")).split() for disk in ("vda", "vdb")]
+            return sum(int(stat[2]) for stat in stats) * 512  # a sector is 512 bytes, whatever the disk says
+
+        before = await read_bytes()
+        await fork.exec(["true"])
+        read = await read_bytes() - before
+    await machine.rm()
+    assert 0 < read < MIB / 4  # `true` itself
+
+
 async def test_pages_of_a_fork_survive_its_capture(host: AsyncHost, template: Instance, vm: Instance) -> None:
     """A fork keeps 32 MiB of dirty pages through standby and restore, its forks have them too, and
     the base is unchanged.

@@ -24,6 +24,10 @@ struct path_request {
 
 struct path_request helper_request(const struct frame *f); /* a request without a path fails */
 
+/* ---- warm.c ---- */
+
+void warm_programs(void);
+
 /* ---- files.c, paths.c, watch.c, tree_out.c, tree_in.c: the requests ---- */
 
 void file_read(const struct frame *request);
