@@ -1,5 +1,5 @@
-"""CPU time of the client process of `coppice ls`, `fork`, `exec` and `rm`, compared with an empty
-program.
+"""CPU time of the client process of `coppice ls`, `fork`, `exec`, `rm`, `stats` and `tree`, on the data
+directory and through a server (`--host`) over it, compared with an empty program.
 
     python -m bench.client_cpu [--home DIR --image IMAGE] [--before DIR] --output benchmarks/client-cpu.json
 
@@ -26,6 +26,7 @@ from coppice.model import Record
 
 EMPTY = "python -c pass"
 BEFORE = "before: "
+HOST = "--host "
 _BASELINES = {
     EMPTY: [sys.executable, "-c", "pass"],
     "python -c 'import asyncio'": [sys.executable, "-c", "import asyncio"],
@@ -119,7 +120,29 @@ def commands(label: str, *, forks: bool) -> dict[str, list[str]]:
     """Return the words of each measured command by its name; those of forks use the template."""
     fork = f"{_TEMPLATE}-{'fork' if not label else 'before'}"
     of_forks = {"fork": ["fork", _TEMPLATE, "--name", fork], "exec": ["exec", fork, "true"], "rm": ["rm", fork]}
-    return {"--version": ["--version"], "ls": ["ls"], **(of_forks if forks else {})}
+    lists = {name: [name] for name in ("ls", "stats", "tree")}
+    return {"--version": ["--version"], **lists, **(of_forks if forks else {})}
+
+
+def remote_commands(address: str, *, forks: bool) -> dict[str, list[str]]:
+    """Return the words of the same commands through a server."""
+    words = commands("", forks=forks)
+    del words["--version"]
+    return {f"{HOST}{name}": ["--host", address, *each] for name, each in words.items()}
+
+
+@contextlib.contextmanager
+def served(socket: Path, env: Mapping[str, str]) -> Iterator[str]:
+    """Run a server on a unix socket for a block. Yield its address."""
+    address = f"unix:{socket}"
+    argv = coppice("serve", "--listen", address, "--spares", "0")
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE) as process:
+        try:
+            if process.stdout is None or not process.stdout.readline():
+                raise SystemExit("the server did not start")
+            yield address
+        finally:
+            process.terminate()
 
 
 @contextlib.contextmanager
@@ -168,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, words in commands(label, forks=bool(options.image)).items():
                 lines[f"{label}coppice {name}"] = coppice(*words)
                 variables[f"{label}coppice {name}"] = own
-        with template(options.image, env):
+        with template(options.image, env), served(Path(temporary) / "server.sock", env) as address:
+            for name, words in remote_commands(address, forks=bool(options.image)).items():
+                lines[f"coppice {name}"] = coppice(*words)
             report = measure(lines, options.samples, env, variables=variables)
     show(report)
     if options.output:

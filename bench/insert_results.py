@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from bench.client_cpu import HOST, ClientCpuReport
 from bench.cookbook import PAGES as RECIPES
 from bench.cookbook import CookbookReport
 from bench.records import Cache, CaptureBenchReport, FanOutReport, FanOutSummary, Method, TreeReport
@@ -190,6 +191,25 @@ def recipe_table(report: CookbookReport, page: str) -> str:
     return f"{describe_host(cost.host)}.\n\n{markdown(('command', 's'), rows, text_columns=1)}\n```text\n{cost.tree}\n```\n"
 
 
+def client_cpu_table(report: ClientCpuReport) -> str:
+    """Return the CPU time of each command, on the data directory and through a server."""
+    programs = {name: cost for name, cost in report.costs.items() if not name.startswith(f"coppice {HOST}")}
+    rows: list[tuple[str, ...]] = []
+    for name, cost in programs.items():
+        remote = report.costs.get(f"coppice {HOST}{name.removeprefix('coppice ')}")
+        rows.append(
+            (
+                f"`{name}`",
+                f"{cost.median_ms:.0f}",
+                f"{cost.least_ms:.0f}",
+                f"{remote.median_ms:.0f}" if remote else "",
+                f"{remote.least_ms:.0f}" if remote else "",
+            )
+        )
+    headings = ("program", "ms (p50)", "least", "through a server (p50)", "least")
+    return f"Python {report.python}, {report.samples} samples of each.\n\n{markdown(headings, rows, text_columns=1)}"
+
+
 def _ratio(summary: Sequence[FanOutSummary], row: FanOutSummary) -> str:
     ratio = ratio_to_shared(summary, row)
     return "1" if ratio is None else f"{ratio:.1f}"
@@ -205,6 +225,7 @@ def filled(page: str) -> str:
     host_cpu = msgspec.json.decode((ROOT / "benchmarks/host-cpu-side-by-side.json").read_bytes(), type=SideBySide)
     tree = msgspec.json.decode((ROOT / "benchmarks/tree.json").read_bytes(), type=TreeReport)
     recipes = msgspec.json.decode((ROOT / "benchmarks/cookbook.json").read_bytes(), type=CookbookReport)
+    client_cpu = msgspec.json.decode((ROOT / "benchmarks/client-cpu.json").read_bytes(), type=ClientCpuReport)
     tables: dict[str, Callable[[], str]] = {
         **{f"cookbook-{name}": partial(recipe_table, recipes, name) for name in RECIPES},
         "short": lambda: short_table(fan_out),
@@ -215,6 +236,7 @@ def filled(page: str) -> str:
         "tree": lambda: tree_table(tree),
         "host-cpu": lambda: host_cpu_table(host_cpu),
         "kvm": lambda: fan_out_table(kvm),
+        "client-cpu": lambda: client_cpu_table(client_cpu),
     }
     return _REGION.sub(lambda found: f"{found[1]}\n{tables[found[2]]()}\n{found[3]}", (ROOT / page).read_text())
 

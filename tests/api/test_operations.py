@@ -11,7 +11,7 @@ import pytest
 
 from conftest import HostFactory
 from coppice.client.connecting import connect_async
-from coppice.client.remote import backend, patience
+from coppice.client.remote import calls, patience
 from coppice.errors import HostCannot, kinds
 from coppice.model import ExecResult
 from coppice.requests import ExecRequest, RunRequest, WaitProcessRequest
@@ -120,7 +120,7 @@ async def test_operations_share_one_connection(socket_address: str, monkeypatch:
 
 async def test_a_client_waits_in_many_calls_at_once(socket_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that last do not hold up further ones: none waits for a connection of the others."""
-    monkeypatch.setattr(backend, "_TIMEOUTS", httpx.Timeout(10.0, read=60.0, pool=1.0))
+    monkeypatch.setattr(calls, "_TIMEOUTS", httpx.Timeout(10.0, read=60.0, pool=1.0))
     monkeypatch.setattr(patience, "PERSIST_S", 1.0)
     async with connect_async(socket_address) as host, client_of(socket_address) as other, asyncio.timeout(60):
         vm = await host.call(RunRequest(**RUN))

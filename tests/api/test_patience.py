@@ -11,7 +11,7 @@ from websockets.asyncio.server import ServerConnection, unix_serve
 
 from conftest import HostFactory
 from coppice.client.connecting import connect_async
-from coppice.client.remote import patience
+from coppice.client.remote import streams
 from coppice.client.remote.address import parse_address
 from coppice.client.remote.streams import next_frame, opened
 from coppice.errors import HostCannot
@@ -26,7 +26,7 @@ DEADLINE_S = 60.0
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask for signs of life all the time."""
     monkeypatch.setattr(serving, "_PING_S", 0.05)
-    monkeypatch.setattr(patience, "QUIET_S", 0.05)
+    monkeypatch.setattr(streams, "QUIET_S", 0.05)
 
 
 async def test_a_reader_that_pauses_loses_nothing(make_host: HostFactory, socket_address: str) -> None:
@@ -47,7 +47,7 @@ async def test_a_reader_that_pauses_loses_nothing(make_host: HostFactory, socket
 
 async def test_a_server_that_gives_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client is told, in bounded time, and after what it has already got."""
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(streams, "PATIENCE_S", 0.2)
     ending = asyncio.Event()
 
     async def fall_silent(connection: ServerConnection) -> None:

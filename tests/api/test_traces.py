@@ -166,7 +166,7 @@ async def test_a_collector_that_is_gone_delays_nothing(servers: Servers, make_ho
 def test_nothing_is_imported_without_an_endpoint() -> None:
     """Neither by the server nor by the client."""
     program = (
-        "import sys, coppice.server.app, coppice.server.serving, coppice.client.remote.backend\n"
+        "import sys, coppice.server.app, coppice.server.serving, coppice.client.remote.calls\n"
         "from coppice.server.tracing import traces_of\n"
         "assert traces_of({}) is None\n"
         "sys.exit(any(each.startswith('opentelemetry') for each in sys.modules))"

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from coppice.client.remote import backend
+from coppice.client.remote import backend, calls, commands
 from coppice.requests import Request
 from coppice.server import app, serving
 from coppice.server.auth import Caller
@@ -29,7 +29,7 @@ from crash.kinds import Kind, RealKind
 from crash.steps import Measured, Steps
 from servers import serve_command
 
-IMPORTED = (app, serving, backend)
+IMPORTED = (app, serving, backend, calls, commands)
 """What a server imports late. The forked processes have it already."""
 
 

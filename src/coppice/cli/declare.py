@@ -190,7 +190,7 @@ def _declared(place: Any) -> dict[str, tuple[Any, Any]]:
 
 def _called(function: Callable[..., None]) -> Callable[..., None]:
     def called(ctx: click.Context, /, **values: Any) -> None:
-        start.import_msgspec()
+        start.import_small("msgspec")
         given = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
         for name, (hint, _) in _declared(function).items():
             if _has_fields(hint):

@@ -12,10 +12,28 @@ from types import ModuleType
 from typing import Final
 
 _SELDOM_USED: Final = (
-    *("bz2", "ctypes", "hashlib", "inspect", "ipaddress", "json", "linecache", "locale", "lzma", "random", "shutil"),
+    *(
+        "bz2",
+        "certifi",
+        "ctypes",
+        "hashlib",
+        "idna",
+        "inspect",
+        "ipaddress",
+        "json",
+        "linecache",
+        "locale",
+        "lzma",
+        "mimetypes",
+        "random",
+        "shutil",
+    ),
     *("ssl", "textwrap", "tokenize", "zlib"),
-    *("asyncio.sslproto", "msgspec.inspect"),
+    *("asyncio.sslproto", "httpx", "msgspec.inspect"),
 )
+# What a package has only if others are installed, and no command needs: the command line of httpx, which takes half of
+# its import, and a compression that no server of Coppice uses; a third of the import of msgspec, for older Pythons.
+_WITHOUT: Final = {"httpx": ("pygments", "zstandard"), "msgspec": ("typing_extensions",)}
 _replacing: Final = threading.Lock()
 
 
@@ -60,19 +78,18 @@ class _Deferred(ModuleType):
         with _replacing:
             if sys.modules.get(self.__name__) is self:
                 del sys.modules[self.__name__]
-        return getattr(import_module(self.__name__), name)
+        return getattr(import_small(self.__name__), name)
 
 
-def import_msgspec() -> None:
-    """Import msgspec without typing_extensions. msgspec prefers it, but only older Pythons need it.
-
-    It takes a third of the time of the import.
-    """
-    if {"msgspec", "typing_extensions"} & sys.modules.keys():
-        return
+def import_small(name: str) -> ModuleType:
+    """Import a module as if the optional packages that no command needs were not installed."""
+    if name in sys.modules:
+        return sys.modules[name]
     modules: dict[str, object] = sys.modules  # type: ignore[assignment]  # None: the import fails, as documented
-    modules["typing_extensions"] = None
+    absent = [each for each in _WITHOUT.get(name, ()) if each not in modules]
+    modules.update(dict.fromkeys(absent))
     try:
-        import_module("msgspec")
+        return import_module(name)
     finally:
-        del modules["typing_extensions"]
+        for each in absent:
+            del modules[each]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coppice.errors import MissingTool
-
 if TYPE_CHECKING:
     from coppice.client.aio.host import AsyncHost
     from coppice.client.backend import Backend
@@ -21,7 +19,6 @@ def connect(address: str, *, token: str | None = None) -> Host:
     :param address: `http://HOST:PORT`, `https://HOST:PORT` or `unix:/path/to/socket`
     :param token: an access token. Default: the variable COPPICE_TOKEN
     :raises UsageError: the address is malformed
-    :raises MissingTool: this installation lacks the packages of the client
     """
     from coppice.client.blocking.host import Host
 
@@ -34,7 +31,6 @@ def connect_async(address: str, *, token: str | None = None) -> AsyncHost:
     :param address: `http://HOST:PORT`, `https://HOST:PORT` or `unix:/path/to/socket`
     :param token: an access token. Default: the variable COPPICE_TOKEN
     :raises UsageError: the address is malformed
-    :raises MissingTool: this installation lacks the packages of the client
     """
     from coppice.client.aio.host import AsyncHost
 
@@ -46,12 +42,7 @@ def remote_backend(address: str, token: str | None = None) -> Backend:
     `connect`.
 
     :raises UsageError: the address is malformed
-    :raises MissingTool: this installation lacks the packages of the client
     """
-    try:
-        from coppice.client.remote.backend import RemoteBackend
-    except ModuleNotFoundError as error:
-        raise MissingTool(
-            f"a connection to a server needs the package {error.name}", hint="run `pip install 'coppice-vm[remote]'`"
-        ) from error
+    from coppice.client.remote.backend import RemoteBackend
+
     return RemoteBackend(address, token=token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ from coppice.errors import UsageError
 from coppice.model import Record
 
 _SCHEMES: Final = {"http": "ws", "https": "wss"}
+_PROXIES: Final = ("http_proxy", "all_proxy")
 
 
 class Address(Record, frozen=True, kw_only=True):
@@ -24,6 +26,32 @@ class Address(Record, frozen=True, kw_only=True):
         scheme, _, rest = self.url.partition("://")
         return f"{_SCHEMES[scheme]}://{rest}"
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether the server is reached without TLS and without a proxy that this process's environment names."""
+        proxies = {name for name in os.environ if name.lower() in _PROXIES}
+        return self.socket is not None or (self.url.startswith("http:") and not proxies)
+
+    @property
+    def host(self) -> str:
+        """The host of the URL."""
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def port(self) -> int:
+        """The port of the URL, without TLS."""
+        return urlsplit(self.url).port or 80
+
+    @property
+    def authority(self) -> str:
+        """The host and the port of the URL, as in the header `Host`."""
+        return urlsplit(self.url).netloc.rpartition("@")[2]
+
+    @property
+    def path(self) -> str:
+        """The path of the URL, which a server behind a proxy may have."""
+        return urlsplit(self.url).path
+
 
 def parse_address(text: str) -> Address:
     """Return the address of `http://HOST[:PORT]`, `https://...` or `unix:PATH`.
@@ -35,8 +63,12 @@ def parse_address(text: str) -> Address:
         if not Path(path).is_absolute():
             raise UsageError(f"the socket {path!r} has no absolute path", hint="write unix:/run/coppice.sock")
         return Address(url="http://coppice", socket=path)
-    parts = urlsplit(text)
-    if parts.scheme not in _SCHEMES or not parts.hostname:
+    try:
+        parts = urlsplit(text)
+        is_valid = parts.scheme in _SCHEMES and parts.hostname and parts.port != 0
+    except ValueError:  # of the port, or of the brackets of an IPv6 address
+        is_valid = False
+    if not is_valid:
         raise UsageError(
             f"{text!r} is not the address of a server", hint="write http://HOST:PORT or unix:/path/to/socket"
         )

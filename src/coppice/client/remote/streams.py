@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Final
 
 import msgspec
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
 
 from coppice.client.remote.address import Address
 from coppice.client.remote.failures import encoded, error_from, refusal, unreachable
-from coppice.client.remote.patience import received
 from coppice.client.remote.tracing import trace_headers
 from coppice.errors import GuestRefused, HostCannot
 from coppice.model import FileEvent, FileStat, Instance, Record
 from coppice.model.guest import Exit, Unpacked
 from coppice.requests import FileLsRequest, FileWatchRequest, LogsRequest
 
-T = TypeVar("T")
-
 _OPEN_S: Final = 10.0
 _CLOSE_S: Final = 5.0
+QUIET_S: Final = 20.0  # without a frame, after which the server is asked for a sign of life
+PATIENCE_S: Final = 40.0  # for that sign
 
 
 class Message(Record, frozen=True, kw_only=True):
@@ -61,7 +60,7 @@ async def opened(
         "additional_headers": {**headers, **trace_headers()},
         "open_timeout": _OPEN_S,
         "max_size": None,
-        "ping_interval": None,  # `received` asks
+        "ping_interval": None,  # `_received` asks
         "compression": None,  # costs more than it saves: a gigabyte of zeros would take seconds of CPU at both ends
     }
     opening = unix_connect(address.socket, url, **options) if address.socket else connect(url, **options)
@@ -84,13 +83,40 @@ async def opened(
             connection.transport.abort()
 
 
+async def _received(connection: ClientConnection) -> str | bytes:
+    """Return the next frame.
+
+    The keepalive of the WebSocket's library is off: it counts the time in which nobody reads, as
+    when the output goes to a pager, and ends a connection that works.
+
+    :raises ConnectionClosed: the connection ended, or the server gives no sign of life
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(QUIET_S):
+            return await connection.recv()
+    receiving = asyncio.ensure_future(connection.recv())
+    try:
+        while not receiving.done():
+            sign = asyncio.ensure_future(await connection.ping())
+            # A frame is a sign too: the answer to the ping may come behind many of them.
+            signs: set[asyncio.Future[Any]] = {receiving, sign}
+            await asyncio.wait(signs, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done() and not sign.done():
+                raise ConnectionClosedError(None, None)
+            await asyncio.wait({receiving}, timeout=QUIET_S)
+        return receiving.result()
+    finally:
+        receiving.cancel()
+        await asyncio.wait({receiving})
+
+
 async def next_frame(connection: ClientConnection) -> bytes | Message:
     """Return the next frame.
 
     :raises CoppiceError: the server reports an error, or the connection was lost
     """
     try:
-        frame = await received(connection)
+        frame = await _received(connection)
     except ConnectionClosed as error:
         ended = error.rcvd is not None and error.rcvd.code == CloseCode.SERVICE_RESTART
         raise HostCannot(
@@ -150,16 +176,13 @@ async def _lines(connection: ClientConnection) -> AsyncIterator[bytes]:
 
 @contextlib.asynccontextmanager
 async def open_items(
-    address: Address,
-    headers: Mapping[str, str],
-    request: FileLsRequest | FileWatchRequest,
-    item_of: Callable[[Message], T | None],
-) -> AsyncIterator[AsyncIterator[T]]:
+    address: Address, headers: Mapping[str, str], request: FileLsRequest | FileWatchRequest
+) -> AsyncIterator[AsyncIterator[FileStat | FileEvent]]:
     """Open what the server sends one by one, such as the entries of a directory of a guest."""
     async with opened(address, headers, f"/stream/{request.operation}", request) as connection:
-        yield _items(connection, item_of)
+        yield _items(connection)
 
 
-async def _items(connection: ClientConnection, item_of: Callable[[Message], T | None]) -> AsyncIterator[T]:
-    while (found := item_of(await message_of(connection))) is not None:
+async def _items(connection: ClientConnection) -> AsyncIterator[FileStat | FileEvent]:
+    while (found := (message := await message_of(connection)).stat or message.event) is not None:
         yield found
