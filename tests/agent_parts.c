@@ -7,14 +7,17 @@
  *   sh=COMMAND          run a shell command
  *   refuse-mac=up       the card refuses a new MAC while it is up
  *   refuse-mac=always   the card refuses a new MAC
+ *   guest-files=PATH    place the files of a directory, as at the boot
  *   network=MAC,ADDRESS,GATEWAY,ADDRESS6,GATEWAY6   each may be empty; prints the errno
  *   identity=HEX        the payload of an IDENTITY request; prints the answer's type and payload in hex
  */
 #define _GNU_SOURCE
 #include "machine.h"
+#include "random.h"
 #include "self.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/random.h>
 #include <net/if.h>
 #include <stdarg.h>
@@ -105,6 +108,8 @@ int main(int argc, char **argv)
             error = system(value);
         else if (take("refuse-mac=", argv[i], &value))
             refused = value;
+        else if (take("guest-files=", argv[i], &value))
+            place_guest_files(open(value, O_RDONLY | O_DIRECTORY | O_CLOEXEC));
         else if (take("network=", argv[i], &value))
             printf("%d\n", set_network(value));
         else if (take("identity=", argv[i], &value))

@@ -79,7 +79,13 @@ def memory(*, inode: int = 77, links: int = 3, unique_mib: int = 1) -> MemoryRep
 def named(request: Request[Any]) -> str:
     """Return the name of the object that a request concerns."""
     fields = msgspec.structs.asdict(request)
-    return str(next(fields[word] for word in ("instance", "snapshot", "volume", "image", "kernel") if word in fields))
+    return str(
+        next(
+            fields[word]
+            for word in ("instance", "snapshot", "volume", "image", "kernel", "reference", "name")
+            if word in fields
+        )
+    )
 
 
 class FakeHost:

@@ -105,6 +105,19 @@ def test_name_servers_of_the_owner_are_kept(tmp_path: Path) -> None:
     assert told == "nameserver 10.0.3.3\nnameserver 9.9.9.9\n"
 
 
+@pytest.mark.parametrize("size", [0, (1 << 16) + 256, 3 << 20])
+def test_a_guest_file_is_placed_whole(tmp_path: Path, size: int) -> None:
+    """Files of the initramfs arrive in /run/coppice whole, whatever their size, and leave the initramfs."""
+    result, files = tmp_path / "result", tmp_path / "files"
+    files.mkdir()
+    (files / "library.so").write_bytes(content := (bytes(range(256)) * (size // 256)))
+    # The agent also changes these directories, which are this machine's own.
+    own = "mount -t tmpfs tmpfs /usr/lib/ssl && mount -t tmpfs tmpfs /dev"
+    guest(tmp_path, own, f"guest-files={files}", f"sh=cp /run/coppice/library.so {result}")
+    assert result.read_bytes() == content
+    assert not list(files.iterdir())
+
+
 # ---- the network card ----
 
 _CARD = """
@@ -243,6 +256,13 @@ def test_a_seed_or_key_that_cannot_be_removed_is_named(tmp_path: Path, path: str
     assert fields.text(2).startswith(f"{step}: ")
     assert Path(path).name in fields.text(2)
     assert fields.text(2).endswith(": Read-only file system")
+
+
+def test_keys_that_cannot_be_looked_for_are_an_error(tmp_path: Path) -> None:
+    """If the directory of the keys cannot be read, the identity is refused: it may hold the source's keys."""
+    kind, fields = answer(guest(tmp_path, "ln -s ssh /etc/ssh", identity(new_machine=True)))
+    assert kind is FrameType.ERROR
+    assert fields.text(2) == "ssh-host-keys: /etc/ssh: Too many levels of symbolic links"
 
 
 def test_a_read_only_root_without_seeds_is_forked(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -293,6 +294,45 @@ async def test_dropped_events_are_reported(session: Session, tmp_path: Path) -> 
 async def test_a_path_that_cannot_be_watched(session: Session, tmp_path: Path) -> None:
     """The guest's errno arrives."""
     assert await refused(anext(session.watching(str(tmp_path / "missing")))) == errno.ENOENT
+
+
+def deepen(directory: Path, levels: int) -> None:
+    """Make directories with long names below each other, by relative paths: no whole path is that long."""
+    fd = os.open(directory, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d" * 240, dir_fd=fd)
+        inner = os.open("d" * 240, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+
+
+async def test_a_tree_with_longer_paths_is_not_watched(session: Session, tmp_path: Path) -> None:
+    """A directory whose path is longer than the kernel's limit cannot be watched: the watch fails instead of
+    missing its changes, also if the directory appears later.
+    """
+    (tmp_path / "deep").mkdir()
+    deepen(tmp_path / "deep", 15)
+    watched = await watch(session, tmp_path / "deep", recursive=True)
+    (bottom := tmp_path.joinpath("deep", *["d" * 240] * 15) / "file").touch()
+    await watched.until(("created", str(bottom.relative_to(tmp_path / "deep"))))
+    await watched.events.aclose()
+    (tmp_path / "deeper").mkdir()
+    watched = await watch(session, tmp_path / "deeper", recursive=True)
+    (tmp_path / "later").mkdir()
+    deepen(tmp_path / "later", 20)
+    (tmp_path / "later").rename(tmp_path / "deeper" / "later")
+
+    async def read() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            async for _ in watched.events:
+                pass
+
+    assert await refused(read()) == errno.ENAMETOOLONG
+    with pytest.raises(GuestRefused, match="longer than can be watched") as caught:
+        await watch(session, tmp_path / "deeper", recursive=True)
+    assert caught.value.errno == errno.ENAMETOOLONG
+    shutil.rmtree(tmp_path / "deeper")  # by descriptors: pytest could not remove it
 
 
 async def test_a_watch_ends_with_its_host(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from coppice.cli.app import app
 from coppice.errors import InUse, NotFound
 from coppice.model import ProcessEnd, State
 from coppice.model.guest import Exit, GuestCommand, StartedCommand
-from coppice.requests import CommandAttachRequest, CommandKillRequest, CommandLsRequest, OpenExecRequest
+from coppice.requests import CommandAttachRequest, CommandKillRequest, CommandLsRequest, GetRequest, OpenExecRequest
 
 SOURCE = Path(__file__).parents[2] / "src"
 PYTHON = sys.executable
@@ -288,3 +288,21 @@ def test_ids_are_completed(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     sys.exit(main(host_factory=AttachHost().factory))
+
+
+def test_waiting_for_two_machines_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """`docker wait a b` waits for two containers. Here the second word is a command's id, and the hint says
+    so if it is a machine; else the guest's answer is kept.
+    """
+
+    def get(request: GetRequest) -> Any:
+        if request.instance != "b":
+            raise NotFound(f"there is no {request.instance!r}", hint="`coppice ls`")
+        return instance("b")
+
+    missing = NotFound("the machine has no command", hint="it may have ended long ago")
+    assert run(FakeHost(command_wait=missing, get=get), "wait", "a", "b") == 3
+    assert "`coppice wait a`, then `coppice wait b`, waits for both machines" in capsys.readouterr().err
+    missing = NotFound("the machine has no command", hint="it may have ended long ago")
+    assert run(FakeHost(command_wait=missing, get=get), "wait", "a", "c1") == 3
+    assert "it may have ended long ago" in capsys.readouterr().err

@@ -11,7 +11,15 @@ from cli_host import FakeHost
 from cli_lines import document, output_of, run
 from coppice.errors import GuestRefused
 from coppice.model import FileEvent, FileStat
-from coppice.requests import FileLsRequest, FileMkdirRequest, FileMvRequest, FileRmRequest, FileWatchRequest, Request
+from coppice.requests import (
+    FileLsRequest,
+    FileMkdirRequest,
+    FileMvRequest,
+    FileRmRequest,
+    FileWatchRequest,
+    Request,
+    StatRequest,
+)
 
 
 def found(path: str, kind: Any = "f", **more: Any) -> FileStat:
@@ -46,6 +54,38 @@ def test_stat_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert output_of(capsys, host, "files", "stat", "-L", "vm:/etc/a").startswith("drwxrwxrwt  1:2")
     assert host.asked("stat") == {"instance": "vm", "path": "/etc/a", "follow_links": True}
     assert document(capsys, host, "files", "stat", "vm:/etc/a")["kind"] == "d"
+
+
+def test_several_directories_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each list has a heading, as with `ls`. One that does not exist does not hide the others."""
+    host = FakeHost(file_ls=ENTRIES[:2])
+    lines = output_of(capsys, host, "files", "ls", "-q", "vm:/etc", "elm:/etc").splitlines()
+    assert lines == ["vm:/etc:", "a", "b\ufffd", "", "elm:/etc:", "a", "b\ufffd"]
+    answer = document(capsys, host, "files", "ls", "vm:/etc", "nobody:/etc", status=3)
+    assert [(each["name"], len(each["entries"])) for each in answer["found"]] == [("vm:/etc", 2)]
+    assert [each["name"] for each in answer["failed"]] == ["nobody:/etc"]
+
+
+def test_several_paths_are_described_and_made(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each path has a line, or an error of its own."""
+
+    def answer(request: StatRequest | FileMkdirRequest) -> Any:
+        if request.path == "/b":
+            raise GuestRefused("the guest refused: /b: Input/output error", errno=5, hint="look")
+        return ENTRIES[1] if isinstance(request, StatRequest) else None
+
+    host = FakeHost(stat=answer, file_mkdir=answer)
+    assert run(host, "files", "stat", "vm:/a", "vm:/b", "elm:/c") == 1
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["drwxrwxrwt"] * 2
+    assert "/b: Input/output error" in shown.err
+    described = document(capsys, host, "files", "stat", "vm:/a", "vm:/b", status=1)
+    assert [each["path"] for each in described["found"]] == ["/etc/a"]
+    assert [each["name"] for each in described["failed"]] == ["vm:/b"]
+    made = document(capsys, host, "files", "mkdir", "vm:/a", "vm:/b", "elm:/c", status=1)
+    assert made["done"] == [{"path": "/a"}, {"path": "/c"}]
+    assert [each["name"] for each in made["failed"]] == ["vm:/b"]
+    assert document(capsys, host, "files", "mkdir", "vm:/a") == {"path": "/a"}
 
 
 @pytest.mark.parametrize(

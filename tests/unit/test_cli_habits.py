@@ -24,6 +24,12 @@ COMMANDS = app.list_commands(app.make_context("coppice", [], resilient_parsing=T
         (["ps", "-a"], "ls"),
         (["list"], "ls"),
         (["images"], "image_ls"),
+        (["images", "-a"], "image_ls"),
+        (["image", "list"], "image_ls"),
+        (["volume", "remove", "data"], "volume_rm"),
+        (["pull", "-q", "debian"], "image_pull"),
+        (["stats", "--no-stream"], "stats"),
+        (["run", "--restart", "unless-stopped", "debian"], "run"),
         (["rmi", "-f", "debian"], "image_rm"),
         (["run", "-d", "debian"], "run"),
         (["create", "debian"], "run"),
@@ -42,7 +48,19 @@ def test_dockers_words_work(words: list[str], asked: str) -> None:
     """Docker's words have docker's effect."""
     made = instance("vm")
     host = FakeHost(
-        ls=[], image_ls=[], image_rm=None, run=made, stop=made, restore=made, logs=[], cp_in=1, cp_out=1, inspect=made
+        ls=[],
+        image_ls=[],
+        image_rm=None,
+        image_pull={},
+        volume_rm=None,
+        stats={},
+        run=made,
+        stop=made,
+        restore=made,
+        logs=[],
+        cp_in=1,
+        cp_out=1,
+        inspect=made,
     )
     if "-f" in words and asked == "logs":
         words = [word for word in words if word != "-f"]
@@ -79,12 +97,64 @@ def test_a_missing_command_is_answered_with_one_that_exists(word: str, capsys: p
         assert wrong_with(line) is None, line
 
 
+@pytest.mark.parametrize(("group", "word"), sorted(habits._MEANT_IN_GROUPS))
+def test_a_missing_command_of_a_group_is_answered_too(
+    group: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A word that a group does not have gets an answer that can be typed."""
+    assert run(FakeHost(), group, word, "x") == 2
+    shown = capsys.readouterr().err
+    assert shown == f"coppice: no such command '{word}'; {habits._MEANT_IN_GROUPS[group, word]}\n"
+    for line in re.findall(r"`(coppice [^`]+)`", shown):
+        assert wrong_with(line) is None, line
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["volume", "insepct", "data"], "did you mean 'inspect'"),
+        (["volume", "zzz"], "`coppice volume --help` lists commands"),
+        (["snapshot", "schedule", "zzz"], "`coppice snapshot schedule --help` lists commands"),
+        (["zzz"], "`coppice --help` lists commands"),
+        (["swarm", "init"], "there is no equivalent"),
+        (["context", "ls"], "COPPICE_HOST"),
+    ],
+)
+def test_words_without_a_meaning(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The nearest command of the same group is offered, and none for what Coppice does not have."""
+    assert run(FakeHost(), *words) == 2
+    shown = capsys.readouterr().err
+    assert hint in shown
+    assert ("did you mean" in shown) == ("did you mean" in hint)
+
+
+@pytest.mark.parametrize(("option", "value"), sorted(habits._VALUES))
+def test_a_value_of_docker_is_answered(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A network that Coppice does not have is refused with one that it has, before any request."""
+    host = FakeHost()
+    assert run(host, "run", option, value, "debian") == 2
+    assert capsys.readouterr().err.endswith(f"; {habits._VALUES[option, value]}\n")
+    assert not host.calls
+
+
+@pytest.mark.parametrize("mount", ["/tmp:/b", "./x:/b", "../x:/b", "~/x:/b", "a/b:/b", "/data"])
+def test_a_directory_of_the_host_is_not_a_volume(mount: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The refusal says what to do instead."""
+    host = FakeHost()
+    assert run(host, "run", "-v", mount, "debian") == 2
+    shown = capsys.readouterr().err
+    assert "cannot be mounted" in shown
+    for line in re.findall(r"`(coppice [^`]+)`", shown):
+        assert wrong_with(line) is None, line
+    assert not host.calls
+
+
 @pytest.mark.parametrize(("command", "option"), sorted(habits._OPTIONS))
 def test_a_missing_option_is_answered_with_one_that_exists(
     command: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A docker option that coppice lacks gets an answer that can be typed."""
-    assert run(FakeHost(), *([] if command == "coppice" else [command]), option, "x", "y", "z") == 2
+    assert run(FakeHost(), *([] if command == "coppice" else command.split()), option, "x", "y", "z") == 2
     shown = capsys.readouterr().err
     assert shown == f"coppice: no such option '{option}'; {habits._OPTIONS[command, option]}\n"
     for line in re.findall(r"`(coppice [^`]+)`", shown):

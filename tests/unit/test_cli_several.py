@@ -13,8 +13,9 @@ import pytest
 
 from cli_host import FakeHost, instance, named
 from cli_lines import document, output_of, run
+from coppice.cli import progress
 from coppice.errors import Busy, NotFound
-from coppice.model import CaptureReport, MemoryReport, ProgressSink, State, Traffic, TreeNode
+from coppice.model import CaptureReport, MemoryReport, ProgressSink, State, Traffic, TreeNode, no_progress
 from coppice.model.inspection import StandbyReport
 from coppice.requests import GetRequest, Request, StopRequest
 
@@ -43,6 +44,10 @@ CHANGES = [
     (["promote"], "promote"),
     (["demote"], "demote"),
     (["snapshot", "restore"], "snapshot_restore"),
+    (["snapshot", "create"], "snapshot"),
+    (["volume", "create"], "volume_create"),
+    (["pull", "-q"], "image_pull"),
+    (["image", "pull", "-q"], "image_pull"),
 ]
 REMOVALS = [
     (["volume", "rm"], "volume_rm"),
@@ -79,12 +84,16 @@ def test_a_change_of_one_is_its_result(capsys: pytest.CaptureFixture[str], words
 
 @pytest.mark.parametrize(("words", "method"), REMOVALS, ids=lambda each: each if isinstance(each, str) else "")
 def test_a_removal_of_several_reports_each(capsys: pytest.CaptureFixture[str], words: list[str], method: str) -> None:
-    """All removable names are removed. With -f a missing name is not an error, but a used one is."""
+    """All removable names are removed. With -f a missing name is not an error, and not printed as removed.
+    A used one is an error.
+    """
     busy = Busy("'c' is in use", hint="wait")
     host = answers(method, b=GONE, c=busy)
     found = document(capsys, host, *words, "a", "b", "c", "d", status=3)
     assert (found["removed"], [each["name"] for each in found["failed"]]) == (["a", "d"], ["b", "c"])
-    assert output_of(capsys, answers(method, b=GONE), *words, "-f", "a", "b") == "a\nb\n"
+    assert output_of(capsys, answers(method, b=GONE), *words, "-f", "a", "b") == "a\n"
+    assert output_of(capsys, answers(method, b=GONE), *words, "-f", "b") == ""
+    assert document(capsys, answers(method, b=GONE), *words, "-f", "b") == {"removed": [], "failed": []}
     assert run(answers(method, c=busy), *words, "-f", "c") == busy.exit_code
 
 
@@ -116,6 +125,25 @@ def test_an_inspection_of_several_shows_those_found(capsys: pytest.CaptureFixtur
     assert [each["name"] for each in found["failed"]] == ["b"]
     assert document(capsys, FakeHost(**{method: look}), *words, "a") == [{"name": "a"}]
     assert document(capsys, FakeHost(**{method: look}), *words, "b", status=3)["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("words", [["pull", "x", "y"], ["snapshot", "create", "x", "y"]])
+def test_one_name_is_not_for_several(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    """`--name` names one result."""
+    host = FakeHost()
+    assert run(host, *words, "--name", "n") == 2
+    assert "--name n is one name for 2 results" in capsys.readouterr().err
+    assert not host.calls
+
+
+def test_one_bar_is_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two works at the same time do not draw over each other."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress.shown() as first, progress.shown() as second:
+        assert first is not no_progress
+        assert second is no_progress
+    with progress.shown() as third:
+        assert third is not no_progress
 
 
 def test_several_names_are_handled_concurrently() -> None:

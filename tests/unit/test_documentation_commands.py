@@ -72,7 +72,7 @@ def test_commands_in_messages_can_be_typed() -> None:
         ("coppice snapshot grow box", "no command grow"),
         ("coppice --json snapshot ls --tag", "--tag has no value"),
         ("coppice demote box other", None),
-        ("coppice snapshot create box other", "too many"),
+        ("coppice logs box other", "too many"),
         ("coppice restore", None),
     ],
 )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import click
 
 from coppice.cli import output
 from coppice.cli.context import Cli
 from coppice.cli.declare import Commands, Option, flag, parameters
-from coppice.cli.habits import ALIASES, advice
-from coppice.errors import UsageError
 
 _CLI = "coppice.cli"
 _PLACES = {
@@ -60,22 +58,6 @@ _PLACES = {
     "token": f"{_CLI}.serve:token_app",
     "completion": f"{_CLI}.complete:completion",
 }
-
-
-class _Root(Commands):
-    """The commands of `coppice`, and the aliases that users of other programs type."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """Return the command that the first words name.
-
-        :raises UsageError: there is no such command; the hint suggests one
-        """
-        word = args[0]
-        if word in ALIASES:
-            args = [*ALIASES[word], *args[1:]]
-        elif word not in self.list_commands(ctx) and not word.startswith("-"):
-            raise UsageError(f"no such command {word!r}", hint=advice(word, self.list_commands(ctx)))
-        return super().resolve_command(ctx, args)
 
 
 def _version(_: click.Context) -> None:
@@ -163,7 +145,7 @@ def options(
         output.line(ctx.get_help())
 
 
-app = _Root(
+app = Commands(
     "coppice",
     _PLACES,
     params=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ from coppice.cli import complete, format, guest, options, output
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Option, ProgramExit
 from coppice.cli.ending import Left
-from coppice.errors import NotFound, UsageError
+from coppice.errors import IllegalTransition, NotFound, UsageError
 
 if TYPE_CHECKING:
     from coppice.client.backend import Backend
@@ -216,11 +217,11 @@ def wait(
     machine ends before its process tells one, that is 0, or 1 after a failure. The exit status
     of `wait` is that of the process or command, as with `exec`.
     """
-    from coppice.requests import CommandWaitRequest, WaitProcessRequest
+    from coppice.requests import WaitProcessRequest
 
     cli = Cli.of(ctx)
     if command is not None:
-        ended = cli.request(CommandWaitRequest(instance=name, command=command, deadline_s=timeout))
+        ended = cli.call(lambda host: _end_of(host, name, command, timeout))
         if cli.json:
             output.document(ended)
         raise ProgramExit(guest.status_of(ended))
@@ -231,3 +232,22 @@ def wait(
         output.complain(f"{instance.name} has ended: {output.printable(instance.exit_reason or 'it was stopped')}")
     cli.show({"exit_code": status, "process_end": end, "state": instance.state}, lambda: output.line(str(status)))
     raise ProgramExit(status)
+
+
+async def _end_of(host: Backend, name: str, command: str, timeout_s: float | None) -> Exit:
+    """Wait for the end of a command.
+
+    A hint is for users who mean two machines, as with `docker wait`.
+    """
+    from coppice.requests import CommandWaitRequest, GetRequest
+
+    try:
+        return await host.call(CommandWaitRequest(instance=name, command=command, deadline_s=timeout_s))
+    except (NotFound, IllegalTransition) as error:
+        with contextlib.suppress(NotFound):
+            other = await host.call(GetRequest(instance=command))
+            error.hint = (
+                f"{other.name!r} is a machine, and the second word a command's id: "
+                f"`coppice wait {name}`, then `coppice wait {other.name}`, waits for both machines"
+            )
+        raise

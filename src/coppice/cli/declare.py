@@ -16,6 +16,8 @@ from typing import Annotated, Any, Final, Literal, Union, dataclass_transform, g
 import click
 
 from coppice.cli import output, start
+from coppice.cli.habits import ALIASES, advice
+from coppice.errors import UsageError
 
 Completer = Callable[[click.Context, str], list[str]]
 """Returns the values that begin with the typed text."""
@@ -90,6 +92,18 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Return all names, in the order of their declaration."""
         return list(self._declared)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """Return the command that the first words name, also by an alias that users of other programs type.
+
+        :raises UsageError: there is no such command; the hint suggests one
+        """
+        word, known = args[0], self.list_commands(ctx)
+        if word not in known and (meant := ALIASES.get(word)) and meant[0] in known:
+            args = [*meant, *args[1:]]
+        elif word not in known and not word.startswith("-"):
+            raise UsageError(f"no such command {word!r}", hint=advice(word, ctx.command_path, known))
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         """Return the command, built at its first use."""

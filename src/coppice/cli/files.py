@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from coppice.cli import complete, format, output
+from coppice.cli import complete, format, output, several
 from coppice.cli.context import Cli
 from coppice.cli.declare import Argument, Commands, Option
 from coppice.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from coppice.client.backend import Backend
     from coppice.model import FileEvent, FileStat
 
@@ -38,26 +40,38 @@ def _place(text: str) -> tuple[str, str]:
 @files_app.declare("ls")
 def ls(
     ctx: click.Context,
-    place: Place,
+    places: Places,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Print only the names.")] = False,
 ) -> None:
-    """List a directory by name, with kind, mode, owner, size and time. Links are not followed."""
+    """List directories by name, with kind, mode, owner, size and time. Links are not followed."""
     from coppice.requests import FileLsRequest
 
-    cli = Cli.of(ctx)
-    name, path = _place(place)
+    named = {place: _place(place) for place in places}
 
-    async def read(host: Backend) -> list[FileStat]:
+    async def read(host: Backend, place: str) -> list[FileStat]:
+        name, path = named[place]
         async with host.stream(FileLsRequest(instance=name, path=path)) as entries:
-            return [each async for each in entries]
+            return sorted([_shown(each) async for each in entries], key=lambda each: each.path)
 
-    found = sorted((_shown(each) for each in cli.call(read)), key=lambda each: each.path)
+    def document(place: str, found: list[FileStat]) -> object:
+        return found if len(places) == 1 else {"name": place, "entries": found}
 
-    def human() -> None:
-        if quiet:
-            for each in found:
-                output.line(output.printable(each.path.rpartition("/")[2]))
-            return
+    def human(found: Mapping[str, list[FileStat]]) -> None:
+        for number, (place, entries) in enumerate(found.items()):
+            if number:
+                output.line("")
+            if len(places) > 1:
+                output.line(f"{output.printable(place)}:")
+            _list(entries, quiet=quiet)
+
+    several.show(Cli.of(ctx), places, read, human, title="found", document=document)
+
+
+def _list(found: list[FileStat], *, quiet: bool) -> None:
+    if quiet:
+        for each in found:
+            output.line(output.printable(each.path.rpartition("/")[2]))
+    else:
         output.table(
             [("MODE", "left"), ("OWNER", "left"), ("SIZE", "right"), ("MODIFIED", "left"), ("NAME", "left")],
             [
@@ -65,8 +79,6 @@ def ls(
                 for each in found
             ],
         )  # fmt: skip
-
-    cli.show(found, human)
 
 
 def _shown(found: FileStat) -> FileStat:
@@ -90,45 +102,55 @@ def _name(found: FileStat) -> str:
 @files_app.declare("stat")
 def stat(
     ctx: click.Context,
-    place: Place,
+    places: Places,
     follow: Annotated[bool, Option("--dereference", "-L", help="Describe the target of a link.")] = False,
 ) -> None:
-    """Print kind, mode, owner, size and time of a path."""
+    """Print kind, mode, owner, size and time of paths."""
     from coppice.requests import StatRequest
 
-    cli = Cli.of(ctx)
-    name, path = _place(place)
-    found = _shown(cli.request(StatRequest(instance=name, path=path, follow_links=follow)))
-    words = (
-        _mode(found),
-        f"{found.uid}:{found.gid}",
-        format.size(found.size_bytes),
-        format.moment(found.mtime),
-        _name(found),
-    )
-    cli.show(found, lambda: output.line("  ".join(words)))
+    named = {place: _place(place) for place in places}
+
+    def request(place: str) -> StatRequest:
+        name, path = named[place]
+        return StatRequest(instance=name, path=path, follow_links=follow)
+
+    def line(answer: FileStat) -> str:
+        found = _shown(answer)
+        words = (
+            _mode(found),
+            f"{found.uid}:{found.gid}",
+            format.size(found.size_bytes),
+            format.moment(found.mtime),
+            _name(found),
+        )
+        return "  ".join(words)
+
+    several.change(Cli.of(ctx), places, request, line, title="found", document=lambda _, answer: _shown(answer))
 
 
 @files_app.declare("mkdir")
 def mkdir(
     ctx: click.Context,
-    place: Place,
+    places: Places,
     parents: Annotated[
         bool, Option("--parents", "-p", help="Make missing parents too, and accept a directory that exists.")
     ] = False,
     mode: Annotated[str, Option("--mode", "-m", metavar="MODE", help="Permission bits, in octal.")] = "755",
 ) -> None:
-    """Make a directory, which belongs to root."""
+    """Make directories, which belong to root."""
     from coppice.requests import FileMkdirRequest
 
-    cli = Cli.of(ctx)
-    name, path = _place(place)
+    named = {place: _place(place) for place in places}
     try:
         bits = int(mode, 8)
     except ValueError:
         raise UsageError(f"{mode!r} is not a mode", hint="write it in octal, such as 750") from None
-    cli.request(FileMkdirRequest(instance=name, path=path, parents=parents, mode=bits))
-    cli.show({"path": path}, lambda: None)
+
+    async def make(host: Backend, place: str) -> None:
+        name, path = named[place]
+        await host.call(FileMkdirRequest(instance=name, path=path, parents=parents, mode=bits))
+
+    several.show(Cli.of(ctx), places, make, lambda _: None, document=lambda place, _: {"path": named[place][1]})
 
 
 @files_app.declare("mv")
@@ -160,7 +182,6 @@ def rm(
     force: Annotated[bool, Option("--force", "-f", help="Succeed if a path does not exist.")] = False,
 ) -> None:
     """Remove files, links and directories. Links are not followed."""
-    from coppice.cli import several
     from coppice.requests import FileRmRequest
 
     named = {place: _place(place) for place in places}

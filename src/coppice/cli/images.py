@@ -76,10 +76,10 @@ def import_(
 @image_app.declare("pull")
 def pull(
     ctx: click.Context,
-    reference: Annotated[
-        str, Argument(metavar="REF", help="The image in its registry: [REGISTRY/]NAME[:TAG][@DIGEST].")
+    references: Annotated[
+        list[str], Argument(metavar="REF", help="Images in their registries: [REGISTRY/]NAME[:TAG][@DIGEST].")
     ],
-    name: Annotated[str | None, Option("--name", help="Name for the image. Default: REF.")] = None,
+    name: Annotated[str | None, Option("--name", help="Name for the image, if it is one. Default: REF.")] = None,
     platform: Annotated[
         str | None,
         Option("--platform", metavar="OS/ARCH[/VARIANT]", help="Which of several images. Default: this machine's."),
@@ -102,32 +102,44 @@ def pull(
     ] = None,
     public: options.Public = False,
     tag: options.Tags = None,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Pull an image from a registry. `alpine` means docker.io/library/alpine:latest."""
+    """Pull images from registries. `alpine` means docker.io/library/alpine:latest."""
     from coppice.requests import ImagePullRequest
 
-    cli = Cli.of(ctx)
-    request = ImagePullRequest(
-        reference=reference,
-        name=name,
-        platform=platform,
-        credentials=parse.credentials(creds_file),
-        tls_verify=tls_verify,
-        public=public,
-        tags=parse.pairs(tag or (), "tag"),
+    options.refuse_one_name(name, references)
+    credentials, tags = parse.credentials(creds_file), parse.pairs(tag or (), "tag")
+
+    def request(reference: str) -> ImagePullRequest:
+        return ImagePullRequest(
+            reference=reference,
+            name=name,
+            platform=platform,
+            credentials=credentials,
+            tls_verify=tls_verify,
+            public=public,
+            tags=tags,
+        )
+
+    several.change(
+        Cli.of(ctx), references, request, lambda image: image.name or image.digest if quiet else _line(image)
     )
-    _made(cli, cli.request(request))
 
 
 def _made(cli: Cli, image: Image) -> None:
-    cli.show(image, lambda: output.line(f"{image.name} is {image.digest}, {format.size(image.size_bytes)}"))
+    cli.show(image, lambda: output.line(_line(image)))
+
+
+def _line(image: Image) -> str:
+    return f"{image.name} is {image.digest}, {format.size(image.size_bytes)}"
 
 
 @image_app.declare("ls")
-def image_ls(ctx: click.Context, quiet: options.Quiet = False) -> None:
+def image_ls(ctx: click.Context, quiet: options.Quiet = False, everything: options.All = False) -> None:
     """List images."""
     from coppice.requests import ImageLsRequest
 
+    del everything
     cli = Cli.of(ctx)
     images = cli.request(ImageLsRequest())
 

@@ -143,7 +143,7 @@ def run(
             hostname=hostname,
             tags=tags,
             publish=ports,
-            network=network,
+            network=parse.network(network),
             vmm=vmm,
             egress=parse.egress(egress),
             limits=parse.limits(memory_limit, cpu_limit, pids_limit, io_limit),

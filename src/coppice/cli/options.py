@@ -1,10 +1,12 @@
 """Arguments and options that several commands share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from coppice.cli import complete, output, parse
 from coppice.cli.declare import Argument, Option, Values
+from coppice.errors import UsageError
 
 if TYPE_CHECKING:
     from coppice.cli.context import Cli
@@ -124,6 +126,17 @@ Notify = Annotated[
         "Default: none; a fork: its source's.",
     ),
 ]
+
+
+def refuse_one_name(name: str | None, sources: Sequence[str]) -> None:
+    """Refuse one name for the results of several sources.
+
+    :raises UsageError: there are a name and several sources
+    """
+    if name is not None and len(sources) > 1:
+        raise UsageError(
+            f"--name {name} is one name for {len(sources)} results", hint="omit --name, or name one source"
+        )
 
 
 def warn_without_server(cli: "Cli", what: str) -> None:
@@ -302,5 +315,6 @@ Force = Annotated[bool, Option("--force", "-f", help="A missing name is no error
 # Options that users of other programs type. They have no effect, because this is the behaviour
 # anyway.
 Detach = Annotated[bool, Option("--detach", "-d", hidden=True, help="Machines always run in the background.")]
-AllStates = Annotated[bool, Option("--all", "-a", hidden=True, help="All states are listed anyway.")]
+All = Annotated[bool, Option("--all", "-a", hidden=True, help="All are listed anyway.")]
+Once = Annotated[bool, Option("--no-stream", hidden=True, help="The figures are printed once anyway.")]
 Recursive = Annotated[bool, Option("--recursive", "-r", "-R", hidden=True, help="Directories are copied anyway.")]

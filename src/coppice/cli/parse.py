@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 # Compiled at their first use: that takes longer than most commands have for them.
 _PUBLISH = r"(?:(?P<address>\[[^\]]+\]|[^:]+):)?(?P<host>\d{1,5}|auto):(?P<guest>\d{1,5})(?:/(?P<protocol>tcp|udp))?"
-_VOLUME = r"(?P<name>[^:]+):(?P<path>/[^:]*)(?::(?P<mode>ro|rw))?"
+_VOLUME = r"(?P<name>[^:/.~$][^:/]*):(?P<path>/[^:]*)(?::(?P<mode>ro|rw))?"
+_MOUNT = (
+    "write NAME:/path or NAME:/path:ro; `coppice volume create NAME` makes a volume. A directory of this host cannot "
+    "be mounted: `coppice cp DIR NAME:/path` copies it into a machine"
+)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_PAYLOADS_FILE = 256 << 20
 _REMOTE = r"(?P<name>[A-Za-z0-9][A-Za-z0-9-]*):(?P<path>.*)"
@@ -144,6 +148,18 @@ def limits(memory: str | None, cpus: float | None, pids: int | None, io: str | N
     )
 
 
+def network(word: str | None) -> str | None:
+    """Return the name of a network, unless it is one of another program's.
+
+    :raises UsageError: it is
+    """
+    from coppice.cli.habits import value_advice
+
+    if word is not None and (meant := value_advice("--network", word)):
+        raise UsageError(f"there is no network {word!r}", hint=meant)
+    return word
+
+
 def publish(words: Iterable[str]) -> tuple[Publish, ...]:
     """Parse published ports: `HOST:GUEST` or `ADDRESS:HOST:GUEST`, optionally with `/udp` or
     `/tcp`.
@@ -205,7 +221,7 @@ def volumes(words: Iterable[str]) -> tuple[VolumeMount, ...]:
     for word in words:
         found = re.fullmatch(_VOLUME, word, re.DOTALL)
         if not found:
-            raise UsageError(f"{word!r} is not a volume with its path", hint="write NAME:/path or NAME:/path:ro")
+            raise UsageError(f"{word!r} is not a volume with its path", hint=_MOUNT)
         mounts.append(VolumeMount(volume=found["name"], mount_path=found["path"], readonly=found["mode"] == "ro"))
     return tuple(mounts)
 
@@ -334,7 +350,7 @@ def restart(word: str | None, delay: str | None) -> RestartPolicy | None:
             found = "never"
         case "on-failure":
             found = "on-failure"
-        case "always":
+        case "always" | "unless-stopped":
             found = "always"
         case _:
             raise UsageError(f"there is no restart policy {word!r}", hint="write never, on-failure:5 or always")

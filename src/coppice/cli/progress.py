@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coppice.model import Progress, ProgressSink
 
 _DELAY_S = 0.5
+_drawing = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -25,11 +26,11 @@ def shown(*, wanted: bool = True) -> Iterator[ProgressSink]:
     them.
 
     Nothing is drawn in the first half second: importing the drawing library takes longer than a
-    fork.
+    fork. Of works at the same time, only one is drawn.
     """
     from coppice.model import no_progress
 
-    if not (wanted and sys.stderr.isatty()):
+    if not (wanted and sys.stderr.isatty() and _drawing.acquire(blocking=False)):
         yield no_progress
         return
     picture = _Picture()
@@ -41,6 +42,7 @@ def shown(*, wanted: bool = True) -> Iterator[ProgressSink]:
     finally:
         timer.cancel()
         picture.end()
+        _drawing.release()
 
 
 class _Picture:

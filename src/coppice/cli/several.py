@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from coppice.cli import output
@@ -20,34 +20,60 @@ Ask = Callable[[str], "Request[T]"]
 """Makes the request for one name."""
 
 
+def itself(_: str, result: object) -> object:
+    """Return a result as its own document."""
+    return result
+
+
 def is_now(instance: Instance) -> str:
     """Return the line that reports a changed instance."""
     return f"{instance.name} is {instance.state}"
 
 
-def change(cli: Cli, names: Sequence[str], ask: Ask[T], line: Callable[[T], str]) -> None:
-    """Change each in parallel, and print a `line` for each.
+def change(
+    cli: Cli,
+    names: Sequence[str],
+    ask: Ask[T],
+    line: Callable[[T], str],
+    *,
+    title: str = "done",
+    document: Callable[[str, T], object] = itself,
+) -> None:
+    """Carry out the request for each in parallel, and print a `line` for each; see `show`."""
+    show(cli, names, _asking(cli, ask), lambda done: _lines(map(line, done.values())), title=title, document=document)
 
-    With --json and one name, print the result. With several names, print `done`, a list of results,
-    and `failed`, a list of errors with their names.
+
+def show(
+    cli: Cli,
+    names: Sequence[str],
+    work: Callable[[Backend, str], Awaitable[T]],
+    human: Callable[[Mapping[str, T]], None],
+    *,
+    title: str = "done",
+    document: Callable[[str, T], object] = itself,
+) -> None:
+    """Do the work for each in parallel, and print the results by name as `human` does.
+
+    With --json and one name, print the `document` of the result. With several names, print `title`, a
+    list of documents, and `failed`, a list of errors with their names.
     """
-    done, failed = _each(cli, names, ask)
+    done, failed = _each(cli, names, work)
+    documents = [document(name, result) for name, result in done.items()]
     if len(names) == 1:
         _raise_first(failed)
-        cli.show(done[0], lambda: output.line(line(done[0])))
+        cli.show(documents[0], lambda: human(done))
         return
-    _show(cli, "done", done, failed, line)
+    _show(cli, title, documents, failed, lambda: human(done))
 
 
 def inspect(cli: Cli, names: Sequence[str], ask: Ask[T], details: Callable[[T], Iterable[output.Field]]) -> None:
     """Print all fields of each: with --json as a list, else as the `details` of one after the
     other.
     """
-    found, failed = _each(cli, names, ask)
+    done, failed = _each(cli, names, _asking(cli, ask))
+    found = list(done.values())
     if len(names) == 1:
         _raise_first(failed)
-    if cli.json and failed:
-        _show(cli, "found", found, failed, str)
 
     def human() -> None:
         for number, inspection in enumerate(found):
@@ -55,27 +81,40 @@ def inspect(cli: Cli, names: Sequence[str], ask: Ask[T], details: Callable[[T], 
                 output.line("")
             output.fields(details(inspection))
 
+    if cli.json and failed:
+        _show(cli, "found", found, failed, human)
     cli.show(found, human)
     _end(cli, failed)
 
 
 def remove(cli: Cli, names: Sequence[str], ask: Ask[None], *, force: bool = False, title: str = "removed") -> None:
-    """Remove each. With `force` a missing name counts as removed. `title` is the word for it in JSON."""
-    _, failed = _each(cli, names, ask)
+    """Remove each. With `force` a missing name is no error. `title` is the word for the removed ones in JSON."""
+    done, failed = _each(cli, names, _asking(cli, ask))
     if force:
         failed = {name: error for name, error in failed.items() if not isinstance(error, NotFound)}
-    _show(cli, title, [name for name in dict.fromkeys(names) if name not in failed], failed, str)
+    _show(cli, title, list(done), failed, lambda: _lines(done))
 
 
 def show_removal(cli: Cli, removed: Sequence[str], failed: Mapping[str, CoppiceError]) -> None:
     """Print the removed names and the failures. End the program with the status of the first
     failure.
     """
-    _show(cli, "removed", removed, failed, str)
+    _show(cli, "removed", removed, failed, lambda: _lines(removed))
 
 
-def _each(cli: Cli, names: Sequence[str], ask: Ask[T]) -> tuple[list[T], dict[str, CoppiceError]]:
-    """Carry out the request for each name; return the results, and the errors by name."""
+def _asking(cli: Cli, ask: Ask[T]) -> Callable[[Backend, str], Awaitable[T]]:
+    return lambda host, name: cli.carry_out(host, ask(name))
+
+
+def _lines(texts: Iterable[str]) -> None:
+    for text in texts:
+        output.line(text)
+
+
+def _each(
+    cli: Cli, names: Sequence[str], do: Callable[[Backend, str], Awaitable[T]]
+) -> tuple[dict[str, T], dict[str, CoppiceError]]:
+    """Do something for each name; return the results and the errors by name."""
     wanted = list(dict.fromkeys(names))
 
     async def work(host: Backend) -> list[T | BaseException]:
@@ -83,13 +122,13 @@ def _each(cli: Cli, names: Sequence[str], ask: Ask[T]) -> tuple[list[T], dict[st
 
         async def one(name: str) -> T:
             try:
-                return await cli.carry_out(host, ask(name))
+                return await do(host, name)
             except OSError as error:
                 raise of_the_host(error) from error
 
         return await each_of(map(one, wanted))
 
-    done: list[T] = []
+    done: dict[str, T] = {}
     failed: dict[str, CoppiceError] = {}
     for name, outcome in zip(wanted, cli.call(work), strict=True):
         if isinstance(outcome, CoppiceError):
@@ -97,12 +136,12 @@ def _each(cli: Cli, names: Sequence[str], ask: Ask[T]) -> tuple[list[T], dict[st
         elif isinstance(outcome, BaseException):
             raise outcome
         else:
-            done.append(outcome)
+            done[name] = outcome
     return done, failed
 
 
 def _show(
-    cli: Cli, title: str, done: Sequence[T], failed: Mapping[str, CoppiceError], line: Callable[[T], str]
+    cli: Cli, title: str, done: Sequence[object], failed: Mapping[str, CoppiceError], human: Callable[[], None]
 ) -> None:
     if cli.json:
         failures = [output.error_fields(failure) | {"name": name} for name, failure in failed.items()]
@@ -110,8 +149,7 @@ def _show(
         first = next(iter(failed.values()), None)
         output.document(document if first is None else document | {"error": output.error_fields(first)})
     else:
-        for each in done:
-            output.line(line(each))
+        human()
     _end(cli, failed)
 
 

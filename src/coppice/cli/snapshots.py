@@ -31,15 +31,17 @@ SnapshotNames = Annotated[
 @snapshot_app.declare("create")
 def create(
     ctx: click.Context,
-    instance: options.Name,
-    name: Annotated[str | None, Option("--name", help="Name of the snapshot. Default: generated.")] = None,
+    instances: options.Names,
+    name: Annotated[
+        str | None, Option("--name", help="Name of the snapshot, if it is one. Default: generated.")
+    ] = None,
     kind: Annotated[
         Literal["standby", "stopped"] | None,
         Option("--kind", help="Save memory and disk, or only the disk. Default: standby, unless it is Stopped."),
     ] = None,
     tag: options.Tags = None,
 ) -> None:
-    """Save the current state of an instance; print the snapshot's name.
+    """Save the current states of instances; print the snapshots' names.
 
     A Running instance is paused, and then continues. A
     snapshot never changes, and outlives its instance.
@@ -47,12 +49,15 @@ def create(
     from coppice.model import SnapshotKind
     from coppice.requests import SnapshotRequest
 
-    cli = Cli.of(ctx)
+    options.refuse_one_name(name, instances)
     tags = parse.pairs(tag or (), "tag")
-
     wanted = SnapshotKind(kind.capitalize()) if kind is not None else None
-    made = cli.request(SnapshotRequest(instance=instance, name=name, kind=wanted, tags=tags))
-    cli.show(made, lambda: output.line(made.name))
+    several.change(
+        Cli.of(ctx),
+        instances,
+        lambda instance: SnapshotRequest(instance=instance, name=name, kind=wanted, tags=tags),
+        lambda made: made.name,
+    )
 
 
 @snapshot_app.declare("ls")

@@ -29,7 +29,7 @@ def ls(
     ] = None,
     tag: options.TagFilter = None,
     quiet: options.Quiet = False,
-    everything: options.AllStates = False,
+    everything: options.All = False,
 ) -> None:
     """List instances, oldest first.
 
@@ -218,6 +218,7 @@ def stats(
     budget: Annotated[
         bool, Option("--budget", help="Show the budgets of this data directory and their use instead.")
     ] = False,
+    once: options.Once = False,
 ) -> None:
     """Show the memory of instances, as the kernel accounts it, and their traffic.
 
@@ -228,6 +229,7 @@ def stats(
     """
     from coppice.requests import BudgetRequest, StatsRequest
 
+    del once
     cli = Cli.of(ctx)
     if budget:
         use = cli.request(BudgetRequest())

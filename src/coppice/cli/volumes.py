@@ -24,29 +24,30 @@ VolumeNames = Annotated[
 @volume_app.declare("create")
 def create(
     ctx: click.Context,
-    name: Annotated[str, Argument(metavar="NAME", help="Name of the volume.")],
+    names: Annotated[list[str], Argument(metavar="NAME", help="Names of volumes.")],
     size: Annotated[str, Option("--size", metavar="SIZE", help="Size of the disk, such as 512M or 20G.")] = "1G",
     archive: Annotated[
         Path | None,
-        Option("--from", metavar="TAR", help="Its first content: a tar archive, compressed or not."),
+        Option("--from", metavar="TAR", help="The first content: a tar archive, compressed or not."),
     ] = None,
     tag: options.Tags = None,
 ) -> None:
-    """Make a volume, empty or with the content of an archive; print its name.
+    """Make volumes, empty or with the content of an archive; print their names.
 
-    It is a disk with an ext4 file system, allocated as it is filled. `coppice run IMAGE --volume
+    A volume is a disk with an ext4 file system, allocated as it is filled. `coppice run IMAGE --volume
     NAME:PATH` attaches it.
     """
     from coppice.names import parse_size
     from coppice.requests import VolumeCreateRequest
 
-    cli = Cli.of(ctx)
     size_bytes, tags = parse_size(size), parse.pairs(tag or (), "tag")
-
-    made = cli.request(
-        VolumeCreateRequest(name=name, size_bytes=size_bytes, archive=str(archive) if archive else None, tags=tags)
+    content = str(archive) if archive else None
+    several.change(
+        Cli.of(ctx),
+        names,
+        lambda name: VolumeCreateRequest(name=name, size_bytes=size_bytes, archive=content, tags=tags),
+        lambda made: made.name,
     )
-    cli.show(made, lambda: output.line(made.name))
 
 
 @volume_app.declare("ls")

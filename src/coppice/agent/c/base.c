@@ -125,9 +125,8 @@ ssize_t read_file(const char *path, char *buffer, size_t capacity)
     return size;
 }
 
-char *load_file(const char *path, size_t *size)
+char *load_open(int fd, size_t *size)
 {
-    int fd = open_to_read(path);
     if (fd < 0)
         return NULL;
     struct stat status;
@@ -153,6 +152,11 @@ char *load_file(const char *path, size_t *size)
     }
     close_quietly(fd);
     return text;
+}
+
+char *load_file(const char *path, size_t *size)
+{
+    return load_open(open_to_read(path), size);
 }
 
 void sys_write(const char *path, const char *value)

@@ -21,6 +21,7 @@ bool write_all(int fd, const void *data, size_t size);                   /* errn
 /* Read or write a whole file, never a part of it. Text is terminated by a zero. */
 ssize_t read_file(const char *path, char *buffer, size_t capacity); /* -1 with errno; EFBIG: it does not fit */
 char *load_file(const char *path, size_t *size);                    /* to be freed; NULL with errno */
+char *load_open(int fd, size_t *size);                              /* the same of a descriptor, which is closed; -1: errno says why */
 void sys_write(const char *path, const char *value);                /* set a kernel parameter; a missing one is skipped */
 int make_parents(char *path);                                       /* of a writable string; 0 or an errno */
 int make_directories(const char *path);                             /* the parents and the directory itself; 0 or an errno */

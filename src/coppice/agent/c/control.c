@@ -61,8 +61,7 @@ static int about_machine(struct machine *m, const struct frame *f, struct reply 
         health(m, r);
         return 0;
     case SHARED_RANDOM:
-        shared_random(r);
-        return 0;
+        return shared_random(r);
     case IDENTITY:
         return identity(m, f, r);
     case FREEZE:

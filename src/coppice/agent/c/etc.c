@@ -50,7 +50,7 @@ int put_line(const char *path, const char *text, mode_t mode)
 {
     char line[256];
     int size = snprintf(line, sizeof line, "%s\n", text);
-    return put_file(path, line, (size_t)size, mode);
+    return size >= (int)sizeof line ? ENAMETOOLONG : put_file(path, line, (size_t)size, mode);
 }
 
 int remove_file(const char *path)

@@ -202,17 +202,19 @@ static int step_ssh_host_keys(struct machine *m, struct identity *i)
     (void)m;
     DIR *directory = i->flags & NEW_MACHINE ? opendir("/etc/ssh") : NULL;
     if (!directory)
-        return NOTHING_TO_DO;
+        return !(i->flags & NEW_MACHINE) || errno == ENOENT || errno == ENOTDIR ? NOTHING_TO_DO : explain(i, "/etc/ssh", errno);
     int error = 0;
     bool found = false;
     struct dirent *entry;
-    while (!error && (entry = readdir(directory)) != NULL) {
+    while (!error && (errno = 0, entry = readdir(directory)) != NULL) {
         if (is_host_key(entry->d_name)) {
             found = true;
             if (unlinkat(dirfd(directory), entry->d_name, 0) < 0)
                 error = explain(i, entry->d_name, errno);
         }
     }
+    if (!error && errno)
+        error = explain(i, "/etc/ssh", errno);
     closedir(directory);
     if (error || !found)
         return error ? error : NOTHING_TO_DO;

@@ -23,7 +23,9 @@
 
 #define PLACE "/run/coppice/"
 #define PAGE 4096
-#define GROUPS_MAX 64 /* of processes, in a report */
+#define LINE_SIZE 256 /* of a group */
+#define GROUPS_MAX 32 /* of processes, in a report: all their lines fit into a reply */
+_Static_assert((GROUPS_MAX + 1) * (LINE_SIZE + 5) <= sizeof((struct reply *)0)->data, "the report would be cut");
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
 /* ---- files for libraries and runtimes ---- */
@@ -53,19 +55,21 @@ void place_guest_files(int directory)
 {
     DIR *files = directory < 0 ? NULL : fdopendir(directory);
     struct dirent *entry;
-    while (files && (entry = readdir(files)) != NULL) {
-        char data[65536], path[NAME_MAX + sizeof PLACE];
-        int fd = entry->d_type == DT_REG ? openat(directory, entry->d_name, O_RDONLY | O_CLOEXEC) : -1;
-        if (fd < 0)
+    while (files && (errno = 0, entry = readdir(files)) != NULL) {
+        char path[NAME_MAX + sizeof PLACE];
+        size_t size;
+        if (entry->d_type != DT_REG)
             continue;
-        ssize_t size = read(fd, data, sizeof data);
-        close(fd);
-        unlinkat(directory, entry->d_name, 0); /* it takes up memory */
         snprintf(path, sizeof path, PLACE "%s", entry->d_name);
-        int error = size < 0 ? errno : put_file(path, data, (size_t)size, 0444);
+        char *data = load_open(openat(directory, entry->d_name, O_RDONLY | O_CLOEXEC), &size);
+        int error = data ? put_file(path, data, size, 0444) : errno;
         if (error)
             say("%s: %s", path, strerror(error));
+        free(data);
+        unlinkat(directory, entry->d_name, 0); /* it takes up memory */
     }
+    if (errno)
+        say(PLACE ": %s", strerror(errno));
     if (files)
         closedir(files);
     link_openssl_configuration();
@@ -219,13 +223,13 @@ struct group {
 
 static void describe(struct reply *r, const struct group *g)
 {
-    char line[256];
+    char line[LINE_SIZE];
     int size = snprintf(line, sizeof line, "%s (", g->name);
     if (g->processes > 1)
         size += snprintf(line + size, sizeof line - (size_t)size, "%d processes, ", g->processes);
     size += snprintf(line + size, sizeof line - (size_t)size, "pid %s%s):", g->pid, g->processes > 1 ? " ..." : "");
     const char *comma = "";
-    for (size_t n = 0; n < COUNT(generators); n++) {
+    for (size_t n = 0; n < COUNT(generators) && size < (int)sizeof line; n++) {
         if (g->found & generators[n].means) {
             size += snprintf(line + size, sizeof line - (size_t)size, "%s %s", comma, generators[n].name);
             comma = ",";
@@ -234,26 +238,29 @@ static void describe(struct reply *r, const struct group *g)
     reply_text(r, 1, line);
 }
 
-static void count_in(struct group *groups, const char *process, const char *name, unsigned found)
+/* False: there are too many groups. */
+static bool count_in(struct group *groups, const char *process, const char *name, unsigned found)
 {
     struct group *g = groups;
     while (g < groups + GROUPS_MAX && g->processes && (g->found != found || strncmp(g->name, name, sizeof g->name - 1) != 0))
         g++;
     if (g == groups + GROUPS_MAX)
-        return;
+        return false;
     if (g->processes++ == 0) {
         snprintf(g->name, sizeof g->name, "%.60s", name);
         snprintf(g->pid, sizeof g->pid, "%.10s", process);
         g->found = found;
     }
+    return true;
 }
 
-void shared_random(struct reply *r)
+int shared_random(struct reply *r)
 {
     struct group groups[GROUPS_MAX] = {0};
+    bool complete = true;
     DIR *processes = opendir("/proc");
     struct dirent *entry;
-    while (processes && (entry = readdir(processes)) != NULL) {
+    while (processes && (errno = 0, entry = readdir(processes)) != NULL) {
         char path[32], program[PATH_MAX] = "";
         snprintf(path, sizeof path, "/proc/%.10s/exe", entry->d_name);
         if (!isdigit((unsigned char)entry->d_name[0]) || readlink(path, program, sizeof program - 1) <= 0)
@@ -261,10 +268,14 @@ void shared_random(struct reply *r)
         const char *name = strrchr(program, '/') ? strrchr(program, '/') + 1 : program;
         unsigned found = generators_of(entry->d_name, name);
         if (found)
-            count_in(groups, entry->d_name, name, found);
+            complete &= count_in(groups, entry->d_name, name, found);
     }
+    int error = errno;
     if (processes)
         closedir(processes);
     for (const struct group *g = groups; g < groups + GROUPS_MAX && g->processes; g++)
         describe(r, g);
+    if (!complete)
+        reply_text(r, 1, "processes of more programs");
+    return error;
 }

@@ -117,54 +117,78 @@ static void leave(struct watcher *w, const char *path)
     }
 }
 
-static void join(char *to, const char *directory, const char *name)
+static const char *reason(int error)
 {
-    snprintf(to, PATH_MAX, "%s%s%s", directory, *directory && *name ? "/" : "", name);
-}
-
-/* Watch a path, and the directories below it; with `report`, what is in them is told. 0 or an errno. */
-static int enter(struct watcher *w, const char *path, bool report, int depth)
-{
-    char whole[PATH_MAX], name[PATH_MAX];
-    snprintf(whole, sizeof whole, "%s%s%s", w->root, *path ? "/" : "", path);
-    int number = inotify_add_watch(w->inotify, whole, EVENTS | (*path ? IN_ONLYDIR | IN_DONT_FOLLOW : 0));
-    int error = number < 0 ? errno : remember(w, number, path);
-    DIR *opened = !error && w->recursive ? opendir(whole) : NULL;
-    struct dirent *entry;
-    while (opened && !error && (entry = readdir(opened))) {
-        struct stat s;
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0 ||
-            fstatat(dirfd(opened), entry->d_name, &s, AT_SYMLINK_NOFOLLOW) < 0)
-            continue;
-        join(name, path, entry->d_name);
-        if (report)
-            tell(IN_CREATE | (S_ISDIR(s.st_mode) ? IN_ISDIR : 0), 0, name);
-        if (S_ISDIR(s.st_mode))
-            error = depth == DEPTH_MAX ? ELOOP : enter(w, name, report, depth + 1);
-        if (error == ENOENT || error == ENOTDIR || error == EACCES) /* gone again */
-            error = 0;
+    switch (error) {
+    case ENOSPC: return "there are more directories than can be watched";
+    case ENAMETOOLONG: return "a path below is longer than can be watched";
+    default: return strerror(error);
     }
-    if (opened)
-        closedir(opened);
-    return error;
 }
-
-/* ---- the events ---- */
 
 static _Noreturn void fail(int error, const char *path)
 {
     record_flush();
-    helper_fail(error, "%.300s: %s", path, error == ENOSPC ? "there are more directories than can be watched" : strerror(error));
+    helper_fail(error, "%.300s: %s", path, reason(error));
 }
+
+static void join(char *to, const char *directory, const char *name)
+{
+    if (snprintf(to, PATH_MAX, "%s%s%s", directory, *directory && *name ? "/" : "", name) >= PATH_MAX)
+        fail(ENAMETOOLONG, directory);
+}
+
+static bool is_gone(int error)
+{
+    return error == ENOENT || error == ENOTDIR || error == ESRCH || error == EINVAL; /* the last two: /proc of an ended process */
+}
+
+/* Watch a path, and the directories below it; with `report`, what is in them is told. What is gone again
+ * is left out. Any other error ends the watch: it would miss changes. */
+static void enter(struct watcher *w, const char *path, bool report, int depth)
+{
+    char whole[PATH_MAX], name[PATH_MAX];
+    join(whole, w->root, path);
+    int number = inotify_add_watch(w->inotify, whole, EVENTS | (*path ? IN_ONLYDIR | IN_DONT_FOLLOW : 0));
+    if (number < 0 && *path && is_gone(errno))
+        return;
+    int error = number < 0 ? errno : depth > DEPTH_MAX ? ELOOP : remember(w, number, path);
+    if (error)
+        fail(error, whole);
+    if (!w->recursive)
+        return;
+    DIR *opened = opendir(whole);
+    struct dirent *entry;
+    while (opened && (errno = 0, entry = readdir(opened))) {
+        struct stat s;
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
+            continue;
+        join(name, path, entry->d_name);
+        if (fstatat(dirfd(opened), entry->d_name, &s, AT_SYMLINK_NOFOLLOW) < 0) {
+            if (!is_gone(errno))
+                break;
+            continue;
+        }
+        if (report)
+            tell(IN_CREATE | (S_ISDIR(s.st_mode) ? IN_ISDIR : 0), 0, name);
+        if (S_ISDIR(s.st_mode))
+            enter(w, name, report, depth + 1);
+    }
+    if (errno && !is_gone(errno))
+        fail(errno, whole);
+    if (opened)
+        closedir(opened);
+}
+
+/* ---- the events ---- */
 
 static void take(struct watcher *w, const struct inotify_event *e)
 {
     char path[PATH_MAX];
     if (e->mask & IN_Q_OVERFLOW) {
         tell(IN_Q_OVERFLOW, 0, "");
-        int error = w->recursive ? enter(w, "", false, 0) : 0; /* directories whose appearance was dropped */
-        if (error)
-            fail(error, w->root);
+        if (w->recursive)
+            enter(w, "", false, 0); /* directories whose appearance was dropped */
         return;
     }
     struct watch *watch = find(w, e->wd);
@@ -189,9 +213,8 @@ static void take(struct watcher *w, const struct inotify_event *e)
         return;
     if (e->mask & (IN_MOVED_FROM | IN_DELETE))
         leave(w, path);
-    int error = e->mask & (IN_MOVED_TO | IN_CREATE) ? enter(w, path, true, 0) : 0;
-    if (error && error != ENOENT && error != ENOTDIR)
-        fail(error, path);
+    if (e->mask & (IN_MOVED_TO | IN_CREATE))
+        enter(w, path, true, 0);
 }
 
 void file_watch(const struct frame *f)
@@ -201,9 +224,9 @@ void file_watch(const struct frame *f)
     w.root = asked.path;
     w.recursive = asked.flags & RECURSIVE;
     w.inotify = inotify_init1(IN_CLOEXEC);
-    int error = w.inotify < 0 ? errno : enter(&w, "", false, 0);
-    if (error)
-        fail(error, w.root);
+    if (w.inotify < 0)
+        fail(errno, w.root);
+    enter(&w, "", false, 0);
     tell(0, 0, ""); /* from now on, nothing is missed */
     record_flush();
     static char buffer[65536] __attribute__((aligned(8)));
