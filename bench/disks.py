@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.accounting import host_facts
-from bench.records import HostFacts, write_report
+from bench.records import HostFacts, parser_of, write_report
 from coppice.client import AsyncHost
 from coppice.errors import NotFound
 from coppice.linux.clone import clone_file
@@ -161,13 +161,9 @@ async def _run(options: argparse.Namespace) -> DisksReport:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--image", default="debian")
+    parser = parser_of(__doc__, samples=30)
     parser.add_argument("--data", type=int, default=GIB, help="bytes on the source's disk")
-    parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--volume", action="store_true", help="put the data on a volume")
-    parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     report = asyncio.run(_run(options))
     write_report(report, options.output)

@@ -20,7 +20,7 @@ from bench.client_cpu import HOST, ClientCpuReport
 from bench.cookbook import PAGES as RECIPES
 from bench.cookbook import CookbookReport
 from bench.records import Cache, CaptureBenchReport, FanOutReport, FanOutSummary, Method, TreeReport
-from bench.report import describe_host, ratio_to_shared, size_text
+from bench.report import capture_cells, cost_cells, describe_host, ratio_to_shared, size_text
 from bench.side_by_side import SideBySide
 from coppice.model import GIB, MIB
 
@@ -75,12 +75,7 @@ def fan_out_table(report: FanOutReport) -> str:
             f"{row.answered_ms.p90:.0f}",
             f"{row.answered_ms.p99:.0f}",
             _ratio(report.summary, row),
-            f"{row.wall_ms.p50:.0f}",
-            f"{row.vmm_cpu_ms.p50:.0f}",
-            f"{row.host_cpu_ms.p50:.0f}",
-            f"{row.unique_ready_bytes.p50 / MIB:.1f}",
-            f"{row.unique_worked_bytes.p50 / MIB:.1f}",
-            f"{row.disk_written_bytes.p50 / MIB:.1f}",
+            *cost_cells(row),
             *([f"{row.available_bytes.p50 / MIB:.1f}" if row.available_bytes else ""] if measured else []),
             str(row.answered_ms.samples),
         )
@@ -105,13 +100,7 @@ def capture_table(report: CaptureBenchReport) -> str:
         (
             size_text(row.memory_bytes),
             "just booted" if row.source == "boot" else f"fork, {row.dirtied_bytes // MIB} MiB filled",
-            f"{row.pause_ms.p50:.1f}",
-            f"{row.pause_ms.p99:.1f}",
-            f"{row.total_ms.p50:.0f}",
-            f"{row.total_ms.p99:.0f}",
-            f"{row.dirty_bytes.p50 / MIB:.1f}",
-            f"{row.ram_written_bytes.p50 / MIB:.1f}",
-            str(row.pause_ms.samples),
+            *capture_cells(row),
         )
         for row in report.summary
     ]

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import msgspec
 
 from bench.accounting import host_facts
-from bench.records import HostFacts, write_report
+from bench.records import HostFacts, parser_of, write_report
 from coppice.client import AsyncHost
 from coppice.machine import disk, disks
 from coppice.model import MIB, Instance, Record, SnapshotKind, State, VolumeMount
@@ -174,13 +174,9 @@ async def _run(options: argparse.Namespace) -> LiveDisksReport:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--image", default="debian")
+    parser = parser_of(__doc__, samples=5)
     parser.add_argument("--data", type=int, default=256 * MIB, help="bytes on the source's disk")
-    parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--volume", action="store_true", help="put the data on a volume")
-    parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     write_report(asyncio.run(_run(options)), options.output)
 

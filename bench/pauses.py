@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from bench.accounting import host_facts
-from bench.records import HostFacts, write_report
+from bench.records import HostFacts, parser_of, write_report
 from bench.trial import Guest, dirty, make_template, tagged
 from coppice.client import AsyncHost, AsyncMachine
 from coppice.model import MIB, CaptureReport, Record, State
@@ -153,13 +153,9 @@ async def _run(options: argparse.Namespace) -> PausesReport:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--image", default="debian")
+    parser = parser_of(__doc__, samples=9)
     parser.add_argument("--memory", type=int, default=512 * MIB, help="bytes of the guests' memory")
     parser.add_argument("--dirty", type=int, default=64 * MIB, help="bytes that each guest dirties")
-    parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     write_report(asyncio.run(_run(options)), options.output)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -209,6 +210,16 @@ class TreeReport(Record, frozen=True, kw_only=True):
     guest_kernel: str = ""
     dirtied_bytes: int  # by the workload, at each level; the guest dirties some more pages by itself
     trees: tuple[Tree, ...]
+
+
+def parser_of(description: str | None, samples: int) -> argparse.ArgumentParser:
+    """Return a parser of the options that several benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--image", default="debian")
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--output", type=Path, required=True)
+    return parser
 
 
 def write_report(report: Record, path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from bench.records import CaptureBenchReport, FanOutReport, FanOutSummary, HostFacts, Method, TreeReport
+from bench.records import CaptureBenchReport, CaptureSummary, FanOutReport, FanOutSummary, HostFacts, Method, TreeReport
 from coppice.model import GIB, MIB
 
 
@@ -52,16 +52,36 @@ def fan_out_table(report: FanOutReport) -> Table:
             f"{row.answered_ms.p50:.0f}",
             f"{row.answered_ms.p90:.0f}",
             f"{row.answered_ms.p99:.0f}",
-            f"{row.wall_ms.p50:.0f}",
-            f"{row.vmm_cpu_ms.p50:.0f}",
-            f"{row.host_cpu_ms.p50:.0f}",
-            f"{row.unique_ready_bytes.p50 / MIB:.1f}",
-            f"{row.unique_worked_bytes.p50 / MIB:.1f}",
-            f"{row.disk_written_bytes.p50 / MIB:.1f}",
+            *cost_cells(row),
             f"{ratio:.1f}" if ratio is not None else "",
             end_section=after is not None and (after.memory_bytes, after.count) != (row.memory_bytes, row.count),
         )
     return table
+
+
+def cost_cells(row: FanOutSummary) -> tuple[str, ...]:
+    """Return the cells of a case's times and bytes."""
+    return (
+        f"{row.wall_ms.p50:.0f}",
+        f"{row.vmm_cpu_ms.p50:.0f}",
+        f"{row.host_cpu_ms.p50:.0f}",
+        f"{row.unique_ready_bytes.p50 / MIB:.1f}",
+        f"{row.unique_worked_bytes.p50 / MIB:.1f}",
+        f"{row.disk_written_bytes.p50 / MIB:.1f}",
+    )
+
+
+def capture_cells(row: CaptureSummary) -> tuple[str, ...]:
+    """Return the cells of a case's pauses and bytes."""
+    return (
+        f"{row.pause_ms.p50:.1f}",
+        f"{row.pause_ms.p99:.1f}",
+        f"{row.total_ms.p50:.0f}",
+        f"{row.total_ms.p99:.0f}",
+        f"{row.dirty_bytes.p50 / MIB:.1f}",
+        f"{row.ram_written_bytes.p50 / MIB:.1f}",
+        str(row.pause_ms.samples),
+    )
 
 
 def capture_table(report: CaptureBenchReport) -> Table:
@@ -85,13 +105,7 @@ def capture_table(report: CaptureBenchReport) -> Table:
             size_text(row.memory_bytes),
             row.source,
             str(row.dirtied_bytes // MIB) if row.source == "fork" else "-",
-            f"{row.pause_ms.p50:.1f}",
-            f"{row.pause_ms.p99:.1f}",
-            f"{row.total_ms.p50:.0f}",
-            f"{row.total_ms.p99:.0f}",
-            f"{row.dirty_bytes.p50 / MIB:.1f}",
-            f"{row.ram_written_bytes.p50 / MIB:.1f}",
-            str(row.pause_ms.samples),
+            *capture_cells(row),
         )
     return table
 

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from agent_process import compile_agent, running_agent
+from agent_requests import APPEND, read_range, write_with
 from coppice.agent.channel import Channel
 from coppice.agent.control import Control, Identity, Mount
 from coppice.agent.copy import copy_in, copy_out
@@ -107,9 +108,9 @@ async def _refused(channel: Channel, directory: Path) -> None:
 async def _files(channel: Channel, directory: Path) -> None:
     session, path = Session(channel), str(directory / "file")
     await session.write_file(path, bytes(100_000), mode=0o600)
-    await session.write_file(path, b"more", append=True)
-    await session.write_file(f"{directory}/a/b/file", b"", uid=os.getuid(), gid=os.getgid())
-    await session.read_file(path, offset=10, length=70_000)
+    await write_with(session, path, b"more", APPEND)
+    await write_with(session, f"{directory}/a/b/file", b"", owner=(os.getuid(), os.getgid()))
+    await read_range(session, path, 10, 70_000)
     await session.stat(path, follow=True)
 
 

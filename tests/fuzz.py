@@ -20,9 +20,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent)]
 
 from agent_fuzzing import fuzz_agent, record
-from coppice.agent.protocol import END_BYTE, GUEST_PAYLOAD_MAX, MAGIC, NONCE_SIZE, Fields, FrameDecoder, FrameType
+from coppice.agent.protocol import END_BYTE, MAGIC, NONCE_SIZE, Fields, FrameDecoder, FrameType
 from coppice.errors import GuestProtocolError
-from hostile_guest import descriptors, play, playground
+from hostile_guest import GUEST_PAYLOAD_MAX, descriptors, play, playground
 from warped_loop import run_warped
 
 _SLICE = 1000  # cases between two reports

@@ -20,7 +20,6 @@ from coppice.agent.channel import Channel
 from coppice.agent.protocol import (
     CREDIT_SIZE,
     END_BYTE,
-    GUEST_PAYLOAD_MAX,
     MAGIC,
     NONCE_SIZE,
     REQUEST_MAX,
@@ -34,6 +33,7 @@ from coppice.errors import CoppiceError
 from hostile_requests import FOREVER, OPERATIONS, Choices, legal
 
 PATIENCE_S: Final = 3.0
+GUEST_PAYLOAD_MAX: Final = 65535
 LIMIT_S: Final = 60.0  # for everything that the guest alone must not be able to prolong
 QUEUED_MAX: Final = 4096
 """Frames that one stream may hold: the credit, in pieces that are not tiny."""
@@ -245,7 +245,7 @@ async def play(data: bytes, directory: Path, outcomes: Counter[str]) -> None:
         if error is not None and not isinstance(error, asyncio.CancelledError | TimeoutError):
             raise error
     assert asyncio.all_tasks() == before, "a task was left"
-    assert channel.streams_open == 0
+    assert not channel._streams
 
 
 async def _asked(kind: FrameType, channel: Channel, choices: Choices, directory: Path, outcomes: Counter[str]) -> None:

@@ -109,7 +109,7 @@ async def _write(channel: Channel, choices: Choices, _: Path) -> None:
 
 
 async def _copy_out(channel: Channel, choices: Choices, directory: Path) -> object:
-    return await copy_out(Session(channel), "/etc", directory / "copy", max_bytes=COLLECTED_MAX)
+    return await copy_out(Session(channel), "/etc", directory / "copy")
 
 
 async def _copy_in(channel: Channel, choices: Choices, directory: Path) -> object:

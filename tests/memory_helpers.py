@@ -4,8 +4,11 @@ mem-file.
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+from coppice.linux import tracing
 from coppice.linux.files import os_errors
 from coppice.linux.maps import identify, read_maps
 from coppice.memory.capture import CaptureStats, PrivateCapture
@@ -35,3 +38,17 @@ def mapping_is_shared(pid: int, path: Path, expected: MemFile) -> bool:
     identity = identify(path)
     mapped = sum(vma.length for vma in read_maps(pid) if vma.file == identity and vma.private)
     return inode == expected.inode and mapped >= expected.size_bytes
+
+
+def die_after(calls: int) -> None:
+    """Have this process killed after this many ptrace calls."""
+    real, made = tracing.ptrace, 0
+
+    def counted(request: int, *arguments: object) -> None:
+        nonlocal made
+        real(request, *arguments)  # type: ignore[arg-type]  # whatever they are
+        made += 1
+        if made == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    tracing.ptrace = counted  # type: ignore[assignment]  # the same but for its type

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from agent_requests import read_range
 from coppice.agent.channel import Channel
 from coppice.agent.control import Control, Identity, encode_identity
 from coppice.agent.protocol import END_BYTE, MAGIC, NONCE_SIZE, Fields, FrameType
@@ -86,7 +87,7 @@ async def _files(channel: Channel) -> object:
     await session.write_file(_FILE, b"contents", mode=0o640)
     status = await session.stat(_FILE)
     return [
-        (await session.read_file(_FILE, offset=2)).decode(),
+        (await read_range(session, _FILE, 2)).decode(),
         status.kind,
         status.size_bytes,
         status.mode,

@@ -20,9 +20,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "src"
 PAGE = ROOT / "docs" / "architecture.md"
 MAX_LINES = 450
+OTHERS = ("bench", "tests", "tools")
 TOP = "coppice"
 _GENERATED = "# Written by tools/"
 _TABLE = re.compile(r"<!-- structure -->\n.*?<!-- end of structure -->\n", re.DOTALL)
@@ -134,9 +134,9 @@ class Structure:
         return "\n".join([*rows, f"| **all** | | {lines} | {generated} | | |"]) + "\n"
 
 
-def structure(source: Path = SOURCE) -> Structure:
-    """Read all Python and C files of the package below a source directory."""
-    found = Structure()
+def structure(root: Path = ROOT) -> Structure:
+    """Read all Python and C files of a checkout."""
+    found, source = Structure(), root / "src"
     python = {module_name(path, source): path for path in sorted((source / TOP).rglob("*.py"))}
     for name, path in python.items():
         text = path.read_text()
@@ -156,6 +156,10 @@ def structure(source: Path = SOURCE) -> Structure:
         found.includes[str(path)] = {str(header) for header in included if header.exists()}
     for package in found.packages.values():
         package.later -= package.imports
+    for path in sorted(
+        each for name in OTHERS for each in (root / name).rglob("*.*") if each.suffix in (".py", ".c", ".h")
+    ):
+        _require_short(found, path, len(path.read_text().splitlines()), root)
     return found
 
 
@@ -166,8 +170,12 @@ def _count(found: Structure, package: Package, path: Path, text: str, source: Pa
     else:
         package.lines += lines
         package.of_c += lines if path.suffix != ".py" else 0
+    _require_short(found, path, lines, source)
+
+
+def _require_short(found: Structure, path: Path, lines: int, below: Path) -> None:
     if lines > MAX_LINES:
-        found.too_long[path.relative_to(source).as_posix()] = lines
+        found.too_long[path.relative_to(below).as_posix()] = lines
 
 
 def module_name(path: Path, source: Path) -> str:

@@ -223,12 +223,12 @@ async def both(one: Coroutine[Any, Any, None], other: Coroutine[Any, Any, None])
         await asyncio.wait(tasks)
 
 
-async def complete(work: Awaitable[T], *, on_cancel: Callable[[], None] = lambda: None) -> T:
+async def complete(work: Awaitable[T]) -> T:
     """Await `work` to its end, even if this task is cancelled meanwhile; raise the cancellation
     afterwards.
 
     With `asyncio.shield` alone, the caller would go on (and free its locks) while the work still
-    runs. `on_cancel` is called at each cancellation, and may make the work end soon.
+    runs.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -239,7 +239,6 @@ async def complete(work: Awaitable[T], *, on_cancel: Callable[[], None] = lambda
             if task.cancelled():
                 raise
             cancelled = error
-            on_cancel()
         except BaseException:
             break  # the work's own cancellation: raised below
     if cancelled is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 
 import pytest
 
@@ -60,6 +61,11 @@ async def test_freeze_makes_a_template_of_a_captured_or_running_machine(fake_hos
     with pytest.raises(IllegalTransition):
         await stale.freeze()
     assert stale.state is State.STOPPED
+
+
+def test_freeze_has_the_parameters_of_promote() -> None:
+    """`freeze` ends with a promotion, and takes each of its options."""
+    assert inspect.signature(AsyncMachine.freeze) == inspect.signature(AsyncMachine.promote)
 
 
 async def oak_named(host: AsyncHost, name: str) -> AsyncMachine:

@@ -20,6 +20,7 @@ from coppice.machine import activate
 from coppice.model import MIB, Instance, State
 from coppice.model.kernel import Kernel
 from coppice.requests import PromoteRequest, RunRequest, StandbyRequest
+from coppice.vmm import program as programs
 from coppice.vmm.firecracker import api, config, driver
 from coppice.vmm.firecracker import host as firecracker_host
 
@@ -87,7 +88,7 @@ async def test_the_steps_of_a_restore(host: AsyncHost, small: Instance) -> None:
         process = await asyncio.to_thread(driver.start, launch, firecracker_host.program())
         spawned = time.perf_counter()
         spent.append((time.process_time() - begin_cpu) * 1000)
-        release = firecracker_host.release(launch.manifest.vmm_version)
+        release = programs.release(launch.manifest.vmm_version)
         await api.ask(launch.directory, *config.restore(launch, release, paused=False))
         loads.append((time.perf_counter() - spawned) * 1000)
         spawns.append((spawned - begin) * 1000)

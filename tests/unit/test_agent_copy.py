@@ -19,7 +19,6 @@ from coppice.agent.session import Session
 from coppice.errors import (
     GuestRefused,
     HostCannot,
-    NoSpace,
     NotFound,
     UnsafePath,
     UsageError,
@@ -147,13 +146,13 @@ class Traffic:
         self.sent = self.received = 0
         tree_in, tree_out = session.tree_in, session.tree_out
 
-        async def upload(directory: str, records: AsyncIterator[bytes], *, make: bool = False) -> Unpacked:
+        async def upload(directory: str, records: AsyncIterator[bytes]) -> Unpacked:
             async def counted() -> AsyncIterator[bytes]:
                 async for chunk in records:
                     self.sent += len(chunk)
                     yield chunk
 
-            return await tree_in(directory, counted(), make=make)
+            return await tree_in(directory, counted())
 
         async def download(path: str, **options: bool) -> AsyncIterator[bytes]:
             async for chunk in tree_out(path, **options):
@@ -259,9 +258,6 @@ async def test_a_part_of_a_file_does_not_pass_for_the_file(session: Session, tmp
     with pytest.raises(GuestRefused, match="shorter"):
         await copy_out(session, str(tree), tmp_path / "outside", progress=shrink)
     assert "b" not in names(tmp_path / "outside")
-    with pytest.raises(NoSpace):
-        await copy_out(session, str(tree / "b"), tmp_path / "bounded", max_bytes=1 << 20)
-    assert not (tmp_path / "bounded").exists()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -350,14 +346,6 @@ async def test_a_device_of_the_guest_is_refused(session: Session, tmp_path: Path
     with pytest.raises(UnsafePath):
         await copy_out(session, str(tmp_path / "device"), tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
-
-
-async def test_a_copy_larger_than_the_bound_is_refused(session: Session, tmp_path: Path) -> None:
-    """A guest cannot fill the disk beyond the size bound."""
-    (tmp_path / "file").write_bytes(bytes(100_000))
-    with pytest.raises(NoSpace):
-        await copy_out(session, str(tmp_path / "file"), tmp_path / "copy", max_bytes=99_999)
-    assert await copy_out(session, str(tmp_path / "file"), tmp_path / "copy", max_bytes=100_000) == 100_000
 
 
 async def test_an_unreadable_source_is_an_error_of_the_host(session: Session, tmp_path: Path) -> None:

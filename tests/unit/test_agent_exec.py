@@ -238,7 +238,8 @@ async def test_a_sink_receives_the_output(session: Session) -> None:
         await asyncio.sleep(0)
         taken.extend(data)
 
-    result = await session.exec(shell("seq 100000; echo end >&2"), on_stdout=slow)
+    async with session.exec_stream(shell("seq 100000; echo end >&2")) as running:
+        result = await running.collect(on_stdout=slow)
     assert (result.stdout, result.stderr) == (b"", b"end\n")
     assert taken == b"".join(b"%d\n" % n for n in range(1, 100_001))
 

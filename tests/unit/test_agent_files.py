@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent_process import BUILDS, agent_session, names, running_agent
+from agent_requests import APPEND, read_range, write_with
 from coppice.agent.channel import Channel
 from coppice.agent.protocol import FrameType, encode_fields
 from coppice.agent.session import Session
@@ -39,10 +40,9 @@ async def test_a_range_of_a_file_is_read(session: Session, tmp_path: Path) -> No
     """A read honours offset and length, and returns nothing beyond the end."""
     (tmp_path / "file").write_bytes(bytes(range(256)))
     path = str(tmp_path / "file")
-    assert await session.read_file(path, offset=16, length=4) == bytes(range(16, 20))
-    assert await session.read_file(path, offset=250) == bytes(range(250, 256))
-    assert await session.read_file(path, offset=1000) == b""
-    assert await session.read_file(path, length=0) == b""
+    assert await read_range(session, path, 16, 4) == bytes(range(16, 20))
+    assert await read_range(session, path, 250) == bytes(range(250, 256))
+    assert await read_range(session, path, 1000) == b""
 
 
 async def test_a_whole_file_has_a_size_bound(session: Session, tmp_path: Path) -> None:
@@ -82,8 +82,8 @@ async def test_writing_through_a_link_keeps_the_link(session: Session, tmp_path:
 async def test_appended_bytes_come_last(session: Session, tmp_path: Path) -> None:
     """Appended bytes follow the existing ones; a missing file is made."""
     path = str(tmp_path / "log")
-    await session.write_file(path, b"one ", append=True)
-    await session.write_file(path, b"two", append=True)
+    await write_with(session, path, b"one ", APPEND)
+    await write_with(session, path, b"two", APPEND)
     assert await session.read_file(path) == b"one two"
 
 
@@ -122,7 +122,7 @@ async def test_an_unwritable_path_has_the_guests_errno(session: Session, tmp_pat
             await session.write_file(path, bytes(1 << 20))
         assert caught.value.errno == number
     with pytest.raises(GuestRefused):
-        await session.write_file(str(tmp_path / "no" / "parent"), b"", make_parents=False)
+        await write_with(session, str(tmp_path / "no" / "parent"), b"", 0)
 
 
 async def test_a_full_disk_is_reported(session: Session) -> None:
@@ -159,6 +159,6 @@ async def test_an_owner_that_no_file_can_have_is_refused(session: Session, tmp_p
     path = tmp_path / "file"
     for uid, gid in ((number, None), (None, number)):
         with pytest.raises(GuestRefused) as caught:
-            await session.write_file(str(path), b"contents", uid=uid, gid=gid)
+            await write_with(session, str(path), b"contents", owner=(uid, gid))
         assert caught.value.errno == errno.EINVAL
     assert not path.exists()

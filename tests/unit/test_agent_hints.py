@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent_process import agent_session
+from agent_requests import write_with
 from coppice.agent.hints import hint_for
 from coppice.agent.protocol import FrameType
 from coppice.agent.session import Session
@@ -70,7 +71,7 @@ OPERATIONS: dict[str, tuple[Callable[[Session, Path], Awaitable[object]], str]] 
     "read": (lambda session, path: session.read_file(str(path / "none")), "ls -la"),
     "read a directory": (lambda session, path: session.read_file(str(path)), "coppice cp"),
     "stat": (lambda session, path: session.stat(str(path / "none")), "ls -la"),
-    "write": (lambda session, path: session.write_file(str(path / "none/file"), b"", make_parents=False), "mkdir -p"),
+    "write": (lambda session, path: write_with(session, str(path / "none/file"), b"", 0), "mkdir -p"),
     "unpack": (lambda session, path: session.tree_in(str(path / "none"), b""), "mkdir -p"),
 }
 

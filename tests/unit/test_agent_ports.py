@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 
 from agent_process import agent_binary
+from coppice.agent.channel import Channel
 from coppice.agent.client import AgentPorts, Identity
+from coppice.agent.control import Control
 from coppice.agent.protocol import Fields, FrameType, Value, encode_fields
 from coppice.errors import Busy, GuestProtocolError, VmmDied
 from coppice.vmm.qemu.driver import QemuDriver
@@ -201,7 +203,7 @@ async def test_a_forked_process_does_not_keep_a_port(tmp_path: Path) -> None:
         await forking.wait()
 
 
-async def test_a_session_ends_although_another_process_has_its_socket(tmp_path: Path) -> None:
+async def test_a_session_ends_although_another_process_has_its_socket() -> None:
     """A process forked meanwhile inherits the socket. The VMM serves one connection at a time, so
     an open socket would block the next session.
     """
@@ -211,8 +213,9 @@ async def test_a_session_ends_although_another_process_has_its_socket(tmp_path: 
             agent_binary("static"), "--serve", str(theirs.fileno()), pass_fds=[theirs.fileno()]
         )
         theirs.close()
-        async with ports_of(tmp_path).control(10, sock=ours) as control:
-            assert (await control.health()).uptime_ms > 0
+        channel = await Channel.over(ours, 10)
+        assert (await Control(channel).health()).uptime_ms > 0
+        await channel.close()
         async with asyncio.timeout(10):
             assert await process.wait() == 0
 
@@ -229,19 +232,18 @@ async def test_a_missing_machine_is_not_a_busy_port(tmp_path: Path) -> None:
             pass
 
 
-async def test_a_connection_can_be_handed_in(tmp_path: Path) -> None:
-    """A connection can be handed in, and the request is sent with the handshake, before the agent
-    answers.
-    """
+async def test_the_first_request_goes_out_with_the_handshake() -> None:
+    """The request is sent before the agent answers."""
     ours, theirs = socket.socketpair()
     with theirs:
-        async with ports_of(tmp_path).control(10, sock=ours) as control:
-            health = asyncio.create_task(control.health())
-            await asyncio.sleep(0)
-            process = await asyncio.create_subprocess_exec(
-                agent_binary("static"), "--serve", str(theirs.fileno()), pass_fds=[theirs.fileno()]
-            )
-            assert (await health).uptime_ms > 0
+        channel = await Channel.over(ours, 10)
+        health = asyncio.create_task(Control(channel).health())
+        await asyncio.sleep(0)
+        process = await asyncio.create_subprocess_exec(
+            agent_binary("static"), "--serve", str(theirs.fileno()), pass_fds=[theirs.fileno()]
+        )
+        assert (await health).uptime_ms > 0
+        await channel.close()
     theirs.close()
     assert await process.wait() == 0
 

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent_process import BUILDS, agent_session, names
+from agent_requests import tree_into_new
 from coppice.agent import records
 from coppice.agent.records import Content, End, Entry, Item
 from coppice.agent.session import Session
@@ -184,11 +185,11 @@ async def test_bytes_that_are_not_a_tree_are_refused(session: Session, tmp_path:
 
 
 async def test_a_missing_directory_is_made_only_when_asked(session: Session, tmp_path: Path) -> None:
-    """`make` makes the directory; without it the archive is refused."""
+    """A client may ask for a new directory; otherwise the archive is refused."""
     packed = tree(*file("file", b"x"))
     with pytest.raises(GuestRefused):
         await session.tree_in(str(tmp_path / "new"), packed)
-    await session.tree_in(str(tmp_path / "new"), packed, make=True)
+    await tree_into_new(session, str(tmp_path / "new"), packed)
     assert (tmp_path / "new" / "file").read_bytes() == b"x"
 
 
@@ -208,7 +209,8 @@ async def test_a_large_tree_with_many_files(session: Session, tmp_path: Path) ->
         (tmp_path / "tree" / str(n % 40)).mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / str(n % 40) / str(n)).write_bytes(b"%d" % n * (n % 50))
     packed = await collected(session.tree_out(str(tmp_path / "tree"), contents=True))
-    await session.tree_in(str(tmp_path / "copy"), packed, make=True)
+    (tmp_path / "copy").mkdir()
+    await session.tree_in(str(tmp_path / "copy"), packed)
     assert describe(tmp_path / "copy") == describe(tmp_path / "tree")
 
 

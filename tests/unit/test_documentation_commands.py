@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,7 @@ PAGES = [
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), ROOT / "demo" / "demo.py"]
 _SHOWN = re.compile(r"`(coppice [^`]+)`")
 _TYPED = re.compile(r"^\$ (coppice .*)$", re.MULTILINE)
+_TESTED = re.compile(r"`\S*python -m pytest ([^`]+)`")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -54,11 +58,26 @@ def test_commands_of_the_pages_can_be_typed(page: Path) -> None:
     assert {line: problem for line in lines_of(page) if (problem := wrong_with(line))} == {}
 
 
+def test_the_table_of_tests_has_every_folder() -> None:
+    """A reader finds the guarantee of each folder of tests."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    holds_tests = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")} - {"fakes"}
+    assert set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE)) == holds_tests
+
+
 def test_commands_in_messages_can_be_typed() -> None:
     """A hint must be complete: `coppice logs --vmm` lacks the name of the instance."""
     found = {line: source.name for source in SOURCES for line in lines_in(source)}
     assert len(found) > 40
     assert {line: (name, problem) for line, name in found.items() if (problem := wrong_with(line))} == {}
+
+
+@pytest.mark.parametrize("arguments", _TESTED.findall((ROOT / "CONTRIBUTING.md").read_text()))
+def test_a_quoted_run_of_pytest_has_tests(arguments: str) -> None:
+    """A reader who copies it does not get an empty run."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *shlex.split(arguments)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize(

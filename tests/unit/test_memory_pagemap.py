@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from coppice.errors import VmmDied
 from coppice.linux import pagemap
 from coppice.linux.maps import FileIdentity, Vma, identify, read_maps, read_text, smaps_of
-from coppice.linux.pagemap import Method, PrivateRange, merge, private_ranges, private_runs, usages
+from coppice.linux.pagemap import PrivateRange, merge, private_ranges, private_runs, usages
 from mapping_process import MappingProcess
 
 PAGE = 4096
@@ -39,6 +40,18 @@ def ram_vmas(process: MappingProcess, ram: Path) -> list[Vma]:
     return [vma for vma in read_maps(process.pid) if vma.file == identity]
 
 
+@contextmanager
+def no_ioctl() -> Iterator[None]:
+    """Have the kernel refuse the ioctl as one before Linux 6.7 does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pagemap, "PAGEMAP_SCAN", 0xC0606611)
+        yield
+
+
+METHODS = pytest.mark.parametrize("method", [nullcontext, no_ioctl], ids=["pagemap_scan", "pagemap"])
+Method = Callable[[], AbstractContextManager[None]]
+
+
 def pages_of(ranges: list[PrivateRange]) -> set[int]:
     return {page for found in ranges for page in range(found.offset // PAGE, (found.offset + found.length) // PAGE)}
 
@@ -54,18 +67,18 @@ def test_both_methods_find_exactly_the_written_pages(ram: Path, writes: list[tup
             process.fill(page * PAGE, count * PAGE, 7)
             written.update(range(page, page + count))
         vmas = ram_vmas(process, ram)
-        by_scan, scan = private_ranges(process.pid, vmas, method="pagemap_scan")
-        by_read, read = private_ranges(process.pid, vmas, method="pagemap")
+        by_scan = private_ranges(process.pid, vmas)
+        with no_ioctl():
+            by_read = private_ranges(process.pid, vmas)
         counted = usages(process.pid, vmas)
         by_smaps = smaps_of(read_text(process.pid, "smaps"), identify(ram))
-    assert (scan, read) == ("pagemap_scan", "pagemap")
     assert by_scan == by_read
     assert pages_of(by_scan) == written
     assert counted == by_smaps
     assert sum(usage.anonymous_bytes for usage in by_smaps) == len(written) * PAGE
 
 
-@pytest.mark.parametrize("method", ["pagemap_scan", "pagemap"])
+@METHODS
 def test_read_pages_are_not_private(process: MappingProcess, ram: Path, method: Method) -> None:
     """Pages that were only read still belong to the file; the offsets are those of the written
     pages.
@@ -73,11 +86,12 @@ def test_read_pages_are_not_private(process: MappingProcess, ram: Path, method: 
     process.touch()
     process.write((5 * PAGE + 17, b"x"))
     (vma,) = ram_vmas(process, ram)
-    ranges, _ = private_ranges(process.pid, [vma], method=method)
+    with method():
+        ranges = private_ranges(process.pid, [vma])
     assert ranges == [PrivateRange(5 * PAGE, vma.start + 5 * PAGE, PAGE)]
 
 
-@pytest.mark.parametrize("method", ["pagemap_scan", "pagemap"])
+@METHODS
 def test_results_in_several_parts_are_joined(
     process: MappingProcess, ram: Path, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +100,8 @@ def test_results_in_several_parts_are_joined(
     monkeypatch.setattr(pagemap, "_READ_BYTES", 8 * 7)
     process.write(*((page * PAGE, b"w") for page in range(0, 100, 2)))
     process.fill(200 * PAGE, 50 * PAGE, 1)
-    ranges, _ = private_ranges(process.pid, ram_vmas(process, ram), method=method)
+    with method():
+        ranges = private_ranges(process.pid, ram_vmas(process, ram))
     assert [found.offset // PAGE for found in ranges] == [*range(0, 100, 2), 200]
     assert ranges[-1].length == 50 * PAGE
 
@@ -97,19 +112,16 @@ def test_no_range_is_reported_twice(process: MappingProcess, ram: Path, count: i
     requested.
     """
     process.write(*((page * 2 * PAGE, b"w") for page in range(count)))
-    ranges, _ = private_ranges(process.pid, ram_vmas(process, ram), method="pagemap_scan")
+    ranges = private_ranges(process.pid, ram_vmas(process, ram))
     assert [found.offset // PAGE for found in ranges] == [page * 2 for page in range(count)]
 
 
-def test_an_old_kernel_falls_back_to_the_page_map(
-    process: MappingProcess, ram: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_kernel_falls_back_to_the_page_map(process: MappingProcess, ram: Path) -> None:
     """A kernel without the ioctl is served through the page map."""
-    monkeypatch.setattr(pagemap, "PAGEMAP_SCAN", 0xC0606611)
     process.write((0, b"w"))
-    ranges, method = private_ranges(process.pid, ram_vmas(process, ram))
-    assert (method, len(ranges)) == ("pagemap", 1)
-    assert usages(process.pid, ram_vmas(process, ram)) is None
+    with no_ioctl():
+        assert len(private_ranges(process.pid, ram_vmas(process, ram))) == 1
+        assert usages(process.pid, ram_vmas(process, ram)) is None
 
 
 def test_a_mapping_in_two_pieces_keeps_file_offsets(process: MappingProcess, ram: Path) -> None:
@@ -132,8 +144,9 @@ def test_an_ended_process_is_reported(ram: Path) -> None:
 def test_a_missing_mapping_has_no_private_pages(process: MappingProcess) -> None:
     """Both methods find no pages in a hole of the address space."""
     nowhere = Vma(4096, 4096 * 16, "rw-p", 0, FileIdentity("00:00", 0))
-    for method in ("pagemap_scan", "pagemap"):
-        assert private_ranges(process.pid, [nowhere], method=method)[0] == []
+    assert private_ranges(process.pid, [nowhere]) == []
+    with no_ioctl():
+        assert private_ranges(process.pid, [nowhere]) == []
 
 
 @given(st.lists(st.integers(0, 2**64 - 1)))

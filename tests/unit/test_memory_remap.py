@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from coppice.errors import HostCannot, IntegrityError, VmmDied, VmmError
-from coppice.linux import remap, tracing
+from coppice.linux import remap
 from coppice.linux.maps import identify, read_maps
 from coppice.linux.remap import Layer, lay_over, make_private
 from mapping_process import MappingProcess
+from memory_helpers import die_after
 
 SIZE = 4 << 20
 
@@ -77,16 +78,7 @@ def killed_after(calls: int, pid: int, ram: Path) -> bool:
     """
     tracer = os.fork()
     if tracer == 0:
-        real, made = tracing.ptrace, 0
-
-        def counted(request: int, *arguments: object) -> None:
-            nonlocal made
-            real(request, *arguments)  # type: ignore[arg-type]  # passed on unchanged
-            made += 1
-            if made == calls:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        tracing.ptrace = counted  # type: ignore[assignment]  # the same function with a looser type
+        die_after(calls)
         os._exit(0 if make_private(pid, ram) == SIZE else 1)
     _, status = os.waitpid(tracer, 0)
     assert status in (0, signal.SIGKILL)
@@ -222,7 +214,7 @@ def test_a_tracer_that_is_killed_takes_a_half_made_memory_with_it(ram: Path, ove
         with holding(ram, "memory.1", "memory.2") as process:
             tracer = os.fork()
             if tracer == 0:
-                _die_after(calls)
+                die_after(calls)
                 lay_over(process.pid, ram, over)
                 os._exit(0)
             killed = os.waitpid(tracer, 0)[1] != 0
@@ -236,19 +228,6 @@ def test_a_tracer_that_is_killed_takes_a_half_made_memory_with_it(ram: Path, ove
                 whole.add(False)
     assert calls > 10
     assert whole == {True, False}
-
-
-def _die_after(calls: int) -> None:
-    real, made = tracing.ptrace, 0
-
-    def counted(request: int, *arguments: object) -> None:
-        nonlocal made
-        real(request, *arguments)  # type: ignore[arg-type]  # whatever they are
-        made += 1
-        if made == calls:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    tracing.ptrace = counted  # type: ignore[assignment]  # the same but for its type
 
 
 _LATER = """

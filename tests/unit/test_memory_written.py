@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from coppice.errors import HostCannot, VmmDied
-from coppice.linux import pagemap, tracing, written
+from coppice.linux import pagemap, written
 from coppice.linux.maps import Vma, identify, private_parts, read_maps, read_text, spans_of
 from coppice.linux.pagemap import PrivateRange
 from coppice.linux.written import WriteObserver
 from mapping_process import MappingProcess
+from memory_helpers import die_after
 
 PAGE = 4096
 SIZE = 8 << 20
@@ -140,7 +141,7 @@ def test_a_tracer_may_be_killed_at_any_instant(ram: Path) -> None:
             before = descriptors(process)
             tracer = os.fork()
             if tracer == 0:
-                _die_after(calls)
+                die_after(calls)
                 WriteObserver(process.pid, ram_of(process, ram)).written()
                 os._exit(0)
             killed = os.waitpid(tracer, 0)[1] != 0
@@ -151,19 +152,6 @@ def test_a_tracer_may_be_killed_at_any_instant(ram: Path) -> None:
             with WriteObserver(process.pid, ram_of(process, ram)) as observer:
                 assert pages(observer.written()) == [(0, SIZE // PAGE)]
     assert calls > 10
-
-
-def _die_after(calls: int) -> None:
-    real, made = tracing.ptrace, 0
-
-    def counted(request: int, *arguments: object) -> None:
-        nonlocal made
-        real(request, *arguments)  # type: ignore[arg-type]  # whatever they are
-        made += 1
-        if made == calls:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    tracing.ptrace = counted  # type: ignore[assignment]  # the same but for its type
 
 
 def test_an_observer_may_be_killed(ram: Path) -> None:

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coppice.agent.protocol import (
-    GUEST_PAYLOAD_MAX,
     HOST_PAYLOAD_MAX,
     MAGIC,
     PADDING,
@@ -27,6 +26,7 @@ from coppice.agent.protocol import (
     readable,
 )
 from coppice.errors import GuestProtocolError, UsageError
+from hostile_guest import GUEST_PAYLOAD_MAX
 
 NONCE = bytes(range(16))
 

@@ -43,12 +43,15 @@ def test_the_table_in_the_page_is_current() -> None:
         ({"a/x.py": "\n" * 451}, "451 lines"),
         ({"a/x.c": "\n" * 451}, "451 lines"),
         ({"a/x.c": "\n" * 450}, None),
+        ({"../../tests/fakes/x.py": "\n" * 451}, "tests/fakes/x.py has 451 lines"),
+        ({"../../bench/x.py": "\n" * 451}, "451 lines"),
+        ({"../../tools/x.h": "\n" * 451}, "451 lines"),
     ],
 )
 def test_the_check_detects_violations(files: dict[str, str], problem: str | None, tmp_path: Path) -> None:
     """The check detects cycles and long files; a deferred import is not a cycle of modules."""
     for name, text in files.items():
-        path = tmp_path / "coppice" / name
+        path = tmp_path / "src" / "coppice" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     found = structure.structure(tmp_path).problems()

@@ -27,6 +27,7 @@ from coppice.requests import (
     WriteFileRequest,
 )
 from coppice.vmm import driver as files
+from coppice.vmm import program as programs
 from coppice.vmm.qemu import host as qemu_host
 from coppice.vmm.qemu.releases import INCOMING_FILE
 
@@ -46,7 +47,7 @@ def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 async def booted(host: AsyncHost, image: str, release: str) -> AsyncIterator[Instance]:
     """A machine of that release, with a state in its memory alone."""
     version = await qemu_host.version()
-    assert (qemu_host.release(version) >= INCOMING_FILE) is (release == "newer"), version
+    assert (programs.release(version) >= INCOMING_FILE) is (release == "newer"), version
     vm = await host.call(RunRequest(image=image, command=["sleep", "infinity"], memory_bytes=256 * MIB))
     await host.call(WriteFileRequest(instance=vm.id, path="/run/state", data=b"expensive"))
     yield vm

@@ -148,11 +148,6 @@ class Channel(asyncio.Protocol):
         finally:
             stream.abandon()
 
-    @property
-    def streams_open(self) -> int:
-        """The number of streams whose last frame has not come yet."""
-        return len(self._streams)
-
     def unanswered_before(self, stream: RemoteStream) -> int:
         """Return how many requests that were sent before this one are not answered yet."""
         earlier = itertools.takewhile(lambda each: each is not stream, self._streams.values())

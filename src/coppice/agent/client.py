@@ -71,16 +71,15 @@ class AgentPorts:
         self._is_paused = is_paused
 
     @contextlib.asynccontextmanager
-    async def control(self, deadline_s: float, *, sock: socket.socket | None = None) -> AsyncIterator[Control]:
+    async def control(self, deadline_s: float) -> AsyncIterator[Control]:
         """Open the control port. The first request goes out together with the handshake.
 
         :param deadline_s: the limit until the port is free, and then of each answer
-        :param sock: an existing connection to the port; then no lock is taken
         :raises Busy: another process held the port until the deadline
         :raises VmmDied: no machine answers
         :raises GuestTimeout: the machine does not take the connection
         """
-        async with self._channel((CONTROL_PORT,), deadline_s, deadline_s, sock) as channel:
+        async with self._channel((CONTROL_PORT,), deadline_s, deadline_s) as channel:
             yield Control(channel)
 
     async def identify(
@@ -116,18 +115,17 @@ class AgentPorts:
 
     @contextlib.asynccontextmanager
     async def session(
-        self, deadline_s: float = DEADLINE_S, *, patience_s: float = PATIENCE_S, sock: socket.socket | None = None
+        self, deadline_s: float = DEADLINE_S, *, patience_s: float = PATIENCE_S
     ) -> AsyncIterator[Session]:
         """Open a session, over the connection of this process or over the first free session port.
 
         :param deadline_s: the limit until a port is free
         :param patience_s: the limit of each single wait for the guest
-        :param sock: an existing connection to a session port; then no lock is taken
         :raises Busy: all ports were in use until the deadline
         :raises VmmDied: no machine answers
         """
-        connection = self._channel(SESSION_PORTS, deadline_s, patience_s, sock)
-        if sock is None and self._pool is not None:
+        connection = self._channel(SESSION_PORTS, deadline_s, patience_s)
+        if self._pool is not None:
             connection = self._pool.use(self._key, connection)
         async with connection as channel:
             yield Session(channel)
@@ -162,12 +160,9 @@ class AgentPorts:
                 (await self._acquire(stack, (port,), deadline_s, locked=False)).close()
 
     @contextlib.asynccontextmanager
-    async def _channel(
-        self, ports: Iterable[int], deadline_s: float, patience_s: float, sock: socket.socket | None
-    ) -> AsyncIterator[Channel]:
+    async def _channel(self, ports: Iterable[int], deadline_s: float, patience_s: float) -> AsyncIterator[Channel]:
         async with contextlib.AsyncExitStack() as stack:
-            if sock is None:
-                sock = await self._acquire(stack, tuple(ports), deadline_s)
+            sock = await self._acquire(stack, tuple(ports), deadline_s)
             channel = await Channel.over(sock, patience_s, self._is_paused)
             stack.push_async_callback(channel.close)
             yield channel

@@ -78,7 +78,6 @@ async def copy_out(
     destination: Path | str,
     *,
     outside_links: bool = False,
-    max_bytes: int | None = None,
     progress: ProgressSink = no_progress,
 ) -> int:
     """Copy a file or tree of the guest to the host; return the bytes of contents.
@@ -89,12 +88,11 @@ async def copy_out(
         a link leads to
     :param destination: an existing directory to copy into, or a new name in one
     :param outside_links: make symbolic links that lead out of the copy too
-    :param max_bytes: the limit of all contents together
     :param progress: called from a thread; the total of a tree is unknown
     :raises NotFound: the directory to copy into does not exist
     :raises UsageError: a directory would replace a file, or a file a directory
     :raises GuestRefused: the source does not exist or cannot be read
-    :raises NoSpace: the contents exceed `max_bytes`, or the disk is full
+    :raises NoSpace: the disk is full
     :raises UnsafePath: the guest sent a path outside the destination, a device, or a link that leads out
     """
     destination = os.fspath(destination)
@@ -107,7 +105,7 @@ async def copy_out(
     def receive(stream: BinaryIO) -> int:
         meter = Meter(progress, found.size_bytes if found.kind == "f" else None)
         items = records.read(stream)
-        return unpack(items, Path(parent), name, max_bytes=max_bytes, outside_links=outside_links, moved=meter.moved)
+        return unpack(items, Path(parent), name, outside_links=outside_links, moved=meter.moved)
 
     async def fetch(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inside = f"{source}." if source.endswith("/") else source  # LINK/ names the link's directory

@@ -20,7 +20,6 @@ NONCE_SIZE: Final = 16
 END_BYTE: Final = 0xA5
 HOST_FRAME_MAX: Final = 4096  # one read of the agent from its virtio port
 HOST_PAYLOAD_MAX: Final = HOST_FRAME_MAX - 6
-GUEST_PAYLOAD_MAX: Final = 65535
 REQUEST_MAX: Final = 4 << 20
 WINDOW_SIZE: Final = 65536  # bytes that the host may send ahead on a new stream
 CREDIT_SIZE: Final = 262144  # bytes that the guest may send ahead on a new stream
@@ -133,7 +132,7 @@ def encode_data(frame_type: FrameType, stream: int, data: bytes | memoryview) ->
     return b"".join(encode_frame(frame_type, stream, bytes(data[start : start + HOST_PAYLOAD_MAX])) for start in cuts)
 
 
-def encode_hello(nonce: bytes, *, padding: bool = True) -> bytes:
+def encode_hello(nonce: bytes) -> bytes:
     """Return the opening of a session.
 
     The first bytes are the HELLO of protocol 1, so that its agents answer too, and can be refused.
@@ -141,7 +140,7 @@ def encode_hello(nonce: bytes, *, padding: bool = True) -> bytes:
     """
     old = _FIELD.pack(FrameType.HELLO, len(_OLD_MAGIC + nonce)) + _OLD_MAGIC + nonce + bytes((END_BYTE,))
     hello = encode_frame(FrameType.HELLO, 0, MAGIC + nonce + encode_fields([(1, VERSION)]))
-    return old + (PADDING if padding else b"") + hello
+    return old + PADDING + hello
 
 
 Value = int | str | bytes

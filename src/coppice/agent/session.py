@@ -14,12 +14,11 @@ from coppice.agent.process import Command, ExecSession
 from coppice.agent.protocol import Fields, FrameType, encode_fields
 from coppice.errors import CoppiceError, GuestError
 from coppice.model import ExecResult, FileEvent, FileStat
-from coppice.model.guest import MAX_COLLECTED, GuestCommand, OutputSink, Source, TerminalSize, Unpacked
+from coppice.model.guest import MAX_COLLECTED, GuestCommand, Source, TerminalSize, Unpacked
 
-_APPEND, _MAKE_PARENTS = 1, 2
+_MAKE_PARENTS = 2
 _FOLLOW_LINKS = 1
 _CONTENTS = 1
-_MAKE_DIRECTORY = 1
 
 
 class Session:
@@ -88,11 +87,9 @@ class Session:
         timeout_s: float | None = None,
         memory_bytes: int | None = None,
         processes: int | None = None,
-        on_stdout: OutputSink | None = None,
-        on_stderr: OutputSink | None = None,
         max_output_bytes: int = MAX_COLLECTED,
     ) -> ExecResult:
-        """Run a command to its end. A stream with a sink is not collected.
+        """Run a command to its end.
 
         :raises CommandNotStarted: the guest cannot start it
         :raises GuestTimeout: the command ran longer than `timeout_s`, and was ended
@@ -109,9 +106,7 @@ class Session:
             processes=processes,
         )
         async with started as running:
-            return await running.collect(
-                stdin, on_stdout=on_stdout, on_stderr=on_stderr, max_output_bytes=max_output_bytes
-            )
+            return await running.collect(stdin, max_output_bytes=max_output_bytes)
 
     def attach(
         self, command_id: str, *, offset: int = 0, output: bool = True, stdin: bool = False
@@ -135,27 +130,15 @@ class Session:
 
     # ---- files ----
 
-    async def read_stream(self, path: str, *, offset: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
-        """Yield the contents of a file in chunks.
-
-        :raises GuestRefused: the file cannot be read
-        """
-        if length == 0:
-            return
-        fields = encode_fields([(1, path), (2, offset), (3, length)])
-        async for chunk in self._download(FrameType.FILE_READ, fields):
-            yield chunk
-
-    async def read_file(
-        self, path: str, *, offset: int = 0, length: int | None = None, max_bytes: int = MAX_COLLECTED
-    ) -> bytes:
+    async def read_file(self, path: str, *, max_bytes: int = MAX_COLLECTED) -> bytes:
         """Return the contents of a file.
 
         :raises GuestRefused: the file cannot be read
         :raises GuestError: the contents are larger than `max_bytes`
         """
         contents = bytearray()
-        async for chunk in self.read_stream(path, offset=offset, length=length):
+        fields = encode_fields([(1, path), (2, 0)])  # from its beginning
+        async for chunk in self._download(FrameType.FILE_READ, fields):
             contents += chunk
             if len(contents) > max_bytes:
                 raise GuestError(
@@ -163,27 +146,15 @@ class Session:
                 )
         return bytes(contents)
 
-    async def write_file(
-        self,
-        path: str,
-        data: Source,
-        *,
-        mode: int | None = None,
-        uid: int | None = None,
-        gid: int | None = None,
-        append: bool = False,
-        make_parents: bool = True,
-    ) -> None:
-        """Write a file, completely or not at all unless `append`. Missing parent directories are
-        made.
+    async def write_file(self, path: str, data: Source, *, mode: int | None = None) -> None:
+        """Write a file, completely or not at all. Missing parent directories are made.
 
-        If `mode`, `uid` or `gid` is None, an existing file keeps its own, and a new one gets 0644
-        and root.
+        An existing file keeps its owner, and its mode if `mode` is None. A new one belongs to root
+        and gets 0644.
 
         :raises GuestRefused: the file cannot be written
         """
-        flags = (_APPEND if append else 0) | (_MAKE_PARENTS if make_parents else 0)
-        fields = encode_fields([(1, path), (2, mode), (3, uid), (4, gid), (5, flags)])
+        fields = encode_fields([(1, path), (2, mode), (5, _MAKE_PARENTS)])
         await self._upload(FrameType.FILE_WRITE, fields, data)
 
     async def stat(self, path: str, *, follow: bool = False) -> FileStat:
@@ -225,14 +196,12 @@ class Session:
         fields = encode_fields([(1, path), (2, _CONTENTS if contents else 0)])
         return self._download(FrameType.TREE_OUT, fields)
 
-    async def tree_in(self, directory: str, records: Source, *, make: bool = False) -> Unpacked:
+    async def tree_in(self, directory: str, records: Source) -> Unpacked:
         """Make a tree below a directory. No entry can leave the directory.
 
-        :param make: make the directory (not its parents) if it does not exist
         :raises GuestRefused: an entry cannot be made; the entries before it remain
         """
-        fields = encode_fields([(1, directory), (2, _MAKE_DIRECTORY if make else 0)])
-        reply = await self._upload(FrameType.TREE_IN, fields, records, marks_its_end=True)
+        reply = await self._upload(FrameType.TREE_IN, encode_fields([(1, directory)]), records, marks_its_end=True)
         return Unpacked(members=reply.integer(1), content_bytes=reply.integer(2))
 
     # ---- transfers ----

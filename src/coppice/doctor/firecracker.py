@@ -11,6 +11,7 @@ from pathlib import Path
 from coppice.errors import HostCannot, MissingTool, NotSupported
 from coppice.linux.kvm import KvmDevice, kvm_device, missing_capabilities
 from coppice.model import Check
+from coppice.vmm import program as programs
 from coppice.vmm.firecracker import host
 from coppice.vmm.firecracker.config import NEWEST_TRIED
 
@@ -62,7 +63,7 @@ def judge_firecracker(version: str, device: KvmDevice, lacking: list[str], *, fi
             detail=f"{said}, a dynamic (glibc) build, whose seccomp filters allow everything: a guest that breaks out can make any system call",
             cure="use a static (musl) build, as the project's releases are",
         )
-    if host.release(version) > NEWEST_TRIED:
+    if programs.release(version) > NEWEST_TRIED:
         return Check(
             name=_NAME,
             status="warn",

@@ -9,6 +9,7 @@ import re
 import struct
 from pathlib import Path
 
+from coppice.linux.files import number_of
 from coppice.linux.mounts import Mount, read_mounts
 from coppice.linux.pagemap import PAGEMAP_SCAN
 from coppice.model import GIB, MIB, Check
@@ -43,7 +44,7 @@ def judge_available(free_bytes: int) -> Check:
 
 def overcommit() -> Check:
     """Check how the kernel counts mapped memory that is not used yet."""
-    return judge_overcommit(_sysctl("vm/overcommit_memory"))
+    return judge_overcommit(number_of(_SYSCTL / "vm/overcommit_memory"))
 
 
 def judge_overcommit(value: int | None) -> Check:
@@ -61,7 +62,7 @@ def judge_overcommit(value: int | None) -> Check:
 
 def max_map_count() -> Check:
     """Check how many mappings a process may have."""
-    return judge_max_map_count(_sysctl("vm/max_map_count"))
+    return judge_max_map_count(number_of(_SYSCTL / "vm/max_map_count"))
 
 
 def judge_max_map_count(value: int | None) -> Check:
@@ -121,7 +122,9 @@ def _hides(option: str) -> bool:
 
 def ptrace() -> Check:
     """Check whether a host process may read the memory of a VM that another one started."""
-    return judge_ptrace(_sysctl("kernel/yama/ptrace_scope"), root=os.geteuid() == 0, capable=may_trace_any())
+    return judge_ptrace(
+        number_of(_SYSCTL / "kernel/yama/ptrace_scope"), root=os.geteuid() == 0, capable=may_trace_any()
+    )
 
 
 def judge_ptrace(scope: int | None, *, root: bool, capable: bool) -> Check:
@@ -145,10 +148,3 @@ def judge_ptrace(scope: int | None, *, root: bool, capable: bool) -> Check:
         )
     detail = f"kernel.yama.ptrace_scope is {scope}: a fork can be captured only by the process that started it"
     return Check(name=name, status="warn", detail=detail, cure="sysctl -w kernel.yama.ptrace_scope=0, or run as root")
-
-
-def _sysctl(name: str) -> int | None:
-    try:
-        return int((_SYSCTL / name).read_text())
-    except (OSError, ValueError):
-        return None

@@ -12,9 +12,11 @@ from typing import Literal, NamedTuple
 
 from coppice.boot.kernel import KernelStore
 from coppice.errors import HostCannot, MissingTool
+from coppice.linux.files import number_of
 from coppice.linux.kvm import read_cpu
 from coppice.linux.mounts import Mount, read_mounts
 from coppice.model import MIB, Check
+from coppice.vmm import program as programs
 from coppice.vmm.qemu import host
 from coppice.vmm.qemu.releases import READ_ONLY_RAM
 
@@ -153,15 +155,15 @@ def judge_favordynmods(mounts: list[Mount], *, virtual: bool) -> Check:
 async def user_namespaces() -> Check:
     """Check whether a user who is not root can make user namespaces."""
     try:
-        release = host.release(await host.version())
+        release = programs.release(await host.version())
     except (MissingTool, HostCannot):  # reported by another check
         release = READ_ONLY_RAM
     return judge_user_namespaces(
         root=os.geteuid() == 0,
         qemu=release >= READ_ONLY_RAM,
-        most=_number("/proc/sys/user/max_user_namespaces"),
-        unprivileged=_number("/proc/sys/kernel/unprivileged_userns_clone"),
-        restricted=_number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"),
+        most=number_of(Path("/proc/sys/user/max_user_namespaces")),
+        unprivileged=number_of(Path("/proc/sys/kernel/unprivileged_userns_clone")),
+        restricted=number_of(Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")),
     )
 
 
@@ -197,10 +199,3 @@ def _within(limit: int, enough: int) -> bool:
 
 def _limit(value: int) -> str:
     return "unlimited" if value == resource.RLIM_INFINITY else str(value)
-
-
-def _number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):
-        return None

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from coppice.errors import HostCannot, MissingTool
+from coppice.linux.files import setting_of
 from coppice.linux.kvm import KVM, KvmDevice, kvm_device, read_cpu
 from coppice.model import Check
+from coppice.vmm import program as programs
 from coppice.vmm.qemu import host
 
 OLDEST_TESTED_QEMU = (7, 2)
@@ -65,7 +67,7 @@ def _typed(hint: str | None) -> str:
 
 def judge_qemu(version: str) -> Check:
     """Judge QEMU's version text, for example `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`."""
-    if host.release(version) < OLDEST_TESTED_QEMU:
+    if programs.release(version) < OLDEST_TESTED_QEMU:
         oldest = ".".join(map(str, OLDEST_TESTED_QEMU))
         return Check(
             name="qemu",
@@ -73,7 +75,7 @@ def judge_qemu(version: str) -> Check:
             detail=f"version {version} is older than {oldest}, the oldest that is tested",
             cure="apt-get install qemu-system-x86 from a newer release",
         )
-    if host.release(version) > NEWEST_TRIED_QEMU:
+    if programs.release(version) > NEWEST_TRIED_QEMU:
         newest = ".".join(map(str, NEWEST_TRIED_QEMU))
         return Check(
             name="qemu",
@@ -88,8 +90,8 @@ def nx_huge_pages() -> Check:
     """Check whether KVM splits huge pages, with a kernel thread for each VM."""
     return judge_nx_huge_pages(
         read_cpu().virtualization,
-        _read(_NX_HUGE_PAGES),
-        affected=not _read(_ITLB_MULTIHIT).startswith("Not affected"),
+        setting_of(_NX_HUGE_PAGES),
+        affected=not setting_of(_ITLB_MULTIHIT).startswith("Not affected"),
     )
 
 
@@ -115,13 +117,6 @@ def judge_nx_huge_pages(virtual: bool, value: str, *, affected: bool) -> Check:
         detail=f"{value}: each start of a VM makes a worker thread that this CPU does not need",
         cure="echo options kvm nx_huge_pages=never > /etc/modprobe.d/kvm.conf, then load kvm again",
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def _kvm(status: Literal["ok", "warn"], detail: str, cure: str = "") -> Check:

@@ -35,17 +35,13 @@ class Images(UseCases):
 
     async def image_build(self, request: ImageBuildRequest, progress: ProgressSink) -> Image:
         """Build the image with mmdebstrap."""
+        from coppice.images.suite import Suite  # no other operation needs it
+
         if request.proxy is not None:
             await self._require_reach(urlsplit(request.proxy).hostname or "")
+        wanted = Suite(suite=request.suite, include=tuple(request.include), proxy=request.proxy)
         options = self._options(request)
-        return await self.rooms.images.build_suite(
-            request.name,
-            suite=request.suite,
-            include=list(request.include),
-            proxy=request.proxy,
-            options=options,
-            progress=progress,
-        )
+        return await self.rooms.images.build_suite(request.name, wanted, options=options, progress=progress)
 
     async def image_import(self, request: ImageImportRequest, progress: ProgressSink) -> Image:
         """Detect the format, and convert the content to an image."""

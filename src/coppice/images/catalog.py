@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from coppice.names import as_recorded
 
 if TYPE_CHECKING:
     from coppice.images.registry import Access
+    from coppice.images.suite import Suite
     from coppice.images.tree import FileTree
 
 T = TypeVar("T")
@@ -66,51 +67,29 @@ class ImageCatalog(ImageStore):
     async def build_suite(
         self,
         name: str,
-        suite: str = "bookworm",
-        include: Sequence[str] = (),
-        mirror: Sequence[str] = (),
+        wanted: Suite,
         *,
-        variant: str = "minbase",
-        components: Sequence[str] = ("main",),
-        run: Sequence[Sequence[str]] = (),
-        keyring: Path | None = None,
-        source_date_epoch: int | None = None,
-        timeout_s: float = 1800.0,
-        proxy: str | None = None,
         options: BuildOptions = DEFAULTS,
         progress: ProgressSink = no_progress,
     ) -> Image:
-        """Bootstrap a Debian or Ubuntu suite by mmdebstrap; see `suite.Suite` for the parameters.
+        """Bootstrap a Debian or Ubuntu suite by mmdebstrap.
 
-        Also raises MissingTool, HostCannot at the deadline `timeout_s`, and UsageError.
+        Also raises MissingTool, HostCannot at the deadline, and UsageError.
         """
         from coppice.images.archive import Archive
         from coppice.images.layer import apply_archive
-        from coppice.images.suite import Suite, bootstrap, make_generic
+        from coppice.images.suite import bootstrap, make_generic
 
-        wanted = Suite(
-            suite=suite,
-            include=tuple(include),
-            mirror=tuple(mirror),
-            variant=variant,
-            components=tuple(components),
-            run=tuple(tuple(argv) for argv in run),
-            keyring=keyring,
-            source_date_epoch=source_date_epoch,
-            timeout_s=timeout_s,
-            proxy=proxy,
-            certificates=options.certificates,
-        )
         wanted.check()
 
         def fill(tree: FileTree, workspace: Workspace) -> ImageConfig:
-            archive = Archive(bootstrap(wanted, workspace), workspace, must_end=True)
+            archive = Archive(bootstrap(wanted, options.certificates, workspace), workspace, must_end=True)
             apply_archive(tree, archive, whiteouts=False)
             make_generic(tree)
             return ImageConfig()
 
-        packages = f" with {', '.join(wanted.include)}" if include else ""
-        return await self._build(name, f"{suite} {variant}{packages}", fill, options, progress)
+        packages = f" with {', '.join(wanted.include)}" if wanted.include else ""
+        return await self._build(name, f"{wanted.suite} minbase{packages}", fill, options, progress)
 
     async def import_any(
         self,

@@ -7,9 +7,9 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import shlex
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import IO
 
 from coppice.errors import HostCannot, ImageError, UsageError
@@ -21,11 +21,11 @@ from coppice.trust import BUNDLE, proxy_environment
 
 _SUITE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _PACKAGE = re.compile(r"[a-z0-9][A-Za-z0-9.+~:=/_-]*")
-_VARIANTS = ("essential", "apt", "minbase", "buildd", "important", "standard")
 _POCKETS = ("", "-updates", "-security", "/updates")
 _DISTRIBUTIONS = ("Debian", "Ubuntu")
 _NEW_PACKAGES = re.compile(r"\d+ upgraded, (\d+) newly installed,")
 _NO_NAMESPACES = re.compile(r"E: .*\bunshare\b")
+_DEADLINE_S = 1800.0
 _TERMINATION_GRACE_S = 20.0
 _QUERY_DEADLINE_S = 60.0
 
@@ -41,14 +41,9 @@ _REMOVED: tuple[Path, ...] = (
 )
 _HOST_KEY = re.compile(rb"ssh_host_.*_key(\.pub)?")
 
-# Python validates its bytecode by the time of the source, so the times must be final first: tar
-# clamps them later. Hash-checked bytecode, which the packages' scripts make when SOURCE_DATE_EPOCH
-# is set, would read and hash every source at import.
 _COMPILE_PYTHON = (
-    'test ! -x "$1/usr/bin/python3" || chroot "$1" sh -c \''
-    '[ -z "$SOURCE_DATE_EPOCH" ] || find /usr/lib/python3* /usr/local/lib -name "*.py" '
-    '-newermt "@$SOURCE_DATE_EPOCH" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +; '
-    "unset SOURCE_DATE_EPOCH; python3 -m compileall -qq /usr/lib/python3* /usr/local/lib/python3* || true'"
+    'test ! -x "$1/usr/bin/python3" || chroot "$1" sh -c '
+    "'python3 -m compileall -qq /usr/lib/python3* /usr/local/lib/python3* || true'"
 )
 
 
@@ -57,34 +52,21 @@ class Suite(Record, frozen=True):
 
     suite: str = "bookworm"
     include: tuple[str, ...] = ()  # packages, as apt names them
-    mirror: tuple[str, ...] = ()  # URIs or whole lines of sources.list; default: the host's own for this suite
-    variant: str = "minbase"
-    components: tuple[str, ...] = ("main",)
-    run: tuple[tuple[str, ...], ...] = ()  # commands run in the finished root, in order
-    keyring: pathlib.Path | None = None  # default: what the host's apt trusts
-    source_date_epoch: int | None = None  # seconds; the same packages then give the same image
-    timeout_s: float = 1800.0
     proxy: str | None = None  # for the downloads
-    certificates: tuple[str, ...] = ()  # PEM; mirrors are trusted that have one of these authorities
 
     def check(self) -> None:
         """Raise UsageError if a value is invalid: the values become arguments of mmdebstrap."""
         if not _SUITE.fullmatch(self.suite):
             raise UsageError(f"{self.suite!r} is not the name of a suite", hint="use a code name such as bookworm")
-        for package in (*self.include, *self.components):
+        for package in self.include:
             if not _PACKAGE.fullmatch(package):
                 raise UsageError(f"{package!r} is not the name of a package", hint="name packages as apt install does")
-        if self.variant not in _VARIANTS:
-            raise UsageError(f"{self.variant!r} is not a variant", hint=f"use one of: {', '.join(_VARIANTS)}")
-        for mirror in self.mirror:
-            if not re.match(r"(deb )|[a-z]+://", mirror) or "\n" in mirror:
-                raise UsageError(f"{mirror!r} is not a mirror", hint="give a URI, or a line as in sources.list")
-        if any(not argv or any("\0" in word for word in argv) for argv in self.run):
-            raise UsageError("a command to run in the image is empty", hint="give a program and its arguments")
 
 
-def bootstrap(suite: Suite, workspace: Workspace) -> IO[bytes]:
+def bootstrap(suite: Suite, certificates: Sequence[str], workspace: Workspace) -> IO[bytes]:
     """Run mmdebstrap; return the tar archive that it made, open at its beginning.
+
+    :param certificates: PEM; mirrors that have one of these authorities are trusted
 
     Raises MissingTool, HostCannot at the deadline, ImageError with the end of its log if it fails.
     It runs in separate namespaces, so no process or mount remains in any case.
@@ -93,8 +75,6 @@ def bootstrap(suite: Suite, workspace: Workspace) -> IO[bytes]:
     environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
     environment["LC_ALL"] = "C.UTF-8"
     environment["PATH"] = f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-    if suite.source_date_epoch is not None:
-        environment["SOURCE_DATE_EPOCH"] = str(suite.source_date_epoch)
     if os.geteuid() == 0:
         # Else the mapped user could not enter this directory, and mmdebstrap uses its own default.
         environment["TMPDIR"] = str(workspace.path)
@@ -102,10 +82,10 @@ def bootstrap(suite: Suite, workspace: Workspace) -> IO[bytes]:
     environment |= proxy_environment(suite.proxy)
     ran = run_tool(
         "mmdebstrap",
-        *_trusting(suite, workspace),
+        *_trusting(certificates, workspace),
         *_arguments(suite),
         environment=environment,
-        deadline_s=suite.timeout_s,
+        deadline_s=_DEADLINE_S,
         cure="run `apt-get install mmdebstrap`, or import an OCI image instead",
         output=archive,
         line=_Counter(workspace).read,
@@ -178,15 +158,15 @@ def host_mirrors(suite: str) -> list[str]:
     return []
 
 
-def _trusting(suite: Suite, workspace: Workspace) -> list[str]:
-    """Return the arguments that make apt trust the suite's certificates besides the host's, in the
+def _trusting(certificates: Sequence[str], workspace: Workspace) -> list[str]:
+    """Return the arguments that make apt trust the certificates besides the host's, in the
     build alone.
     """
-    if not suite.certificates:
+    if not certificates:
         return []
     bundle = workspace.path / "certificates.pem"
     host = pathlib.Path(BUNDLE)
-    bundle.write_text((host.read_text() if host.exists() else "") + "".join(suite.certificates))
+    bundle.write_text((host.read_text() if host.exists() else "") + "".join(certificates))
     bundle.chmod(0o444)
     return [
         f'--aptopt=Acquire::https::CAInfo "{bundle}"',
@@ -195,18 +175,11 @@ def _trusting(suite: Suite, workspace: Workspace) -> list[str]:
 
 
 def _arguments(suite: Suite) -> list[str]:
-    arguments = ["--mode=unshare", f"--variant={suite.variant}", "--format=tar", "--verbose"]
-    arguments.append(f"--components={','.join(suite.components)}")
+    arguments = ["--mode=unshare", "--variant=minbase", "--format=tar", "--verbose", "--components=main"]
     if suite.include:
         arguments.append(f"--include={','.join(suite.include)}")
-    if suite.keyring:
-        arguments.append(f"--keyring={suite.keyring}")
-    # By mmdebstrap's contract, a hook is a shell script; shlex keeps each argument one word.
-    arguments += [f'--customize-hook=chroot "$1" {shlex.join(argv)}' for argv in suite.run]
     arguments.append(f"--customize-hook={_COMPILE_PYTHON}")
-    components = " ".join(suite.components)
-    mirrors = suite.mirror or tuple(f"deb {line} {components}" for line in host_mirrors(suite.suite))
-    return [*arguments, suite.suite, "-", *mirrors]
+    return [*arguments, suite.suite, "-", *(f"deb {line} main" for line in host_mirrors(suite.suite))]
 
 
 class _Counter:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from coppice.linux.files import setting_of
 from coppice.linux.mounts import Mount, parse_mountinfo
 
 _ROOT = Path("/")
@@ -59,7 +60,7 @@ def usable_cpus(root: Path = _ROOT) -> int:
 
 def pid_max(root: Path = _ROOT) -> int:
     """Return how many process ids the kernel hands out, threads included. Blocks."""
-    word = _read(root / "proc/sys/kernel/pid_max")
+    word = setting_of(root / "proc/sys/kernel/pid_max")
     return int(word) if word.isdigit() else _PID_MAX_DEFAULT
 
 
@@ -95,25 +96,18 @@ def _numbers(directory: Path, *names: str) -> list[int]:
 
     "max" means no limit; version 1 uses a number far above any host's memory.
     """
-    words = [_read(directory / name) for name in names]
+    words = [setting_of(directory / name) for name in names]
     return [int(word) for word in words if word.isdigit()]
 
 
 def _cpus(directory: Path) -> list[float]:
-    quota, _, period = _read(directory / "cpu.max").partition(" ")
+    quota, _, period = setting_of(directory / "cpu.max").partition(" ")
     if not quota:
-        quota, period = _read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")
+        quota, period = setting_of(directory / "cpu.cfs_quota_us"), setting_of(directory / "cpu.cfs_period_us")
     with contextlib.suppress(ValueError, ZeroDivisionError):
         if int(quota) > 0:
             return [int(quota) / int(period)]
     return []  # "max", -1, or no such file
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def own_directories(root: Path = _ROOT) -> list[Path]:

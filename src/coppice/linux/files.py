@@ -35,6 +35,22 @@ def is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
 
 
+def setting_of(path: Path) -> str:
+    """Return the value in a file of the kernel, "" if it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def number_of(path: Path) -> int | None:
+    """Return the number in a file of the kernel, None if it cannot be read."""
+    try:
+        return int(setting_of(path))
+    except ValueError:
+        return None
+
+
 def sync(path: Path) -> None:
     """Make the data of a file, or the renames and links done in a directory, survive a power
     loss.

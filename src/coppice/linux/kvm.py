@@ -24,7 +24,6 @@ class CpuFacts(Record, frozen=True, kw_only=True):
     """The lines of /proc/cpuinfo that decide where a capture can be restored."""
 
     flags: frozenset[str]
-    mhz: float
     model: str
     vendor: str
 
@@ -44,7 +43,6 @@ def parse_cpuinfo(text: str) -> CpuFacts:
     fields = dict(re.findall(r"^([\w ]+?)\s*:[ ]*(.*)$", text.partition("\n\n")[0], re.MULTILINE))
     return CpuFacts(
         flags=frozenset(fields.get("flags", "").split()),
-        mhz=float(fields.get("cpu MHz", "0") or 0),
         model=fields.get("model name", "unknown"),
         vendor=fields.get("vendor_id", "unknown"),
     )
@@ -74,13 +72,13 @@ def kvm_device(path: Path = KVM) -> KvmDevice:
         os.close(descriptor)
 
 
-def missing_capabilities(wanted: dict[str, int], path: Path = KVM) -> list[str]:
+def missing_capabilities(wanted: dict[str, int]) -> list[str]:
     """Return the names of the KVM capabilities (KVM_CAP_* of linux/kvm.h, by number) that this host
     lacks.
 
     :raises OSError: the device cannot be opened or queried
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(KVM, os.O_RDWR | os.O_CLOEXEC)
     try:
         return [name for name, number in wanted.items() if fcntl.ioctl(descriptor, _KVM_CHECK_EXTENSION, number) <= 0]
     finally:

@@ -14,12 +14,10 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from coppice.linux.maps import Vma, VmaUsage, process_error
 from coppice.model import PAGE_SIZE
-
-Method = Literal["pagemap_scan", "pagemap"]
 
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 PAGE_IS_WRITTEN = 1 << 1  # not protected by a userfaultfd
@@ -51,25 +49,23 @@ class PrivateRange(NamedTuple):
     length: int
 
 
-def private_ranges(pid: int, vmas: Iterable[Vma], *, method: Method | None = None) -> tuple[list[PrivateRange], Method]:
-    """Return the private pages of the given mappings, as maximal ranges in file order, and the
-    method used.
+def private_ranges(pid: int, vmas: Iterable[Vma]) -> list[PrivateRange]:
+    """Return the private pages of the given mappings, as maximal ranges in file order.
 
-    The process must not run meanwhile, or pages that it writes may be missed. Without `method`, the
-    ioctl is tried first.
+    The process must not run meanwhile, or pages that it writes may be missed. A kernel without
+    the ioctl is served through /proc/PID/pagemap.
 
     Raises VmmDied if the process is gone, HostCannot if the kernel denies access.
     """
     fd = _open(pid)
     ordered = sorted(vmas, key=lambda vma: vma.offset)
     try:
-        if method != "pagemap":
-            try:
-                return _file_ranges(ordered, lambda vma: _scan_private(fd, vma)), "pagemap_scan"
-            except OSError as error:
-                if method is not None or error.errno not in _NO_SCAN:
-                    raise
-        return _file_ranges(ordered, lambda vma: _walk(fd, vma.start, vma.end)), "pagemap"
+        try:
+            return _file_ranges(ordered, lambda vma: _scan_private(fd, vma))
+        except OSError as error:
+            if error.errno not in _NO_SCAN:
+                raise
+        return _file_ranges(ordered, lambda vma: _walk(fd, vma.start, vma.end))
     except OSError as error:
         raise process_error(pid, f"read the page map of process {pid}", error) from error
     finally:

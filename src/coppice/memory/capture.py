@@ -29,7 +29,7 @@ from coppice.errors import HostCannot, IntegrityError
 from coppice.linux.clone import CloneResult, clone_file
 from coppice.linux.files import os_errors, temporary_beside
 from coppice.linux.maps import FileIdentity, Part, Vma, identify, private_parts, read_text, spans_of
-from coppice.linux.pagemap import Method, PrivateRange, private_ranges
+from coppice.linux.pagemap import PrivateRange, private_ranges
 from coppice.linux.written import WriteObserver
 from coppice.memory import layers
 from coppice.memory.layers import Extent, Kind, Memory, Plan, patch
@@ -48,11 +48,11 @@ class CaptureStats(NamedTuple):
     """What one capture of a private mapping found and wrote."""
 
     dirty_bytes: int  # private pages of the guest
-    zero_bytes: int  # of the private pages, those of zeros: holes in the new file
-    written_bytes: int  # bytes written to the new file: the other pages, and what was copied from older files
+    written_bytes: (
+        int  # bytes written to the new file: pages that are not all zeros, and what was copied from older files
+    )
     base: CloneResult | None  # the clone of the base, for a whole mem-file
     kind: Kind
-    method: Method
 
 
 class Taken(NamedTuple):
@@ -100,7 +100,6 @@ class PrivateCapture:
         self._offsets: dict[FileIdentity, list[tuple[int, int]]] = {}  # position and offset of each extent, by file
         self._staging: Staging | None = None
         self._ranges: list[PrivateRange] = []
-        self._method: Method = "pagemap_scan"
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +142,7 @@ class PrivateCapture:
         try:
             if self._observer is None:
                 ram = self._guest_ram(pid)
-                if _bytes(private_ranges(pid, ram)[0]) < _WORTH_BYTES:
+                if _bytes(private_ranges(pid, ram)) < _WORTH_BYTES:
                     return False
                 self._observer = WriteObserver(pid, ram)
             for _ in range(_PASSES):
@@ -172,7 +171,7 @@ class PrivateCapture:
             except HostCannot as error:
                 self._stop_observing(error)
         if self._observer is None:
-            self._ranges, self._method = private_ranges(pid, self._guest_ram(pid))
+            self._ranges = private_ranges(pid, self._guest_ram(pid))
             staging.forget()
             staging.take(pid, self._ranges)
         return _bytes(self._ranges)
@@ -209,18 +208,17 @@ class PrivateCapture:
             try:
                 written = plan.begin(fd) if plan.kind != "whole" else 0
                 written += self._copy(fd, plan)
-                pages = sum(
+                written += sum(
                     patch(fd, plan.position(offset), length, partial(staging.read, offset))
                     for offset, _, length in self._ranges
                 )
-                written += pages
             finally:
                 os.close(fd)
         fresh = freeze(self._temporary, self._out)
         base = self._base
         self.abort()
         dirty, written = _bytes(self._ranges), written + (base.bytes_written if base else 0)
-        stats = CaptureStats(dirty, dirty - pages, written, base, plan.kind, self._method)
+        stats = CaptureStats(dirty, written, base, plan.kind)
         if plan.kind == "whole":
             return Taken(fresh, (), stats)
         below = self._below if plan.kind == "layer" else ()

@@ -54,10 +54,10 @@ class Caller(Record, frozen=True, kw_only=True):
         return ALL in self.scopes or scope in self.scopes
 
 
-def load_key(home: Path, *, create: bool = True) -> bytes:
-    """Return the signing key: from the environment, else from the data directory. Blocks.
+def load_key(home: Path) -> bytes:
+    """Return the signing key: from the environment, else from the data directory, where it is made if
+    there is none. Blocks.
 
-    :param create: make a key if there is none
     :raises UsageError: the key is too short
     :raises HostCannot: the key's file cannot be read or made
     """
@@ -66,7 +66,7 @@ def load_key(home: Path, *, create: bool = True) -> bytes:
         return _long_enough(given.encode(), KEY_VARIABLE)
     file = home / KEY_FILE
     with os_errors(f"read or make the signing key {file}"):
-        if create and not file.exists():
+        if not file.exists():
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
             _make_key(file)
         return _long_enough(file.read_bytes().strip(), str(file))

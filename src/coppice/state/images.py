@@ -56,11 +56,6 @@ class ImageRecords(QuickCalls):
         with self._db.read() as connection:
             return _named(connection, name)
 
-    def names(self, digest: str, allowed: Allowed = everyone) -> list[str]:
-        """Return all allowed names of an image, sorted."""
-        with self._db.read() as connection:
-            return [name for name, image in _names(connection, digest).items() if allowed(image)]
-
     def add(self, image: Image, place: Callable[[], None]) -> None:
         """Record a new image and its name.
 

@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from coppice.errors import HostCannot, VmmTimeout
@@ -20,6 +20,7 @@ from coppice.model import VmmProcess
 from coppice.vmm.launcher import PROGRAM as LAUNCHER
 
 _EXIT_DEADLINE_S = 10.0
+_LOG_TAIL = 16 << 10
 _CAP_SYS_PTRACE = 19  # linux/capability.h
 _REMEMBERED = 256
 # Children by pid and start ticks, kept until they are reaped: a zombie keeps its pid.
@@ -192,6 +193,20 @@ async def kill(process: VmmProcess, *, deadline_s: float = _EXIT_DEADLINE_S) -> 
     finally:
         os.close(pidfd)
         reap(process)
+
+
+def exit_reason(log: Path, status: int | None, said_in: Callable[[str], str]) -> str:
+    """Return why a VMM ended, one line. `said_in` finds its last words in the end of its log. Blocks."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - _LOG_TAIL))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        text = ""
+    said = said_in(text)
+    if status is not None and status < 0:
+        return f"signal {-status}" + (f", last words: {said}" if said else "")
+    return said or ("exit status unknown" if status is None else f"exit status {status}")
 
 
 def by_working_directory(below: Path, executables: Iterable[str]) -> dict[Path, list[VmmProcess]]:

@@ -85,6 +85,12 @@ async def version(path: str, pattern: str) -> str:
     return _versions[key]
 
 
+def release(version: str) -> tuple[int, int]:
+    """Return major and minor number of a version; (0, 0) if it has none."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coppice" / "vmm-versions.json"
 

@@ -10,6 +10,7 @@ from coppice.linux.clone import clone_file
 from coppice.linux.e2fs import run_e2fs, tail
 from coppice.linux.files import os_errors, sync, temporary_beside
 
+_DEADLINE_S = 300.0
 _SUPERBLOCK_OFFSET = 1024
 _INCOMPAT_OFFSET = 0x60  # s_feature_incompat, little endian
 _INCOMPAT_RECOVER = 0x4  # the journal holds transactions that were not written back
@@ -24,7 +25,7 @@ class FsckResult(NamedTuple):
     output: str
 
 
-def fsck(path: Path, *, deadline_s: float = 300.0) -> FsckResult:
+def fsck(path: Path) -> FsckResult:
     """Check an ext4 image that nothing writes to; only read the image.
 
     An image that was not frozen before its capture has a journal to replay first, as the guest's
@@ -33,19 +34,19 @@ def fsck(path: Path, *, deadline_s: float = 300.0) -> FsckResult:
     Raises MissingTool, HostCannot if e2fsck itself fails, NotFinished beyond the deadline, NoSpace.
     """
     if not needs_recovery(path):
-        return _check(path, deadline_s)
+        return _check(path)
     copy = temporary_beside(path)
     try:
         clone_file(path, copy, sync=False)
         run_e2fs(
-            "e2fsck", "-y", "-E", "journal_only", str(copy), deadline_s=deadline_s, launcher=_within_its_size(copy)
+            "e2fsck", "-y", "-E", "journal_only", str(copy), deadline_s=_DEADLINE_S, launcher=_within_its_size(copy)
         )
-        return _check(copy, deadline_s)
+        return _check(copy)
     finally:
         copy.unlink(missing_ok=True)
 
 
-def replay_journal(path: Path, *, deadline_s: float = 300.0) -> bool:
+def replay_journal(path: Path) -> bool:
     """Write back the journal of an ext4 image, as a writable mount would; return whether it had
     transactions.
 
@@ -58,7 +59,7 @@ def replay_journal(path: Path, *, deadline_s: float = 300.0) -> bool:
     if not needs_recovery(path):
         return False
     launcher = _within_its_size(path)
-    done = run_e2fs("e2fsck", "-y", "-E", "journal_only", str(path), deadline_s=deadline_s, launcher=launcher)
+    done = run_e2fs("e2fsck", "-y", "-E", "journal_only", str(path), deadline_s=_DEADLINE_S, launcher=launcher)
     if needs_recovery(path):
         raise IntegrityError(
             f"cannot replay the journal of {path}: {tail(done)}",
@@ -79,8 +80,8 @@ def _within_its_size(path: Path) -> tuple[str, ...]:
     return ("prlimit", f"--fsize={size}:{size}", "--")
 
 
-def _check(path: Path, deadline_s: float) -> FsckResult:
-    done = run_e2fs("e2fsck", "-f", "-n", str(path), deadline_s=deadline_s)
+def _check(path: Path) -> FsckResult:
+    done = run_e2fs("e2fsck", "-f", "-n", str(path), deadline_s=_DEADLINE_S)
     # Bit 4 means errors left uncorrected, including those that stop e2fsck. Other bits alone mean
     # that the check itself failed.
     if done.status != 0 and not done.status & 4:

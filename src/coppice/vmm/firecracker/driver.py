@@ -34,6 +34,7 @@ from coppice.model.network import NicBackend
 from coppice.vmm import confinement, layers, sockets, starting
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
+from coppice.vmm import program as programs
 from coppice.vmm.driver import AgentDevice, Capabilities, Launch, Saved, VmmDriver
 from coppice.vmm.firecracker import api, config, host
 from coppice.vmm.firecracker.api import Request
@@ -45,7 +46,6 @@ _LISTEN_S = 20.0
 _OWN_BYTES = 16 * MIB  # of its heap and stacks
 _LOAD_S = 60.0
 _SAVE_S = 900.0  # a Full snapshot writes all RAM
-_LOG_TAIL = 16 << 10
 _REFUSED_RAM_FILE = "memory backing file"  # in the refusal's message, in every supported release
 _LINE = re.compile(r"\S+ \[[^\]]*?(?::(?P<level>[A-Z]+))?\] (?P<said>.*)")
 _STARTED = "Running Firecracker v"
@@ -119,7 +119,7 @@ class FirecrackerDriver(VmmDriver):
         )
 
     def loses_connections(self, manifest: Manifest) -> bool:
-        return host.release(manifest.vmm_version) < config.RESET_AWAITED
+        return programs.release(manifest.vmm_version) < config.RESET_AWAITED
 
     async def boot(self, launch: Launch) -> VmmProcess:
         return await self._run(launch, config.boot(launch, host.require_release(launch.manifest.vmm_version)))
@@ -204,7 +204,7 @@ class FirecrackerDriver(VmmDriver):
         info = await _info(directory)
         if info.state != "Paused":  # resuming a running machine would make its vsock device dead
             return
-        *may_be_refused, last = config.resume(host.release(info.vmm_version))
+        *may_be_refused, last = config.resume(programs.release(info.vmm_version))
         for request in may_be_refused:
             with contextlib.suppress(api.Fault):
                 await api.ask(directory, request)
@@ -323,16 +323,11 @@ def exit_reason(log: Path, status: int | None, metrics: Path | None = None) -> s
     Its status is 0 even after some errors, so the log takes precedence: the last error since the
     start. Fatal counters in its metrics are added.
     """
-    try:
-        with log.open("rb") as stream:
-            stream.seek(max(0, log.stat().st_size - _LOG_TAIL))
-            text = stream.read().decode(errors="replace")
-    except OSError:
-        text = ""
-    lines = [found for line in text.rpartition(_STARTED)[2].splitlines() if (found := _LINE.match(line))]
-    errors = [found["said"] for found in lines if found["level"] == "ERROR" and _REFUSAL not in found["said"]]
     counted = fatal(metrics) if metrics else ""
-    said = "; ".join(filter(None, (errors[-1] if errors else "", counted and f"it counted {counted}")))
-    if status is not None and status < 0:
-        return f"signal {-status}" + (f", last words: {said}" if said else "")
-    return said or ("exit status unknown" if status is None else f"exit status {status}")
+
+    def last_words(text: str) -> str:
+        lines = [found for line in text.rpartition(_STARTED)[2].splitlines() if (found := _LINE.match(line))]
+        errors = [found["said"] for found in lines if found["level"] == "ERROR" and _REFUSAL not in found["said"]]
+        return "; ".join(filter(None, (errors[-1] if errors else "", counted and f"it counted {counted}")))
+
+    return processes.exit_reason(log, status, last_words)

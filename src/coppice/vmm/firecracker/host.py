@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,18 +50,12 @@ async def version(program: str) -> str:
     return await programs.version(program, _VERSION)
 
 
-def release(version: str) -> Release:
-    """Return the major and minor number of a version; (0, 0) if it has none."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-
-
 def require_release(version: str) -> Release:
     """Return the release of a version that the driver supports.
 
     :raises NotSupported: it is too old
     """
-    found = release(version)
+    found = programs.release(version)
     if found < OLDEST:
         raise NotSupported(
             f"Firecracker {version} is older than {'.'.join(map(str, OLDEST))}, the oldest that Coppice supports",

@@ -34,6 +34,7 @@ from coppice.model.network import NicBackend
 from coppice.vmm import confinement, layers, sockets, starting, taps
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
+from coppice.vmm import program as programs
 from coppice.vmm.driver import Capabilities, Launch, Saved, VmmDriver
 from coppice.vmm.qemu import chain, command, host, images, qcow2, releases
 from coppice.vmm.starting import Rights
@@ -41,7 +42,6 @@ from coppice.vmm.starting import Rights
 if TYPE_CHECKING:
     from coppice.vmm.qemu.monitor import Monitor
 
-_LOG_TAIL = 2000
 _OWN_BYTES = 40 * MIB  # of its heap and stacks, without translated code
 _PIPE_BYTES = 1 << 16
 _FEED_S = 60.0  # without a byte read
@@ -118,7 +118,7 @@ class QemuDriver(VmmDriver):
     async def restore(self, launch: Launch, *, paused: bool = False) -> VmmProcess:
         if launch.layers:
             return await self._restore_layers(launch, paused=paused)
-        release = host.release(launch.manifest.vmm_version)
+        release = programs.release(launch.manifest.vmm_version)
         with contextlib.ExitStack() as stack:
             vmstate = None
             if not releases.opens_vmstate(release):
@@ -133,7 +133,7 @@ class QemuDriver(VmmDriver):
     async def _restore_layers(self, launch: Launch, *, paused: bool) -> VmmProcess:
         from coppice.linux.remap import lay_over
 
-        directory, release = launch.directory, host.release(launch.manifest.vmm_version)
+        directory, release = launch.directory, programs.release(launch.manifest.vmm_version)
         with contextlib.ExitStack() as kept:
             with os_errors("open the device state"):
                 vmstate = os.open(directory / files.VMSTATE, os.O_RDONLY | os.O_CLOEXEC)
@@ -161,7 +161,7 @@ class QemuDriver(VmmDriver):
     def _start(self, launch: Launch, arguments: list[str], *inherit: int) -> VmmProcess:
         from coppice.vmm import helpers  # imports tempfile, and listing machines does not need it
 
-        release = host.release(launch.manifest.vmm_version)
+        release = programs.release(launch.manifest.vmm_version)
         program, user = host.program(), confinement.own_user(launch.user)
         names = [command.QMP_SOCKET, *(command.PORT_SOCKET.format(port) for port in range(files.PORTS))]
         with taps.opened(launch.nics) as tap_fds, helpers.started(launch.nics) as helper_fds:
@@ -286,7 +286,7 @@ class QemuDriver(VmmDriver):
 
     async def wait_exit(self, directory: Path, process: VmmProcess) -> str:
         status = await processes.wait_exit(process)
-        return await asyncio.to_thread(_exit_reason, directory / files.VMM_LOG, status)
+        return await asyncio.to_thread(processes.exit_reason, directory / files.VMM_LOG, status, _last_words)
 
     def alive(self, process: VmmProcess) -> bool:
         return processes.is_alive(process)
@@ -333,15 +333,6 @@ def _rights(launch: Launch, program: str, release: releases.Release, user: int |
     return msgspec.structs.replace(rights, own_user_namespace=release < releases.READ_ONLY_RAM)
 
 
-def _exit_reason(log: Path, status: int | None) -> str:
-    try:
-        with log.open("rb") as stream:
-            stream.seek(max(0, log.stat().st_size - _LOG_TAIL))
-            text = stream.read().decode(errors="replace")
-    except OSError:
-        text = ""
-    lines = [line for line in text.splitlines() if line.strip()]
-    said = re.sub(r"^qemu-system-\w+: ", "", lines[-1]) if lines else ""
-    if status is not None and status < 0:
-        said = f"signal {-status}" + (f", last words: {said}" if said else "")
-    return said or ("exit status unknown" if status is None else f"exit status {status}")
+def _last_words(log: str) -> str:
+    lines = [line for line in log.splitlines() if line.strip()]
+    return re.sub(r"^qemu-system-\w+: ", "", lines[-1]) if lines else ""

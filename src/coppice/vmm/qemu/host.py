@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import mmap
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,12 +89,6 @@ def _instant(read: Callable[[], int]) -> tuple[int, int]:
         before, ticks, after = clock(time.CLOCK_MONOTONIC_RAW), read(), clock(time.CLOCK_MONOTONIC_RAW)
         readings.append((after - before, (before + after) // 2, ticks))
     return min(readings)[1:]
-
-
-def release(version: str) -> tuple[int, int]:
-    """Return major and minor number from QEMU's version text; (0, 0) if it has none."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def program(environ: Mapping[str, str] = os.environ) -> str:
