@@ -69,12 +69,12 @@ operations that a client can repeat: the client gets its result from the next se
 operation was carried out once.
 
 It kills at every step that recovery depends on, at a quarter of the other steps, and at random
-instants. Of these steps it takes at most {MOST_STEPS} in an operation on QEMU machines. It takes only steps that
-recovery depends on, at most {MOST_BOOT_STEPS} of them, if the operation or its preparation boots a QEMU machine or dirties
-much memory, and at most {MOST_SERVED_STEPS} in an operation that a server carries out.
+instants. Over QEMU machines it takes at most {MOST_STEPS} of these steps. In operations that take seconds there,
+it takes at most {MOST_BOOT_STEPS} of the steps that recovery depends on, and in operations of a server at most {MOST_SERVED_STEPS}.
 
 Over the fake VMMs it kills at every step of these operations, which make, merge, flatten, give back
-or remove layers of memory, disks and volumes:
+or remove layers of memory, disks and volumes. Of the steps that one call repeats, such as one for
+each port, it takes the first. The operations are
 {_on_layers()}.
 
 After each kill a new process opens the data directory, and the run checks that
