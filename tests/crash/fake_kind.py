@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coppice.client import AsyncHost
-from coppice.model import Instance
+from coppice.model import PAGE_SIZE, Instance
 from coppice.requests import ExecRequest
 from crash.kinds import Kind
 from fakes.driver import FakeDriver
@@ -56,6 +56,9 @@ class FakeKind(Kind):
         await ask(host, name, "save", name)
         for number in range(len(volumes)):
             await ask(host, name, "save", name, f"volume{number}")
+
+    async def dirty(self, host: AsyncHost, name: str, size_bytes: int) -> None:
+        await ask(host, name, "dirty", f"{size_bytes // PAGE_SIZE}")
 
     async def answer(self, host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
         recalled = await host.call(ExecRequest(instance=vm.id, argv=["recall", "own"], timeout_s=20))

@@ -47,6 +47,10 @@ class Kind(ABC):
         """
 
     @abstractmethod
+    async def dirty(self, host: AsyncHost, name: str, size_bytes: int) -> None:
+        """Let the machine write to so much of its memory."""
+
+    @abstractmethod
     async def answer(self, host: AsyncHost, vm: Instance) -> tuple[str, str, str]:
         """Return a machine's name, the text in its memory, and the text on its disk."""
 
@@ -76,6 +80,10 @@ class RealKind(Kind):
         script = (
             f"echo {name} >/run/own; for place in /root {' '.join(volumes)}; do echo {name} >$place/own; done; sync"
         )
+        assert (await host.call(ExecRequest(instance=name, argv=["sh", "-c", script], timeout_s=60))).exit_code == 0
+
+    async def dirty(self, host: AsyncHost, name: str, size_bytes: int) -> None:
+        script = f"head -c {size_bytes} /dev/urandom >/run/fill"
         assert (await host.call(ExecRequest(instance=name, argv=["sh", "-c", script], timeout_s=60))).exit_code == 0
 
     async def answer(self, host: AsyncHost, vm: Instance) -> tuple[str, str, str]:

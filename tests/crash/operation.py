@@ -40,6 +40,7 @@ class Operation:
     disk: str = STUMP
     volume: str = ""  # the text on the volumes of its machines
     boots: bool = False  # takes seconds with a real machine
+    of_layers: bool = False  # makes, merges, flattens, gives back or removes layers of memory or disks; see `plan`
     end: State | None = None  # of the oak, if `after` leaves a choice
     removes: bool = False  # the oak, or else its snapshots or volumes of `may_have`
     repeatable: bool = True  # by a client whose server was killed

@@ -14,6 +14,8 @@ from bench.records import HostFacts
 from bench.report import describe_host
 from coppice.model import Record
 from crash.kills import Kill
+from crash.operations import OPERATIONS
+from crash.plan import MOST_BOOT_STEPS, MOST_SERVED_STEPS, MOST_STEPS
 
 
 class CrashReport(Record, frozen=True, kw_only=True):
@@ -67,8 +69,15 @@ operations that a client can repeat: the client gets its result from the next se
 operation was carried out once.
 
 It kills at every step that recovery depends on, at a quarter of the other steps, and at random
-instants; in an operation that boots a QEMU machine, or that a server carries out, at a sample of these steps. After each kill a
-new process opens the data directory, and the run checks that
+instants. Over QEMU machines it takes at most {MOST_STEPS} of these steps. In operations that take seconds there,
+it takes at most {MOST_BOOT_STEPS} of the steps that recovery depends on, and in operations of a server at most {MOST_SERVED_STEPS}.
+
+Over the fake VMMs it kills at every step of these operations, which make, merge, flatten, give back
+or remove layers of memory, disks and volumes. Of the steps that one call repeats, such as one for
+each port, it takes the first. The operations are
+{_on_layers()}.
+
+After each kill a new process opens the data directory, and the run checks that
 
 * the journal is empty, and the recorded VMM is the only process that works in an instance's
   directory; no tool that the killed host has started is left;
@@ -95,6 +104,11 @@ What a process was about to do, or had just done (`committed`, `started`, `signa
 when it was killed.
 
 {_steps(died)}"""
+
+
+def _on_layers() -> str:
+    """Return the names of the operations that are killed at every step."""
+    return ", ".join(f"`{each.name}`" for each in OPERATIONS.values() if each.of_layers)
 
 
 def _summary(kills: Sequence[Kill]) -> str:

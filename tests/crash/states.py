@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
+
+import msgspec
 
 from coppice.client import AsyncHost
 from coppice.machine import disk, disks
@@ -19,6 +24,7 @@ from coppice.requests import (
     RmRequest,
     RunRequest,
     SnapshotRequest,
+    SnapshotRestoreRequest,
     StandbyRequest,
     StartAheadRequest,
 )
@@ -54,6 +60,51 @@ async def on_all_layers(host: AsyncHost, kind: Kind) -> None:
     for _ in range(1, layers.MOST):
         await host.call(StandbyRequest(instance=OAK))
         await host.call(RestoreRequest(instance=OAK))
+
+
+async def on_large_layers(host: AsyncHost, kind: Kind) -> None:
+    """Make a Running oak whose next capture is a whole mem-file: its layers would exceed half of its RAM."""
+    await running(host, kind)
+    await kind.dirty(host, OAK, kind.memory_bytes // 4)
+    oak = (await host.call(StandbyRequest(instance=OAK))).instance
+    assert oak.capture is not None
+    assert oak.capture.layers
+    await host.call(RestoreRequest(instance=OAK))
+    await kind.dirty(host, OAK, kind.memory_bytes // 4)
+
+
+async def capture_whole(host: AsyncHost, _: Kind) -> None:
+    oak = (await host.call(StandbyRequest(instance=OAK))).instance
+    assert oak.capture is not None
+    assert not oak.capture.layers
+
+
+@contextlib.contextmanager
+def _mapping_no_layers(host: AsyncHost) -> Iterator[None]:
+    """The driver cannot map layers during the block, as on a host that no longer permits to trace a VMM."""
+    driver = host.local.rooms.drivers.chosen
+    able = msgspec.structs.replace(driver.capabilities, maps_layers=False)
+    with patch.object(type(driver), "capabilities", able):
+        yield
+
+
+async def fork_flat(host: AsyncHost, _: Kind) -> None:
+    with _mapping_no_layers(host):
+        (elm,) = (await host.call(ForkRequest(instance=OAK, names=["elm"], atomic=True))).instances
+    assert elm.capture is not None
+    assert not elm.capture.layers
+
+
+async def on_layers_with_snapshot(host: AsyncHost, kind: Kind) -> None:
+    await on_layers(host, kind)
+    await host.call(SnapshotRequest(instance=OAK, name="twig"))
+
+
+async def restore_snapshot_flat(host: AsyncHost, _: Kind) -> None:
+    with _mapping_no_layers(host):
+        oak = await host.call(SnapshotRestoreRequest(snapshot="twig"))
+    assert oak.capture is not None
+    assert not oak.capture.layers
 
 
 async def forked(host: AsyncHost, kind: Kind) -> None:

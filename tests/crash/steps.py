@@ -165,3 +165,8 @@ def is_of_journal(name: str) -> bool:
     return name.startswith(
         ("committed", "in the", "start", "signal", "connect", "ptrace", "os.rename", "os.mkdir", "os.rmdir")
     )
+
+
+def is_repeated(name: str) -> bool:
+    """Return whether one call takes the step many times: for each register of a VMM, each port, or each attempt."""
+    return name.startswith(("ptrace", "connect", "open port", "os.remove port"))
