@@ -39,14 +39,17 @@ async def sh(host: AsyncHost, vm: Instance, script: str) -> str:
 async def test_a_fork_of_a_full_disk_writes_little(
     host: AsyncHost, vm: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forks at two levels share the files below their own; each reads the data and keeps its words."""
+    """Forks at each level share the files below their own; each reads the data and keeps its words.
+
+    The deepest one has as many layers as a disk may have. They are merged once, in its standby.
+    """
     monkeypatch.setattr(disk, "reflink_file", lambda *_, **__: False)
     made: list[Instance] = []
     digest = await sh(host, vm, f"yes | head -c {DATA} >/root/data; echo oak >/root/word; cksum </root/data")
     vm = (await host.call(StandbyRequest(instance=vm.id))).instance
     try:
         source = vm
-        for word in ("ash", "elm"):
+        for word in ("ash", "elm", "fir"):
             report = await host.call(ForkRequest(instance=source.id, atomic=True))
             (fork,) = report.instances
             made.append(fork)
@@ -55,8 +58,16 @@ async def test_a_fork_of_a_full_disk_writes_little(
             assert await sh(host, fork, "cksum </root/data") == digest
             await sh(host, fork, f"echo {word} >>/root/word; sync")
             assert written.stat().st_blocks * 512 <= 2 * MIB
+            if word == "fir":
+                monkeypatch.setattr(disk, "MOST", len(disks.of(fork)[0].layers))
             source = (await host.call(StandbyRequest(instance=fork.id))).instance
-        assert len(disks.of(source)[0].layers) == len(disks.of(vm)[0].layers) + 2
+        assert len(disks.of(vm)[0].layers) + 3 == disk.MOST
+        assert len(disks.of(source)[0].layers) == 2
+        report = await host.call(ForkRequest(instance=source.id, count=2, atomic=True))
+        made += report.instances
+        for result in report.results:
+            assert result.disk_bytes_written <= 64 << 10
+            assert await sh(host, made[-1], "cat /root/word; cksum </root/data") == f"oak\nash\nelm\nfir\n{digest}"
         ash = await host.call(RestoreRequest(instance=made[0].id))
         assert (ash.state, await sh(host, ash, "cat /root/word")) == (State.RUNNING, "oak\nash")
         await sh(host, ash, "echo more >>/root/word; sync")

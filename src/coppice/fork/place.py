@@ -29,6 +29,7 @@ def place(rooms: Rooms, origin: Path, source: Instance, child: Instance, target:
         directory,
         source,
         with_memory=with_memory,
+        starts=target is State.RUNNING,
         drivers=(rooms.driver(source), rooms.driver(child)),
         overlays=rooms.overlays,
     )

@@ -116,7 +116,7 @@ class Admission(UseCases):
 
     @contextlib.asynccontextmanager
     async def _hold_template(self, instance_id: str) -> AsyncIterator[Instance]:
-        async with self._hold(instance_id, Operation.FORK, shared=True) as (instance, _):
+        async with self._hold_source(instance_id, Operation.FORK) as (instance, _):
             yield instance
 
     def _require_budget(self, template: Instance) -> None:
@@ -215,8 +215,13 @@ def demand_of_activation(rooms: Rooms, instance: Instance, *, boot: bool) -> Dem
 
 
 def demand_of_capture(rooms: Rooms, instance: Instance) -> Demand:
-    """Return the demand of putting an instance into standby."""
-    return Demand(what=f"standby of {instance.name}", disk_bytes=_captured_bytes(rooms, instance))
+    """Return the demand of putting an instance into standby. Blocks."""
+    directory = rooms.directory(instance.id)
+    return Demand(
+        what=f"standby of {instance.name}",
+        disk_bytes=_captured_bytes(rooms, instance),
+        clone_bytes=sum(disk.bytes_of_merge(directory, each) for each in disks.of(instance)),
+    )
 
 
 def _captured_bytes(rooms: Rooms, instance: Instance) -> int:

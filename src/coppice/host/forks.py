@@ -28,7 +28,7 @@ class Forks(Removal):
         if request.from_running:
             return await self._fork_running(request, progress)
         clones = request.clones_volumes
-        async with self._hold(request.instance, Operation.FORK, shared=True, clones_volumes=clones) as (source, _):
+        async with self._hold_source(request.instance, Operation.FORK, clones_volumes=clones) as (source, _):
             with self._spare().taken(source, request) as spares:
                 demand = partial(demand_of_forks, self.rooms, source, request, ahead=len(spares))
                 record = partial(self._record_forks, demand)
@@ -41,7 +41,7 @@ class Forks(Removal):
 
     async def start_ahead(self, request: StartAheadRequest) -> int:
         """Start VMMs until the requested number is waiting."""
-        async with self._hold(request.instance, Operation.FORK, shared=True) as (source, _):
+        async with self._hold_source(request.instance, Operation.FORK) as (source, _):
             if not serves(self.rooms, source, FanOut()):
                 raise NotSupported(
                     f"cannot start VMMs ahead for {source.name}",

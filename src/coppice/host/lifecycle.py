@@ -18,7 +18,7 @@ from coppice.host.admission import demand_of_activation, demand_of_capture, dema
 from coppice.host.volumes import Volumes
 from coppice.images.reference import names_registry
 from coppice.linux.files import untranslated
-from coppice.machine import activate, capture, destroy, limits
+from coppice.machine import activate, capture, destroy, limits, rest_disk
 from coppice.machine import directory as directories
 from coppice.model import (
     CaptureReport,
@@ -248,7 +248,7 @@ class Lifecycle(Volumes):
                 reason = "powered off"
         finally:
             settled = await complete(self._stopped(stopping, why or reason, ending))
-        return settled
+        return await rest_disk.merge(self.rooms, settled)
 
     async def _stopped(self, instance: Instance, reason: str, ending: Ending) -> Instance:
         await in_thread(directories.clear_capture, self.rooms.directory(instance.id))
@@ -327,6 +327,8 @@ class Lifecycle(Volumes):
             if instance.state is target and public in (None, instance.public) and process == instance.process:
                 return instance
             instance = msgspec.structs.replace(instance, process=process)
+            if operation is Operation.PROMOTE:
+                instance = await rest_disk.merge(self.rooms, instance)
             public = instance.public if public is None else public  # one that is no template is not public
             changed = await in_thread(self.rooms.store.promote, instance, target, public=public)
             self._hash().captured(changed)

@@ -13,7 +13,7 @@ import msgspec
 from coppice.completion import in_thread
 from coppice.errors import IntegrityError, VmmTimeout
 from coppice.linux.files import untranslated
-from coppice.machine import capture, destroy, disks, last_words, limits
+from coppice.machine import capture, destroy, disks, last_words, limits, rest_disk
 from coppice.machine import directory as directories
 from coppice.machine.rooms import Rooms
 from coppice.model import Instance, State
@@ -57,6 +57,9 @@ async def _resolved(rooms: Rooms, entry: JournalEntry, instance: Instance, what:
         case JournalOperation.SNAPSHOT_RESTORE:
             await rollback.undo(rooms, instance)
             return f"{what}: undone"
+        case JournalOperation.MERGE:
+            await rest_disk.finish(rooms, instance)
+            return f"{what}: {instance.state}"
         case JournalOperation.STANDBY | JournalOperation.FORK_RUNNING if instance.vmm is not None and rooms.driver(
             instance
         ).alive(instance.vmm):

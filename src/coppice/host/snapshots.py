@@ -45,7 +45,8 @@ class Snapshots(Lifecycle):
 
     async def _save(self, request: SnapshotRequest, *, scheduled: bool = False) -> Snapshot:
         running = (await self._current(request.instance)).state is State.RUNNING
-        async with self._hold(request.instance, Operation.SNAPSHOT, shared=not running) as (source, _):
+        hold = self._hold if running else self._hold_source
+        async with hold(request.instance, Operation.SNAPSHOT) as (source, _):
             if source.state is State.RUNNING and not running:
                 raise Busy(f"{source.name} was started at the same time", hint="try again")
             await self._admit(partial(demand_of_snapshot, self.rooms, source))

@@ -102,6 +102,7 @@ def place_fork(
     instance: Instance,
     *,
     with_memory: bool,
+    starts: bool,
     drivers: tuple[VmmDriver, VmmDriver],
     overlays: OverlayStore,
 ) -> Placed:
@@ -109,9 +110,10 @@ def place_fork(
 
     The other parameters and errors are those of `place_capture`.
 
+    :param starts: whether the fork is started now
     :param drivers: the source's and the fork's
     """
-    layers, written = disks.fork(source, directory, instance, drivers, overlays)
+    layers, written = disks.fork(source, directory, instance, drivers, overlays, starts=starts)
     own = msgspec.structs.replace(instance, disk_layers=layers)
     placed = place_capture(source, directory, own, with_memory=with_memory, able=drivers[0].capabilities)
     return Placed(placed.capture, written + placed.bytes_written, layers)

@@ -21,7 +21,7 @@ from coppice.linux.link import IMMUTABLE, link_or_copy
 from coppice.vmm.driver import RAW, VmmDriver
 
 MOST = 8
-"""Layers over one raw file, at most. A fork of a disk with so many merges them into one."""
+"""Layers over one raw file, at most. Only a running machine's disk has so many: they are merged before it is at rest."""
 
 _EMPTY_LAYER = 64 << 10  # bytes allocated, at most
 
@@ -48,6 +48,11 @@ class Disk(NamedTuple):
     def made_of(self, files: Iterable[str]) -> Disk:
         """Return the disk as it is if it has these files."""
         return self._replace(layers=tuple(int(name.rpartition(".")[2]) for name in files if name != self.files[0]))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the disk can have no further layer until its layers are merged."""
+        return len(self.layers) >= MOST
 
     @property
     def below(self) -> Disk:
@@ -79,15 +84,23 @@ def freeze(path: Path) -> None:
 
 @os_errors("place a disk")
 def fork(
-    source: Path, directory: Path, disk: Disk, drivers: tuple[VmmDriver, VmmDriver], overlays: OverlayStore
+    source: Path,
+    directory: Path,
+    disk: Disk,
+    drivers: tuple[VmmDriver, VmmDriver],
+    overlays: OverlayStore,
+    *,
+    starts: bool,
 ) -> Placed:
     """Give a directory the disk of another one, which no machine runs on, with a topmost file of its own.
 
     By reflink, if the file system can; else as a layer; else, if one of the VMMs needs a raw file, as
-    a copy.
+    a copy. A machine that is not started does not get the last layer that fits, since it would be a source
+    that cannot be forked without a merge. It gets that layer at its start (see `own`).
 
-    :param disk: the source's
+    :param disk: the source's. If it is full, its layers are merged for this fork alone: see `rest_disk`
     :param drivers: the source's and the new machine's
+    :param starts: whether the new machine is started now
     :raises NoSpace: the disk is full
     """
     of_source, own = drivers
@@ -98,12 +111,14 @@ def fork(
     if not common or not own.capabilities.layer_format:
         return Placed(disk._replace(layers=()), _copy(source, directory, disk, of_source))
     freeze(top)
-    if len(disk.layers) < MOST:
-        written = _link([*below, top], directory)
-    else:
+    if disk.is_full:
         written = _link(below[:1], directory)
         disk, more = _merge(source, directory, disk, own, disk._next)
         written += more
+    else:
+        written = _link([*below, top], directory)
+        if not starts and len(disk.layers) == MOST - 1:
+            return Placed(disk, written)
     disk, more = _put_layer(directory, disk, own, overlays)
     return Placed(disk, written + more)
 
@@ -152,6 +167,18 @@ def merge_below(directory: Path, disk: Disk, driver: VmmDriver) -> Disk:
     return merged._replace(layers=(*merged.layers, disk.layers[-1]))
 
 
+@os_errors("merge layers of a disk")
+def merge_all(directory: Path, disk: Disk, driver: VmmDriver) -> Disk:
+    """Merge all layers of a disk, which no machine runs on, into a new one. Durable. No record names it yet.
+
+    :return: the disk with the merged layer, which is frozen
+    :raises NoSpace: the disk is full
+    """
+    merged, _ = _merge(directory, directory, disk, driver, disk._next)
+    _sync_files(directory, merged.files[-1:])
+    return merged
+
+
 @os_errors("share the disk of a running machine")
 def share_running(source: Path, directory: Path, disk: Disk) -> None:
     """Give a directory the disk of a machine that has gone on in a new layer, and freeze its files."""
@@ -179,7 +206,7 @@ def own(directory: Path, disk: Disk, driver: VmmDriver, overlays: OverlayStore) 
         else:  # an imported one; a new file would no longer be that of its capture until the record is saved
             top.chmod(0o600)
         return disk
-    if len(disk.layers) >= MOST:
+    if disk.is_full:  # its layers could not be merged before
         disk, _ = _merge(directory, directory, disk, driver, disk._next)
     disk, _ = _put_layer(directory, disk, driver, overlays)
     _sync_files(directory, disk.files[-2:])
@@ -211,7 +238,7 @@ def bytes_of_fork(directory: Path, disk: Disk, drivers: tuple[VmmDriver, VmmDriv
     of_source, own = (driver.capabilities.layer_format for driver in drivers)
     if not own or own != of_source:
         return allocated(disk.paths(directory))
-    return _EMPTY_LAYER + _merged_bytes(directory, disk)
+    return _EMPTY_LAYER + bytes_of_merge(directory, disk)
 
 
 def bytes_of_own(directory: Path, disk: Disk, driver: VmmDriver) -> int:
@@ -221,7 +248,7 @@ def bytes_of_own(directory: Path, disk: Disk, driver: VmmDriver) -> int:
         return 0
     if not driver.capabilities.layer_format:
         return _allocated(top)
-    return _EMPTY_LAYER + _merged_bytes(directory, disk)
+    return _EMPTY_LAYER + bytes_of_merge(directory, disk)
 
 
 def bytes_of_share(directory: Path, disk: Disk, driver: VmmDriver) -> int:
@@ -233,11 +260,12 @@ def bytes_of_running(directory: Path, disk: Disk, driver: VmmDriver) -> int:
     """Return the most bytes that a capture of a running machine writes for its disk without reflinks."""
     if not driver.capabilities.switches_layers:
         return _allocated(disk.paths(directory)[-1])
-    return _EMPTY_LAYER + _merged_bytes(directory, disk)
+    return _EMPTY_LAYER + bytes_of_merge(directory, disk)
 
 
-def _merged_bytes(directory: Path, disk: Disk) -> int:
-    return allocated(disk.paths(directory)[1:]) if len(disk.layers) >= MOST else 0
+def bytes_of_merge(directory: Path, disk: Disk) -> int:
+    """Return the most bytes that a merge of a disk's layers writes; 0 if it is not full."""
+    return allocated(disk.paths(directory)[1:]) if disk.is_full else 0
 
 
 def _allocated(path: Path) -> int:

@@ -66,6 +66,11 @@ def recorded(of: Iterable[Disk]) -> dict[str, Layers]:
     return {each.name: each.layers for each in of if each.layers}
 
 
+def are_full(holder: Instance | Snapshot) -> bool:
+    """Return whether a fork would have to merge the layers of a disk."""
+    return any(each.is_full for each in of(holder))
+
+
 def paths(directory: Path, of: Iterable[Disk]) -> list[Path]:
     """Return the paths of the files of disks."""
     return [path for each in of for path in each.paths(directory)]
@@ -100,9 +105,11 @@ def fork(
     holder: Instance | Snapshot,
     drivers: tuple[VmmDriver, VmmDriver],
     overlays: OverlayStore,
+    *,
+    starts: bool,
 ) -> Placed:
     """Give a directory the disks of `holder` in another one, as `disk.fork` does."""
-    placed = [disk.fork(source, directory, each, drivers, overlays) for each in of(holder)]
+    placed = [disk.fork(source, directory, each, drivers, overlays, starts=starts) for each in of(holder)]
     return Placed(recorded(each.disk for each in placed), sum(each.bytes_written for each in placed))
 
 

@@ -49,27 +49,36 @@ async def with_true_layers(rooms: Rooms, instance: Instance) -> Instance:
 async def prepare(rooms: Rooms, instance: Instance) -> Instance:
     """Make and record the layers in which a running machine goes on after `take`. The guest runs meanwhile.
 
-    If a disk would have too many layers, those below the topmost one are merged first. They are
-    frozen, so that needs no help of the VMM, which then uses the merged one.
-
     :raises NoSpace: the disk is full
     :raises VmmError: the VMM refused
     """
     driver, directory = rooms.driver(instance), rooms.directory(instance.id)
     if not driver.capabilities.switches_layers:
         return instance
-    instance = await with_true_layers(rooms, instance)
-    found = disks.of(instance)
+    instance = await merge(rooms, await with_true_layers(rooms, instance))
+    found = [await in_thread(disk.add_layer, directory, each, driver, rooms.overlays) for each in disks.of(instance)]
+    instance = await _record(rooms, instance, found)
+    for each in found:
+        await driver.prepare_switch(directory, each.files)
+    return instance
+
+
+async def merge(rooms: Rooms, instance: Instance) -> Instance:
+    """Merge the layers below the topmost one of each full disk of a machine with a VMM. The guest runs meanwhile.
+
+    They are frozen, so that needs no help of the VMM, which then uses the merged one.
+
+    :param instance: its record, with its true layers
+    :raises NoSpace: the disk is full
+    :raises VmmError: the VMM refused
+    """
+    driver, directory, found = rooms.driver(instance), rooms.directory(instance.id), disks.of(instance)
     for number, each in enumerate(found):
-        if len(each.layers) >= disk.MOST:
+        if each.is_full:
             found[number] = merged = await in_thread(disk.merge_below, directory, each, driver)
             await driver.replace_below(directory, merged.files)
             instance = await _record(rooms, instance, found)
             await in_thread(disks.remove_others, directory, instance)
-    found = [await in_thread(disk.add_layer, directory, each, driver, rooms.overlays) for each in found]
-    instance = await _record(rooms, instance, found)
-    for each in found:
-        await driver.prepare_switch(directory, each.files)
     return instance
 
 

@@ -72,6 +72,7 @@ def _stage(rooms: Rooms, instance: Instance, moment: Snapshot) -> directories.Pl
         staging,
         source,
         with_memory=with_memory,
+        starts=False,
         drivers=(rooms.driver(moment), rooms.driver(instance)),
         overlays=rooms.overlays,
     )

@@ -26,6 +26,7 @@ class JournalOperation(StrEnum):
     STOP = "stop"  # bring the instance to rest
     STANDBY = "standby"  # not yet committed: let the guest run on
     STANDBY_COMMIT = "standby-commit"  # the capture is whole: put it into place
+    MERGE = "merge"  # of the disk layers of an instance at rest: leave it as it is recorded
     FORK_RUNNING = "fork-running"  # the source's row: let its guest run on
     SNAPSHOT_RESTORE = "snapshot-restore"  # not yet committed: leave the instance as it was
     SNAPSHOT_RESTORE_COMMIT = "snapshot-restore-commit"  # the new files are whole: put them into place

@@ -151,4 +151,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     add_load,
     _name_disks,  # volumes also gain layers
     add_schedules,  # snapshots also gain whether a schedule made them
+    _keep,  # the journal gains the merge of the layers of disks
 )
