@@ -24,6 +24,7 @@ from coppice.model import GIB, MIB, Record
 from coppice.state.layout import PROBE_PREFIX
 
 UNITS: Final = Path("/etc/systemd/system")
+_WANTS: Final = "local-fs.target.wants"
 _RUNNING: Final = Path("/run/systemd/system")  # exists while systemd is process 1
 _LEAST: Final = 300 * MIB  # of mkfs.xfs
 _OPTIONS: Final = "loop,discard,noatime,nosuid,nodev"
@@ -267,17 +268,20 @@ def _listed(directory: Path) -> Iterator[Path]:
 
 
 def _write_unit(home: Path, file: Path, units: Path) -> str | None:
-    """Have systemd mount the file after a reboot. Return the unit's path; None without systemd."""
+    """Have systemd mount the file after a reboot. Return the unit's path; None without systemd.
+
+    systemd itself orders the mount after those of the paths that it names.
+    """
     if not units.is_dir():
         return None
     unit = units / unit_name(home)
     what, where = (str(path).replace("%", "%%") for path in (file, home))
     unit.write_text(
-        f"[Unit]\nDescription=Data directory of Coppice\nRequiresMountsFor={file.parent}\nBefore=local-fs.target\n\n"
+        "[Unit]\nDescription=Data directory of Coppice\nBefore=local-fs.target\n\n"
         f"[Mount]\nWhat={what}\nWhere={where}\nType=xfs\nOptions={_OPTIONS}\n\n"
         "[Install]\nWantedBy=local-fs.target\n"
     )
-    wants = units / "local-fs.target.wants"
+    wants = units / _WANTS
     wants.mkdir(exist_ok=True)
     (wants / unit.name).unlink(missing_ok=True)
     (wants / unit.name).symlink_to(unit)
@@ -288,8 +292,11 @@ def _write_unit(home: Path, file: Path, units: Path) -> str | None:
 
 
 def _remove_unit(home: Path, units: Path) -> None:
-    for path in (units / "local-fs.target.wants" / unit_name(home), units / unit_name(home)):
+    wants = units / _WANTS
+    for path in (wants / unit_name(home), units / unit_name(home)):
         path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other units are in it; systemd removes an empty one too
+        wants.rmdir()
     _reload()
 
 

@@ -12,11 +12,12 @@ import pytest
 from coppice.client import AsyncHost
 from coppice.errors import NoSpace
 from coppice.model import State
-from coppice.requests import LsRequest, PromoteRequest, RmRequest, SnapshotRequest
+from coppice.requests import ForkRequest, LsRequest, PromoteRequest, RmRequest, SnapshotRequest
 from coppice.state.database import Database
 from fakes.driver import FakeDriver
 from fakes.hosting import assert_tidy, boot, make
 from fakes.rooms import DEADLINES, open_rooms
+from fakes.volumes import SIZE, WRITES, got, got_of_volume, put, with_volume
 
 pytestmark = pytest.mark.usefixtures("personality")
 
@@ -83,6 +84,38 @@ async def test_a_host_on_a_full_disk_can_list_and_remove(small_disk: Path, seed_
         await assert_tidy(host, "oak", "ash")
     await driver.end(small_disk / "home" / "instances")
     assert (small_disk / "home" / "coppice.db-reserve").stat().st_blocks > 0
+
+
+@pytest.mark.parametrize("reopened", [False, True], ids=["open", "reopened"])
+async def test_the_writer_of_a_volume_with_layers_is_removed_on_a_full_disk(
+    small_disk: Path, seed_home: Path, fake_vmm: Path, reopened: bool
+) -> None:
+    """The volume gets its layers by hard links, which need no block, so no data is lost."""
+    run("cp", "-a", "--sparse=always", str(seed_home), str(small_disk / "home"))
+    driver = FakeDriver(fake_vmm)
+    async with contextlib.AsyncExitStack() as opened:
+        host = await opened.enter_async_context(host_on(small_disk, driver))
+        await host.volumes.create("data", size_bytes=SIZE)
+        oak = await with_volume(host, WRITES)
+        put(host, oak, "warm")
+        clone = ForkRequest(
+            instance="oak", names=("elm",), target=State.STOPPED, from_running=True, volume_policy="clone", atomic=True
+        )
+        await host.call(clone)
+        put(host, oak, "later")
+        fill(small_disk)
+        if reopened:
+            await opened.pop_all().aclose()
+            host = await opened.enter_async_context(host_on(small_disk, driver))
+        await host.call(RmRequest(instance="oak"))
+        (elm,) = await assert_tidy(host, "elm")
+        volume = (await host.volumes.inspect("data")).volume
+        assert volume.layers == ((1,) if driver.capabilities.layer_format else ())
+        assert [got_of_volume(host), got(host, elm)] == ["later", "warm"]
+        (small_disk / "filler").unlink()
+        assert (await host.verify()).differences == ()
+        assert got(host, await with_volume(host, WRITES, "ash")) == "later"
+    await driver.end(small_disk / "home" / "instances")
 
 
 def test_a_full_disk_without_a_reserve_is_reported_as_such(small_disk: Path) -> None:

@@ -218,17 +218,52 @@ async def test_the_number_of_spares_follows_the_rate_of_forks(fake_home: Path, d
         assert 2 <= [result.started_ahead for result in report.results].count(True) <= 5
 
 
+async def test_a_repeated_fan_out_finds_its_vmms_started(fake_home: Path, driver: FakeDriver) -> None:
+    """Each fork of a fan-out counts; nothing is started ahead before the second one."""
+    async with host_with(fake_home, driver, spares=None) as host:
+        await make(host, State.TEMPLATE)
+        for expected in (0, 0, 3):
+            report = await host.call(ForkRequest(instance="oak", count=3, atomic=True))
+            assert [result.started_ahead for result in report.results].count(True) == expected
+            await host.local.group(Lifecycle)._spare().settled()
+            for instance in report.instances:
+                await host.call(RmRequest(instance=instance.id))
+
+
+async def test_a_large_fan_out_alone_leaves_few_spares(fake_home: Path, driver: FakeDriver) -> None:
+    """It may not come again, and each spare costs memory: only a repeated one counts in full."""
+    async with host_with(fake_home, driver, spares=None) as host:
+        await make(host, State.TEMPLATE)
+        await host.call(StartAheadRequest(instance="oak", count=1))
+        await host.call(ForkRequest(instance="oak", count=8, target=State.RUNNING, atomic=True))
+        await host.local.group(Lifecycle)._spare().settled()
+        assert len(host.local.group(Lifecycle)._spare()._ready) == 1
+        await fork(host, "elm")
+        assert len(host.local.group(Lifecycle)._spare()._ready) <= 2
+
+
 def test_the_largest_burst_counts() -> None:
-    """Requests within a second count together, those of half a minute ago no longer, and the number is bounded."""
+    """Forks within a second count together, those of half a minute ago no longer, and the number is bounded."""
     rate = policy._Rate()
     for at in (100.0, 100.5, 100.9, 102.0):
-        rate.count(at)
+        rate.count(at, 1)
     assert rate.largest_burst == 3
-    rate.count(131.5)
+    rate.count(131.5, 1)
     assert rate.largest_burst == 1
     for _ in range(3 * MAX_SPARES):
-        rate.count(132.0)
+        rate.count(132.0, 1)
     assert rate.largest_burst == MAX_SPARES
+
+
+@pytest.mark.parametrize(
+    ("forks", "burst"), [([100], 1), ([100, 1], 1), ([4, 4], 4), ([4, 8, 2], 4), ([100, 100], MAX_SPARES)]
+)
+def test_fan_outs_count_for_all_their_forks(forks: list[int], burst: int) -> None:
+    """The largest one counts as the second largest, as it may not come again."""
+    rate = policy._Rate()
+    for number, each in enumerate(forks):
+        rate.count(100.0 + 2 * number, each)
+    assert rate.largest_burst == burst
 
 
 async def test_spares_can_be_started_on_request(fake_home: Path, driver: FakeDriver) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import stat
 from pathlib import Path
 
 import msgspec
@@ -10,10 +13,10 @@ import pytest
 
 from conftest import HostFactory
 from coppice.client import AsyncHost
-from coppice.errors import CoppiceError, HostCannot
+from coppice.errors import CoppiceError, HostCannot, NotFound
 from coppice.machine import destroy, disk, disks
 from coppice.machine import volumes as attached
-from coppice.model import Instance, State
+from coppice.model import Instance, State, Volume
 from coppice.requests import (
     ForkRequest,
     GetRequest,
@@ -316,6 +319,59 @@ async def test_an_interrupted_removal_loses_no_layer(
         assert got_of_volume(next_host) == "later"
         assert got(next_host, elm) == "warm"
         assert (await next_host.verify()).differences == ()
+
+
+async def test_a_writer_whose_layer_has_too_many_links_stays(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says that forks must go first. The removal can be repeated, and no data is lost."""
+    oak = await make_writer(fake_host)
+    await fork(fake_host, "elm")
+    put(fake_host, oak, "later")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        with pytest.raises(HostCannot, match="Too many links") as caught:
+            await fake_host.call(RmRequest(instance="oak"))
+    assert "remove forks of it first" in str(caught.value.hint)
+    with pytest.raises(NotFound):  # the journal has the removal, so the next look at it completes it
+        await fake_host.call(GetRequest(instance="oak"))
+    assert got_of_volume(fake_host) == "later"
+    await assert_tidy(fake_host, "elm")
+
+
+async def test_layers_are_durable_before_they_are_recorded(
+    fake_host: AsyncHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut after the record finds each layer, and the name that leads to it."""
+    synced: dict[int, set[str]] = {}  # by inode: the names in a directory when it was last synced
+    fsync, save = os.fsync, VolumeStore.save
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = set(os.listdir(descriptor)) if stat.S_ISDIR(status.st_mode) else set()
+
+    saved: list[Volume] = []
+
+    def check(store: VolumeStore, volume: Volume) -> None:
+        directory = fake_host.local.rooms.layout.volume(volume.id)
+        raw, *layers = attached.disk_of(volume).paths(directory)
+        assert {raw.name, *(path.name for path in layers)} <= synced[directory.stat().st_ino]
+        assert all(path.stat().st_ino in synced for path in layers)
+        saved.append(volume)
+        save(store, volume)
+
+    monkeypatch.setattr(os, "fsync", note)
+    oak = await make_writer(fake_host)
+    await fork(fake_host, "elm")
+    put(fake_host, oak, "later")
+    monkeypatch.setattr(VolumeStore, "save", check)
+    await fake_host.call(RmRequest(instance="oak"))
+    assert [volume.layers for volume in saved] == [(1,)]
 
 
 async def test_a_machine_that_could_not_be_placed_leaves_the_layers(

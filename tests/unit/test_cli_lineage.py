@@ -113,11 +113,13 @@ def test_fork_shows_stages_sharing_and_memory(capsys: pytest.CaptureFixture[str]
     """The table shows the duration of each stage, how memory is shared, and the cost of each fork."""
     host = FakeHost(fork=_fork_report(_fork_result("a"), _fork_result("b")))
     header, first, _, summary = output_of(capsys, host, "fork", "vm", "-n", "2").splitlines()
-    assert header.split() == ["NAME", "STATE", "TOTAL", "PLACE", "START", "IDENTITY", "SHARING", "UNIQUE", "DISK"]
+    columns = ["NAME", "STATE", "TOTAL", "PLACE", "START", "IDENTITY", "SHARING", "UNIQUE", "OVERHEAD", "DISK"]
+    assert header.split() == columns
     assert "232 ms" in first
     assert "hardlink" in first
     assert "1.0 MiB" in first
-    assert summary == "2 of 2 forks of vm in 260 ms, 2.0 MiB of memory of their own"
+    assert "28.0 MiB" in first
+    assert summary == "2 of 2 forks of vm in 260 ms, 2.0 MiB of unique memory, 56.0 MiB of VMM overhead"
     assert output_of(capsys, host, "fork", "vm", "-q") == "a\nb\n"
     assert document(capsys, host, "fork", "vm")["results"][1]["name"] == "b"
 
@@ -140,7 +142,9 @@ def test_fork_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     """The table omits its stages if they would wrap."""
     host = FakeHost(fork=_fork_report(_fork_result("a")))
     monkeypatch.setattr(output, "width", lambda: 80)
-    assert output_of(capsys, host, "fork", "vm").split()[:6] == ["NAME", "STATE", "TOTAL", "SHARING", "UNIQUE", "DISK"]
+    header, first, _ = output_of(capsys, host, "fork", "vm").splitlines()
+    assert header.split() == ["NAME", "STATE", "TOTAL", "SHARING", "UNIQUE", "OVERHEAD", "DISK"]
+    assert max(len(header), len(first)) <= 80
 
 
 def test_fork_of_a_running_instance_prints_its_pause(capsys: pytest.CaptureFixture[str]) -> None:

@@ -431,5 +431,18 @@ def test_a_host_network_that_overlaps_with_slots_is_reported() -> None:
 @pytest.mark.parametrize(("root", "free", "recommended"), [(True, 100, True), (True, 10, False), (False, 100, False)])
 def test_doctor_recommends_storage_where_it_can_be_made(root: bool, free: int, recommended: bool) -> None:
     """Only to root, and only if half of the free space is enough for machines."""
-    found = storage.judge_reflinks(False, free_bytes=free * GIB, root=root)
+    found = storage.judge_reflinks(False, firecracker=True, free_bytes=free * GIB, root=root)
+    assert found.status == "warn"
     assert ("coppice storage init --size 50G" in str(found.cure)) is recommended
+
+
+def test_reflinks_matter_under_firecracker_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without Firecracker, a file system without reflinks needs no cure: under QEMU clones are layers."""
+    monkeypatch.setattr(storage, "has_reflinks", lambda *_: False)
+    monkeypatch.delenv("COPPICE_FIRECRACKER", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = storage.reflinks(tmp_path)
+    assert (found.status, found.cure) == ("ok", "")
+    assert found.detail == "do not work: under Firecracker the disks of forks and clones of volumes are copies"
+    (tmp_path / "firecracker").touch(mode=0o755)
+    assert storage.reflinks(tmp_path).status == "warn"

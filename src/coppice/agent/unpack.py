@@ -84,7 +84,10 @@ def unpack(
 
 
 def _leave(root: int, entered: list[tuple[list[str], int]], following: list[str]) -> None:
-    """Set the times of directories that the following entry is not in: what is made in them changes their times."""
+    """Set the times of the directories that do not contain the following entry.
+
+    Making a file changes the time of its directory, so a directory's time is set when its files are there.
+    """
     while entered and following[: len(entered[-1][0])] != entered[-1][0]:
         parts, mtime_ns = entered.pop()
         with _parent(root, [*parts, "."]) as (directory, _):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coppice.model import ForkReport, ForkResult, TreeNode
 
 
-_WITH_STAGES = 97  # columns of a table of forks with all their stages, without the names
+_WITH_STAGES = 107  # columns of a table of forks with all their stages, without the names
 
 
 def fork(
@@ -92,12 +92,15 @@ def _print_report(report: ForkReport) -> None:
         output.table(
             [
                 ("NAME", "left"), ("STATE", "left"), ("TOTAL", "right"), *((stage.upper(), "right") for stage in stages),
-                ("SHARING", "left"), ("UNIQUE", "right"), ("DISK", "right"), *((("PORTS", "left"),) if with_ports else ()),
+                ("SHARING", "left"), ("UNIQUE", "right"), ("OVERHEAD", "right"), ("DISK", "right"),
+                *((("PORTS", "left"),) if with_ports else ()),
             ],
             [_row(result, stages, with_ports=with_ports) for result in grown],
         )  # fmt: skip
-    unique = sum(result.memory.unique_bytes for result in grown if result.memory)
-    cost = f", {format.size(unique)} of memory of their own" if any(result.memory for result in grown) else ""
+    measured = [result.memory for result in grown if result.memory]
+    unique = format.size(sum(memory.unique_bytes for memory in measured))
+    overhead = format.size(sum(memory.vmm_overhead_bytes for memory in measured))
+    cost = f", {unique} of unique memory, {overhead} of VMM overhead" if measured else ""
     done = f"{report.succeeded} of {format.count(report.count, 'fork')} of {report.source_name}"
     output.line(f"{done} in {format.duration(report.wall_ms)}{cost}")
     if report.source_pause_ms is not None:
@@ -117,6 +120,7 @@ def _row(result: ForkResult, stages: Sequence[str], *, with_ports: bool) -> list
         *(format.duration(result.stages[stage]) if stage in result.stages else "-" for stage in stages),
         str(result.sharing or "-"),
         format.size(result.memory.unique_bytes) if result.memory else "-",
+        format.size(result.memory.vmm_overhead_bytes) if result.memory else "-",
         format.size(result.disk_bytes_written),
         *([format.ports(result.instance.publish if result.instance else ())] if with_ports else []),
     ]

@@ -41,8 +41,8 @@ def serve(
             "--spares",
             metavar="N",
             min=0,
-            help="VMMs started ahead for each template that is forked often. Default: as many as forks of it are "
-            "requested in a second, at most 16.",
+            help="VMMs started ahead for each template that is forked often. Default: as many as forks of it were "
+            "requested within one second lately, at most 16.",
         ),
     ] = None,
     rate_limit: Annotated[

@@ -14,6 +14,7 @@ from coppice.linux.reflinks import has_reflinks
 from coppice.model import GIB, Check
 from coppice.state.layout import PROBE_PREFIX, Layout
 from coppice.state.migrations import MIGRATIONS
+from coppice.vmm.firecracker import host as firecracker_host
 
 NETWORK_TYPES = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "fuse.sshfs", "fuse.s3fs"})
 MEMORY_TYPES = frozenset({"tmpfs", "ramfs"})
@@ -122,17 +123,32 @@ def reflinks(where: Path) -> Check:
     except CoppiceError as error:
         return Check(name="reflinks", status="warn", detail=error.message, cure=error.hint or _BETTER)
     state = os.statvfs(where)
-    return judge_reflinks(shared, free_bytes=state.f_bavail * state.f_frsize, root=os.geteuid() == 0)
+    free = state.f_bavail * state.f_frsize
+    return judge_reflinks(shared, firecracker=_has_firecracker(), free_bytes=free, root=os.geteuid() == 0)
 
 
-def judge_reflinks(shared: bool, *, free_bytes: int = 0, root: bool = False) -> Check:
-    """Judge whether a clone shares its blocks with its source. Root can have that anywhere."""
+def _has_firecracker() -> bool:
+    try:
+        firecracker_host.program()
+    except CoppiceError:
+        return False
+    return True
+
+
+def judge_reflinks(shared: bool, *, firecracker: bool = False, free_bytes: int = 0, root: bool = False) -> Check:
+    """Judge whether a clone shares its blocks with its source. Root can have that anywhere.
+
+    :param firecracker: whether Firecracker is installed: under QEMU a clone is a layer, which copies nothing
+    """
     if shared:
         return Check(name="reflinks", status="ok", detail="work: a fork's disk costs what it writes")
+    detail = "do not work: under Firecracker the disks of forks and clones of volumes are copies"
+    if not firecracker:
+        return Check(name="reflinks", status="ok", detail=detail)
     return Check(
         name="reflinks",
         status="warn",
-        detail="do not work: clones of volumes are copies, and so are the disks of forks under Firecracker",
+        detail=detail,
         cure=f"run `coppice storage init --size {free_bytes // 2 // GIB}G`, or {_BETTER}"
         if root and free_bytes >= _STORAGE_FROM
         else _BETTER,

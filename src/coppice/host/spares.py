@@ -27,29 +27,32 @@ Holding = Callable[[str], AbstractAsyncContextManager[Instance]]
 
 
 class _Rate:
-    """How often forks of a template are requested, from the requests of the last `IDLE_S`.
-
-    A fan-out is one request: its own forks start side by side, and spares would only do that earlier.
-    """
+    """How many forks of a template are requested at a time, from the requests of the last `IDLE_S`."""
 
     def __init__(self) -> None:
-        self._requests: deque[float] = deque()  # times of the loop's clock
+        self._requests: deque[tuple[float, int]] = deque()  # times of the loop's clock, and numbers of forks
 
-    def count(self, now: float) -> None:
-        """Note a request."""
-        while self._requests and self._requests[0] < now - IDLE_S:
+    def count(self, now: float, forks: int) -> None:
+        """Note a request for a number of forks."""
+        while self._requests and self._requests[0][0] < now - IDLE_S:
             self._requests.popleft()
-        self._requests.append(now)
+        self._requests.append((now, forks))
 
     @property
     def largest_burst(self) -> int:
-        """The most requests within `_BURST_S`, but no more than a host may have spares."""
-        times = list(self._requests)
-        first = largest = 0
-        for number, at in enumerate(times):
-            while times[first] < at - _BURST_S:
+        """The most forks within `_BURST_S`, but no more than a host may have spares.
+
+        The largest fan-out counts for no more forks than the second largest: one of 100 forks that
+        does not come again must not leave many spares.
+        """
+        usual = sorted(forks for _, forks in self._requests)[-2] if len(self._requests) > 1 else 1
+        first = burst = largest = 0
+        for at, forks in self._requests:
+            burst += min(forks, usual)
+            while self._requests[first][0] < at - _BURST_S:
+                burst -= min(self._requests[first][1], usual)
                 first += 1
-            largest = max(largest, number - first + 1)
+            largest = max(largest, burst)
         return min(largest, MAX_SPARES)
 
 
@@ -107,7 +110,7 @@ class Spares:
         if self._limit == 0 or not spares.serves(self._rooms, source, request):
             return
         expected = self._expect(source.id)
-        self._rates.setdefault(source.id, _Rate()).count(asyncio.get_running_loop().time())
+        self._rates.setdefault(source.id, _Rate()).count(asyncio.get_running_loop().time(), request.count)
         if expected and source.id not in self._filling:
             task = self._filling[source.id] = asyncio.create_task(self._fill(source.id))
             task.add_done_callback(lambda _: self._filling.pop(source.id))

@@ -18,6 +18,11 @@ from coppice.errors import CoppiceError, HostCannot, IntegrityError, NoSpace, Re
 TEMPORARY_SUFFIX = ".tmp"
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_HINTS = {
+    errno.ELOOP: "replace the symbolic link in the data directory by the file itself",
+    errno.EMLINK: "remove forks of it first: the file has as many hard links as its file system allows",
+    errno.EXDEV: "keep the data directory on one file system",
+}
 
 
 def temporary_beside(path: Path) -> Path:
@@ -139,9 +144,10 @@ def _of_file(message: str, error: OSError) -> CoppiceError:
         return Refused(message, hint="remove the file that is in the way, or choose another name")
     if error.errno == errno.ENOENT:
         return IntegrityError(message, hint="a required file is missing: remove the instances that depend on it")
-    if error.errno == errno.ELOOP:
-        return HostCannot(message, hint="replace the symbolic link in the data directory by the file itself")
-    return HostCannot(message, hint="check that the data directory is writable and its disk is healthy")
+    return HostCannot(
+        message,
+        hint=_HINTS.get(error.errno or 0, "check that the data directory is writable and its disk is healthy"),
+    )
 
 
 def _of_operation(message: str, error: OSError) -> CoppiceError:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from coppice.errors import HostCannot, NotFound
+from coppice.errors import NotFound
 from coppice.linux.files import is_temporary, os_errors, sync
 from coppice.linux.link import IMMUTABLE
 from coppice.machine import disks
@@ -52,18 +52,15 @@ def link(directory: Path, number: int, volume: Sequence[Path], *, readonly: bool
 
     :param volume: the paths of its files, from the raw one on
     :raises HostCannot: the volume cannot be linked; a copy would be a different volume
+    :raises IntegrityError: a file of the volume is missing
+    :raises NoSpace: the disk is full
     """
-    try:
+    with os_errors(f"attach the volume {volume[0]}"):
         shared = volume[-1].stat().st_nlink > 1
         for path in volume:
             link = directory / f"{disks.VOLUMES[number]}{path.suffix}"
             os.link(path, link, follow_symlinks=False)
         link.chmod(IMMUTABLE if readonly or shared else 0o600)
-    except OSError as error:
-        raise HostCannot(
-            f"the volume {volume[0]} cannot be attached: {error.strerror}",
-            hint="keep the data directory on one file system with hard links; `stat -c %h FILE` counts those of a file",
-        ) from error
 
 
 def with_clones(machine: MachineSpec) -> MachineSpec:
@@ -90,6 +87,7 @@ def give_back(rooms: Rooms, instance: Instance) -> None:
     Its VMM has ended, and its directory is to be removed.
 
     :raises NoSpace: the disk is full
+    :raises HostCannot: a layer has as many hard links as its file system allows: too many forks share it
     """
     if all(volume.private for volume in instance.machine.volumes):
         return

@@ -100,7 +100,7 @@ class Keys(QuickCalls):
             self._make_room()
 
     def _make_room(self) -> None:
-        """Drop the oldest large results, so that what is kept for a day stays bounded."""
+        """Drop the oldest large results if all large results together exceed `MOST_BYTES`."""
         with self._db.write() as connection:
             connection.execute(
                 "UPDATE keys SET status = 'too-large', outcome = NULL WHERE (owner, key) IN (SELECT owner, key FROM ("

@@ -19,7 +19,7 @@ from coppice.errors import Busy, CoppiceError, HostCannot, NoSpace
 from coppice.linux.files import os_errors, sync
 from coppice.state import locks
 from coppice.state.migrations import MIGRATIONS, Migration
-from coppice.state.reserve import keep, release
+from coppice.state.reserve import LOW, keep, release
 
 _BUSY_TIMEOUT_S = 30.0
 # A commit survives the death of any process. After a power cut the last commits may be undone,
@@ -38,7 +38,7 @@ class Database:
         self._migrations = MIGRATIONS if migrations is None else migrations
         self._lock = threading.RLock()
         self._path = path
-        reserve = path.with_name(f"{path.name}-reserve")
+        self._reserve = path.with_name(f"{path.name}-reserve")
         try:
             self._connection = sqlite3.connect(
                 path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
@@ -52,11 +52,11 @@ class Database:
                 try:
                     self._prepare()
                 except sqlite3.Error as error:
-                    if not (_is_full(error) and release(reserve)):
+                    if not (_is_full(error) and release(self._reserve)):
                         raise
                     self._prepare()
                 else:
-                    keep(reserve)
+                    keep(self._reserve)
         except BaseException as error:
             self._connection.close()
             if isinstance(error, sqlite3.Error):
@@ -115,6 +115,7 @@ class Database:
         """
         with self._lock:
             try:
+                self._make_space()
                 if durable:
                     self._connection.execute(_SURVIVES_POWER_CUTS)
                 try:
@@ -130,6 +131,16 @@ class Database:
                 raise
             except sqlite3.Error as error:
                 raise _translated(error, self._path) from error
+
+    def _make_space(self) -> None:
+        """On a nearly full disk, let the next commit use the reserve, and the part of the log that is in the database
+        already: else no instance could be removed.
+        """
+        disk = os.statvfs(self._path.parent)
+        if disk.f_bavail * disk.f_frsize < LOW:
+            release(self._reserve)
+            with contextlib.suppress(sqlite3.OperationalError):  # the database itself cannot grow
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def sync(self) -> None:
         """Put all earlier commits on disk. SQLite's locks are on other files than this log.

@@ -1,7 +1,7 @@
 """Disk space reserved for the database.
 
-SQLite cannot open a database on a full disk. Without the reserve no command could then list or
-remove anything.
+SQLite can neither open nor change a database on a full disk. Without the reserve no command could
+then list or remove anything.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 _BYTES = 256 << 10  # the index of the write-ahead log needs 32 KiB, a removal a few pages of the log
+LOW = 2 * _BYTES  # with less free space, the next commit may need the reserve
 
 
 def keep(path: Path) -> None:

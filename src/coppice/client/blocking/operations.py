@@ -73,7 +73,8 @@ class HostOperations(Twin[AsyncHost]):
         are not hashed. config.toml and the environment can also switch it off (see
         `coppice.state.settings`).
         `spares` is the number of VMMs that are started ahead for each template. Default: as many as
-        forks of it were requested within one second lately, at most 16. The host starts them after it has
+        forks of it were requested within one second lately, at most 16 (a fan-out counts in full when one
+        of its size was requested twice). The host starts them after it has
         forked the template twice within half a minute, and ends them when it is closed (see
         `coppice.fork.spare`). Each takes about 20 MiB. 0: none.
 
