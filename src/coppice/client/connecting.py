@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coppice.arguments import checked
 from coppice.errors import MissingTool
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from coppice.client.blocking.host import Host
 
 
+@checked
 def connect(address: str, *, token: str | None = None) -> Host:
     """Return a host whose requests a server carries out.
 
@@ -28,6 +30,7 @@ def connect(address: str, *, token: str | None = None) -> Host:
     return Host(backend=remote_backend(address, token))
 
 
+@checked
 def connect_async(address: str, *, token: str | None = None) -> AsyncHost:
     """Return the same host as `connect`, for asyncio.
 

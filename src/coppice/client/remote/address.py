@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
+
+import httpx
 
 from coppice.errors import UsageError
 from coppice.model import Record
@@ -32,12 +33,20 @@ def parse_address(text: str) -> Address:
     """
     if text.startswith("unix:"):
         path = text.removeprefix("unix:").removeprefix("//")
-        if not Path(path).is_absolute():
+        if not path.startswith("/") or "\0" in path:
             raise UsageError(f"the socket {path!r} has no absolute path", hint="write unix:/run/coppice.sock")
         return Address(url="http://coppice", socket=path)
-    parts = urlsplit(text)
-    if parts.scheme not in _SCHEMES or not parts.hostname:
+    if not _is_url(text):
         raise UsageError(
             f"{text!r} is not the address of a server", hint="write http://HOST:PORT or unix:/path/to/socket"
         )
     return Address(url=text.rstrip("/"))
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        httpx.URL(text)
+        return parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
+    except (ValueError, httpx.InvalidURL):  # such as a port above 65535
+        return False

@@ -24,7 +24,7 @@ from coppice.client.remote.failures import encoded, error_from, unreachable
 from coppice.client.remote.patience import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from coppice.client.remote.tracing import trace_headers
 from coppice.completion import complete
-from coppice.errors import CoppiceError, HostCannot, NotSupported, Overloaded
+from coppice.errors import CoppiceError, HostCannot, NotSupported, Overloaded, UsageError
 from coppice.model import Instance, Progress, ProgressSink, from_json, no_progress
 from coppice.model.events import Event
 from coppice.requests import (
@@ -63,10 +63,12 @@ class RemoteBackend:
     def __init__(self, address: str, *, token: str | None = None) -> None:
         """`address` is as in `parse_address`. `token` defaults to COPPICE_TOKEN.
 
-        :raises UsageError: the address is malformed
+        :raises UsageError: the address or the token is malformed
         """
         self._address: Address = parse_address(address)
         token = token or os.environ.get(TOKEN_VARIABLE)
+        if token and not (token.isascii() and token.isprintable()):
+            raise UsageError("the token has characters that no token has", hint="copy it again, or make a new one")
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._client: httpx.AsyncClient | None = None
 
@@ -253,7 +255,7 @@ class RemoteBackend:
 
     def _connected(self) -> httpx.AsyncClient:
         if self._client is None:
-            raise RuntimeError("open the host first: `async with AsyncHost.connect(...) as host:`")
+            raise UsageError("the host is not open", hint="open it first: `with coppice.connect(ADDRESS) as host:`")
         return self._client
 
     @contextlib.contextmanager
