@@ -171,7 +171,7 @@ def _method(owner: ast.ClassDef, node: ast.FunctionDef | ast.AsyncFunctionDef) -
         return ""
     result = ast.unparse(node.returns) if node.returns else "None"
     called = f"self._twin.{node.name}"
-    if node.decorator_list:  # a property
+    if any(ast.unparse(each) != "checked" for each in node.decorator_list):  # a property
         shown = _blocking(result)
         value = f"{shown}(self._portal, {called})" if shown != result else called
         return f"    @property\n    def {node.name}(self) -> {shown}:\n        {doc}\n        return {value}\n"

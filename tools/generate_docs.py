@@ -139,7 +139,7 @@ def _methods(kind: type) -> Iterator[str]:
 
 def _signature(function: Any, shown: str) -> str:
     """Return a signature without `self`, with one parameter per line if it is long."""
-    entered = inspect.unwrap(function) is not function  # made by contextlib: a block, not a call
+    entered = function.__globals__["__name__"] == "contextlib"  # a block, not a call
     function = inspect.unwrap(function)
     signature = inspect.signature(function)
     words: list[str] = []

@@ -29,7 +29,8 @@ _TABLE = re.compile(r"<!-- structure -->\n.*?<!-- end of structure -->\n", re.DO
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 DUTIES = {
     "addresses": "the validator of published ports, egress policies and servers in guests",
-    "commands": "the validator of ids, signals and limits of commands in guests",
+    "arguments": "checks of the arguments of public calls that make no request",
+    "commands": "the validator of ids, directories, signals and limits of commands in guests",
     "__init__": "the names of the public API, each imported at its first use",
     "__main__": "`python -m coppice`",
     "agent": "the protocol of the guest agent and its client: exec, connections, files, trees; the agent itself is `agent/c`",

@@ -1,4 +1,4 @@
-"""The validator of ids, signals and limits of commands in guests."""
+"""The validator of ids, directories, signals and limits of commands in guests."""
 
 from __future__ import annotations
 
@@ -48,6 +48,17 @@ def check_signal(number: int) -> None:
     """
     if not 1 <= number <= 64:
         raise UsageError(f"there is no signal {number}", hint="signals are 1 to 64; 15 is SIGTERM, 9 is SIGKILL")
+
+
+def check_workdir(path: str | None) -> None:
+    """Check the working directory of a command or process in a guest: None for the image's.
+
+    :raises UsageError: it is not an absolute path
+    """
+    if path is not None and (not path.startswith("/") or "\0" in path):
+        raise UsageError(
+            f"the working directory {path[:80]!r} is not an absolute path", hint="write one such as /srv/app"
+        )
 
 
 def check_kept(size: int) -> None:

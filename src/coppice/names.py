@@ -304,6 +304,16 @@ def check_spares(count: int | None) -> int | None:
     return count
 
 
+def check_accel(accel: str) -> str:
+    """Return the name of an accelerator unchanged.
+
+    :raises UsageError: there is none of that name
+    """
+    if accel not in ("auto", "kvm", "tcg"):
+        raise UsageError(f"there is no accelerator {accel!r}", hint="use auto, kvm or tcg")
+    return accel
+
+
 def check_command(argv: Sequence[str]) -> None:
     """Check the words of a command to run.
 

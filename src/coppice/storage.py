@@ -30,6 +30,7 @@ _LEAST: Final = 300 * MIB  # of mkfs.xfs
 _OPTIONS: Final = "loop,discard,noatime,nosuid,nodev"
 _DEADLINE_S: Final = 300.0
 _ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_UNIT_HEAD: Final = "[Unit]\nDescription=Data directory of Coppice"
 _KEPT: Final = ("config.toml", "server.key")  # settings, which `remove` keeps
 _CONTENT: Final = ("instances", "snapshots", "volumes", "images")
 
@@ -67,7 +68,7 @@ def init(home: Path, size_bytes: int, *, units: Path = UNITS) -> Storage:
 
     A file that a killed call has left is mounted.
 
-    :raises Refused: the data directory has reflinks already
+    :raises Refused: the data directory has reflinks already, or a mount unit that Coppice has not made
     :raises InUse: the data directory is not empty
     :raises NoSpace: the disk has less free space than `size_bytes`
     :raises HostCannot: this user is not root, or the host cannot mount the file
@@ -75,12 +76,15 @@ def init(home: Path, size_bytes: int, *, units: Path = UNITS) -> Storage:
     home = home.resolve()
     _require_root()
     file = file_of(home)
+    mount = units / unit_name(home)
+    if not _is_ours(mount):
+        raise Refused(f"{mount} exists, and Coppice has not made it", hint=f"move it away, and unmount {home}")
     _require_unused(home, file)
     if size_bytes < _LEAST:
         raise UsageError(f"an XFS cannot have {size_bytes} bytes", hint=f"ask for at least {_LEAST // MIB}M")
     with contextlib.ExitStack() as undo, os_errors(f"make the file system of {home}"):
         home.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        if not os.path.lexists(file):
             _make(file, size_bytes)
             undo.callback(file.unlink)
         existed = home.exists()
@@ -277,7 +281,7 @@ def _write_unit(home: Path, file: Path, units: Path) -> str | None:
     unit = units / unit_name(home)
     what, where = (str(path).replace("%", "%%") for path in (file, home))
     unit.write_text(
-        "[Unit]\nDescription=Data directory of Coppice\nBefore=local-fs.target\n\n"
+        f"{_UNIT_HEAD}\nBefore=local-fs.target\n\n"
         f"[Mount]\nWhat={what}\nWhere={where}\nType=xfs\nOptions={_OPTIONS}\n\n"
         "[Install]\nWantedBy=local-fs.target\n"
     )
@@ -293,11 +297,20 @@ def _write_unit(home: Path, file: Path, units: Path) -> str | None:
 
 def _remove_unit(home: Path, units: Path) -> None:
     wants = units / _WANTS
-    for path in (wants / unit_name(home), units / unit_name(home)):
-        path.unlink(missing_ok=True)
+    for path in (wants / unit_name(home), units / unit_name(home)):  # the link first
+        if _is_ours(path):
+            path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # other units are in it; systemd removes an empty one too
         wants.rmdir()
     _reload()
+
+
+def _is_ours(unit: Path) -> bool:
+    """Return whether Coppice has made a unit, or there is none."""
+    try:
+        return unit.read_text(errors="replace").startswith(_UNIT_HEAD)
+    except FileNotFoundError:  # also a link to nothing, which `remove` has left if it was killed
+        return True
 
 
 def _reload() -> None:

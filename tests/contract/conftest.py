@@ -40,6 +40,7 @@ SERVED = frozenset(
         "test_readiness",
         "test_shared_random",
         "test_trusted_certificates",
+        "test_wrong_arguments",
     }
 )
 ALIKE = frozenset(

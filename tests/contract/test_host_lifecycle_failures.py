@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from coppice.client import AsyncHost
-from coppice.errors import CoppiceError, GuestRefused, GuestTimeout, IntegrityError, NoSpace, VmmDied, VmmError
+from coppice.errors import (
+    CoppiceError,
+    GuestRefused,
+    GuestTimeout,
+    IntegrityError,
+    NoSpace,
+    UsageError,
+    VmmDied,
+    VmmError,
+)
 from coppice.machine import directory
 from coppice.machine.rooms import Deadlines
 from coppice.model import State
@@ -284,7 +293,7 @@ async def test_the_database_of_a_closed_host_is_closed(fake_host: AsyncHost) -> 
     """Using a closed host is the caller's mistake, and the error says so."""
     await fake_host.close()
     await fake_host.close()
-    with pytest.raises(RuntimeError, match="open the host first"):
+    with pytest.raises(UsageError, match="not open"):
         await fake_host.call(LsRequest())
 
 

@@ -308,7 +308,7 @@ async def test_a_host_that_cannot_be_opened_is_closed(
     host = AsyncHost(fake_home, driver=driver, deadlines=DEADLINES, open_rooms=open_rooms, spares=0)
     with pytest.raises(OSError, match="No space"):
         await host.open()
-    with pytest.raises(RuntimeError, match="open the host first"):
+    with pytest.raises(UsageError, match="not open"):
         _ = host.local.rooms
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,7 @@ from coppice.client import AsyncHost
 from coppice.errors import HostCannot, InUse, NoSpace
 from coppice.model import Instance, Publish, State
 from coppice.network import loopback
+from coppice.network.ports import require_local
 from coppice.requests import (
     ForkRequest,
     GetRequest,
@@ -121,6 +125,29 @@ async def test_an_address_of_another_host_is_named(fake_host: AsyncHost) -> None
     with pytest.raises(HostCannot, match=r"192\.0\.2\.1"):
         await boot(fake_host, publish=[Publish(host_port=8080, guest_port=80, host_address="192.0.2.1")])
     await assert_tidy(fake_host)
+
+
+async def test_an_address_of_another_host_is_named_before_anything_starts(fake_host: AsyncHost) -> None:
+    """An instance or a fork that is made at rest would fail only at its start."""
+    elsewhere = Publish(host_port=8080, guest_port=80, host_address="192.0.2.1")
+    with pytest.raises(HostCannot, match=r"192\.0\.2\.1: it is not an address of this host"):
+        await boot(fake_host, publish=[elsewhere], start=False)
+    await make(fake_host, State.TEMPLATE)
+    with pytest.raises(HostCannot, match=r"192\.0\.2\.1"):
+        await fake_host.call(ForkRequest(instance="oak", names=["elm"], publish=[elsewhere], target=State.STANDBY))
+    await assert_tidy(fake_host, "oak")
+
+
+@pytest.mark.parametrize("number", [errno.EADDRINUSE, errno.EACCES, errno.EINVAL, errno.EAFNOSUPPORT])
+def test_only_an_address_that_the_kernel_denies_is_refused(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Any other error says nothing about the address."""
+
+    class Probe(socket.socket):
+        def bind(self, address: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    require_local([Publish(host_port=80, guest_port=80, host_address="192.0.2.1"), OWN])
 
 
 def test_addresses_of_two_data_directories_seldom_collide(tmp_path: Path) -> None:

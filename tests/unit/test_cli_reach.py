@@ -146,7 +146,7 @@ def test_the_same_port_and_json() -> None:
     with server(reverse) as guest:
         taken = run("port-forward", "vm", str(guest))  # it listens on this machine already
         assert taken.returncode == 4
-        assert b"cannot listen on port %d of 127.0.0.1: Address already in use" % guest in taken.stderr
+        assert b"Cannot listen on port %d of 127.0.0.1: Address already in use" % guest in taken.stderr
         with started("--json", "port-forward", "vm", f"{guest}:0", stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
             (found,) = json.loads(child.stdout.readline())["forwards"]

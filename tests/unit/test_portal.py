@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from coppice.client.portal import Portal, Result
+from coppice.errors import UsageError
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_a_call_from_the_hosts_own_thread_is_refused(portal: Portal) -> None:
     async def nested() -> int:
         return portal.call(_answer())
 
-    with pytest.raises(RuntimeError, match="own thread"):
+    with pytest.raises(UsageError, match="own thread"):
         portal.call(nested())
 
 
@@ -309,13 +310,14 @@ def test_closing_cancels_running_calls() -> None:
 FORKING = """
 import asyncio, os, signal, sys
 from coppice.client.portal import Portal
+from coppice.errors import UsageError
 portal = Portal()
 portal.call(asyncio.sleep(0))
 if os.fork() == 0:
     signal.alarm(10)
     try:
         portal.call(asyncio.sleep(0))
-    except RuntimeError as error:
+    except UsageError as error:
         print(error, flush=True)
     os._exit(0)
 os.wait()

@@ -13,8 +13,9 @@ import pytest
 from coppice import requests
 from coppice.errors import InvalidName, UsageError
 from coppice.host import group_of
-from coppice.model import Publish, State
+from coppice.model import HealthCheck, Publish, State
 from coppice.requests import (
+    CommandStartRequest,
     CpInRequest,
     ExecRequest,
     FanOut,
@@ -199,3 +200,21 @@ def test_secrets_are_not_shown() -> None:
     with pytest.raises(UsageError) as refusal:
         ForkRequest(instance="oak", payload=hidden)  # type: ignore[arg-type]
     assert hidden not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda path: RunRequest(image="tiny", workdir=path),
+        lambda path: ExecRequest(instance="oak", argv=["ls"], workdir=path),
+        lambda path: OpenExecRequest(instance="oak", argv=["ls"], workdir=path),
+        lambda path: CommandStartRequest(instance="oak", argv=["ls"], workdir=path),
+        lambda path: RunRequest(image="tiny", health_check=HealthCheck(kind="exec", command=("ls",), workdir=path)),
+    ],
+)
+def test_a_working_directory_is_absolute(made: Callable[[str], object]) -> None:
+    """There is nothing that a relative one could be relative to, so it would fail at the start or mean another."""
+    for path in ("relative", "./x", "~", "/a\0b"):
+        with pytest.raises(UsageError, match="is not an absolute path; write one such as /srv/app"):
+            made(path)
+    made("/srv/app")

@@ -174,3 +174,17 @@ def test_a_failure_leaves_nothing(home: Path, units: Path, monkeypatch: pytest.M
 def test_names_of_units(path: str, name: str) -> None:
     """They are those of `systemd-escape --path --suffix=mount`."""
     assert storage.unit_name(Path(path)) == name
+
+
+def test_a_mount_unit_of_the_administrator_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is that of the mount point, so it may exist already."""
+    home, units = tmp_path / "home", tmp_path / "units"
+    units.mkdir()
+    unit = units / storage.unit_name(home)
+    unit.write_text("[Mount]\nWhat=/dev/sdb1\n")
+    monkeypatch.setattr(storage, "_require_root", lambda: None)
+    with pytest.raises(Refused, match="Coppice has not made it"):
+        storage.init(home, SIZE, units=units)
+    storage._remove_unit(home, units)
+    assert unit.read_text() == "[Mount]\nWhat=/dev/sdb1\n"
+    assert not home.exists()

@@ -6,10 +6,11 @@ import fcntl
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from coppice.errors import Busy, NoSpace
+from coppice.errors import Busy, HostCannot, NoSpace
 from coppice.state import database
 from coppice.state.database import Database
 from coppice.state.reserve import keep
@@ -75,3 +76,14 @@ def test_the_reserve_of_a_copied_data_directory_is_refilled(tmp_path: Path) -> N
     assert reserve.stat().st_blocks == 0
     keep(reserve)
     assert reserve.stat().st_blocks == held.st_blocks
+
+
+def test_a_file_system_without_shared_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite raises no error, and would go on in a mode in which readers stop writers."""
+
+    def connect(path: Path, **settings: Any) -> sqlite3.Connection:
+        return sqlite3.Connection(f"file:{path}?vfs=unix-dotfile", uri=True, **settings)
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(HostCannot, match=r"stays 'delete'\); set COPPICE_HOME"):
+        Database(tmp_path / "coppice.db")

@@ -11,9 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 
 from coppice.agent.stream import deadline
+from coppice.arguments import checked
 from coppice.errors import CoppiceError, GuestError, GuestTimeout
 from coppice.model import ExecResult
 from coppice.model.guest import MAX_COLLECTED, Exit, OutputSink, Source, Stream
+from coppice.names import check_limit
 
 _TIMEOUT_GRACE_S = 15.0  # added to the guest's own timeout, in case the guest does not keep it
 
@@ -53,6 +55,7 @@ class Collecting(ABC):
             raise AssertionError("the output ends with the exit or with an error")
         return self._exit
 
+    @checked
     async def collect(
         self,
         stdin: Source | None = None,
@@ -66,7 +69,9 @@ class Collecting(ABC):
 
         :raises GuestTimeout: the command ran longer than its timeout, and was ended
         :raises GuestError: the command wrote more than `max_output_bytes`
+        :raises UsageError: `max_output_bytes` is negative
         """
+        check_limit(max_output_bytes)
         collected: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
         sinks: dict[Stream, OutputSink | None] = {"stdout": on_stdout, "stderr": on_stderr}
         limit = None if self._timeout_s is None else self._timeout_s + _TIMEOUT_GRACE_S

@@ -18,6 +18,7 @@ from coppice.agent.channel import Channel
 from coppice.agent.collecting import Collecting
 from coppice.agent.protocol import LIMITS, Fields, Frame, FrameType, encode_fields, encode_frame, pack32, unpack_number
 from coppice.agent.stream import REFUSED, RemoteStream, deadline
+from coppice.arguments import checked
 from coppice.commands import check_signal, new_command_id
 from coppice.errors import (
     Busy,
@@ -33,6 +34,7 @@ from coppice.errors import (
 )
 from coppice.model import Record
 from coppice.model.guest import Exit, GuestCommand, Stream, TerminalSize
+from coppice.names import check_terminal
 
 _TTY, _STDIN, _DETACHED = 1, 2, 4
 _TIMED_OUT, _OUT_OF_MEMORY = 1, 2
@@ -173,6 +175,7 @@ class ExecSession(Collecting):
             if item is not None:
                 yield item
 
+    @checked
     async def send_stdin(self, data: bytes) -> None:
         """Send data to the command's standard input.
 
@@ -184,6 +187,7 @@ class ExecSession(Collecting):
         """Close the command's standard input."""
         await self._stream.send(FrameType.STDIN_EOF)
 
+    @checked
     async def signal(self, number: int) -> None:
         """Send a signal to the command's process group.
 
@@ -192,9 +196,13 @@ class ExecSession(Collecting):
         check_signal(number)
         await self._stream.send(FrameType.SIGNAL, pack32(number))
 
+    @checked
     async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the command's terminal."""
-        await self._stream.send(FrameType.RESIZE, pack32(min(rows, 65535), min(columns, 65535)))
+        """Set the size of the command's terminal.
+
+        :raises UsageError: a number is out of range
+        """
+        await self._stream.send(FrameType.RESIZE, pack32(*check_terminal((rows, columns))))
 
     async def terminate(self) -> Exit:
         """End all processes that the command has started: SIGTERM, SIGKILL half a second later.

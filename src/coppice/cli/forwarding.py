@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 import struct
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Final
 from coppice.cli import output, terminal
 from coppice.client.joining import Local
 from coppice.completion import beside
-from coppice.errors import CoppiceError, HostCannot, InUse, UsageError
+from coppice.errors import CoppiceError, UsageError
 from coppice.flow import CHUNK, joined, named, pass_on
+from coppice.linux.files import address_errors
 from coppice.requests import ConnectRequest, HealthRequest
 
 if TYPE_CHECKING:
@@ -66,14 +66,8 @@ async def forward(
 @contextlib.asynccontextmanager
 async def _listening(forward: _Forward, address: str, port: int) -> AsyncIterator[int]:
     """Listen for a block, and yield the port. At its end, end all connections."""
-    try:
+    with address_errors(f"listen on port {port} of {address}", when_taken="write PORT:0 for any free port"):
         server = await asyncio.start_server(forward.accept, address, port, limit=CHUNK)
-    except OSError as error:
-        kind = InUse if error.errno == errno.EADDRINUSE else HostCannot
-        raise kind(
-            f"cannot listen on port {port} of {address}: {os.strerror(error.errno or 0)}",
-            hint="write PORT:0 for any free port of this machine",
-        ) from error
     try:
         yield int(server.sockets[0].getsockname()[1])
     finally:

@@ -12,7 +12,7 @@ import click
 
 from coppice.cli import output
 from coppice.cli.app import app
-from coppice.cli.context import HostFactory, open_host
+from coppice.cli.context import HostFactory, of_the_host, open_host
 from coppice.cli.ending import Interrupted, OutputClosed
 from coppice.cli.habits import argument_advice, option_advice
 from coppice.errors import CoppiceError, UsageError
@@ -41,9 +41,8 @@ def run(arguments: Sequence[str] | None, host_factory: HostFactory | None) -> in
             error = Interrupted(signal.SIGINT)
         if "--debug" in ours:
             traceback.print_exc()
-        if isinstance(error, OSError):  # printing the help failed; an operation's OSError is translated
-            output.discard()
-            error = output.unwritten(error)
+        if isinstance(error, OSError):
+            error = of_the_host(error)
         return _report(error, as_json="--json" in ours)
     return status if isinstance(status, int) else 0
 

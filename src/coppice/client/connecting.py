@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coppice.arguments import checked
+
 if TYPE_CHECKING:
     from coppice.client.aio.host import AsyncHost
     from coppice.client.backend import Backend
     from coppice.client.blocking.host import Host
 
 
+@checked
 def connect(address: str, *, token: str | None = None) -> Host:
     """Return a host whose requests a server carries out.
 
@@ -25,6 +28,7 @@ def connect(address: str, *, token: str | None = None) -> Host:
     return Host(backend=remote_backend(address, token))
 
 
+@checked
 def connect_async(address: str, *, token: str | None = None) -> AsyncHost:
     """Return the same host as `connect`, for asyncio.
 

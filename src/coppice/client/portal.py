@@ -15,6 +15,8 @@ from contextlib import AbstractAsyncContextManager
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
+from coppice.errors import UsageError
+
 T = TypeVar("T")
 
 
@@ -203,19 +205,20 @@ class Portal:
                 self._thread.start()
                 self._loop = started.get()
             elif not self._thread.is_alive():  # a forked process does not inherit threads
-                raise RuntimeError(
-                    "this host belongs to the parent of this forked process; open another host in this process"
+                raise UsageError(
+                    "this host belongs to the parent of this forked process", hint="open another host in this process"
                 )
             if threading.current_thread() is self._thread:
-                raise RuntimeError(
-                    "cannot call the host from its own thread, such as from a progress sink: the call would deadlock"
+                raise UsageError(
+                    "cannot call the host from its own thread, such as from a progress sink: the call would deadlock",
+                    hint="call it from another thread, or use AsyncHost",
                 )
             return self._loop
 
     def _job(self, work: Coroutine[Any, Any, T]) -> _Job[T]:
         try:
             return _Job(self._running_loop(), work)
-        except RuntimeError:
+        except UsageError:
             work.close()
             raise
 

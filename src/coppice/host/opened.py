@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal, Self
 from coppice import network
 from coppice.agent.c import agent_binary
 from coppice.agent.random import guest_files
+from coppice.arguments import checked
 from coppice.completion import all_of, complete, in_thread
+from coppice.errors import UsageError
 from coppice.host import recovery
 from coppice.machine.rooms import Deadlines, Rooms
 from coppice.model import Budgets
@@ -56,6 +58,7 @@ def default_rooms(layout: Layout, drivers: Drivers, deadlines: Deadlines) -> Roo
 class OpenedHost:
     """A data directory, once it is open."""
 
+    @checked
     def __init__(
         self,
         home: Path | str | None = None,
@@ -92,12 +95,12 @@ class OpenedHost:
         `coppice.fork.spare`). Each takes about 20 MiB. 0: none.
 
         :raises InvalidName: the owner is not a valid name
-        :raises UsageError: there is no such VMM, the number of spares is out of range, or the path of
-            the data directory is not UTF-8
+        :raises UsageError: there is no such VMM or accelerator, the number of spares is out of range, the
+            path of the data directory is not UTF-8, or a value has another type
         """
         self._home = data_directory(home)
         self._owner = check_owner(owner)
-        self.drivers = Drivers(driver or vmm or DEFAULT, accel=accel)
+        self.drivers = Drivers((vmm or DEFAULT) if driver is None else driver, accel=accel)
         self._deadlines = deadlines or Deadlines()
         self._given_budgets = budgets
         self._asked_budgets: dict[str, float] = {}
@@ -125,24 +128,23 @@ class OpenedHost:
     def rooms(self) -> Rooms:
         """The opened rooms.
 
-        :raises RuntimeError: the host is not open
+        :raises UsageError: the host is not open
         """
         if self._opened is None:
-            raise RuntimeError("open the host first: `async with AsyncHost() as host:`")
+            raise UsageError("the host is not open", hint="open it first: `with coppice.Host() as host:`")
         return self._opened
 
     @property
     def budgets(self) -> Budgets:
         """The resources of the host that the data directory may take.
 
-        :raises RuntimeError: the host is not open
+        :raises UsageError: the host is not open
         """
-        if self._opened is None:
-            raise RuntimeError("open the host first: `async with AsyncHost() as host:`")
+        home = self.rooms.layout.home
         if self._budgets is None:
             from coppice.state.budgets import with_defaults  # reads dozens of files, and few commands need a budget
 
-            self._budgets = with_defaults(self._asked_budgets, self._opened.layout.home)
+            self._budgets = with_defaults(self._asked_budgets, home)
         return self._budgets
 
     async def open(self) -> Self:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from coppice.errors import HostCannot
-from coppice.linux.files import os_errors
+from coppice.linux.files import address_errors
 from coppice.model import ANY_PORT, Instance, Publish
 from coppice.network.provider import reachable
 from coppice.vmm import sockets
@@ -94,13 +94,14 @@ class Ports:
     def hold(self, instance: Instance) -> None:
         """Listen on the TCP ports of a machine at rest. Idempotent.
 
-        :raises HostCannot: another program uses one of them
+        :raises InUse: another program uses one of them
+        :raises HostCannot: an address is not this host's
         """
         wanted = {port for port in instance.publish if port.protocol == "tcp" and port.host_port != ANY_PORT}
         held = self._listening.setdefault(instance.id, {})
         for port in wanted - held.keys():
             family = socket.AF_INET6 if ":" in port.host_address else socket.AF_INET
-            with os_errors(f"listen on {port.host_address}:{port.host_port} for {instance.name}"):
+            with address_errors(f"listen on {port.host_address}:{port.host_port} for {instance.name}"):
                 listener = socket.create_server((port.host_address, port.host_port), family=family, backlog=_BACKLOG)
             listener.setblocking(False)
             held[port] = listener

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from coppice.errors import CoppiceError, HostCannot, IntegrityError, NoSpace, Refused
+from coppice.errors import CoppiceError, HostCannot, IntegrityError, InUse, NoSpace, Refused
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -22,6 +22,19 @@ _HINTS = {
     errno.ELOOP: "replace the symbolic link in the data directory by the file itself",
     errno.EMLINK: "remove forks of it first: the file has as many hard links as its file system allows",
     errno.EXDEV: "keep the data directory on one file system",
+}
+_WHEN_TAKEN = "end the program that listens there (`ss -lnp` shows it), or choose another address"
+_PLAIN_ADDRESS = "choose an address of this host, such as 127.0.0.1"
+_OF_RIGHTS = "ports up to 1023 need root, and a socket needs a directory that this user may write to"
+_OF_ADDRESSES = {
+    None: "choose a shorter path: that of a socket has 107 bytes at most",  # Python's own check has no number
+    errno.EADDRNOTAVAIL: "choose an address of this host, which `ip address` lists",
+    errno.EACCES: _OF_RIGHTS,
+    errno.EPERM: _OF_RIGHTS,
+    errno.EROFS: _OF_RIGHTS,
+    errno.ENOENT: "make the directory of the socket first",
+    errno.ENOTDIR: "make the directory of the socket first",
+    errno.ENAMETOOLONG: "choose a shorter path",
 }
 
 
@@ -125,6 +138,15 @@ def os_errors(action: str) -> _Translating:
     return _Translating(action, _of_file)
 
 
+def address_errors(action: str, *, when_taken: str = _WHEN_TAKEN) -> _Translating:
+    """Turn an OSError of listening at an address into a Coppice error with a hint about the address.
+
+    `when_taken` is the hint if another program uses the address. Raises InUse for that, NoSpace for
+    a full disk, else HostCannot.
+    """
+    return _Translating(action, lambda _, error: _of_address(action, error, when_taken))
+
+
 def untranslated(action: str) -> _Translating:
     """Turn an OSError that no lower layer translated into a Coppice error that adds no guess at the
     cause.
@@ -148,6 +170,17 @@ def _of_file(message: str, error: OSError) -> CoppiceError:
         message,
         hint=_HINTS.get(error.errno or 0, "check that the data directory is writable and its disk is healthy"),
     )
+
+
+def _of_address(action: str, error: OSError, when_taken: str) -> CoppiceError:
+    # The text of Python's own servers repeats the address; a failed look-up of a name has a number below 0.
+    number = error.errno or 0
+    message = f"Cannot {action}: {os.strerror(number) if number > 0 else error.strerror or error}"
+    if error.errno == errno.EADDRINUSE:
+        return InUse(message, hint=when_taken)
+    if error.errno in _FULL:
+        return NoSpace(message, hint="free some space on the file system of the socket, or choose another path")
+    return HostCannot(message, hint=_OF_ADDRESSES.get(error.errno, _PLAIN_ADDRESS))
 
 
 def _of_operation(message: str, error: OSError) -> CoppiceError:

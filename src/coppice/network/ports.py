@@ -6,7 +6,7 @@ import errno
 import random
 import socket
 import sqlite3
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from coppice.errors import HostCannot, InUse
-from coppice.model import ANY_PORT, Instance, Publish
+from coppice.model import ANY_PORT, OWN_ADDRESS, Instance, Publish
 
 _PREFERRED: Final = range(20000, 32768)
 _ABLE: Final = range(10000, 65536)
@@ -34,6 +34,24 @@ def require_free(instance: Instance) -> None:
     for port in instance.publish:
         if port.host_port != ANY_PORT:
             _require_free(instance, port)
+
+
+def require_local(ports: Sequence[Publish]) -> None:
+    """Check that the addresses are this host's, as far as its kernel can tell: it may permit others
+    (`net.ipv4.ip_nonlocal_bind`).
+
+    :raises HostCannot: the kernel says that it does not have one of them
+    """
+    for address in {port.host_address for port in ports} - {OWN_ADDRESS}:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind((address, 0))
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise HostCannot(
+                        f"cannot publish ports on {address}: it is not an address of this host",
+                        hint="choose one that `ip address` lists; 0.0.0.0 is all of them, also those that come later",
+                    ) from error
 
 
 def _require_free(instance: Instance, port: Publish) -> None:

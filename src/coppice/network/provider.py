@@ -35,6 +35,7 @@ from coppice.linux.tcp import count_connections
 from coppice.model import ANY_PORT, Egress, EgressReport, Instance, MachineSpec, Publish, Traffic
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
 from coppice.network.loopback import with_own_addresses
+from coppice.network.ports import require_local
 
 
 class NetworkProvider(ABC):
@@ -69,6 +70,13 @@ class NetworkProvider(ABC):
 
         :raises UsageError: a port cannot be published on this network; the message says which
         """
+
+    def check_addresses(self, ports: Sequence[Publish]) -> None:
+        """Refuse addresses that this host does not have, as `require_local`.
+
+        :raises HostCannot: the message says which
+        """
+        require_local(ports)
 
     def allocate(self, connection: sqlite3.Connection, instances: Sequence[Instance]) -> list[Instance]:
         """Return new instances with their permanent properties: addresses of their own. Blocks.
@@ -260,13 +268,15 @@ class Networks:
         return name if provider is not None and _attachable(provider, able) else self._default(able)
 
     def check(self, machine: MachineSpec, ports: Sequence[Publish], egress: Egress | None = None) -> None:
-        """Refuse ports that the network of a machine can never forward, and a policy that it does
-        not enforce.
+        """Refuse ports that the network of a machine can never forward, addresses that this host does
+        not have, and a policy that the network does not enforce.
 
         :raises UsageError: the message says which
+        :raises HostCannot: an address is not this host's
         """
         provider = self.of(machine)
         provider.check(ports)
+        provider.check_addresses(ports)
         if egress is not None:
             provider.check_egress(egress)
 

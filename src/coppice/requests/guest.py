@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from coppice.addresses import check_endpoint
-from coppice.commands import check_bound, check_new_id
+from coppice.commands import check_bound, check_new_id, check_workdir
 from coppice.model import MIB, ExecResult, FileStat, Instance
 from coppice.model.guest import Connection, CopySession, ExecSession, Health, TerminalSize
 from coppice.names import (
@@ -30,7 +30,9 @@ class CommandRequest(InstanceRequest[R], frozen=True, kw_only=True):
 
     argv: Annotated[Sequence[str], Meta(description="A list of words: the program and its arguments.")]
     env: Annotated[Mapping[str, str], Meta(description="Variables, added to the image's.", extra=SECRET)] = {}
-    workdir: Annotated[str | None, Meta(description="Working directory. Default: the image's.")] = None
+    workdir: Annotated[str | None, Meta(description="Working directory, an absolute path. Default: the image's.")] = (
+        None
+    )
     user: Annotated[str | None, Meta(description="A user name, UID, or UID:GID. Default: the image's.")] = None
     timeout_s: Annotated[float | None, Meta(description="Seconds after which the command is killed.")] = None
     memory_limit_bytes: Annotated[
@@ -43,6 +45,7 @@ class CommandRequest(InstanceRequest[R], frozen=True, kw_only=True):
         super().check()
         check_command(self.argv)
         check_env(self.env)
+        check_workdir(self.workdir)
         check_timeout(self.timeout_s)
         check_bound(self.memory_limit_bytes, "memory")
         check_bound(self.pids_limit, "processes")

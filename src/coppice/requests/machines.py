@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from msgspec import Meta
 
 from coppice.addresses import check_egress, check_notify, check_publish
+from coppice.commands import check_workdir
 from coppice.model import GIB, MIB, Egress, EgressReport, Instance, Limits, Publish, VolumeMount
 from coppice.model.inspection import StandbyReport
 from coppice.names import (
@@ -65,7 +66,9 @@ class RunRequest(Request[Instance], frozen=True, kw_only=True):
     env: Annotated[
         Mapping[str, str], Meta(description="Variables of its process, added to the image's.", extra=SECRET)
     ] = {}
-    workdir: Annotated[str | None, Meta(description="Working directory of its process. Default: the image's.")] = None
+    workdir: Annotated[
+        str | None, Meta(description="Working directory of its process, an absolute path. Default: the image's.")
+    ] = None
     user: Annotated[
         str | None, Meta(description="User of its process: a name, UID, or UID:GID. Default: the image's.")
     ] = None
@@ -134,6 +137,7 @@ class RunRequest(Request[Instance], frozen=True, kw_only=True):
             self.workdir or "",
             self.user or "",
         )
+        check_workdir(self.workdir)
         check_mounts(self.volumes)
         check_tags(self.tags)
         check_publish(self.publish)

@@ -5,6 +5,7 @@ from typing import Annotated, Final, Protocol
 import msgspec
 from msgspec import Meta
 
+from coppice.commands import check_workdir
 from coppice.errors import UsageError
 from coppice.model import HealthCheck, RestartPolicy, Supervision
 from coppice.model.supervision import OnExpiry
@@ -88,6 +89,7 @@ def _check_health(check: HealthCheck) -> None:
     _in_range("number of failures", check.failures, 1, 1000)
     _in_range("number of successes", check.successes, 1, 1000)
     check_argv(check.command)
+    check_workdir(check.workdir or None)
     check_recorded(*check.command, check.workdir, check.path, check.text)
     if check.kind == "exec" and not check.command:
         raise UsageError("a health check needs a command", hint="give its words, such as ['curl', '-f', 'localhost']")

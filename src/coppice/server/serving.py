@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import signal
 import socket
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,8 +16,8 @@ import msgspec
 import uvicorn
 from litestar.types import ASGIApp
 
-from coppice.errors import InUse, UsageError
-from coppice.linux.files import os_errors
+from coppice.errors import InUse, Refused, UsageError
+from coppice.linux.files import address_errors
 from coppice.model import Record
 
 _BACKLOG: Final = 1024
@@ -53,55 +53,76 @@ class Listening(Record, frozen=True, kw_only=True):
 def listen(where: Listening) -> Iterator[socket.socket]:
     """Open the listening socket for a block. Only this user can connect to a unix socket.
 
+    :raises Refused: the path of the socket is that of something else, which stays as it is
     :raises InUse: another server listens there
     :raises HostCannot: the address cannot be used
     """
-    action = f"listen on {where.url}"
-    if where.socket is None:
-        family = socket.AF_INET6 if ":" in where.address else socket.AF_INET
-        with (
-            _translated(action),
-            socket.create_server((where.address, where.port), family=family, backlog=_BACKLOG) as opened,
-        ):
-            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # of each accepted connection
-            yield opened
-        return
-    if where.socket.is_socket() and _answers(where.socket):
-        raise InUse(f"another server listens on {where.socket}", hint="end it, or choose another socket")
-    with os_errors(action):
-        where.socket.unlink(missing_ok=True)
-        opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            opened.bind(str(where.socket))
-        finally:
-            os.umask(before)
-        opened.listen(_BACKLOG)
-    try:
+    with _on_unix(where.socket, where.url) if where.socket else _on_tcp(where) as opened:
         yield opened
-    finally:
-        opened.close()
-        where.socket.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _translated(action: str) -> Iterator[None]:
+def _on_tcp(where: Listening) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in where.address else socket.AF_INET
     try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise InUse(f"cannot {action}: the address is in use", hint="choose another with --port") from error
-        raise
+        where.address.encode("idna")
+    except UnicodeError as error:
+        raise UsageError(
+            f"{where.address[:80]!r} is not an address", hint="choose one of this host, such as 127.0.0.1"
+        ) from error
+    with address_errors(f"listen on {where.url}"):
+        opened = socket.create_server((where.address, where.port), family=family, backlog=_BACKLOG)
+    with opened:
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # of each accepted connection
+        yield opened
 
 
-def _answers(path: Path) -> bool:
+@contextlib.contextmanager
+def _on_unix(path: Path, url: str) -> Iterator[socket.socket]:
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as opened:
+        with address_errors(f"listen on {url}"):
+            _remove_stale(path)
+            before = os.umask(0o177)
+            try:
+                opened.bind(str(path))
+            finally:
+                os.umask(before)
+            own = path.lstat()
+            opened.listen(_BACKLOG)
+        try:
+            yield opened
+        finally:
+            # The socket is still open: no other file can have its inode.
+            with contextlib.suppress(OSError):
+                if os.path.samestat(path.lstat(), own):
+                    path.unlink()
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a server that has ended, if there is one at a path.
+
+    :raises Refused: there is something else
+    :raises InUse: a program listens on the socket
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise Refused(
+            f"cannot listen on {path}: it exists, and is not a socket",
+            hint="choose another path, or move away what is there",
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(1)
         try:
             client.connect(str(path))
+        except ConnectionRefusedError:  # any other error is an answer of a program that has the socket
+            path.unlink()
+            return
         except OSError:
-            return False
-    return True
+            pass
+    raise InUse(f"another server listens on {path}", hint="end it, or choose another socket")
 
 
 async def serve(

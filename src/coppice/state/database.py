@@ -64,7 +64,13 @@ class Database:
             raise
 
     def _prepare(self) -> None:
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        (mode,) = self._connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":  # SQLite raises no error
+            raise HostCannot(
+                f"the file system of {self._path} cannot hold the database: it has no shared memory (SQLite's journal "
+                f"mode stays {mode!r})",
+                hint="set COPPICE_HOME to a directory on a local file system, such as ext4 or XFS",
+            )
         self._connection.execute(_SURVIVES_PROCESSES)
         self._migrate()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from coppice.errors import NotSupported, UsageError
+from coppice.names import check_accel
 
 if TYPE_CHECKING:
     from coppice.vmm.driver import VmmDriver
@@ -35,9 +36,9 @@ class Drivers:
     def __init__(self, chosen: str | VmmDriver = DEFAULT, *, accel: str = "auto") -> None:
         """Choose a driver as `choose` does.
 
-        :raises UsageError: no driver has this name
+        :raises UsageError: no driver or accelerator has this name
         """
-        self._accel = accel
+        self._accel = check_accel(accel)
         self._drivers: dict[str, VmmDriver] = {}
         self.choose(chosen)
 
@@ -45,14 +46,21 @@ class Drivers:
         """Choose the driver of new machines. A driver object replaces the registered driver of its
         name.
 
-        :raises UsageError: no driver has this name
+        :raises UsageError: no driver has this name, or the object is no driver
         """
         if isinstance(chosen, str):
             self._require(chosen)
             self._chosen = chosen
-        else:
-            self._drivers[chosen.name] = chosen
-            self._chosen = chosen.name
+            return
+        from coppice.vmm.driver import VmmDriver
+
+        if not isinstance(chosen, VmmDriver):
+            raise UsageError(
+                f"the driver of a host must be VmmDriver or None, not {type(chosen).__name__}",
+                hint="see the documentation of its parameters",
+            )
+        self._drivers[chosen.name] = chosen
+        self._chosen = chosen.name
 
     def _names(self) -> dict[str, None]:
         return dict.fromkeys([*_MAKERS, *self._drivers])

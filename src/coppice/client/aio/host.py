@@ -8,8 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from coppice.arguments import checked
 from coppice.client.aio.operations import HostOperations
 from coppice.client.backend import R
+from coppice.errors import UsageError
 from coppice.model import Instance, ProgressSink, no_progress
 from coppice.requests import Request, StreamRequest
 
@@ -61,19 +63,26 @@ class AsyncHost(HostOperations):
     def local(self) -> LocalBackend:
         """The backend of this machine.
 
-        :raises RuntimeError: another backend carries out the requests
+        :raises UsageError: a server carries out the requests
         """
         from coppice.host import LocalBackend
 
         if not isinstance(self._backend, LocalBackend):
-            raise RuntimeError("this host has no local backend")  # noqa: TRY004 - a state, not a type, of the host
+            raise UsageError(
+                "this host has no data directory on this machine: a server carries out its requests",
+                hint="use `coppice.Host()` on the server's machine",
+            )
         return self._backend
 
     @property
     def home(self) -> Path:
-        """The data directory."""
+        """The data directory.
+
+        :raises UsageError: a server carries out the requests, and has the data directory
+        """
         return self.local.home
 
+    @checked
     def machine(self, record: Instance) -> AsyncMachine:
         """Return the handle of a machine from its record, without a request.
 
@@ -81,6 +90,7 @@ class AsyncHost(HostOperations):
         """
         return self._machine(record)
 
+    @checked
     async def call(self, request: Request[R], progress: ProgressSink = no_progress) -> R:
         """Carry out any operation of `coppice.requests`, and return its result as plain data.
 
@@ -89,6 +99,7 @@ class AsyncHost(HostOperations):
         """
         return await self._backend.call(request, progress)
 
+    @checked
     def stream(self, request: StreamRequest[R]) -> AbstractAsyncContextManager[R]:
         """Open a result that is used inside a block: a running command, a log.
 

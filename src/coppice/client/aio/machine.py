@@ -7,11 +7,12 @@ from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from coppice.arguments import checked
 from coppice.client.aio.automation import MachineAutomation
 from coppice.client.aio.guest import MachineGuest
 from coppice.client.aio.lifecycle import MachineLifecycle
 from coppice.completion import complete
-from coppice.errors import NotFound
+from coppice.errors import NotFound, UsageError
 from coppice.model import MemoryReport, State, TreeNode
 from coppice.requests import GetRequest, StatsRequest, TreeRequest
 
@@ -50,6 +51,7 @@ class AsyncMachine(MachineLifecycle, MachineAutomation, MachineGuest):
         """
         return self._became(await self._backend.call(GetRequest(instance=self.id)))
 
+    @checked
     async def freeze(self, *, public: bool | None = None, notify: int | str | None = None) -> Self:
         """Make a Running or Standby machine a template: `standby`, then `promote`. A Template stays
         one.
@@ -69,15 +71,19 @@ class AsyncMachine(MachineLifecycle, MachineAutomation, MachineGuest):
         """Return the machine, its forks and their forks, in the order of a drawn tree."""
         return await self._backend.call(TreeRequest(instance=self.id))
 
+    @checked
     async def read_text(self, path: str, *, encoding: str = "utf-8") -> str:
         """Return the content of a text file of the guest.
 
         :param path: A path in the guest.
         :param encoding: The encoding of the file.
         :raises UnicodeDecodeError: the file is not text in that encoding
+        :raises UsageError: there is no such encoding
         """
+        _encoded("", encoding)
         return (await self.read_file(path)).decode(encoding)
 
+    @checked
     async def write_text(self, path: str, text: str, *, mode: int = 0o644, encoding: str = "utf-8") -> None:
         """Write a text file in the guest atomically. Missing parent directories are made.
 
@@ -85,8 +91,9 @@ class AsyncMachine(MachineLifecycle, MachineAutomation, MachineGuest):
         :param text: The content.
         :param mode: Permission bits.
         :param encoding: The encoding of the file.
+        :raises UsageError: there is no such encoding, or it does not have all characters of the text
         """
-        await self.write_file(path, text.encode(encoding), mode=mode)
+        await self.write_file(path, _encoded(text, encoding), mode=mode)
 
     async def __aenter__(self) -> Self:
         return self
@@ -96,3 +103,15 @@ class AsyncMachine(MachineLifecycle, MachineAutomation, MachineGuest):
     ) -> None:
         with contextlib.suppress(NotFound):  # removed inside the block
             await complete(self.rm())
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    try:
+        "x".encode(encoding)  # an encoding of nothing is not looked up
+        return text.encode(encoding)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the text cannot be written in {encoding!r}: {error.reason}", hint="use an encoding such as utf-8"
+        ) from None
+    except (LookupError, ValueError):
+        raise UsageError(f"there is no encoding {encoding!r}", hint="use one such as utf-8") from None

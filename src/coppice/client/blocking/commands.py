@@ -44,7 +44,7 @@ class Commands(Twin[AsyncCommands]):
 
         :param argv: A list of words: the program and its arguments.
         :param env: Variables, added to the image's.
-        :param workdir: Working directory. Default: the image's.
+        :param workdir: Working directory, an absolute path. Default: the image's.
         :param user: A user name, UID, or UID:GID. Default: the image's.
         :param timeout_s: Seconds after which the command is killed.
         :param memory_limit_bytes: The most memory of all its processes together; more kills them.

@@ -53,13 +53,16 @@ class Host(HostOperations):
     def local(self) -> LocalBackend:
         """The backend of this machine.
 
-        :raises RuntimeError: another backend carries out the requests
+        :raises UsageError: a server carries out the requests
         """
         return self._twin.local
 
     @property
     def home(self) -> Path:
-        """The data directory."""
+        """The data directory.
+
+        :raises UsageError: a server carries out the requests, and has the data directory
+        """
         return self._twin.home
 
     def machine(self, record: Instance) -> Machine:

@@ -69,6 +69,7 @@ class Machine(MachineLifecycle, MachineAutomation, MachineGuest):
         :param path: A path in the guest.
         :param encoding: The encoding of the file.
         :raises UnicodeDecodeError: the file is not text in that encoding
+        :raises UsageError: there is no such encoding
         """
         return self._portal.call(self._twin.read_text(path, encoding=encoding))
 
@@ -79,6 +80,7 @@ class Machine(MachineLifecycle, MachineAutomation, MachineGuest):
         :param text: The content.
         :param mode: Permission bits.
         :param encoding: The encoding of the file.
+        :raises UsageError: there is no such encoding, or it does not have all characters of the text
         """
         self._portal.call(self._twin.write_text(path, text, mode=mode, encoding=encoding))
 

@@ -81,8 +81,8 @@ class HostOperations(Twin[AsyncHost]):
         `backend` carries out the requests instead of this machine.
 
         :raises InvalidName: the owner is not a valid name
-        :raises UsageError: there is no such VMM, the number of spares is out of range, or the path of
-            the data directory is not UTF-8
+        :raises UsageError: there is no such VMM or accelerator, the number of spares is out of range, the
+            path of the data directory is not UTF-8, or a value has another type
         """
         from coppice.client.aio.host import AsyncHost
 
@@ -150,7 +150,7 @@ class HostOperations(Twin[AsyncHost]):
         :param memory_bytes: RAM, in whole MiB.
         :param overlay_bytes: Size of its own writable disk, in whole MiB.
         :param env: Variables of its process, added to the image's.
-        :param workdir: Working directory of its process. Default: the image's.
+        :param workdir: Working directory of its process, an absolute path. Default: the image's.
         :param user: User of its process: a name, UID, or UID:GID. Default: the image's.
         :param hostname: Host name in the guest. Default: the instance's name.
         :param tags: Tags of the new records.

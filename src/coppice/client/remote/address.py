@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -60,16 +59,19 @@ def parse_address(text: str) -> Address:
     """
     if text.startswith("unix:"):
         path = text.removeprefix("unix:").removeprefix("//")
-        if not Path(path).is_absolute():
+        if not path.startswith("/") or "\0" in path:
             raise UsageError(f"the socket {path!r} has no absolute path", hint="write unix:/run/coppice.sock")
         return Address(url="http://coppice", socket=path)
-    try:
-        parts = urlsplit(text)
-        is_valid = parts.scheme in _SCHEMES and parts.hostname and parts.port != 0
-    except ValueError:  # of the port, or of the brackets of an IPv6 address
-        is_valid = False
-    if not is_valid:
+    if not _is_url(text):
         raise UsageError(
             f"{text!r} is not the address of a server", hint="write http://HOST:PORT or unix:/path/to/socket"
         )
     return Address(url=text.rstrip("/"))
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return text.isprintable() and parts.scheme in _SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port above 65535, or the brackets of an IPv6 address
+        return False

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 from coppice.client.remote.address import Address, parse_address
 from coppice.client.remote.failures import encoded
 from coppice.client.remote.health import check
-from coppice.errors import MissingTool, NotSupported
+from coppice.errors import MissingTool, NotSupported, UsageError
 from coppice.model import ProgressSink, from_json, no_progress
 from coppice.requests import Request, StreamRequest
 from coppice.requests.base import paths_of, result_of
@@ -50,10 +50,12 @@ class RemoteBackend:
     def __init__(self, address: str, *, token: str | None = None) -> None:
         """`address` is as in `parse_address`. `token` defaults to COPPICE_TOKEN.
 
-        :raises UsageError: the address is malformed
+        :raises UsageError: the address or the token is malformed
         """
         self._address: Address = parse_address(address)
         token = token or os.environ.get(TOKEN_VARIABLE)
+        if token and not (token.isascii() and token.isprintable()):
+            raise UsageError("the token has characters that no token has", hint="copy it again, or make a new one")
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._calls: Calls | None = None
         self._is_open = False
@@ -118,7 +120,7 @@ class RemoteBackend:
     def _connected(self) -> Calls:
         """Return the HTTP client, made at its first use."""
         if not self._is_open:
-            raise RuntimeError("open the host first: `async with AsyncHost.connect(...) as host:`")
+            raise UsageError("the host is not open", hint="open it first: `with coppice.connect(ADDRESS) as host:`")
         if self._calls is None:
             self._calls = _function("calls:Calls")(self._address, self._headers)
         return cast("Calls", self._calls)

@@ -16,6 +16,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from coppice.agent.collecting import Collecting
+from coppice.arguments import checked
 from coppice.client.remote.address import Address
 from coppice.client.remote.patience import persisting
 from coppice.client.remote.streams import (
@@ -27,11 +28,12 @@ from coppice.client.remote.streams import (
     not_coppice,
     opened,
 )
-from coppice.commands import new_command_id
+from coppice.commands import check_signal, new_command_id
 from coppice.completion import complete
 from coppice.errors import Busy, HostCannot, NameTaken
 from coppice.flow import CHUNK
 from coppice.model.guest import Stream
+from coppice.names import check_terminal
 from coppice.requests import CommandAttachRequest, CommandKillRequest, OpenExecRequest
 
 _STREAMS: Final[dict[int, Stream]] = {1: "stdout", 2: "stderr"}
@@ -147,6 +149,7 @@ class RemoteExecSession(Collecting):
         """Whether the command outlives the connection although its caller did not ask for that."""
         return self._is_attached and self._exit is None and not self._is_wanted and not self._is_lost
 
+    @checked
     async def send_stdin(self, data: bytes) -> None:
         """Send data to the command's standard input."""
         await self._is_connected.wait()
@@ -159,13 +162,22 @@ class RemoteExecSession(Collecting):
         self._is_at_eof = True
         await self._send(_text(eof=True))
 
+    @checked
     async def signal(self, number: int) -> None:
-        """Send a signal to the command's process group."""
+        """Send a signal to the command's process group.
+
+        :raises UsageError: no signal has this number
+        """
+        check_signal(number)
         await self._control(signal=number)
 
+    @checked
     async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the command's terminal."""
-        await self._control(resize=(rows, columns))
+        """Set the size of the command's terminal.
+
+        :raises UsageError: a number is out of range
+        """
+        await self._control(resize=check_terminal((rows, columns)))
 
     async def leave(self) -> None:
         """Let the command run on when the session is closed."""

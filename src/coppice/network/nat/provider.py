@@ -19,6 +19,7 @@ from coppice.model import ANY_PORT, Egress, EgressReport, Instance, Publish, Tra
 from coppice.model.network import GuestNetwork, Nic, NicBackend, SlotCounts
 from coppice.network.mac import mac_address
 from coppice.network.nat import RUNTIME, is_wanted, key_of, rows
+from coppice.network.ports import require_local
 from coppice.network.provider import NetworkProvider
 
 if TYPE_CHECKING:
@@ -71,6 +72,13 @@ class NatNetwork(NetworkProvider):
                     "a network of slots cannot publish a port of ::1",
                     hint="publish it on 127.0.0.1, on `own`, or on another address of this host",
                 )
+
+    def check_addresses(self, ports: Sequence[Publish]) -> None:
+        """Look in the network namespace that has the addresses."""
+        if ports:
+            from coppice.linux import netns
+
+            netns.inside(self._given.host if self._given else None, lambda: require_local(ports))
 
     def check_egress(self, policy: Egress) -> None:
         """Accept every policy: all are enforced."""

@@ -25,12 +25,13 @@ from typing import Literal
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import UsageError, VmmDied, VmmError, VmmTimeout
+from coppice.errors import VmmDied, VmmError, VmmTimeout
 from coppice.linux.files import os_errors
 from coppice.linux.kvm import read_cpu
 from coppice.linux.remap import lay_over_when_mapped
 from coppice.model import MIB, MachineSpec, Manifest, Record, VmmProcess
 from coppice.model.network import NicBackend
+from coppice.names import check_accel
 from coppice.vmm import confinement, layers, sockets, starting
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
@@ -76,9 +77,7 @@ class FirecrackerDriver(VmmDriver):
 
         :raises UsageError: there is no such accelerator
         """
-        if accel not in ("auto", "tcg", "kvm"):
-            raise UsageError(f"there is no accelerator {accel!r}", hint="use auto, tcg or kvm")
-        self._wanted_accel = accel
+        self._wanted_accel = check_accel(accel)
         self._program = program
         self._groups_for = groups_for
 

@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coppice.completion import complete, in_thread
-from coppice.errors import NoSpace, UsageError, VmmDied, VmmError, VmmTimeout
+from coppice.errors import NoSpace, VmmDied, VmmError, VmmTimeout
 from coppice.linux.files import os_errors
 from coppice.linux.kvm import read_cpu
 from coppice.model import MIB, MachineSpec, Manifest, VmmProcess
 from coppice.model.network import NicBackend
+from coppice.names import check_accel
 from coppice.vmm import confinement, layers, sockets, starting, taps
 from coppice.vmm import driver as files
 from coppice.vmm import process as processes
@@ -66,9 +67,7 @@ class QemuDriver(VmmDriver):
 
         :raises UsageError: `accel` is none of the three
         """
-        if accel not in ("auto", "tcg", "kvm"):
-            raise UsageError(f"there is no accelerator {accel!r}", hint="use auto, tcg or kvm")
-        self._wanted_accel = accel
+        self._wanted_accel = check_accel(accel)
 
     @property
     def name(self) -> str:
