@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import msgspec
+import pytest
 
 from bench.percentiles import summarize_captures, summarize_fan_out
 from bench.records import Cache, CaptureBenchReport, FanOutReport, Method, TreeReport
@@ -68,3 +71,36 @@ def test_the_committed_run_supports_the_claims() -> None:
             assert fork.disk_written_bytes.p99 <= MIB
     for method in (Method.SHARED, Method.AHEAD):
         assert alone[sizes[-1], method].answered_ms.p50 <= 1.2 * alone[sizes[0], method].answered_ms.p50
+
+
+def committed(name: str) -> Any:
+    """Return a committed result as plain JSON: older ones may lack newer fields."""
+    return json.loads((ROOT / "benchmarks" / name).read_bytes())
+
+
+@pytest.mark.parametrize("name", ["disks.json", "volume-disks.json"])
+def test_a_fork_of_a_full_disk_or_volume_writes_little(name: str) -> None:
+    """With 1 GiB on it, a fork is placed within 5 ms and writes at most 2 MiB."""
+    found = committed(name)
+    assert found["data_bytes"] >= 1 << 30
+    assert found["layer"]["place_median_ms"] < 5
+    assert max(found["layer"]["bytes_written"], found["own_bytes"]) <= 2 * MIB
+    assert found["copy"]["bytes_written"] >= 1 << 30
+
+
+@pytest.mark.parametrize("name", ["live-disks.json", "volume-live-disks.json"])
+def test_a_capture_of_a_running_machine_copies_no_disk(name: str) -> None:
+    """With 256 MiB in its topmost file."""
+    found = committed(name)
+    assert found["data_bytes"] >= 256 * MIB
+    assert found["layer"]["bytes_written"] <= 2 * MIB
+    assert found["layer"]["pause_median_ms"] < found["copy"]["pause_median_ms"] / 4
+
+
+def test_pages_are_copied_before_the_pause() -> None:
+    """An idle guest with 64 MiB of dirty pages is paused for at most 25 ms."""
+    found = committed("pauses.json")
+    assert found["dirtied_bytes"] == 64 * MIB
+    (idle,) = (case for case in found["cases"] if case["name"] == "idle guest")
+    assert idle["ahead"]["dirty_median_bytes"] > 64 * MIB
+    assert idle["ahead"]["pause_median_ms"] <= 25 < idle["in_pause"]["pause_median_ms"]
