@@ -249,6 +249,12 @@ async def running_on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
         oak = await host.call(GetRequest(instance=OAK))
 
 
+async def on_all_disk_layers(host: AsyncHost, kind: Kind) -> None:
+    """Make a Standby oak that a promotion or a fork merges the layers of the disk of."""
+    await running_on_all_disk_layers(host, kind)
+    await host.call(StandbyRequest(instance=OAK))
+
+
 async def exported(host: AsyncHost, _: Kind) -> None:
     """Make an archive of the stump."""
     await host.call(ExportRequest(instance=STUMP, path=str(export_of(host))))

@@ -13,7 +13,7 @@ import pytest
 from coppice.errors import Busy, HostCannot, NoSpace
 from coppice.state import database
 from coppice.state.database import Database
-from coppice.state.reserve import keep
+from coppice.state.reserve import LOW, keep
 
 
 def test_a_full_disk_is_reported_and_the_next_write_works(tmp_path: Path) -> None:
@@ -76,6 +76,24 @@ def test_the_reserve_of_a_copied_data_directory_is_refilled(tmp_path: Path) -> N
     assert reserve.stat().st_blocks == 0
     keep(reserve)
     assert reserve.stat().st_blocks == held.st_blocks
+
+
+def test_the_reserve_is_made_again_when_there_is_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server keeps its database open for weeks, and a disk can be full twice."""
+    database, reserve = Database(tmp_path / "coppice.db"), tmp_path / "coppice.db-reserve"
+    real = os.statvfs(tmp_path)
+    free = 0
+
+    def statvfs(_: Path) -> os.statvfs_result:
+        blocks = free // real.f_frsize
+        return os.statvfs_result((*real[:3], blocks, blocks, *real[5:]))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    for free, kept in ((0, False), (LOW, False), (2 * LOW, True), (0, False), (4 * LOW, True)):
+        with database.write() as connection:
+            connection.execute("SELECT 1")
+        assert reserve.exists() == kept, free
+    database.close()
 
 
 def test_a_file_system_without_shared_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ one gets the last place. Each estimate is an upper bound:
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -23,21 +24,27 @@ from pathlib import Path
 import msgspec
 
 from coppice.completion import in_thread
-from coppice.errors import CoppiceError, NoSpace
+from coppice.errors import Busy, CoppiceError, NoSpace
 from coppice.fork.plan import takes_memory
 from coppice.host import recovery
 from coppice.host.base import UseCases
 from coppice.host.spares import Spares
+from coppice.linux.files import untranslated
 from coppice.machine import disk, disks
 from coppice.machine.rooms import Rooms
 from coppice.model import GIB, MIB, Budgets, BudgetUse, Instance, MachineSpec, Record, State, Volume
 from coppice.model.lifecycle import Operation
 from coppice.requests import BudgetRequest, FanOut, ForkRequest
+from coppice.state import locks
 from coppice.state.budgets import use_of, worst_case
 from coppice.state.journal import JournalOperation
 from coppice.vmm import driver as files
 from coppice.vmm.driver import VmmDriver
 from coppice.volumes.disk import empty_bytes
+
+_log = logging.getLogger(__name__)
+
+_MERGE_LOCK_S = 1.0  # until forks that are made now are placed; longer ones are not waited for
 
 
 class Demand(Record, frozen=True, kw_only=True):
@@ -118,6 +125,49 @@ class Admission(UseCases):
     async def _hold_template(self, instance_id: str) -> AsyncIterator[Instance]:
         async with self._hold_source(instance_id, Operation.FORK) as (instance, _):
             yield instance
+
+    @contextlib.asynccontextmanager
+    async def _hold_source(
+        self, key: str, operation: Operation, *, clones_volumes: bool = False
+    ) -> AsyncIterator[tuple[Instance, State]]:
+        """Lock an instance at rest of which others are made, shared, as `_hold` does.
+
+        If its disks are full, merge their layers first, or each of the others would have to.
+        """
+        held = partial(self._hold, key, operation, shared=True, clones_volumes=clones_volumes)
+        async with contextlib.AsyncExitStack() as stack:
+            source, target = await stack.enter_async_context(held())
+            if source.vmm is None and disks.are_full(source):
+                await stack.aclose()
+                with contextlib.suppress(Busy):  # others are made of it now, and each merges the layers for itself
+                    await self._merge(source)
+                source, target = await stack.enter_async_context(held())
+            yield source, target
+
+    async def _merge(self, source: Instance) -> None:
+        lock = self.rooms.layout.lock(source.id)
+        with untranslated(f"merge the disk layers of {source.name}"):
+            async with locks.hold(lock, deadline_s=_MERGE_LOCK_S, what=source.name):
+                with locks.of_record(lock, source.name):
+                    current = await recovery.look_locked(self.rooms, *await self.rooms.store.look_up(source.id))
+                if current.vmm is None:
+                    await self._merged(current)
+
+    async def _merged(self, instance: Instance) -> Instance:
+        """Merge the layers of full disks of an instance at rest, which the caller has locked, if there is space for it.
+
+        With reflinks a fork of a full disk needs no layer, and nothing is merged.
+        """
+        from coppice.machine import rest_disk  # imported late: few disks are full
+
+        if not disks.are_full(instance) or await in_thread(_has_reflinks, self.rooms):
+            return instance
+        try:
+            await self._admit(partial(_demand_of_merge, self.rooms, instance))
+        except NoSpace as error:
+            _log.warning("%s", error)
+            return instance
+        return await rest_disk.merge(self.rooms, instance)
 
     def _require_budget(self, template: Instance) -> None:
         _check(self.rooms, self.budgets, demand_of_forks(self.rooms, template, FanOut()))
@@ -215,12 +265,15 @@ def demand_of_activation(rooms: Rooms, instance: Instance, *, boot: bool) -> Dem
 
 
 def demand_of_capture(rooms: Rooms, instance: Instance) -> Demand:
-    """Return the demand of putting an instance into standby. Blocks."""
+    """Return the demand of putting an instance into standby."""
+    return Demand(what=f"standby of {instance.name}", disk_bytes=_captured_bytes(rooms, instance))
+
+
+def _demand_of_merge(rooms: Rooms, instance: Instance) -> Demand:
     directory = rooms.directory(instance.id)
     return Demand(
-        what=f"standby of {instance.name}",
-        disk_bytes=_captured_bytes(rooms, instance),
-        clone_bytes=sum(disk.bytes_of_merge(directory, each) for each in disks.of(instance)),
+        what=f"a merge of the disk layers of {instance.name}",
+        disk_bytes=sum(disk.bytes_of_merge(directory, each) for each in disks.of(instance)),
     )
 
 

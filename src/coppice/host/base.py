@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 from coppice.completion import in_own_thread
@@ -12,7 +11,6 @@ from coppice.errors import Busy
 from coppice.host import recovery
 from coppice.host.opened import OpenedHost
 from coppice.linux.files import untranslated
-from coppice.machine import disks
 from coppice.machine.rooms import Rooms
 from coppice.model import Budgets, Image, Instance, ProgressSink, State
 from coppice.model.lifecycle import Operation, require
@@ -22,8 +20,6 @@ from coppice.state import locks
 if TYPE_CHECKING:
     from coppice.host.hashing import Hashing
     from coppice.requests import ImagePullRequest
-
-_MERGE_LOCK_S = 1.0  # until forks that are made now are placed; longer ones are not waited for
 
 
 class UseCases:
@@ -117,35 +113,6 @@ class UseCases:
         """
         if self._host.reach is not None:
             await in_own_thread(self._host.reach.require, host)
-
-    @contextlib.asynccontextmanager
-    async def _hold_source(
-        self, key: str, operation: Operation, *, clones_volumes: bool = False
-    ) -> AsyncIterator[tuple[Instance, State]]:
-        """Lock an instance at rest of which others are made, shared, as `_hold` does.
-
-        If its disks are full, merge their layers first, or each of the others would have to.
-        """
-        held = partial(self._hold, key, operation, shared=True, clones_volumes=clones_volumes)
-        async with contextlib.AsyncExitStack() as stack:
-            source, target = await stack.enter_async_context(held())
-            if source.vmm is None and disks.are_full(source):
-                await stack.aclose()
-                with contextlib.suppress(Busy):  # others are made of it now, and each merges the layers for itself
-                    await self._merge(source)
-                source, target = await stack.enter_async_context(held())
-            yield source, target
-
-    async def _merge(self, source: Instance) -> None:
-        from coppice.machine import rest_disk  # imported late: few disks are full
-
-        lock = self.rooms.layout.lock(source.id)
-        with untranslated(f"merge the disk layers of {source.name}"):
-            async with locks.hold(lock, deadline_s=_MERGE_LOCK_S, what=source.name):
-                with locks.of_record(lock, source.name):
-                    current = await recovery.look_locked(self.rooms, *await self.rooms.store.look_up(source.id))
-                if current.vmm is None:
-                    await rest_disk.merge(self.rooms, current)
 
     @contextlib.asynccontextmanager
     async def _hold(

@@ -18,7 +18,7 @@ from coppice.host.admission import demand_of_activation, demand_of_capture, dema
 from coppice.host.volumes import Volumes
 from coppice.images.reference import names_registry
 from coppice.linux.files import untranslated
-from coppice.machine import activate, capture, destroy, limits, rest_disk
+from coppice.machine import activate, capture, destroy, limits
 from coppice.machine import directory as directories
 from coppice.model import (
     CaptureReport,
@@ -248,7 +248,7 @@ class Lifecycle(Volumes):
                 reason = "powered off"
         finally:
             settled = await complete(self._stopped(stopping, why or reason, ending))
-        return await rest_disk.merge(self.rooms, settled)
+        return settled
 
     async def _stopped(self, instance: Instance, reason: str, ending: Ending) -> Instance:
         await in_thread(directories.clear_capture, self.rooms.directory(instance.id))
@@ -328,7 +328,7 @@ class Lifecycle(Volumes):
                 return instance
             instance = msgspec.structs.replace(instance, process=process)
             if operation is Operation.PROMOTE:
-                instance = await rest_disk.merge(self.rooms, instance)
+                instance = await self._merged(instance)
             public = instance.public if public is None else public  # one that is no template is not public
             changed = await in_thread(self.rooms.store.promote, instance, target, public=public)
             self._hash().captured(changed)

@@ -35,7 +35,7 @@ from coppice.errors import (
 from coppice.host.admission import Admission, Demand
 from coppice.images.reference import check_name, digest_hex
 from coppice.images.store import ROOT_FILE
-from coppice.machine import destroy, loadable, portable, rest_disk
+from coppice.machine import destroy, loadable, portable
 from coppice.machine import directory as directories
 from coppice.model import Image, ImageConfig, Instance, MachineSpec, ProcessSpec, State
 from coppice.names import check_argv, check_env, check_recorded, new_id
@@ -199,7 +199,7 @@ class Receiving(Admission):
         instance = await self._keep_kernel(plan, directory) if plan.kernel is None else plan.instance
         made = await in_thread(self._complete, plan, instance, found)
         await in_thread(self.rooms.store.save, made, done=True, durable=True)
-        return await rest_disk.merge(self.rooms, made)
+        return made
 
     def _complete(self, plan: _Plan, instance: Instance, found: Mapping[str, str]) -> Instance:
         """Keep the image, and return the record of the template, whose files are durable. Blocks."""

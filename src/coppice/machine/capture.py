@@ -18,7 +18,7 @@ from coppice.completion import complete, in_thread
 from coppice.errors import Busy, CoppiceError, GuestError, GuestTimeout, IntegrityError, VmmDied
 from coppice.linux.files import os_errors, sync
 from coppice.linux.maps import identify, read_maps
-from coppice.machine import console, disks, limits, live_disk
+from coppice.machine import console, limits, live_disk
 from coppice.machine import directory as directories
 from coppice.machine.activate import require_loadable
 from coppice.machine.rooms import Rooms
@@ -58,9 +58,6 @@ async def standby(rooms: Rooms, instance: Instance) -> tuple[Instance, CaptureRe
     try:
         await in_thread(rooms.store.begin, instance, JournalOperation.STANDBY)
         await in_thread(clear_new, directory)
-        if disks.are_full(instance):  # or each fork would have to merge the layers again
-            with stages.stage("layer"):
-                instance = await live_disk.merge(rooms, await live_disk.with_true_layers(rooms, instance))
         if private is not None:
             with stages.stage("prepare"):  # before the sync: a clone may take long, and the guest still writes
                 await in_thread(private.prepare)

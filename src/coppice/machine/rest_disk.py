@@ -1,9 +1,8 @@
 """The disks of an instance at rest, before others are made of it.
 
 A disk with as many layers as it may have is merged once, in its source, and not by each fork. A capture
-does that while the machine runs (see `live_disk`). This module does it for an instance that has come to
-rest in another way: it was stopped, its guest or VMM has ended, it was imported, or an older version
-captured it.
+of a machine that goes on does that while it runs (see `live_disk`). This module does it for an instance at rest,
+when it becomes a source. One that is only stopped, or put into standby, never needs it.
 
 The merged layer is a new file. The record names it once it is durable, and only then the old files are
 removed. So the recorded disk is whole at any moment. The layer that the record does not name is removed.
@@ -11,7 +10,9 @@ removed. So the recorded disk is whole at any moment. The layer that the record 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import msgspec
 
@@ -32,17 +33,22 @@ async def merge(rooms: Rooms, instance: Instance) -> Instance:
     The caller holds the exclusive lock. If the merge fails, for example on a full file system, the disks stay as
     they are: each fork and the next start merge the layers for themselves.
     """
-    if not disks.are_full(instance):
-        return instance
     try:
-        try:
+        with _logged(instance):
             await in_thread(rooms.store.begin, instance, JournalOperation.MERGE)
             await in_thread(_merge, rooms, instance)
-        finally:
+    finally:
+        with _logged(instance):  # so that it replaces no cancellation
             instance = await complete(finish(rooms, instance))
+    return instance
+
+
+@contextlib.contextmanager
+def _logged(instance: Instance) -> Iterator[None]:
+    try:
+        yield
     except CoppiceError as error:
         _log.warning("the disk layers of %s are not merged: %s", instance.name, error)
-    return instance
 
 
 def _merge(rooms: Rooms, instance: Instance) -> None:

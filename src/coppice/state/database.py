@@ -39,6 +39,7 @@ class Database:
         self._lock = threading.RLock()
         self._path = path
         self._reserve = path.with_name(f"{path.name}-reserve")
+        self._reserve_is_used = False
         try:
             self._connection = sqlite3.connect(
                 path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
@@ -143,8 +144,13 @@ class Database:
         already: else no instance could be removed.
         """
         disk = os.statvfs(self._path.parent)
-        if disk.f_bavail * disk.f_frsize < LOW:
-            release(self._reserve)
+        free = (disk.f_bavail if os.geteuid() else disk.f_bfree) * disk.f_frsize  # root has the reserved blocks too
+        if free >= LOW:
+            if self._reserve_is_used and free >= 2 * LOW:
+                keep(self._reserve)
+                self._reserve_is_used = False
+        else:
+            self._reserve_is_used = release(self._reserve) or self._reserve_is_used
             with contextlib.suppress(sqlite3.OperationalError):  # the database itself cannot grow
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
