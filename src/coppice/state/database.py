@@ -144,7 +144,7 @@ class Database:
         already: else no instance could be removed.
         """
         disk = os.statvfs(self._path.parent)
-        free = (disk.f_bavail if os.geteuid() else disk.f_bfree) * disk.f_frsize  # root has the reserved blocks too
+        free = disk.f_bavail * disk.f_frsize
         if free >= LOW:
             if self._reserve_is_used and free >= 2 * LOW:
                 keep(self._reserve)
