@@ -51,11 +51,11 @@ def check_signal(number: int) -> None:
 
 
 def check_workdir(path: str | None) -> None:
-    """Check the working directory of a command or process in a guest: None for the image's.
+    """Check the working directory of a command or process in a guest: None or an empty one for the image's.
 
     :raises UsageError: it is not an absolute path
     """
-    if path is not None and (not path.startswith("/") or "\0" in path):
+    if path and (not path.startswith("/") or "\0" in path):
         raise UsageError(
             f"the working directory {path[:80]!r} is not an absolute path", hint="write one such as /srv/app"
         )

@@ -230,6 +230,23 @@ def test_a_deferred_module_is_imported_when_it_is_used() -> None:
     assert shown == "same\n"
 
 
+def test_a_thread_waits_for_the_import_of_another(tmp_path: Path) -> None:
+    """It never sees a part of a module."""
+    (tmp_path / "textwrap.py").write_text("import time\ntime.sleep(0.3)\nwrap = 1\n")
+    shown = ran(
+        f"import sys, threading; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from coppice.cli.start import defer_imports; defer_imports()\n"
+        "import textwrap\n"
+        "found, together = [], threading.Barrier(4)\n"
+        "def use(): together.wait(); found.append(textwrap.wrap)\n"
+        "threads = [threading.Thread(target=use) for _ in range(4)]\n"
+        "[each.start() for each in threads]; [each.join() for each in threads]\n"
+        "print(found)",
+        ROOT,
+    )
+    assert shown == "[1, 1, 1, 1]\n"
+
+
 def test_the_use_cases_and_the_driver_of_a_fork_import_only_what_they_need() -> None:
     """A fork that finds its source also uses the driver."""
     modules = ran("import sys; import coppice.host.forks, coppice.vmm.qemu.driver\nprint(*sys.modules)", ROOT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -80,12 +81,25 @@ def test_several_paths_are_described_and_made(capsys: pytest.CaptureFixture[str]
     assert [line.split()[0] for line in shown.out.splitlines()] == ["drwxrwxrwt"] * 2
     assert "/b: Input/output error" in shown.err
     described = document(capsys, host, "files", "stat", "vm:/a", "vm:/b", status=1)
-    assert [each["path"] for each in described["found"]] == ["/etc/a"]
+    assert [(each["name"], each["path"]) for each in described["found"]] == [("vm:/a", "/etc/a")]
     assert [each["name"] for each in described["failed"]] == ["vm:/b"]
     made = document(capsys, host, "files", "mkdir", "vm:/a", "vm:/b", "elm:/c", status=1)
-    assert made["done"] == [{"path": "/a"}, {"path": "/c"}]
+    assert made["done"] == [{"name": "vm:/a"}, {"name": "elm:/c"}]
     assert [each["name"] for each in made["failed"]] == ["vm:/b"]
     assert document(capsys, host, "files", "mkdir", "vm:/a") == {"path": "/a"}
+
+
+def test_directories_are_made_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    """A later one may be in an earlier one, which takes its time."""
+    made: list[str] = []
+
+    async def answer(request: FileMkdirRequest) -> None:
+        await asyncio.sleep(0 if made else 0.01)
+        made.append(request.path)
+
+    assert run(FakeHost(file_mkdir=answer), "files", "mkdir", "vm:/a", "vm:/a/b", "vm:/a/b/c") == 0
+    assert made == ["/a", "/a/b", "/a/b/c"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,14 @@ def test_aliases_lead_to_commands() -> None:
         assert wrong_with("coppice " + " ".join(meant)) in (None, "an argument is missing"), word
 
 
+@pytest.mark.parametrize("word", ["resume", "unpause", "clone"])
+def test_an_alias_of_a_machine_is_none_in_a_group(word: str) -> None:
+    """`snapshot restore` resets a machine: who types `snapshot resume` means another thing."""
+    host = FakeHost()
+    assert run(host, "snapshot", word, "s1") == 2
+    assert not host.calls
+
+
 @pytest.mark.parametrize("word", ["satrt", "inspet", "snapshto"])
 def test_a_misspelt_command_is_answered_with_the_nearest(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The error offers the nearest command."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -89,6 +90,16 @@ def test_what_replaced_the_socket_stays(tmp_path: Path, make: Callable[[Path], N
         path.unlink()
         make(path)
     assert path.lstat()
+
+
+def test_the_socket_of_a_successor_stays(tmp_path: Path) -> None:
+    """A server closes its socket some time before its end, and a file system uses the number of an inode again."""
+    where = Listening(socket=tmp_path / "socket")
+    with contextlib.ExitStack() as first:
+        first.enter_context(listen(where)).close()
+        with listen(where), socket.socket(socket.AF_UNIX) as client:
+            first.close()
+            client.connect(str(where.socket))
 
 
 @pytest.mark.parametrize(

@@ -218,3 +218,4 @@ def test_a_working_directory_is_absolute(made: Callable[[str], object]) -> None:
         with pytest.raises(UsageError, match="is not an absolute path; write one such as /srv/app"):
             made(path)
     made("/srv/app")
+    made("")  # the image's own, as from clients that send all fields

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, Union, dataclass_transform, g
 import click
 
 from coppice.cli import output, start
-from coppice.cli.habits import ALIASES, advice
+from coppice.cli.habits import ALIASES, ALIASES_IN_GROUPS, advice
 from coppice.errors import UsageError
 
 Completer = Callable[[click.Context, str], list[str]]
@@ -99,7 +99,8 @@ class Commands(click.Group):
         :raises UsageError: there is no such command; the hint suggests one
         """
         word, known = args[0], self.list_commands(ctx)
-        if word not in known and (meant := ALIASES.get(word)) and meant[0] in known:
+        means = ctx.parent is None or word in ALIASES_IN_GROUPS
+        if word not in known and means and (meant := ALIASES.get(word)) and meant[0] in known:
             args = [*meant, *args[1:]]
         elif word not in known and not word.startswith("-"):
             raise UsageError(f"no such command {word!r}", hint=advice(word, ctx.command_path, known))

@@ -125,7 +125,13 @@ def stat(
         )
         return "  ".join(words)
 
-    several.change(Cli.of(ctx), places, request, line, title="found", document=lambda _, answer: _shown(answer))
+    def document(place: str, answer: FileStat) -> object:
+        import msgspec
+
+        found = _shown(answer)
+        return found if len(places) == 1 else {"name": place, **msgspec.structs.asdict(found)}
+
+    several.change(Cli.of(ctx), places, request, line, title="found", document=document)
 
 
 @files_app.declare("mkdir")
@@ -150,7 +156,10 @@ def mkdir(
         name, path = named[place]
         await host.call(FileMkdirRequest(instance=name, path=path, parents=parents, mode=bits))
 
-    several.show(Cli.of(ctx), places, make, lambda _: None, document=lambda place, _: {"path": named[place][1]})
+    def document(place: str, _: None) -> dict[str, str]:
+        return {"name": place} if len(places) > 1 else {"path": named[place][1]}
+
+    several.show(Cli.of(ctx), places, make, lambda _: None, document=document, in_order=True)  # one may be in another
 
 
 @files_app.declare("mv")

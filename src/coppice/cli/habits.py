@@ -16,7 +16,10 @@ ALIASES = {
     "resume": ("restore",),
     "unpause": ("restore",),
 }
-"""Alternative names of commands, also in groups that have the command: `volume list`."""
+"""Alternative names of commands."""
+
+ALIASES_IN_GROUPS = ("ps", "list", "remove", "delete")
+"""Those that mean the same in a group that has the command: `volume list`."""
 
 _GC = "`coppice gc --caches` frees space"
 _NOT_HERE = "there is no equivalent; `coppice --help` lists commands"
@@ -68,7 +71,7 @@ _MEANT = {
     "info": "`coppice doctor` checks this host, `coppice inspect NAME` shows a machine",
     "dominfo": "`coppice inspect NAME`",
     "jobs": "`coppice commands NAME` lists the commands of a machine",
-    "top": "`coppice exec NAME -- top -b -n 1` lists processes, `coppice stats` shows memory",
+    "top": "`coppice stats` shows memory; `coppice exec NAME -- top -b -n 1` lists processes, if the image has it",
     **dict.fromkeys(("container", "vm", "instance"), "leave it out: `coppice ls`, `coppice rm NAME`"),
     "system": "`coppice gc` frees space, `coppice doctor` checks this host",
     "prune": _GC,
@@ -123,10 +126,13 @@ _OPTIONS = {
     ("run", "--privileged"): _ALL_RIGHTS,
     ("run", "--cap-add"): _ALL_RIGHTS,
     ("run", "--security-opt"): _OWN_KERNEL,
-    ("run", "--sysctl"): "`coppice exec NAME -- sysctl -w KEY=VALUE` sets it: a machine has a kernel of its own",
+    (
+        "run",
+        "--sysctl",
+    ): "`coppice exec NAME -- sh -c 'echo VALUE > /proc/sys/KEY'` sets it: a machine has a kernel of its own",
     ("run", "--init"): "leave it out: the machine's own first process does this",
     ("run", "--read-only"): "a machine writes to a disk of its own; --volume NAME:PATH:ro mounts a volume read-only",
-    ("run", "--dns"): "copy a file with its name servers: `coppice cp resolv.conf NAME:/etc/resolv.conf`",
+    ("run", "--dns"): "`coppice exec NAME -- sh -c 'echo nameserver ADDRESS > /etc/resolv.conf'` selects a name server",
     ("run", "--add-host"): "`coppice exec NAME -- sh -c 'echo ADDRESS HOST >> /etc/hosts'` adds a name",
     ("run", "--platform"): "`coppice pull --platform OS/ARCH REF` selects the image to run",
     ("run", "--shm-size"): "it is half of the machine's memory; write --memory SIZE",

@@ -51,13 +51,14 @@ def show(
     *,
     title: str = "done",
     document: Callable[[str, T], object] = itself,
+    in_order: bool = False,
 ) -> None:
-    """Do the work for each in parallel, and print the results by name as `human` does.
+    """Do the work for each, in parallel or `in_order`, and print the results by name as `human` does.
 
     With --json and one name, print the `document` of the result. With several names, print `title`, a
     list of documents, and `failed`, a list of errors with their names.
     """
-    done, failed = _each(cli, names, work)
+    done, failed = _each(cli, names, work, in_order=in_order)
     documents = [document(name, result) for name, result in done.items()]
     if len(names) == 1:
         _raise_first(failed)
@@ -112,7 +113,7 @@ def _lines(texts: Iterable[str]) -> None:
 
 
 def _each(
-    cli: Cli, names: Sequence[str], do: Callable[[Backend, str], Awaitable[T]]
+    cli: Cli, names: Sequence[str], do: Callable[[Backend, str], Awaitable[T]], *, in_order: bool = False
 ) -> tuple[dict[str, T], dict[str, CoppiceError]]:
     """Do something for each name; return the results and the errors by name."""
     wanted = list(dict.fromkeys(names))
@@ -126,6 +127,8 @@ def _each(
             except OSError as error:
                 raise of_the_host(error) from error
 
+        if in_order:
+            return [outcome for name in wanted for outcome in await each_of([one(name)])]
         return await each_of(map(one, wanted))
 
     done: dict[str, T] = {}

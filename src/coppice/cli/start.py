@@ -84,7 +84,7 @@ class _Deferred(ModuleType):
 def import_small(name: str) -> ModuleType:
     """Import a module as if the optional packages that no command needs were not installed."""
     if name in sys.modules:
-        return sys.modules[name]
+        return import_module(name)  # which waits if another thread imports it now
     modules: dict[str, object] = sys.modules  # type: ignore[assignment]  # None: the import fails, as documented
     absent = [each for each in _WITHOUT.get(name, ()) if each not in modules]
     modules.update(dict.fromkeys(absent))
@@ -92,4 +92,4 @@ def import_small(name: str) -> ModuleType:
         return import_module(name)
     finally:
         for each in absent:
-            del modules[each]
+            modules.pop(each, None)

@@ -65,7 +65,7 @@ async def started(
                 session.exec_stream(
                     request.argv,
                     env=request.env,
-                    cwd=request.workdir,
+                    cwd=request.workdir or None,
                     user=request.user,
                     tty=request.tty,
                     size=request.size or _DEFAULT_SIZE,
@@ -98,7 +98,7 @@ class Guest(UseCases):
             return await session.exec(
                 request.argv,
                 env=request.env,
-                cwd=request.workdir,
+                cwd=request.workdir or None,
                 user=request.user,
                 stdin=request.stdin,
                 timeout_s=request.timeout_s,

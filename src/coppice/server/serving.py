@@ -87,15 +87,16 @@ def _on_unix(path: Path, url: str) -> Iterator[socket.socket]:
                 opened.bind(str(path))
             finally:
                 os.umask(before)
-            own = path.lstat()
-            opened.listen(_BACKLOG)
+            own = os.open(path, os.O_PATH | os.O_NOFOLLOW)  # while it is open, no other file can have its inode
         try:
+            with address_errors(f"listen on {url}"):
+                opened.listen(_BACKLOG)
             yield opened
         finally:
-            # The socket is still open: no other file can have its inode.
             with contextlib.suppress(OSError):
-                if os.path.samestat(path.lstat(), own):
+                if os.path.samestat(path.lstat(), os.fstat(own)):
                     path.unlink()
+            os.close(own)
 
 
 def _remove_stale(path: Path) -> None:

@@ -145,14 +145,13 @@ class Database:
         """
         disk = os.statvfs(self._path.parent)
         free = disk.f_bavail * disk.f_frsize
-        if free >= LOW:
-            if self._reserve_is_used and free >= 2 * LOW:
-                keep(self._reserve)
-                self._reserve_is_used = False
-        else:
+        if free < LOW:
             self._reserve_is_used = release(self._reserve) or self._reserve_is_used
             with contextlib.suppress(sqlite3.OperationalError):  # the database itself cannot grow
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        elif self._reserve_is_used and free >= 2 * LOW:
+            keep(self._reserve)
+            self._reserve_is_used = False
 
     def sync(self) -> None:
         """Put all earlier commits on disk. SQLite's locks are on other files than this log.

@@ -27,9 +27,12 @@ class Address(Record, frozen=True, kw_only=True):
 
     @property
     def is_direct(self) -> bool:
-        """Whether the server is reached without TLS and without a proxy that this process's environment names."""
+        """Whether a plain request reaches the server: without TLS, a proxy that this process's environment names, a user
+        in the URL, or a path that must be quoted.
+        """
         proxies = {name for name in os.environ if name.lower() in _PROXIES}
-        return self.socket is not None or (self.url.startswith("http:") and not proxies)
+        is_plain = self.url.isascii() and " " not in self.url and "@" not in self.url
+        return self.socket is not None or (self.url.startswith("http:") and is_plain and not proxies)
 
     @property
     def host(self) -> str:
@@ -66,7 +69,8 @@ def parse_address(text: str) -> Address:
         raise UsageError(
             f"{text!r} is not the address of a server", hint="write http://HOST:PORT or unix:/path/to/socket"
         )
-    return Address(url=text.rstrip("/"))
+    scheme, _, rest = text.partition("://")
+    return Address(url=f"{scheme.lower()}://{rest}".rstrip("/"))
 
 
 def _is_url(text: str) -> bool:

@@ -70,7 +70,7 @@ class RemoteBackend:
             self._is_open = True
             try:
                 if self._address.is_direct:
-                    await check(self._address)
+                    await check(self._address, self._headers)
                 else:
                     await self._connected().check()
             except BaseException:
