@@ -265,6 +265,23 @@ async def test_a_wait_ends_after_the_stop(
 
 
 @pytest.mark.parametrize("request_", [WaitProcessRequest(instance="oak"), WaitRequest(instance="oak", deadline_s=30)])
+async def test_a_wait_for_a_machine_that_is_being_stopped_ends_with_it(
+    fake_host: AsyncHost, other: AsyncHost, driver: FakeDriver, request_: WaitProcessRequest | WaitRequest
+) -> None:
+    """It need not have begun before the stop."""
+    await boot(fake_host, "oak")
+    gate = driver.faults.hold_at("quit")
+    stopping = asyncio.create_task(fake_host.call(StopRequest(instance="oak")))
+    async with asyncio.timeout(30):
+        await gate.reached.wait()
+        waiting = asyncio.create_task(other.call(request_))
+        await asyncio.wait({waiting}, timeout=0.2)
+        gate.release.set()
+        assert (await stopping).state is State.STOPPED
+        assert (await waiting).state is State.STOPPED
+
+
+@pytest.mark.parametrize("request_", [WaitProcessRequest(instance="oak"), WaitRequest(instance="oak", deadline_s=30)])
 async def test_a_wait_names_a_machine_that_was_removed(
     fake_host: AsyncHost, other: AsyncHost, request_: WaitProcessRequest | WaitRequest
 ) -> None:

@@ -87,7 +87,8 @@ class Commands(Guest):
         """Attach to the machine's process as to a command, or wait for the end of a machine without one."""
         instance = await self._current(request.instance)
         if instance.process_end is None and instance.state is not State.STOPPED:
-            require(Operation.EXEC, instance)
+            if instance.state is not State.SHUTDOWN:  # such a machine ends soon
+                require(Operation.EXEC, instance)
             try:
                 async with asyncio.timeout(request.deadline_s):
                     instance = await self._process_ended(instance)
@@ -112,6 +113,9 @@ class Commands(Guest):
                 return found
         except VmmDied:
             pass
+        except IllegalTransition:
+            if (await self._get(instance.id)).state not in (State.SHUTDOWN, State.STOPPED):
+                raise
         if instance.vmm is None:
             raise AssertionError("a running instance has a VMM")
         await self.rooms.driver(instance).wait_exit(self.rooms.directory(instance.id), instance.vmm)
