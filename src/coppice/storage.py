@@ -21,7 +21,6 @@ from coppice.linux.files import os_errors, publish, sync, temporary_beside
 from coppice.linux.reflinks import has_reflinks
 from coppice.linux.tool import run_tool
 from coppice.model import GIB, MIB, Record
-from coppice.state.layout import PROBE_PREFIX
 
 UNITS: Final = Path("/etc/systemd/system")
 _WANTS: Final = "local-fs.target.wants"
@@ -177,9 +176,7 @@ def _require_unused(home: Path, file: Path) -> None:
             f"`COPPICE_HOME={home}.old coppice ls` shows them",
         )
     where = next(each for each in (home, *home.parents) if each.is_dir())
-    with os_errors(f"write to {where}"):
-        shares = has_reflinks(where, PROBE_PREFIX)
-    if shares:
+    if has_reflinks(where):
         raise Refused(f"the file system of {home} has reflinks already", hint="use it as it is")
 
 

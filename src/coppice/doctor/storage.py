@@ -119,7 +119,7 @@ def hard_links(where: Path) -> Check:
 def reflinks(where: Path) -> Check:
     """Try a reflink, and check that it shares blocks."""
     try:
-        shared = has_reflinks(where, PROBE_PREFIX)
+        shared = has_reflinks(where)
     except CoppiceError as error:
         return Check(name="reflinks", status="warn", detail=error.message, cure=error.hint or _BETTER)
     state = os.statvfs(where)

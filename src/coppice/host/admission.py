@@ -218,11 +218,9 @@ def _has_reflinks(rooms: Rooms) -> bool:
     """Tell whether the file system of the data directory has reflinks."""
     from coppice.linux.reflinks import has_reflinks  # imported late: few operations come near the limit
 
-    try:
-        with rooms.overlays.content.staging() as stage:
-            return has_reflinks(stage)
-    except (OSError, CoppiceError):
-        return False
+    with contextlib.suppress(CoppiceError):
+        return has_reflinks(rooms.layout.home)
+    return False
 
 
 def _size(count: int) -> str:

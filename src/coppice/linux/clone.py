@@ -49,7 +49,7 @@ def clone_file(
     Raises NoSpace, IntegrityError (no such source) or HostCannot.
     """
     with _replacing(source, destination) as (src, dst, temporary):
-        result = _clone_contents(src, dst, reflink=reflink)
+        result = clone_contents(src, dst, reflink=reflink)
         os.fchmod(dst, mode)
         if sync:
             os.fsync(dst)
@@ -106,7 +106,8 @@ def open_source(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _clone_contents(src: int, dst: int, *, reflink: bool) -> CloneResult:
+def clone_contents(src: int, dst: int, *, reflink: bool) -> CloneResult:
+    """Clone or copy what is in one open file to another, empty one."""
     if reflink and _reflink(src, dst):
         size = os.fstat(dst).st_size
         written = sum(length for _, length in data_ranges(dst, size))
