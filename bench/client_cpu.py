@@ -11,6 +11,7 @@ schema. Compare figures within one run only: the speed of a shared host changes.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import statistics
@@ -21,7 +22,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from bench.records import write_report
+from bench.accounting import host_facts
+from bench.records import HostFacts, write_report
+from coppice.client import AsyncHost
 from coppice.model import Record
 
 EMPTY = "python -c pass"
@@ -51,6 +54,7 @@ class Cost(Record, frozen=True, kw_only=True):
 class ClientCpuReport(Record, frozen=True, kw_only=True):
     """One run with alternating command lines."""
 
+    host: HostFacts | None = None  # older checkouts do not say it (see `side_by_side`)
     python: str
     samples: int
     costs: dict[str, Cost]
@@ -88,6 +92,7 @@ def measure(
                 taken[name].append(round(spent, 1))
     empty = statistics.median(taken[EMPTY])
     return ClientCpuReport(
+        host=asyncio.run(_facts(Path(env["COPPICE_HOME"]))),
         python=sys.version.split()[0],
         samples=samples,
         costs={
@@ -100,6 +105,11 @@ def measure(
             for name, spent in taken.items()
         },
     )
+
+
+async def _facts(home: Path) -> HostFacts:
+    async with AsyncHost(home, background="off", spares=0) as host:
+        return await host_facts(host)
 
 
 def baselines() -> dict[str, list[str]]:

@@ -196,7 +196,9 @@ def client_cpu_table(report: ClientCpuReport) -> str:
             )
         )
     headings = ("program", "ms (p50)", "least", "through a server (p50)", "least")
-    return f"Python {report.python}, {report.samples} samples of each.\n\n{markdown(headings, rows, text_columns=1)}"
+    host = f"{describe_host(report.host)}. " if report.host else ""
+    about = f"{host}Python {report.python}, {report.samples} samples of each."
+    return f"{about}\n\n{markdown(headings, rows, text_columns=1)}"
 
 
 def _ratio(summary: Sequence[FanOutSummary], row: FanOutSummary) -> str:
