@@ -104,3 +104,31 @@ def test_pages_are_copied_before_the_pause() -> None:
     (idle,) = (case for case in found["cases"] if case["name"] == "idle guest")
     assert idle["ahead"]["dirty_median_bytes"] > 64 * MIB
     assert idle["ahead"]["pause_median_ms"] <= 25 < idle["in_pause"]["pause_median_ms"]
+
+
+def test_the_cpu_time_of_the_host_hardly_depends_on_the_number_of_instances() -> None:
+    """With 3,000 others a fork takes at most a fifth more, and 500 go to Standby in a second. Each operation takes less
+    than before, in the same run.
+    """
+    found = committed("host-cpu-side-by-side.json")
+    after = {name: each["after"] for name, each in found["host_ms"].items()}
+    assert after["fork+exec+rm, 3000 others"] <= 1.2 * after["fork+exec+rm, 0 others"]
+    assert after["fork, 3000 others"] <= 1.2 * after["fork, 0 others"]
+    for name, each in found["forks_per_second"].items():
+        assert each["after"] >= 500, name
+    for name in ("fork", "exec", "rm", "fork+exec+rm"):
+        for others in (0, 3000):
+            share = found["host"][f"{name}, {others} others"]
+            assert share["after"] < share["before"], name
+    assert len(found["raw"]["before"]) == len(found["raw"]["after"]) == found["rounds"] >= 3
+
+
+def test_a_level_of_a_committed_tree_takes_as_long_as_the_one_above() -> None:
+    """The slowest level takes at most one and a half times as long as the quickest."""
+    report = msgspec.json.decode((ROOT / "benchmarks/tree.json").read_bytes(), type=TreeReport)
+    for tree in report.trees:
+        if tree.method == "layers":
+            assert all(len(level.capture_samples_ms) >= 3 for level in tree.levels)
+            captures = [level.capture_ms for level in tree.levels]
+            assert max(captures) <= 1.5 * min(captures)
+            assert tree.levels[-1].fork_ms <= 1.5 * tree.levels[0].fork_ms
