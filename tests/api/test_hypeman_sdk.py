@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -349,8 +350,8 @@ async def test_silence_of_a_log_is_no_line(
 
 async def test_pulls_wait_in_order(client: AsyncHypeman) -> None:
     """A few pull at once, the others are pending with their place. The list has all of them."""
-    silent = await asyncio.start_server(lambda _, __: asyncio.sleep(600), "127.0.0.1", 0)
-    port = silent.sockets[0].getsockname()[1]
+    silent = socket.create_server(("127.0.0.1", 0))  # connections wait in its queue
+    port = silent.getsockname()[1]
     names = [f"127.0.0.1:{port}/app:{number}" for number in range(SLOTS + 2)]
     try:
         made = [await client.images.create(name=name, tags={"number": name[-1]}) for name in names]
