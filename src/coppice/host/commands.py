@@ -17,7 +17,6 @@ from coppice.host import process
 from coppice.host.guest import Guest, started
 from coppice.model import Instance, ProcessEnd, State
 from coppice.model.guest import ExecSession, Exit, GuestCommand, StartedCommand
-from coppice.model.lifecycle import Operation, require
 from coppice.requests import (
     CommandAttachRequest,
     CommandForgetRequest,
@@ -87,8 +86,6 @@ class Commands(Guest):
         """Attach to the machine's process as to a command, or wait for the end of a machine without one."""
         instance = await self._current(request.instance)
         if instance.process_end is None and instance.state is not State.STOPPED:
-            if instance.state is not State.SHUTDOWN:  # such a machine ends soon
-                require(Operation.EXEC, instance)
             try:
                 async with asyncio.timeout(request.deadline_s):
                     instance = await self._process_ended(instance)
@@ -113,8 +110,9 @@ class Commands(Guest):
                 return found
         except VmmDied:
             pass
-        except IllegalTransition:
-            if (await self._get(instance.id)).state not in (State.SHUTDOWN, State.STOPPED):
+        except IllegalTransition:  # but a machine that is being stopped ends soon
+            ending = instance.vmm and (await self._get(instance.id)).state in (State.SHUTDOWN, State.STOPPED)
+            if not ending:
                 raise
         if instance.vmm is None:
             raise AssertionError("a running instance has a VMM")

@@ -21,7 +21,7 @@ from coppice.linux.link import IMMUTABLE, link_or_copy
 from coppice.vmm.driver import RAW, VmmDriver
 
 MOST = 8
-"""Layers over one raw file, at most. Only a running machine's disk has so many: they are merged before it is at rest."""
+"""Layers over one raw file, at most. Those of a disk with so many are merged before others are made of it."""
 
 _EMPTY_LAYER = 64 << 10  # bytes allocated, at most
 

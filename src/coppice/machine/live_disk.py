@@ -55,7 +55,7 @@ async def prepare(rooms: Rooms, instance: Instance) -> Instance:
     driver, directory = rooms.driver(instance), rooms.directory(instance.id)
     if not driver.capabilities.switches_layers:
         return instance
-    instance = await merge(rooms, await with_true_layers(rooms, instance))
+    instance = await _merge(rooms, await with_true_layers(rooms, instance))
     found = [await in_thread(disk.add_layer, directory, each, driver, rooms.overlays) for each in disks.of(instance)]
     instance = await _record(rooms, instance, found)
     for each in found:
@@ -63,7 +63,7 @@ async def prepare(rooms: Rooms, instance: Instance) -> Instance:
     return instance
 
 
-async def merge(rooms: Rooms, instance: Instance) -> Instance:
+async def _merge(rooms: Rooms, instance: Instance) -> Instance:
     """Merge the layers below the topmost one of each full disk of a machine with a VMM. The guest runs meanwhile.
 
     They are frozen, so that needs no help of the VMM, which then uses the merged one.

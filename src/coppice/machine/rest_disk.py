@@ -2,7 +2,7 @@
 
 A disk with as many layers as it may have is merged once, in its source, and not by each fork. A capture
 of a machine that goes on does that while it runs (see `live_disk`). This module does it for an instance at rest,
-when it becomes a source. One that is only stopped, or put into standby, never needs it.
+when it becomes a source: one that is only stopped, or put into standby, keeps its layers.
 
 The merged layer is a new file. The record names it once it is durable, and only then the old files are
 removed. So the recorded disk is whole at any moment. The layer that the record does not name is removed.

@@ -112,7 +112,7 @@ def _remove_stale(path: Path) -> None:
     if not stat.S_ISSOCK(found.st_mode):
         raise Refused(
             f"cannot listen on {path}: it exists, and is not a socket",
-            hint="choose another path, or move away what is there",
+            hint="choose another path, or move this one away",
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(1)

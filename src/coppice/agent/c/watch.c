@@ -143,8 +143,8 @@ static bool is_gone(int error)
     return error == ENOENT || error == ENOTDIR || error == ESRCH || error == EINVAL; /* the last two: /proc of an ended process */
 }
 
-/* Watch a path, and the directories below it; with `report`, what is in them is told. What is gone again
- * is left out. Any other error ends the watch: it would miss changes. */
+/* Watch a path and, in a recursive watch, the directories below it. `report`: tell the host each of their entries.
+ * Entries that are gone again are left out. Any other error ends the watch, because it would miss changes. */
 static void enter(struct watcher *w, const char *path, bool report, int depth)
 {
     char whole[PATH_MAX], name[PATH_MAX];
